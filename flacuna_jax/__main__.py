@@ -1,0 +1,3 @@
+from flacuna_jax.cli import main
+
+raise SystemExit(main())

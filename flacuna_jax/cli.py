@@ -1,0 +1,61 @@
+"""`flacuna VERB ...`: finds the verb's module and runs it; `run_verb` gives every verb the same exit statuses."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.version import __version__
+
+VERBS = {
+    "convert": "read a Hugging Face LLaMA checkpoint into the native sharded form",
+    "train": "fine-tune: LoRA adapters or all weights, on one device or many",
+    "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, verified",
+    "generate": "complete prompts with exactly the template of training",
+}
+
+EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
+
+
+def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs a verb's `main(argv)` and returns the exit status: 0 done, 2 the user's input is wrong, 1 anything else.
+
+    A `UserError` becomes one readable message on stderr; other exceptions keep their traceback.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or EXIT_OK
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    lines = [
+        f"flacuna_jax {__version__}",
+        "",
+        "usage: flacuna VERB [options]        (flacuna VERB --help for one verb)",
+        "",
+    ]
+    return "\n".join(lines + [f"  {verb:<10} {summary}" for verb, summary in VERBS.items()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_OK
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return EXIT_OK
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"error: flacuna has no verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return run_verb(importlib.import_module(f"flacuna_jax.{verb}").main, rest)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

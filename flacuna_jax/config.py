@@ -1,0 +1,185 @@
+"""Every setting of a run: typed, documented, validated in one place.
+
+A config is a YAML file; any key can be overridden on the command line as `--section.key=value`. Overrides are merged
+before validation, so both kinds of mistake get the same message. The fully resolved config is written to the run
+directory and is itself a valid config.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strict, and closed: an unknown key or a wrong type is an error, never ignored or converted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ArchitectureConfig(Section):
+    """Sizes of a LLaMA to be trained from scratch (`model.init: random`)."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    """Defaults to num_heads (no grouped-query attention)."""
+    head_dim: PositiveInt | None = None
+    """Defaults to hidden_size / num_heads."""
+    vocab_size: PositiveInt | None = None
+    """Defaults to the tokenizer's."""
+    max_position_embeddings: PositiveInt = 2048
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+    tie_word_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> "ArchitectureConfig":
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A Hugging Face LLaMA directory or a converted one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are float32 always."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    architecture: ArchitectureConfig | None = None
+    tokenizer: str | None = None
+    """Directory with tokenizer.model or tokenizer.json; defaults to `path`."""
+
+    @model_validator(mode="after")
+    def source_of_weights(self) -> "ModelConfig":
+        if self.init == "pretrained" and self.path is None:
+            raise ValueError("path is missing: a checkpoint directory (or init: random with an architecture)")
+        if self.init == "pretrained" and self.architecture is not None:
+            raise ValueError("architecture is for init: random; a pretrained checkpoint brings its own")
+        if self.init == "random" and (self.architecture is None or (self.tokenizer or self.path) is None):
+            raise ValueError("init: random needs architecture and tokenizer")
+        return self
+
+    @property
+    def tokenizer_path(self) -> str:
+        path = self.tokenizer or self.path
+        assert path is not None, "the validator requires one of them"
+        return path
+
+
+class LoraConfig(Section):
+    """LoRA (Hu et al., 2021) with the paper's values as defaults: y = W x + alpha/rank · B A dropout(x)."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: Fraction = 0.05
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+
+    @model_validator(mode="after")
+    def targets_are_distinct(self) -> "LoraConfig":
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets names a projection twice: {list(self.targets)}")
+        return self
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class SourceConfig(Section):
+    path: str
+    """A .json, .jsonl, .jsonl.gz or .parquet file, or a directory of them."""
+    format: Literal["auto", "flan_mini", "sharegpt", "alpaca", "messages", "prompt_completion"] = "auto"
+    weight: PositiveFloat = 1.0
+    """Passes over the source per epoch; a fraction is a subset drawn from (seed, epoch)."""
+    max_examples: PositiveInt | None = None
+    """Keep only this many records, the first ones in file order."""
+
+
+class DataConfig(Section):
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    max_length: Annotated[int, Field(ge=8)] = 1280
+    over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
+    on_bad_record: Literal["error", "skip"] = "error"
+    packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
+    template: Literal["vicuna_v1.1", "vicuna_v0"] = "vicuna_v1.1"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens carry loss: every assistant turn, only the last one, or everything but the BOS."""
+
+
+class TrainingConfig(Section):
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    """A run ends at `epochs` or `max_steps`, whichever comes first."""
+    learning_rate: PositiveFloat = 2e-5
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    batch_size: PositiveInt = 128
+    """Examples or packed rows per optimizer step, see `batch_unit`."""
+    batch_unit: Literal["examples", "rows"] = "examples"
+    micro_batch_size: PositiveInt = 2
+    """Rows per data×fsdp shard in one forward and backward pass."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass computes again: nothing, all but matrix products and attention, or each whole layer."""
+
+
+class MeshConfig(Section):
+    """Devices per axis; their product is the number of devices used."""
+
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+    @property
+    def devices(self) -> int:
+        return math.prod((self.data, self.fsdp, self.tensor))
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 1000
+    keep: PositiveInt = 3
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest checkpoint in output_dir if there is one; never: refuse a used output_dir."""
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True
+    wandb: str | None = None
+    """A Weights & Biases project; needs the `wandb` extra."""
+
+
+class RunConfig(Section):
+    output_dir: str
+    seed: NonNegativeInt = 42
+    model: ModelConfig
+    lora: LoraConfig | None = LoraConfig()
+    """null trains every weight of the base."""
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig | Literal["auto"] = "auto"
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output_dir)

@@ -1,0 +1,242 @@
+"""Reads configs: YAML with exact line numbers, `--a.b=value` overrides, and messages a person can act on."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flacuna_jax.config import RunConfig
+from flacuna_jax.errors import UserError
+
+Location = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-5` as text; this loader reads it as the number it is, and refuses duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads and validates a config file with its command-line overrides.
+
+    Args:
+      path: YAML file.
+      overrides: `--section.key=value` strings; values are YAML.
+
+    Raises:
+      UserError: the file cannot be read, is not YAML, or a setting is unknown, mistyped or out of range; the message
+        names the file and line (or the override) and the nearest valid key.
+    """
+    path = Path(path)
+    tree, lines = _read_yaml(path)
+    return _validate(tree, overrides, lambda location: f"{path}:{_line_of(lines, location)}")
+
+
+def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> RunConfig:
+    """Validates an already parsed config; raises `UserError` like `load_config`."""
+    return _validate(tree, overrides, lambda _: origin)
+
+
+def _validate(tree: dict[str, Any], overrides: Sequence[str], origin_of: Any) -> RunConfig:
+    overridden: dict[Location, str] = {}
+    for text in overrides:
+        location, value = _parse_override(text)
+        _assign(tree, location, value, text)
+        overridden[location] = text
+    try:
+        return RunConfig.model_validate(_lists_to_tuples(tree))
+    except ValidationError as error:
+        raise UserError(_explain(error, overridden, origin_of)) from None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain data only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of settings, this file holds {type(tree).__name__}")
+    lines: dict[Location, int] = {}
+    _collect_lines(node, (), lines)
+    return tree, lines
+
+
+def _collect_lines(node: Any, location: Location, lines: dict[Location, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*location, key.value)] = key.start_mark.line + 1
+            _collect_lines(value, (*location, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*location, index)] = item.start_mark.line + 1
+            _collect_lines(item, (*location, index), lines)
+
+
+def _line_of(lines: dict[Location, int], location: Location) -> int:
+    while location and location not in lines:
+        location = location[:-1]
+    return lines.get(location, 1)
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _parse_override(text: str) -> tuple[Location, Any]:
+    name, equals, value = text.removeprefix("--").partition("=")
+    if not text.startswith("--") or not equals or not all(name.split(".")):
+        raise UserError(f"{text!r} is not an override; write --section.key=value, for example --training.epochs=2")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r}: the value is not valid YAML") from None
+    return tuple(int(part) if part.isdigit() else part for part in name.split(".")), parsed
+
+
+def _assign(tree: dict[str, Any], location: Location, value: Any, text: str) -> None:
+    """Sets `tree[location] = value`, making absent sections; only mappings and existing list items can be entered."""
+    here: Any = tree
+    for part, following in zip(location, (*location[1:], None), strict=True):
+        last = following is None
+        if isinstance(here, list):
+            if not isinstance(part, int) or part >= len(here):
+                raise UserError(f"{text!r}: {part!r} is not an item of a list of {len(here)}")
+        elif not isinstance(here, dict):
+            raise UserError(f"{text!r}: {part!r} lies inside a plain value")
+        if last:
+            here[part] = value
+        else:
+            if isinstance(here, dict) and here.get(part) is None or here[part] == "auto":
+                here[part] = {}
+            here = here[part]
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    """Strict validation wants tuples where the schema says tuple; YAML only has lists."""
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_to_tuples(item) for item in value)
+    return value
+
+
+def _explain(error: ValidationError, overridden: dict[Location, str], origin_of: Any) -> str:
+    items = [(_without_union_tags(item["loc"]), item) for item in error.errors()]
+    messages = []
+    for location, item in items:
+        # A union reports every alternative and a container reports its items' failure again: keep the deepest.
+        if any(len(other) > len(location) and other[: len(location)] == location for other, _ in items):
+            continue
+        override = next(
+            (
+                text
+                for set_at, text in overridden.items()
+                if set_at[: len(location)] == location or location[: len(set_at)] == set_at
+            ),
+            None,
+        )
+        where = repr(override) if override else origin_of(location)
+        messages.append(f"{where}: {_explain_one(item, location, '.'.join(map(str, location)))}")
+    return "\n".join(dict.fromkeys(messages))
+
+
+def _explain_one(item: Any, location: Location, key: str) -> str:
+    kind, value = item["type"], item.get("input")
+    if kind == "model_type":
+        return f"{key} must be a section (or one of its fixed words), not {value!r}"
+    if kind == "extra_forbidden":
+        return f"{key} is not a setting{_nearest_key(location)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "value_error":
+        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", item["ctx"]["expected"]), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key} must be {item['ctx']['expected']}, not {value!r}{hint}"
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {value!r})"
+
+
+def _without_union_tags(location: tuple[str | int, ...]) -> Location:
+    """Pydantic puts the name of the tried type into the location of a union's error; users don't write it."""
+    return tuple(part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part)))
+
+
+def _nearest_key(location: Location) -> str:
+    section = _section_at(location[:-1])
+    wrong = str(location[-1])
+    if section:
+        near = difflib.get_close_matches(wrong, list(section.model_fields), n=1)
+        if near:
+            return f"; did you mean {'.'.join(map(str, (*location[:-1], near[0])))}?"
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in _all_keys(RunConfig)}
+    near = difflib.get_close_matches(wrong, list(everywhere), n=1)
+    if near:
+        return f"; did you mean {everywhere[near[0]]}?"
+    names = ", ".join(section.model_fields) if section else ""
+    return f"; known here: {names}" if names else ""
+
+
+def _section_at(location: Location) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if section else None
+        section = _section_in(field.annotation) if field else None
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
+        return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
+    return None
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section_in(field.annotation)
+        if inner:
+            keys += _all_keys(inner, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,1 @@
+"""The boundary to Hugging Face: checkpoints, adapters and tokenizers, in and out, each crossing verified."""

@@ -1,0 +1,1 @@
+"""The LLaMA network, its adapters and how both lie on a mesh."""
