@@ -1,0 +1,34 @@
+"""Shared fixtures. The environment is fixed before jax is imported anywhere: four CPU devices, no accelerator."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=4".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Directory of public sample data (LLaMA tokenizer, a small trained LLaMA, Alpaca, ...); skips where it is absent."""
+    directory = os.environ.get("FLACUNA_TEST_DATA", "")
+    if not directory or not Path(directory).is_dir():
+        pytest.skip("FLACUNA_TEST_DATA does not name a directory with the sample data")
+    return Path(directory)
+
+
+@pytest.fixture(scope="session")
+def story_llama(test_data: Path) -> Path:
+    """A trained 656K-parameter LLaMA (GQA, tied embeddings) in Hugging Face layout."""
+    return test_data / "story_llama_hf"
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(test_data: Path) -> Path:
+    """Directory with the LLaMA SentencePiece model (32,000 pieces)."""
+    return test_data / "llama_tokenizer"
