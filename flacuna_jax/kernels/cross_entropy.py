@@ -1,0 +1,247 @@
+"""Cross-entropy that never holds the logits: supervised positions first, then chunk by chunk through the head.
+
+In instruction tuning most positions carry no loss. On each device the supervised positions are moved to the front by a
+stable sort, and only ceil(count / chunk) chunks of them reach the head; the cost follows the number of supervised
+tokens. Statistics are float32. While the head is frozen, the gradient with respect to the activations is made together
+with the loss, so the backward pass multiplies two arrays; a head that trains repeats its logits there, chunk by chunk.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
+
+CHUNK = 1024
+"""Positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
+
+BATCH_AXES = ("data", "fsdp")
+VOCAB_AXIS = "tensor"
+
+
+def token_losses(
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    targets_bt: jax.Array,
+    loss_mask_bt: jax.Array,
+    *,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """Negative log-likelihood of each supervised target, float32 [b, t], zero where the mask is false.
+
+    Args:
+      hidden_btd: final hidden states; the head's matmul runs in their dtype, accumulating float32.
+      head_vd: language-model head [vocab, model].
+      targets_bt: int32 target ids.
+      loss_mask_bt: bool, true where the target carries loss.
+      chunk: positions that meet the head at once.
+
+    On a mesh (`jax.set_mesh` with axes data, fsdp, tensor) rows are spread over data × fsdp and the vocabulary over
+    tensor where it divides.
+    """
+    return _token_losses(hidden_btd, head_vd, targets_bt, loss_mask_bt, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_losses(
+    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int
+) -> jax.Array:
+    return _on_mesh(_losses, chunk, head_vd, "rows")(hidden_btd, head_vd, targets_bt, loss_mask_bt)
+
+
+def _forward_rule(hidden: Any, head: Any, targets: Any, loss_mask: Any, chunk: int) -> tuple[jax.Array, tuple]:
+    inputs = (hidden.value, head.value, targets.value, loss_mask.value)
+    if head.perturbed:
+        return _token_losses(*inputs, chunk), (None, inputs)
+    losses_bt, unit_gradient_btd = _on_mesh(_losses_and_gradients, chunk, head.value, ("rows", "rows"))(*inputs)
+    return losses_bt, (unit_gradient_btd, None)
+
+
+def _backward_rule(chunk: int, residuals: tuple, cotangent_bt: Any) -> tuple:
+    unit_gradient_btd, inputs = residuals
+    if isinstance(cotangent_bt, SymbolicZero):
+        cotangent_bt = jnp.zeros(cotangent_bt.shape, cotangent_bt.dtype)
+    if inputs is None:
+        gradient_btd = unit_gradient_btd.astype(jnp.float32) * cotangent_bt[..., None]
+        return gradient_btd.astype(unit_gradient_btd.dtype), None, None, None
+    hidden_gradient, head_gradient = _on_mesh(_all_gradients, chunk, inputs[1], ("rows", "head"))(*inputs, cotangent_bt)
+    return hidden_gradient, head_gradient, None, None
+
+
+_token_losses.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One device's share. Suffixes: n positions (supervised first, padded to whole chunks), c one chunk, v vocabulary.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    chunk: int
+    vocab_axis: str | None = None
+    """Mesh axis that splits the head's rows; None where the head is whole."""
+    row_axes: tuple[str, ...] = ()
+    """Mesh axes that spread the batch."""
+
+
+class _Positions(NamedTuple):
+    order_n: jax.Array
+    """Index into the flattened batch, supervised positions first; past the end for the padding of the last chunk."""
+    targets_n: jax.Array
+    count: jax.Array
+    """Number of supervised positions."""
+
+    def at(self, index: jax.Array, chunk: int) -> "_Positions":
+        order_c, targets_c = (
+            jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk) for x in (self.order_n, self.targets_n)
+        )
+        return _Positions(order_c, targets_c, jnp.clip(self.count - index * chunk, 0, chunk))
+
+
+def _supervised_first(targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int) -> _Positions:
+    mask = loss_mask_bt.reshape(-1)
+    order = jnp.argsort(~mask, stable=True)
+    padding = -mask.size % chunk
+    order_n = jnp.pad(order, (0, padding), constant_values=mask.size)
+    return _Positions(order_n, jnp.pad(targets_bt.reshape(-1)[order], (0, padding)), jnp.sum(mask))
+
+
+def _loop(positions: _Positions, layout: _Layout, body: Callable, init: Any) -> Any:
+    return jax.lax.fori_loop(0, (positions.count + layout.chunk - 1) // layout.chunk, body, init)
+
+
+def _put(x_n: jax.Array, index: jax.Array, x_c: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_n, x_c.astype(x_n.dtype), index * x_c.shape[0], 0)
+
+
+def _put_back(x_n: jax.Array, positions: _Positions, shape: tuple[int, ...]) -> jax.Array:
+    """From sorted order to the batch's own order and shape."""
+    rows = jnp.zeros((shape[0] * shape[1], *x_n.shape[1:]), x_n.dtype)
+    return rows.at[positions.order_n].set(x_n, mode="drop", unique_indices=True).reshape(shape)
+
+
+def _chunk_statistics(
+    hidden_cd: jax.Array, head_vd: jax.Array, here: _Positions, layout: _Layout
+) -> tuple[jax.Array, jax.Array]:
+    """Losses [c] and d loss / d logits [c, v] of one chunk, zero beyond its supervised positions."""
+    logits_cv = jnp.einsum("cd,vd->cv", hidden_cd, head_vd, preferred_element_type=jnp.float32)
+    vocab_start = 0
+    highest_c = jnp.max(logits_cv, axis=-1)
+    if layout.vocab_axis:
+        vocab_start = jax.lax.axis_index(layout.vocab_axis) * head_vd.shape[0]
+        highest_c = jax.lax.pmax(highest_c, layout.vocab_axis)
+    is_target_cv = here.targets_n[:, None] == vocab_start + jnp.arange(head_vd.shape[0])
+    exponentials_cv = jnp.exp(logits_cv - highest_c[:, None])
+    normalizer_c = jnp.sum(exponentials_cv, axis=-1)
+    target_logit_c = jnp.sum(jnp.where(is_target_cv, logits_cv, 0.0), axis=-1)
+    if layout.vocab_axis:
+        normalizer_c, target_logit_c = jax.lax.psum((normalizer_c, target_logit_c), layout.vocab_axis)
+    live_c = jnp.arange(layout.chunk) < here.count
+    loss_c = jnp.where(live_c, jnp.log(normalizer_c) + highest_c - target_logit_c, 0.0)
+    gradient_cv = jnp.where(live_c[:, None], exponentials_cv / normalizer_c[:, None] - is_target_cv, 0.0)
+    return loss_c, gradient_cv
+
+
+def _through_head(gradient_cv: jax.Array, head_vd: jax.Array, layout: _Layout) -> jax.Array:
+    gradient_cd = jnp.einsum(
+        "cv,vd->cd", gradient_cv.astype(head_vd.dtype), head_vd, preferred_element_type=jnp.float32
+    )
+    return jax.lax.psum(gradient_cd, layout.vocab_axis) if layout.vocab_axis else gradient_cd
+
+
+def _losses(
+    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, *, layout: _Layout
+) -> jax.Array:
+    hidden_nd = hidden_btd.reshape(-1, hidden_btd.shape[-1])
+    positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
+
+    def body(index: jax.Array, losses_n: jax.Array) -> jax.Array:
+        here = positions.at(index, layout.chunk)
+        loss_c, _ = _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout)
+        return _put(losses_n, index, loss_c)
+
+    losses_n = _loop(positions, layout, body, jnp.zeros(positions.order_n.shape, jnp.float32))
+    return _put_back(losses_n, positions, targets_bt.shape)
+
+
+def _losses_and_gradients(
+    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, *, layout: _Layout
+) -> tuple[jax.Array, jax.Array]:
+    """Losses, and the gradient of each loss with respect to its own hidden state."""
+    hidden_nd = hidden_btd.reshape(-1, hidden_btd.shape[-1])
+    positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
+
+    def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        losses_n, gradients_nd = carry
+        here = positions.at(index, layout.chunk)
+        loss_c, gradient_cv = _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout)
+        gradient_cd = _through_head(gradient_cv, head_vd, layout)
+        return _put(losses_n, index, loss_c), _put(gradients_nd, index, gradient_cd)
+
+    size = positions.order_n.size
+    init = jnp.zeros((size,), jnp.float32), jnp.zeros((size, hidden_nd.shape[1]), hidden_nd.dtype)
+    losses_n, gradients_nd = _loop(positions, layout, body, init)
+    losses_bt = _put_back(losses_n, positions, targets_bt.shape)
+    return losses_bt, _put_back(gradients_nd, positions, hidden_btd.shape)
+
+
+def _all_gradients(
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    targets_bt: jax.Array,
+    loss_mask_bt: jax.Array,
+    cotangent_bt: jax.Array,
+    *,
+    layout: _Layout,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of Σ cotangent · loss with respect to hidden states and head."""
+    hidden_nd, cotangent_n = hidden_btd.reshape(-1, hidden_btd.shape[-1]), cotangent_bt.reshape(-1)
+    positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
+
+    def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        gradients_nd, head_gradient_vd = carry
+        here = positions.at(index, layout.chunk)
+        hidden_cd = hidden_nd[here.order_n]
+        gradient_cv = _chunk_statistics(hidden_cd, head_vd, here, layout)[1] * cotangent_n[here.order_n][:, None]
+        through_cd = _through_head(gradient_cv, head_vd, layout)
+        head_gradient_vd += jnp.einsum(
+            "cv,cd->vd", gradient_cv.astype(hidden_cd.dtype), hidden_cd, preferred_element_type=jnp.float32
+        )
+        return _put(gradients_nd, index, through_cd), head_gradient_vd
+
+    init = (
+        jnp.zeros((positions.order_n.size, hidden_nd.shape[1]), hidden_nd.dtype),
+        jnp.zeros(head_vd.shape, jnp.float32),
+    )
+    gradients_nd, head_gradient_vd = _loop(positions, layout, body, init)
+    if layout.row_axes:
+        head_gradient_vd = jax.lax.psum(head_gradient_vd, layout.row_axes)
+    return _put_back(gradients_nd, positions, hidden_btd.shape), head_gradient_vd.astype(head_vd.dtype)
+
+
+def _on_mesh(local: Callable, chunk: int, head_vd: jax.Array, outputs: Any) -> Callable:
+    """Runs `local` on every device's rows; `outputs` says per result whether it lies like "rows" or like the "head"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    split_vocab = not mesh.empty and mesh.shape[VOCAB_AXIS] > 1 and head_vd.shape[0] % mesh.shape[VOCAB_AXIS] == 0
+
+    def run(hidden_btd: jax.Array, *others: jax.Array) -> Any:
+        layout = _Layout(
+            chunk=min(chunk, hidden_btd.shape[0] * hidden_btd.shape[1] // devices),
+            vocab_axis=VOCAB_AXIS if split_vocab else None,
+            row_axes=() if mesh.empty else BATCH_AXES,
+        )
+        share = functools.partial(local, layout=layout)
+        if mesh.empty:
+            return share(hidden_btd, *others)
+        specs = {"rows": P(BATCH_AXES), "head": P(layout.vocab_axis)}
+        in_specs = (specs["rows"], specs["head"], *(specs["rows"] for _ in others[1:]))
+        out_specs = jax.tree.map(specs.__getitem__, outputs)
+        return jax.shard_map(share, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden_btd, *others)
+
+    return run

@@ -1,0 +1,225 @@
+"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) on one page: sizes, rotary embedding, block, model.
+
+Parameters keep Hugging Face's layout ([out, in] kernels, rotate-half rotary pairs), so nothing is transposed or
+permuted on the way in or out. The blocks are stacked along a leading `layers` axis and scanned: compile time does not
+grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/value heads, n head_dim, f feed-forward.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_policies
+
+from flacuna_jax.config import LoraConfig
+from flacuna_jax.kernels.attention import attention
+from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.model.lora import BaseParam, LoRALinear, base_matrix, fold_keys
+from flacuna_jax.model.sharding import constrain, gather_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a LLaMA, as its checkpoint's config.json states them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+
+# Remat policies: what a layer's forward pass leaves behind for its backward pass.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "dots": checkpoint_policies.save_from_both_policies(
+        checkpoint_policies.dots_with_no_batch_dims_saveable,
+        checkpoint_policies.save_only_these_names("attention_output", "attention_lse"),
+    ),
+    "full": checkpoint_policies.nothing_saveable,
+}
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · weight, statistics in float32 whatever x is (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float, param_dtype: jnp.dtype) -> None:
+        self.weight = BaseParam(jnp.ones((size,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        x32 = x_btd.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x_btd.dtype) * self.weight[...].astype(x_btd.dtype)
+
+
+class Embedding(nnx.Module):
+    """The table [vocab, model]; also the language-model head, alone or tied."""
+
+    def __init__(self, vocab_size: int, size: int, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.weight = BaseParam(base_matrix(rngs.params(), (vocab_size, size), param_dtype))
+
+    def table(self, dtype: jnp.dtype) -> jax.Array:
+        return gather_weight(self.weight[...].astype(dtype), "vocab", "embed")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al., 2021): cos and sin [b, t, 1, head_dim / 2] in float32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def at(cls, positions_bt: jax.Array, head_dim: int, theta: float) -> "Rope":
+        frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        angle = positions_bt.astype(jnp.float32)[:, :, None, None] * frequency
+        return cls(jnp.cos(angle), jnp.sin(angle))
+
+    def rotate(self, x_bthn: jax.Array) -> jax.Array:
+        x1, x2 = jnp.split(x_bthn.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin], axis=-1)
+        return rotated.astype(x_bthn.dtype)
+
+
+class Block(nnx.Module):
+    """One decoder layer. Where keys and values come from is the caller's business: training attends within packed
+    rows, decoding to a cache."""
+
+    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.config = config
+        d, f = config.hidden_size, config.intermediate_size
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = {
+            "q_proj": (d, q, ("heads", "embed")),
+            "k_proj": (d, kv, ("kv_heads", "embed")),
+            "v_proj": (d, kv, ("kv_heads", "embed")),
+            "o_proj": (q, d, ("embed", "heads")),
+            "gate_proj": (d, f, ("ffn", "embed")),
+            "up_proj": (d, f, ("ffn", "embed")),
+            "down_proj": (f, d, ("embed", "ffn")),
+        }
+        for module_id, (name, (into, out, axes)) in enumerate(sizes.items()):
+            targeted = lora if lora is not None and name in lora.targets else None
+            projection = LoRALinear(
+                into, out, axes=axes, lora=targeted, module_id=module_id, param_dtype=param_dtype, rngs=rngs
+            )
+            setattr(self, name, projection)
+        self.input_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
+        self.post_attention_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        rope: Rope,
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        row_keys_b: jax.Array | None = None,
+    ) -> jax.Array:
+        """Args:
+        x_btd: activations.
+        rope: of the positions of x.
+        attend: (q_bthn, k_btkn, v_btkn) → o_bthn.
+        row_keys_b: dropout keys, one per row; None evaluates.
+        """
+        n = self.config.head_dim
+        h_btd = self.input_layernorm(x_btd)
+        q_bthn = _split_heads(self.q_proj(h_btd, row_keys_b), n, "heads")
+        k_btkn = _split_heads(self.k_proj(h_btd, row_keys_b), n, "kv_heads")
+        v_btkn = _split_heads(self.v_proj(h_btd, row_keys_b), n, "kv_heads")
+        o_bthn = attend(rope.rotate(q_bthn), rope.rotate(k_btkn), v_btkn)
+        o_bto = o_bthn.reshape(*o_bthn.shape[:2], -1)
+        x_btd = constrain(x_btd + self.o_proj(o_bto, row_keys_b), "batch", None, None)
+
+        h_btd = self.post_attention_layernorm(x_btd)
+        gate_btf = jax.nn.silu(self.gate_proj(h_btd, row_keys_b))
+        h_btf = constrain(gate_btf * self.up_proj(h_btd, row_keys_b), "batch", None, "ffn")
+        return constrain(x_btd + self.down_proj(h_btf, row_keys_b), "batch", None, None)
+
+
+def _split_heads(x_bti: jax.Array, head_dim: int, axis: str) -> jax.Array:
+    return constrain(x_bti.reshape(*x_bti.shape[:2], -1, head_dim), "batch", None, axis, None)
+
+
+class Llama(nnx.Module):
+    """The decoder, from token ids to final hidden states; `head` gives the table that turns those into logits.
+
+    Args:
+      config: sizes.
+      lora: adapters to create beside the base, or None.
+      dtype: compute dtype.
+      param_dtype: dtype of base weights (adapters are float32).
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig | None = None,
+        *,
+        dtype: jnp.dtype = jnp.bfloat16,
+        param_dtype: jnp.dtype = jnp.bfloat16,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, param_dtype, rngs)
+        make_blocks = nnx.vmap(lambda rngs: Block(config, lora, param_dtype, rngs))
+        self.layers = make_blocks(rngs.split(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, param_dtype, rngs)
+
+    def __call__(
+        self,
+        tokens_bt: jax.Array,
+        positions_bt: jax.Array,
+        mask: PackedMask,
+        *,
+        row_keys_b: jax.Array | None = None,
+        remat: str = "none",
+        attention_backend: str = "auto",
+    ) -> jax.Array:
+        """Hidden states after the final norm, [batch, length, model] in the compute dtype.
+
+        Args:
+          tokens_bt: int32 ids; padding may be any valid id.
+          positions_bt: int32, restarting at 0 with each document.
+          mask: which keys each query sees, built once for all layers.
+          row_keys_b: adapter-dropout keys, one per row; None evaluates.
+          remat: "none", or a key of REMAT_POLICIES.
+          attention_backend: see `kernels.attention`.
+        """
+        rope = Rope.at(positions_bt, self.config.head_dim, self.config.rope_theta)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, k, v, mask, backend=attention_backend)
+
+        block_graph, block_state = nnx.split(self.layers)
+
+        def apply_block(x_btd: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+            index, state = layer
+            keys_b = None if row_keys_b is None else fold_keys(row_keys_b, index)
+            return nnx.merge(block_graph, state)(x_btd, rope, attend, keys_b), None
+
+        if remat != "none":
+            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(self.config.num_layers), block_state))
+        return self.norm(x_btd)
+
+    def embed(self, tokens_bt: jax.Array) -> jax.Array:
+        return constrain(jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0), "batch", None, None)
+
+    def head(self) -> jax.Array:
+        """The language-model head [vocab, model] in the compute dtype."""
+        module = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return module.table(self.dtype)
+
+    def logits(self, hidden_btd: jax.Array) -> jax.Array:
+        """Float32 logits [batch, length, vocab]; for decoding and tests, training never holds them whole."""
+        return jnp.einsum("btd,vd->btv", hidden_btd, self.head(), preferred_element_type=jnp.float32)

@@ -1,0 +1,138 @@
+"""How the network lies on a mesh: one table from logical axes to mesh axes, used by model, loader, trainer and tests.
+
+The mesh has three axes. `data` replicates the weights, `fsdp` splits them and gathers one layer at a time, `tensor`
+splits heads, feed-forward and vocabulary. Rows of a batch are spread over data × fsdp.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flacuna_jax.config import MeshConfig
+from flacuna_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "layers": None,
+    "rank": None,
+    None: None,
+}
+"""Logical axis → mesh axis. `embed` names the model dimension of a stored weight, never of an activation."""
+
+Axes = tuple[str | None, ...]
+
+BASE_AXES: dict[str, Axes] = {
+    "embed_tokens/weight": ("vocab", "embed"),
+    "layers/input_layernorm/weight": ("layers", None),
+    "layers/q_proj/weight": ("layers", "heads", "embed"),
+    "layers/k_proj/weight": ("layers", "kv_heads", "embed"),
+    "layers/v_proj/weight": ("layers", "kv_heads", "embed"),
+    "layers/o_proj/weight": ("layers", "embed", "heads"),
+    "layers/post_attention_layernorm/weight": ("layers", None),
+    "layers/gate_proj/weight": ("layers", "ffn", "embed"),
+    "layers/up_proj/weight": ("layers", "ffn", "embed"),
+    "layers/down_proj/weight": ("layers", "embed", "ffn"),
+    "norm/weight": (None,),
+    "lm_head/weight": ("vocab", "embed"),
+}
+"""Parameter → logical axes of its dimensions: kernels [out, in] as in Hugging Face files, layers stacked in front."""
+
+
+def parameter_axes(name: str) -> Axes:
+    """Logical axes of a base or adapter parameter.
+
+    Adapters are replicated over fsdp (they are tiny, and a second set of gathers per layer is not) and follow their
+    projection over tensor: A [layers, rank, in] where `in` is split, B [layers, out, rank] where `out` is.
+    """
+    module, _, leaf = name.rpartition("/")
+    if leaf not in ("lora_a", "lora_b"):
+        return BASE_AXES[name]
+    layers, out, into = (None if axis == "embed" else axis for axis in BASE_AXES[f"{module}/weight"])
+    return (layers, "rank", into) if leaf == "lora_a" else (layers, out, "rank")
+
+
+def partition_spec(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> PartitionSpec:
+    """Mesh axes for logical axes. With a shape and mesh, a dimension that its mesh axis does not divide stays whole."""
+    resolved = [RULES[axis] for axis in axes]
+    if shape is not None and mesh is not None:
+        resolved = [to if _divides(mesh, to, size) else None for to, size in zip(resolved, shape, strict=True)]
+    return PartitionSpec(*resolved)
+
+
+def _divides(mesh: Mesh, axis: str | tuple[str, ...] | None, size: int) -> bool:
+    names = (axis,) if isinstance(axis, str) else (axis or ())
+    return size % int(np.prod([mesh.shape[name] for name in names])) == 0
+
+
+def parameter_shardings(shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Shardings of named parameters (`base_shapes`, `lora_shapes` of `model.llama`)."""
+    return {name: NamedSharding(mesh, partition_spec(parameter_axes(name), s, mesh)) for name, s in shapes.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of batch leaves [accumulation, batch, length]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation or a gathered weight to its layout on the ambient mesh (`jax.set_mesh`); without one, nothing.
+
+    Given a weight's own axes with `embed` left out, this is the all-gather of a layer over fsdp, said explicitly so
+    that the compiler cannot choose to move activations instead.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def gather_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """A stored weight as the computation wants it: whole along `embed`, still split over tensor."""
+    return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
+
+
+def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh; `auto` splits the weights over every device there is.
+
+    Raises:
+      UserError: the config asks for more devices than there are, or leaves some out where several hosts run together.
+    """
+    devices = jax.devices() if devices is None else devices
+    if not isinstance(config, MeshConfig):
+        config = MeshConfig(fsdp=len(devices))
+    wanted = config.devices
+    if wanted > len(devices):
+        raise UserError(
+            f"mesh: data {config.data} × fsdp {config.fsdp} × tensor {config.tensor} needs {wanted} devices, "
+            f"{len(devices)} are here; lower an axis or say mesh: auto"
+        )
+    if wanted < len(devices) and jax.process_count() > 1:
+        raise UserError(f"mesh: names {wanted} of {len(devices)} devices; with several hosts all must be used")
+    shape = (config.data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+
+
+def check_mesh(mesh: Mesh, num_heads: int, num_kv_heads: int, intermediate_size: int) -> None:
+    """Raises `UserError` where tensor parallelism would cut through a head or leave the feed-forward uneven."""
+    tensor = mesh.shape["tensor"]
+    for what, size in (
+        ("attention heads", num_heads),
+        ("key/value heads", num_kv_heads),
+        ("feed-forward units", intermediate_size),
+    ):
+        if size % tensor:
+            raise UserError(f"mesh.tensor: {tensor} does not divide the model's {size} {what}")
