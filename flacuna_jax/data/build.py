@@ -1,0 +1,127 @@
+"""Builds the tokenised corpus of a config: reads, tokenises, applies the length policy, and counts everything."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.data.conversation import TEMPLATES, Conversation
+from flacuna_jax.data.files import Place
+from flacuna_jax.data.formats import read_source
+from flacuna_jax.data.over_length import Shortener
+from flacuna_jax.data.report import BadRecordPolicy, DataReport, SourceReport
+from flacuna_jax.data.store import StoreBuilder, TokenStore
+from flacuna_jax.data.tokenization import SegmentEncoder, TokenizedExample, Tokenizer, tokenize_batch
+from flacuna_jax.errors import UserError
+
+BLOCK = 512
+"""Conversations that are tokenised together."""
+
+OVER_LENGTH = "longer than data.max_length"
+TRUNCATED = "question shortened to data.max_length"
+TURNS_REMOVED = "turns removed to fit data.max_length"
+ANSWER_TOO_LONG = "answers alone longer than data.max_length"
+NO_LOSS = "no supervised token"
+
+Progress = Callable[[int], None]
+"""Called now and then with the number of records read so far."""
+
+
+def build_store(
+    config: DataConfig, tokenizer: Tokenizer, on_progress: Progress | None = None
+) -> tuple[TokenStore, DataReport]:
+    """Tokenises every source of a config. Raises UserError for bad input and for a source that gives no example."""
+    builder = StoreBuilder([source.path for source in config.sources], tokenizer.vocab_size)
+    encoder = SegmentEncoder(tokenizer)
+    reports: list[SourceReport] = []
+    for index, source in enumerate(config.sources):
+        report = SourceReport(source.path)
+        reports.append(report)
+        _SourceBuild(config, source, index, tokenizer, encoder, report, builder).run(
+            (lambda: on_progress(sum(r.read for r in reports))) if on_progress else None
+        )
+        if not report.kept:
+            reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report.dropped.most_common())
+            raise UserError(f"{source.path}: not one usable example ({reasons or 'no records'})")
+    return builder.finish(), DataReport(tuple(reports))
+
+
+class _SourceBuild:
+    """One source's way into the store."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: SourceConfig,
+        index: int,
+        tokenizer: Tokenizer,
+        encoder: SegmentEncoder,
+        report: SourceReport,
+        builder: StoreBuilder,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._index = index
+        self._encoder = encoder
+        self._report = report
+        self._builder = builder
+        self._template = TEMPLATES[config.template]
+        self._shortener = Shortener(self._template, tokenizer, encoder, config.train_on, config.max_length)
+
+    def run(self, on_block: Callable[[], None] | None) -> None:
+        wanted = self._source.max_examples
+        conversations = self._read()
+        while wanted is None or self._report.kept < wanted:
+            # With a limit, a block is never larger than what is still wanted, so nothing is read beyond it.
+            size = BLOCK if wanted is None else min(BLOCK, wanted - self._report.kept)
+            block = list(islice(conversations, size))
+            if not block:
+                break
+            self._add(block)
+            if on_block:
+                on_block()
+
+    def _read(self) -> Iterator[tuple[int, Place, Conversation]]:
+        policy = BadRecordPolicy(self._report, self._config.on_bad_record)
+        for place, conversation in read_source(self._source, policy):
+            yield self._report.read - 1, place, conversation
+
+    def _add(self, block: list[tuple[int, Place, Conversation]]) -> None:
+        examples = tokenize_batch(
+            [conversation for _, _, conversation in block], self._template, self._encoder, self._config.train_on
+        )
+        kept: list[TokenizedExample] = []
+        records: list[int] = []
+        for (record, place, conversation), example in zip(block, examples, strict=True):
+            fitting = self._fit(place, conversation, example)
+            if fitting is not None:
+                kept.append(fitting)
+                records.append(record)
+        self._builder.add(self._index, kept, records)
+        self._report.kept += len(kept)
+        self._report.tokens += sum(len(example.ids) for example in kept)
+        self._report.supervised_tokens += sum(int(example.loss_mask.sum()) for example in kept)
+
+    def _fit(self, place: Place, conversation: Conversation, example: TokenizedExample) -> TokenizedExample | None:
+        """The example within the length limit and with something to learn; None, and counted, if that cannot be."""
+        length, limit = len(example.ids), self._config.max_length
+        if not example.loss_mask.any():
+            self._report.drop(NO_LOSS, place)
+            return None
+        if length <= limit:
+            return example
+        if self._config.over_length == "error":
+            raise UserError(
+                f"{place}: {length} tokens, more than data.max_length {limit} "
+                "(data.over_length: drop or truncate_prompt would go on)"
+            )
+        shorter = None
+        if self._config.over_length == "truncate_prompt":
+            shorter = self._shortener.shorten(conversation, length)
+        if shorter is None:
+            reason = OVER_LENGTH if self._config.over_length == "drop" else ANSWER_TOO_LONG
+            self._report.drop(reason, place, f"{length} tokens")
+            self._report.tokens_lost += length
+            return None
+        self._report.change(TURNS_REMOVED if shorter.turns_removed else TRUNCATED, place)
+        self._report.tokens_lost += length - len(shorter.example.ids)
+        return shorter.example

@@ -1,0 +1,107 @@
+r"""`over_length: truncate_prompt`: makes a conversation fit by shortening what users say, never an answer.
+
+The middle of a question is cut out and "\n...\n" put in its place, since instructions stand at the start (Alpaca) or at
+the end (few-shot FLAN). The longest questions give first: all are cut to one common length in tokens, but none below
+`SHORTEST_QUESTION`. If that is not enough, whole question-answer pairs go: the last ones, or with `train_on: last`,
+where only the last answer is to be learnt, the first ones. What then still does not fit cannot be trained on.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from flacuna_jax.data.conversation import Conversation, Template, Turn
+from flacuna_jax.data.tokenization import (
+    SegmentEncoder,
+    TokenizedExample,
+    Tokenizer,
+    TrainOn,
+    tokenize_batch,
+)
+
+SHORTEST_QUESTION = 32
+"""Tokens of a question that are always left."""
+GAP = "\n...\n"
+_ATTEMPTS = 4
+
+
+class Shortened(NamedTuple):
+    example: TokenizedExample
+    turns_removed: int
+
+
+@dataclass(frozen=True)
+class Shortener:
+    template: Template
+    tokenizer: Tokenizer
+    encoder: SegmentEncoder
+    train_on: TrainOn
+    max_length: int
+
+    def shorten(self, conversation: Conversation, length: int) -> Shortened | None:
+        """An example of at most max_length tokens from a conversation of `length`; None if there is no way."""
+        turns_before = len(conversation.turns)
+        while len(conversation.turns) >= 2:
+            example = self._cut_questions(conversation, length)
+            if example is not None:
+                return Shortened(example, turns_before - len(conversation.turns))
+            last = self.train_on == "last"
+            turns = conversation.turns[2:] if last else conversation.turns[:-2]
+            # An answer without text has nothing to learn, so what ends with one has no use.
+            while not last and turns and not turns[-1].text:
+                turns = turns[:-2]
+            if not turns:
+                return None
+            conversation = replace(conversation, turns=turns)
+            example = self._tokenize(conversation)
+            length = len(example.ids)
+            if length <= self.max_length:
+                return Shortened(example, turns_before - len(turns)) if example.loss_mask.any() else None
+        return None
+
+    def _cut_questions(self, conversation: Conversation, length: int) -> TokenizedExample | None:
+        questions = {
+            index: self.tokenizer.encode(turn.text)
+            for index, turn in enumerate(conversation.turns)
+            if turn.role == "user" and turn.text
+        }
+        gap = len(self.tokenizer.encode(GAP)) + 2
+        budget = sum(map(len, questions.values())) - (length - self.max_length)
+        for _ in range(_ATTEMPTS):
+            limit = common_limit([len(ids) for ids in questions.values()], budget, gap)
+            if limit < SHORTEST_QUESTION:
+                return None
+            turns = tuple(
+                self._cut(turn, questions[index], limit - gap) if len(questions.get(index, ())) > limit else turn
+                for index, turn in enumerate(conversation.turns)
+            )
+            example = self._tokenize(replace(conversation, turns=turns))
+            excess = len(example.ids) - self.max_length
+            if excess <= 0:
+                return example
+            # Text cut in another place may need a token or two more than the pieces it was made of.
+            budget -= excess
+        return None
+
+    def _cut(self, turn: Turn, ids: list[int], keep: int) -> Turn:
+        head, tail = ids[: (keep + 1) // 2], ids[len(ids) - keep // 2 :]
+        # A cut through the bytes of one character leaves replacement characters at the edges.
+        start = self.tokenizer.decode(head).rstrip("\ufffd").rstrip()
+        end = self.tokenizer.decode(tail).lstrip("\ufffd").lstrip()
+        return Turn("user", f"{start}{GAP}{end}")
+
+    def _tokenize(self, conversation: Conversation) -> TokenizedExample:
+        return tokenize_batch([conversation], self.template, self.encoder, self.train_on)[0]
+
+
+def common_limit(lengths: list[int], budget: int, gap: int) -> int:
+    """The largest L with sum(min(n, L)) <= budget, so that cutting every n > L to L fits; 0 if there is none.
+
+    A cut question holds the gap within its L tokens, so a limit below `SHORTEST_QUESTION` + gap is no limit.
+    """
+    remaining = budget
+    for index, shortest in enumerate(sorted(lengths)):
+        share = remaining // (len(lengths) - index)
+        if share < shortest:
+            return share if share >= SHORTEST_QUESTION + gap else 0
+        remaining -= shortest
+    return max(lengths, default=0)

@@ -1,0 +1,178 @@
+"""The tokenised corpus in flat arrays: some bytes per token and a few dozen per example, however many there are.
+
+Built as a stream: every array grows in place, so that 400 million tokens need no second copy while they come in.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from flacuna_jax.data.tokenization import TokenizedExample, Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Examples one behind the other.
+
+    tokens: uint16 or int32 [total]. loss_mask: bool [total], as in TokenizedExample. offsets: int64 [examples + 1].
+    source_index: int32 [examples], which configured source an example is from (its weight hangs on that).
+    task_index: int32 [examples], index into `tasks`, the `source` that the record itself names ("cot_gsm8k").
+    record_index: int64 [examples], number of the record in its source, from 0.
+    id_bytes, id_offsets: the records' ids, UTF-8, uint8 [..] and int64 [examples + 1].
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    loss_mask: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    source_index: NDArray[np.int32]
+    task_index: NDArray[np.int32]
+    record_index: NDArray[np.int64]
+    id_bytes: NDArray[np.uint8]
+    id_offsets: NDArray[np.int64]
+    sources: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def supervised_counts(self) -> NDArray[np.int64]:
+        """Supervised tokens of each example, int64 [examples]."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        # No example is empty, so reduceat's rule for empty slices never applies.
+        return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
+
+    def id_of(self, example: int) -> str:
+        start, end = self.id_offsets[example], self.id_offsets[example + 1]
+        return self.id_bytes[start:end].tobytes().decode()
+
+    def example(self, index: int) -> TokenizedExample:
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return TokenizedExample(
+            self.tokens[span].astype(np.int32),
+            self.loss_mask[span],
+            self.id_of(index),
+            self.tasks[self.task_index[index]],
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides what is trained on: tokens, masks, lengths and the sources they belong to."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.tokens, self.loss_mask, self.offsets, self.source_index):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+class _Growing:
+    """A flat array that doubles in place as it is appended to."""
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        self._data = np.zeros(1024, dtype)
+        self.size = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        end = self.size + len(values)
+        if end > len(self._data):
+            # realloc moves pages of large arrays and copies nothing; no view of the array is ever handed out before.
+            self._data.resize(max(end, 2 * len(self._data)), refcheck=False)
+        self._data[self.size : end] = values
+        self.size = end
+
+    def finish(self) -> NDArray[Any]:
+        self._data.resize(self.size, refcheck=False)
+        return self._data
+
+
+class StoreBuilder:
+    """Takes examples block by block, `finish` gives the store; tokens take 16 bits where the vocabulary allows."""
+
+    def __init__(self, sources: Sequence[str], vocab_size: int) -> None:
+        self._sources = tuple(sources)
+        self._tokens = _Growing(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+        self._loss_mask = _Growing(np.bool_)
+        self._lengths = _Growing(np.int64)
+        self._source_index = _Growing(np.int32)
+        self._task_index = _Growing(np.int32)
+        self._record_index = _Growing(np.int64)
+        self._id_bytes = _Growing(np.uint8)
+        self._id_lengths = _Growing(np.int64)
+        self._tasks: dict[str, int] = {}
+
+    def add(self, source: int, examples: Sequence[TokenizedExample], records: Sequence[int]) -> None:
+        """Appends examples of one source; `records` are their record numbers. Raises ValueError without loss."""
+        if not examples:
+            return
+        if not all(example.loss_mask.any() and not example.loss_mask[0] for example in examples):
+            raise ValueError("an example has no supervised token, or loss on its first token")
+        self._tokens.append(np.concatenate([example.ids for example in examples]))
+        self._loss_mask.append(np.concatenate([example.loss_mask for example in examples]))
+        self._lengths.append(np.array([len(example.ids) for example in examples]))
+        self._source_index.append(np.full(len(examples), source))
+        self._task_index.append(
+            np.array([self._tasks.setdefault(example.source, len(self._tasks)) for example in examples])
+        )
+        self._record_index.append(np.array(records))
+        encoded = [example.id.encode() for example in examples]
+        self._id_bytes.append(np.frombuffer(b"".join(encoded), np.uint8))
+        self._id_lengths.append(np.array([len(text) for text in encoded]))
+
+    def finish(self) -> TokenStore:
+        return TokenStore(
+            tokens=self._tokens.finish(),
+            loss_mask=self._loss_mask.finish(),
+            offsets=_offsets(self._lengths.finish()),
+            source_index=self._source_index.finish(),
+            task_index=self._task_index.finish(),
+            record_index=self._record_index.finish(),
+            id_bytes=self._id_bytes.finish(),
+            id_offsets=_offsets(self._id_lengths.finish()),
+            sources=self._sources,
+            tasks=tuple(self._tasks),
+        )
+
+
+def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+class Piece(NamedTuple):
+    """A stretch of an example's text; special tokens are pieces of their own."""
+
+    text: str
+    supervised: bool
+
+
+def describe_example(
+    store: TokenStore, index: int, tokenizer: Tokenizer, bos: str = "<s>", eos: str = "</s>"
+) -> list[Piece]:
+    """The text of an example as the model sees it, cut where loss begins and ends."""
+    example = store.example(index)
+    ids, mask = example.ids.tolist(), example.loss_mask.tolist()
+    special = {tokenizer.bos_id: bos, tokenizer.eos_id: eos}
+    pieces: list[Piece] = []
+    chunk_start = 0  # a text is decoded from its start, so that the spaces between its pieces come out right
+    start = 0
+    while start < len(ids):
+        if ids[start] in special:
+            pieces.append(Piece(special[ids[start]], mask[start]))
+            start += 1
+            chunk_start = start
+            continue
+        end = start
+        while end < len(ids) and ids[end] not in special and mask[end] == mask[start]:
+            end += 1
+        before = tokenizer.decode(ids[chunk_start:start]) if start > chunk_start else ""
+        pieces.append(Piece(tokenizer.decode(ids[chunk_start:end])[len(before) :], mask[start]))
+        start = end
+    return pieces
