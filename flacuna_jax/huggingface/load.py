@@ -1,0 +1,175 @@
+"""From files to stacked arrays that are born sharded, one layer of one parameter at a time."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import names
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.tensors import as_bytes, cast
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import base_shapes
+
+_FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
+_SAMPLE = 4096
+
+__all__ = ["fingerprint", "load_base", "match_tensors", "read_architecture"]
+
+Sources = dict[str, tuple[str, ...]]
+
+
+def load_base(
+    directory: str, config: LlamaConfig, shardings: Mapping[str, NamedSharding], dtype: jnp.dtype | str
+) -> dict[str, jax.Array]:
+    """The base weights of a Hugging Face directory or a converted one, as stacked arrays on the devices.
+
+    Each process reads only the slices that its devices hold. Host memory beyond the files' own pages is one layer of
+    one parameter, device memory one layer beyond the result.
+
+    Args:
+      directory: checkpoint.
+      config: its architecture, from `read_architecture`.
+      shardings: for every name of `base_shapes(config)`.
+      dtype: of the result, whatever the files hold.
+
+    Raises:
+      UserError: the files cannot be read, or a tensor is missing, left over, misshapen or not floating-point.
+    """
+    reader = open_checkpoint(directory)
+    sources = match_tensors(reader, config)
+    return {
+        path: _load_leaf(reader, path, sources[path], shape, shardings[path], jnp.dtype(dtype))
+        for path, shape in base_shapes(config).items()
+    }
+
+
+def match_tensors(reader: CheckpointReader, config: LlamaConfig) -> Sources:
+    """Parameter path → the file tensors that make it up, in layer order; accounts for every tensor on both sides.
+
+    Raises:
+      UserError: lists what is missing, what is left over, and what has another shape or dtype than the model's.
+    """
+    sources = {path: names.tensor_names(path, config.num_layers) for path in base_shapes(config)}
+    left_over = {name for name in reader if not names.is_ignored(name)}
+    if config.tie_word_embeddings:
+        sources["embed_tokens/weight"] = (_tied_source(reader),)
+        left_over.discard(names.HEAD)
+    wanted = {name for tensors in sources.values() for name in tensors}
+    missing, extra = sorted(wanted - set(reader)), sorted(left_over - wanted)
+    if missing or extra:
+        raise UserError(f"{reader.directory} does not fit its config.json{_accounting(missing, extra)}")
+    _check_tensors(reader, config, sources)
+    return sources
+
+
+def _tied_source(reader: CheckpointReader) -> str:
+    """The table of a tied model; some writers keep it under the head's name, some under both."""
+    if names.HEAD not in reader:
+        return names.EMBEDDING
+    if names.EMBEDDING not in reader:
+        return names.HEAD
+    if not _equal(reader.read(names.EMBEDDING), reader.read(names.HEAD)):
+        raise UserError(
+            f"{reader.directory}: config.json ties the embeddings (tie_word_embeddings), but {names.EMBEDDING} and "
+            f"{names.HEAD} differ; set it to false if the checkpoint has a head of its own"
+        )
+    return names.EMBEDDING
+
+
+def _equal(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
+    if a.shape != b.shape:
+        return False
+    return all(np.array_equal(a[start : start + rows], b[start : start + rows]) for start in range(0, len(a), rows))
+
+
+def _accounting(missing: list[str], extra: list[str]) -> str:
+    parts = ""
+    if missing:
+        parts += f"; {len(missing)} missing: {names.some(missing)}"
+    if extra:
+        parts += f"; {len(extra)} without a place in the model: {names.some(extra)}"
+    if missing == [names.HEAD]:
+        parts += " (if the model uses its embeddings as head, config.json should say tie_word_embeddings: true)"
+    return parts
+
+
+def _check_tensors(reader: CheckpointReader, config: LlamaConfig, sources: Sources) -> None:
+    wrong = []
+    for path, shape in base_shapes(config).items():
+        expected = shape[1:] if names.is_stacked(path) else shape
+        for name in sources[path]:
+            if reader.shape(name) != expected:
+                wrong.append(f"{name} has shape {list(reader.shape(name))}, config.json gives {list(expected)}")
+            elif reader.dtype(name).name not in _FLOATING:
+                wrong.append(f"{name} holds {reader.dtype(name).name}; weights must be floating-point")
+    if wrong:
+        raise UserError(f"{reader.directory}: " + names.some(wrong, 4))
+
+
+def _load_leaf(
+    reader: CheckpointReader,
+    path: str,
+    sources: tuple[str, ...],
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    if not names.is_stacked(path):
+        return _place(shape, sharding, dtype, reader.read(sources[0]).__getitem__)
+    axes = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    if axes[0] is not None:
+        return _place(shape, sharding, dtype, functools.partial(_read_stacked, reader, sources))
+    layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*axes[1:]))
+    leaf = _zeros(shape, dtype, sharding)
+    for index, name in enumerate(sources):
+        layer = _place(shape[1:], layer_sharding, dtype, reader.read(name).__getitem__)
+        leaf = _set_layer(leaf, layer, np.int32(index))
+        # Waiting keeps the host's copies to one layer; disks and conversion, not transfers, set the pace.
+        leaf.block_until_ready()
+    return leaf
+
+
+def _place(
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    dtype: jnp.dtype,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array on the devices from a function that reads a slice. Always copied: jax on CPU would alias the file."""
+    return jax.make_array_from_callback(shape, sharding, lambda index: cast(read(index or ()), dtype))
+
+
+def _read_stacked(reader: CheckpointReader, sources: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
+    layers, *rest = index
+    return np.stack([reader.read(name)[tuple(rest)] for name in sources[layers]])
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(leaf: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return leaf.at[index].set(layer)
+
+
+def fingerprint(reader: CheckpointReader, config: LlamaConfig) -> str:
+    """Identifies the weights of a base without reading them whole: names, shapes, dtypes and samples of each tensor.
+
+    A Hugging Face directory and its conversion in the same dtype have the same fingerprint.
+    """
+    digest = hashlib.sha256(repr(config).encode())
+    for path, sources in sorted(match_tensors(reader, config).items()):
+        for name in sources:
+            digest.update(f"{path} {reader.shape(name)} {reader.dtype(name).name}".encode())
+            flat = as_bytes(reader.read(name))
+            for start in (0, len(flat) // 2, max(len(flat) - _SAMPLE, 0)):
+                digest.update(flat[start : start + _SAMPLE])
+    return digest.hexdigest()

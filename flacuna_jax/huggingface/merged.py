@@ -1,0 +1,199 @@
+"""Whole models in Hugging Face's layout, written tensor by tensor: base plus adapter, or trained weights."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import names
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_json
+from flacuna_jax.huggingface.load import match_tensors
+from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX, CheckpointReader
+from flacuna_jax.huggingface.safetensors_file import write_file
+from flacuna_jax.huggingface.tensors import cast, common_dtype, is_finite
+from flacuna_jax.huggingface.tokenizer import SETTINGS, tokenizer_files
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import base_shapes
+
+SHARD_BYTES = 5_000_000_000
+"""What every release of transformers writes or accepts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingTensor:
+    """A tensor that is made when its turn to be written comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def merged_tensors(
+    reader: CheckpointReader, config: LlamaConfig, adapter: Adapter | None, dtype: np.dtype | None = None
+) -> list[PendingTensor]:
+    """The tensors of base + adapter: W + scale · B A added in float32 and rounded once to the stored dtype.
+
+    Args:
+      reader: the base.
+      config: its architecture.
+      adapter: what to merge; None copies.
+      dtype: None keeps each tensor's stored dtype.
+    """
+    pending = []
+    for path, sources in match_tensors(reader, config).items():
+        for layer, source in enumerate(sources):
+            place = layer if names.is_stacked(path) else None
+            stored = dtype or reader.dtype(source)
+            make = _merger(reader, source, stored, adapter, path, layer)
+            pending.append(PendingTensor(names.tensor_name(path, place), reader.shape(source), stored, make))
+    return sorted(pending, key=lambda tensor: _natural(tensor.name))
+
+
+def _merger(
+    reader: CheckpointReader, source: str, dtype: np.dtype, adapter: Adapter | None, path: str, layer: int
+) -> Callable[[], np.ndarray]:
+    module = path.removesuffix("/weight")
+    targeted = adapter is not None and f"{module}/lora_a" in adapter.params
+
+    def make() -> np.ndarray:
+        weight = reader.read(source)
+        if adapter is None or not targeted:
+            return weight if weight.dtype == dtype else cast(weight, dtype)
+        a, b = adapter.params[f"{module}/lora_a"][layer], adapter.params[f"{module}/lora_b"][layer]
+        total = cast(weight, np.dtype(np.float32))
+        total += np.float32(adapter.lora.scale) * (b @ a)
+        return cast(total, dtype)
+
+    return make
+
+
+def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> list[PendingTensor]:
+    """The tensors of a trained model, one layer at a time from the devices, rounded to `dtype`."""
+    pending = []
+    for path, shape in base_shapes(config).items():
+        if not names.is_stacked(path):
+            make = _fetcher(params[path], dtype, None)
+            pending.append(PendingTensor(names.tensor_name(path), shape, dtype, make))
+            continue
+        for layer in range(config.num_layers):
+            make = _fetcher(params[path], dtype, layer)
+            pending.append(PendingTensor(names.tensor_name(path, layer), shape[1:], dtype, make))
+    return sorted(pending, key=lambda tensor: _natural(tensor.name))
+
+
+def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[], np.ndarray]:
+    return lambda: cast(np.asarray(array if layer is None else array[layer]), dtype)
+
+
+def _natural(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def write_shards(directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Writes the tensors into one file, or into shards with an index; returns file → sha256.
+
+    Raises:
+      UserError: a tensor is not finite (the base is damaged, or training diverged).
+    """
+    shards = _plan_shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        return {SAFETENSORS: _write_shard(directory / SAFETENSORS, shards[0])}
+    files = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    digests = {file: _write_shard(directory / file, shard) for file, shard in zip(files, shards, strict=True)}
+    weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
+    index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / SAFETENSORS_INDEX, index)
+    return digests
+
+
+def _plan_shards(tensors: Sequence[PendingTensor], shard_bytes: int) -> list[list[PendingTensor]]:
+    shards: list[list[PendingTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _write_shard(path: Path, tensors: Sequence[PendingTensor]) -> str:
+    described = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
+    return write_file(path, described, (_checked(tensor) for tensor in tensors))
+
+
+def _checked(tensor: PendingTensor) -> np.ndarray:
+    value = tensor.make()
+    if not is_finite(value):
+        raise UserError(f"{tensor.name} holds infinities or NaNs; the base is damaged, or training diverged")
+    return value
+
+
+def write_settings(
+    directory: Path,
+    config: LlamaConfig,
+    dtypes: Sequence[np.dtype],
+    *,
+    model_source: Path | None,
+    tokenizer_source: Path,
+    chat_template: str | None,
+    token_ids: Mapping[str, int | None],
+) -> None:
+    """Everything beside the weights: config.json, generation_config.json, tokenizer files.
+
+    Args:
+      directory: where to.
+      config: sizes.
+      dtypes: of the tensors written.
+      model_source: the base's directory, whose config.json is carried over; None for a model trained from scratch.
+      tokenizer_source: directory whose tokenizer files are copied unchanged.
+      chat_template: jinja text that tokenizer_config.json gets; its other keys stay.
+      token_ids: bos_token_id and eos_token_id of the tokenizer, for a config.json that does not state them.
+    """
+    source = read_json(model_source / "config.json") if model_source else None
+    written = hugging_face_config(config, common_dtype(dtypes), source, **token_ids)
+    _write_json(directory / "config.json", written)
+    _write_json(directory / "generation_config.json", generation_config(written))
+    copy_tokenizer(tokenizer_source, directory, chat_template)
+
+
+def copy_tokenizer(source: Path, directory: Path, chat_template: str | None) -> None:
+    """Copies tokenizer files byte by byte; only tokenizer_config.json changes, by the chat template it is given."""
+    for path in tokenizer_files(source):
+        if chat_template is None or path.name not in (SETTINGS, "chat_template.jinja"):
+            shutil.copyfile(path, directory / path.name)
+    if chat_template is not None:
+        present = (source / SETTINGS).is_file()
+        settings = read_json(source / SETTINGS) if present else _LLAMA_TOKENIZER
+        _write_json(directory / SETTINGS, {**settings, "chat_template": chat_template})
+
+
+_LLAMA_TOKENIZER: dict[str, Any] = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": True,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+"""What a bare tokenizer.model of LLaMA means to transformers."""
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

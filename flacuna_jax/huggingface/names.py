@@ -1,0 +1,104 @@
+"""The one table between our flat parameter paths and the tensor names of Hugging Face and PEFT files.
+
+Our paths are stacked over layers ("layers/q_proj/weight" [L, out, in]); files hold one tensor per layer. Kernels keep
+their [out, in] layout on both sides, so a name is all that changes.
+"""
+
+import re
+
+MODULES = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+}
+"""Our module of a layer → its place in a Hugging Face layer."""
+
+UNSTACKED = {
+    "embed_tokens/weight": "model.embed_tokens.weight",
+    "norm/weight": "model.norm.weight",
+    "lm_head/weight": "lm_head.weight",
+}
+"""Our path → Hugging Face name, for what exists once."""
+
+EMBEDDING, HEAD = UNSTACKED["embed_tokens/weight"], UNSTACKED["lm_head/weight"]
+
+PEFT_PREFIX = "base_model.model."
+
+_OUR_MODULE = {theirs: ours for ours, theirs in MODULES.items()}
+_OUR_PATH = {theirs: ours for ours, theirs in UNSTACKED.items()}
+_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)")
+_ADAPTER = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+# Rotary frequencies are a function of the config; files that carry them round them to half precision.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the parameter at `path` has a leading layer axis."""
+    return path.startswith("layers/")
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file may hold `name` without the model having a place for it."""
+    return _IGNORED.fullmatch(name) is not None
+
+
+def tensor_name(path: str, layer: int | None = None) -> str:
+    """Hugging Face name of the base parameter at `path`, of one layer of it where it is stacked."""
+    if layer is None:
+        return UNSTACKED[path]
+    _, module, leaf = path.split("/")
+    return f"model.layers.{layer}.{MODULES[module]}.{leaf}"
+
+
+def tensor_names(path: str, num_layers: int) -> tuple[str, ...]:
+    """All tensors that make up the parameter at `path`, in layer order."""
+    if not is_stacked(path):
+        return (tensor_name(path),)
+    return tuple(tensor_name(path, layer) for layer in range(num_layers))
+
+
+def parse_tensor_name(name: str) -> tuple[str, int | None] | None:
+    """(path, layer) of a Hugging Face name, None where our model has no such tensor."""
+    if name in _OUR_PATH:
+        return _OUR_PATH[name], None
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return None
+    module, _, leaf = match[2].rpartition(".")
+    if leaf != "weight" or module not in _OUR_MODULE:
+        return None
+    return f"layers/{_OUR_MODULE[module]}/weight", int(match[1])
+
+
+def adapter_name(path: str, layer: int) -> str:
+    """PEFT's name of one layer of the adapter parameter at `path` ("layers/q_proj/lora_a")."""
+    module, _, leaf = path.rpartition("/")
+    kernel = tensor_name(f"{module}/weight", layer).removesuffix(".weight")
+    return f"{PEFT_PREFIX}{kernel}.lora_{leaf[-1].upper()}.weight"
+
+
+def parse_adapter_name(name: str) -> tuple[str, int] | None:
+    """(path, layer) of a PEFT adapter name, None where it is not a LoRA factor of one of the seven projections.
+
+    The infix ".default" that training checkpoints carry is accepted.
+    """
+    match = _ADAPTER.fullmatch(name)
+    if match is None or not name.startswith(PEFT_PREFIX):
+        return None
+    kernel = parse_tensor_name(f"{match[1].removeprefix(PEFT_PREFIX)}.weight")
+    if kernel is None or kernel[1] is None or kernel[0].endswith("layernorm/weight"):
+        return None
+    return f"{kernel[0].removesuffix('/weight')}/lora_{match[2].lower()}", kernel[1]
+
+
+def some(items: list[str], limit: int = 6) -> str:
+    """The first few of a list, and how many more there are."""
+    rest = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")

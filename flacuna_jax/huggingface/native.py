@@ -1,0 +1,104 @@
+"""The converted form: one safetensors file per stacked parameter, and a manifest that is written last.
+
+`params/layers.q_proj.weight.safetensors` holds [L, out, in] in one run of bytes, so any slice of any layer is a window
+of a file: a process reads exactly what its devices hold, and writing needs one layer in memory, not a leaf (5.3 GiB at
+13B). config.json and the tokenizer files lie beside it unchanged. A directory without a manifest is not a checkpoint.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import names
+from flacuna_jax.huggingface.architecture import read_json
+from flacuna_jax.huggingface.safetensors_file import read_header, write_file
+from flacuna_jax.huggingface.tensors import StoredTensor
+
+MANIFEST = "flacuna.json"
+FORMAT = "flacuna_jax checkpoint"
+VERSION = 1
+PARAMS = "params"
+
+
+def is_native(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
+def write_leaf(
+    directory: Path, path: str, shape: tuple[int, ...], dtype: np.dtype, slices: Iterator[np.ndarray]
+) -> dict[str, Any]:
+    """Writes one parameter, layer by layer, and returns its entry for the manifest."""
+    file = f"{PARAMS}/{path.replace('/', '.')}.safetensors"
+    (directory / PARAMS).mkdir(exist_ok=True)
+    digest = write_file(directory / file, [(path, shape, dtype)], slices)
+    return {"file": file, "shape": list(shape), "dtype": dtype.name, "sha256": digest}
+
+
+def write_manifest(directory: Path, leaves: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:
+    manifest = {"format": FORMAT, "version": VERSION, **facts, "parameters": leaves}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a converted checkpoint.
+
+    Raises:
+      UserError: it is damaged, or of a version this release does not know.
+    """
+    path = directory / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path}: expected {FORMAT!r} version {VERSION}, found {manifest.get('format')!r} version "
+            f"{manifest.get('version')!r}; convert the model again with this release"
+        )
+    parameters = manifest.get("parameters")
+    if not isinstance(parameters, dict) or not all(map(_is_entry, parameters.values())):
+        raise UserError(f"{path} is damaged: its list of parameters cannot be read; convert the model again")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"file", "shape", "dtype", "sha256"} <= set(entry)
+
+
+def read_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a converted checkpoint under their Hugging Face names, one per layer.
+
+    Raises:
+      UserError: a file is missing, torn, or is not what the manifest says.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path, entry in read_manifest(directory)["parameters"].items():
+        leaf = _read_leaf(directory, path, entry)
+        if not names.is_stacked(path):
+            tensors[names.tensor_name(path)] = leaf
+            continue
+        layers, *shape = leaf.shape
+        size = leaf.nbytes // layers
+        for layer in range(layers):
+            place = leaf.offset + layer * size
+            tensors[names.tensor_name(path, layer)] = StoredTensor(leaf.file, place, tuple(shape), leaf.dtype)
+    return tensors
+
+
+def _read_leaf(directory: Path, path: str, entry: Mapping[str, Any]) -> StoredTensor:
+    file = directory / str(entry["file"])
+    module, _, leaf_name = path.rpartition("/")
+    known = path in names.UNSTACKED or (leaf_name == "weight" and module.removeprefix("layers/") in names.MODULES)
+    if not known or file.parent != directory / PARAMS:
+        raise UserError(f"{directory / MANIFEST} lists the parameter {path!r}, which a LLaMA does not have")
+    tensors, _ = read_header(file)
+    leaf = tensors.get(path)
+    if leaf is None or 0 in leaf.shape or [list(leaf.shape), leaf.dtype.name] != [entry["shape"], entry["dtype"]]:
+        raise UserError(f"{file} is not what {MANIFEST} says it is; convert the model again")
+    return leaf
+
+
+def leaf_digests(directory: Path) -> dict[str, str]:
+    """File → sha256 of every parameter file, as the manifest states them."""
+    return {entry["file"]: entry["sha256"] for entry in read_manifest(directory)["parameters"].values()}

@@ -1,0 +1,138 @@
+"""Tokenizers as training needs them: text to ids and nothing else. No BOS or EOS is added, and no text can spell one.
+
+`tokenizer.model` goes through SentencePiece directly, which is how LLaMA and Vicuna were trained ("legacy" behaviour in
+transformers: every encoded segment gets its own leading space). `tokenizer.json` goes through `tokenizers` where it is
+all there is.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.architecture import read_json
+
+SENTENCEPIECE, FAST = "tokenizer.model", "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+FILES = (
+    SENTENCEPIECE,
+    FAST,
+    SETTINGS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; control pieces (<s>, </s>, <unk>) in text are spelled out, never recognised."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:
+            # SentencePiece raises RuntimeError, OSError or TypeError, depending on where the file is damaged.
+            raise UserError(f"{path} is not a SentencePiece model, or is damaged: {error}") from None
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.vocab_size: int = self._model.vocab_size()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise UserError(f"{path} has no {'BOS' if self.bos_id < 0 else 'EOS'} token; LLaMA needs both")
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), num_threads=1) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; BOS and EOS have none. Ids outside the vocabulary (padding of the embedding) have none."""
+        return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+
+class FastTokenizer:
+    """A tokenizer.json; its post-processor (which adds BOS) is left out, and special tokens in text are plain text."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise UserError(f"{path} is not a tokenizer, or is damaged: {error}") from None
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        settings = _settings(path.parent)
+        self.bos_id: int = self._special(path, settings, "bos")
+        self.eos_id: int = self._special(path, settings, "eos")
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def _special(self, path: Path, settings: dict[str, Any], name: str) -> int:
+        spelled = settings.get(f"{name}_token")
+        token = spelled.get("content") if isinstance(spelled, dict) else spelled
+        found = self._tokenizer.token_to_id(token) if isinstance(token, str) else settings.get(f"{name}_token_id")
+        if type(found) is not int:
+            raise UserError(f"{path.parent}: {SETTINGS} does not name a {name}_token that {path.name} knows")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens have none."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """Special tokens by name: from tokenizer_config.json, else special_tokens_map.json, else ids in config.json."""
+    settings: dict[str, Any] = {}
+    for file in ("config.json", "special_tokens_map.json", SETTINGS):
+        if (directory / file).is_file():
+            settings |= {key: value for key, value in read_json(directory / file).items() if value is not None}
+    return settings
+
+
+def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokenizer:
+    """The tokenizer of a checkpoint directory: tokenizer.model if there is one, else tokenizer.json.
+
+    Raises:
+      UserError: neither file is there, or it is damaged or lacks BOS or EOS.
+    """
+    directory = Path(directory)
+    if (directory / SENTENCEPIECE).is_file():
+        return SentencePieceTokenizer(directory / SENTENCEPIECE)
+    if (directory / FAST).is_file():
+        return FastTokenizer(directory / FAST)
+    raise UserError(
+        f"{directory} has no tokenizer ({SENTENCEPIECE} or {FAST}); copy it there from the base model, or name its "
+        f"directory in model.tokenizer"
+    )
+
+
+def check_vocabulary(tokenizer: SentencePieceTokenizer | FastTokenizer, vocab_size: int, directory: str | Path) -> None:
+    """Raises `UserError` where the tokenizer can produce ids that the embedding has no row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab_size} "
+            f"rows; they do not belong together"
+        )
+
+
+def tokenizer_files(directory: str | Path) -> list[Path]:
+    """The files that travel with a model, those of them that exist."""
+    return [Path(directory) / name for name in FILES if (Path(directory) / name).is_file()]
+
+
+def tokenizer_fingerprint(directory: str | Path) -> str:
+    """sha256 of the file that decides ids: tokenizer.model, else tokenizer.json."""
+    for name in (SENTENCEPIECE, FAST):
+        path = Path(directory) / name
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    raise UserError(f"{directory} has no tokenizer ({SENTENCEPIECE} or {FAST})")

@@ -1,0 +1,94 @@
+"""Re-opens what was written and compares it with what was meant, before a directory gets its final name."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.merged import PendingTensor
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.safetensors_file import file_digest
+from flacuna_jax.huggingface.tensors import cast
+from flacuna_jax.model.llama import LlamaConfig
+
+LOGIT_TOLERANCE = 1e-4
+
+
+class VerificationError(RuntimeError):
+    """What lies on the disk is not what was meant to; says in what it differs. Never the user's mistake."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A way to ask a model for logits.
+
+    Attributes:
+      logits: adapter → float32 logits [batch, length, vocab] of some fixed ids on the run's base; None skips the check.
+    """
+
+    logits: Callable[[Adapter], np.ndarray] | None = None
+
+
+def verify_adapter(
+    directory: Path, config: LlamaConfig, meant: Adapter, *, trained: bool, dtype: np.dtype, probe: Probe
+) -> float | None:
+    """Checks an adapter directory against the run's adapter and returns the largest logit difference, if asked for.
+
+    Raises:
+      VerificationError: settings, names, shapes, values (after rounding to `dtype`) or logits differ, a value is not
+        finite, or a trained adapter has a B that is zero throughout.
+    """
+    found = read_adapter(directory, config)
+    if found.lora != meant.lora or found.base_name != meant.base_name:
+        raise VerificationError(f"{directory}: settings read back are {found.lora}, meant were {meant.lora}")
+    if set(found.params) != set(meant.params):
+        raise VerificationError(f"{directory}: holds {sorted(found.params)}, meant were {sorted(meant.params)}")
+    for path, value in meant.params.items():
+        if not np.array_equal(found.params[path], cast(cast(value, dtype), np.dtype(np.float32))):
+            raise VerificationError(f"{directory}: {path} read back differs from what was written")
+        if trained and path.endswith("lora_b") and not np.any(value):
+            raise VerificationError(f"{directory}: {path} is zero throughout after training; nothing was learned in it")
+    if probe.logits is None:
+        return None
+    rounded = {path: cast(cast(value, dtype), np.dtype(np.float32)) for path, value in meant.params.items()}
+    return _compare_logits(
+        directory, probe.logits(dataclasses.replace(meant, params=rounded)), probe.logits(found), LOGIT_TOLERANCE
+    )
+
+
+def _compare_logits(directory: Path, meant: np.ndarray, found: np.ndarray, tolerance: float) -> float:
+    difference = float(np.max(np.abs(meant - found)))
+    if not difference <= tolerance:
+        raise VerificationError(f"{directory}: logits differ by {difference:.2e}, allowed are {tolerance:.0e}")
+    return difference
+
+
+def verify_model(
+    directory: Path, config: LlamaConfig, meant: Sequence[PendingTensor], digests: Mapping[str, str]
+) -> None:
+    """Checks a written model: architecture, key set, shapes, dtypes, and that the files' bytes are those written.
+
+    Raises:
+      VerificationError: something differs.
+    """
+    if read_architecture(directory) != config:
+        raise VerificationError(f"{directory}: config.json read back gives {read_architecture(directory)}")
+    reader = open_checkpoint(directory)
+    wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in meant}
+    found = {name: (reader.shape(name), reader.dtype(name)) for name in reader}
+    if wanted != found:
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise VerificationError(
+            f"{directory}: {len(differing)} tensors differ in presence, shape or dtype: {differing[:5]}"
+        )
+    verify_digests(directory, digests)
+
+
+def verify_digests(directory: Path, digests: Mapping[str, str]) -> None:
+    """Compares files with the sha256 taken while they were written."""
+    for file, digest in digests.items():
+        if file_digest(directory / file) != digest:
+            raise VerificationError(f"{directory / file}: its bytes are not those that were written; check the disk")
