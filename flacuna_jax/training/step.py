@@ -118,7 +118,7 @@ def make_step(config: StepConfig, optimizer: optax.GradientTransformation, mesh:
     ) -> tuple[Params, Any, StepMetrics]:
         loss, gradients = loss_and_gradients(config, trainable, frozen, batch, index)
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-        metrics = StepMetrics(loss, optax.global_norm(gradients))
+        metrics = StepMetrics(loss, optax.tree.norm(gradients))
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))

@@ -10,15 +10,14 @@ import torch
 import transformers
 
 from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.config import LoraConfig
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, base_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_shapes, count, lora_shapes
+from tests.tiny import SMALL, config_of, from_torch, torch_llama
 
 # Both sides compute in float32 with different summation orders; logits are O(1).
 TOLERANCE = 1e-4
 
-SMALL = LlamaConfig(
-    vocab_size=97, hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=12
-)
 VARIANTS = {
     "plain": SMALL,
     "grouped queries": dataclasses.replace(SMALL, num_kv_heads=2),
@@ -27,42 +26,6 @@ VARIANTS = {
     "other theta": dataclasses.replace(SMALL, rope_theta=5e5),
     "other eps": dataclasses.replace(SMALL, rms_norm_eps=1e-2),
 }
-
-
-def torch_model(config: LlamaConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
-    torch.manual_seed(seed)
-    hf = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
-    return transformers.LlamaForCausalLM(hf).eval().float()
-
-
-def from_torch(model: transformers.LlamaForCausalLM, config: LlamaConfig) -> dict[str, jax.Array]:
-    """Stacks a torch state dict by hand, independently of the package's own loader."""
-    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    params = {}
-    for name in base_shapes(config):
-        if name.startswith("layers/"):
-            module = name.removeprefix("layers/").removesuffix("/weight")
-            owner = {"q": "self_attn.", "k": "self_attn.", "v": "self_attn.", "o": "self_attn."}.get(module[0], "mlp.")
-            prefix = "" if module.endswith("layernorm") else owner
-            rows = [state[f"model.layers.{i}.{prefix}{module}.weight"] for i in range(config.num_layers)]
-            params[name] = jnp.asarray(np.stack(rows))
-        else:
-            params[name] = jnp.asarray(state[("" if name.startswith("lm_head") else "model.") + name.replace("/", ".")])
-    return params
 
 
 def our_logits(config: LlamaConfig, params: dict[str, jax.Array], tokens_bt: np.ndarray, **model_kwargs) -> np.ndarray:
@@ -76,7 +39,7 @@ def our_logits(config: LlamaConfig, params: dict[str, jax.Array], tokens_bt: np.
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_equal_transformers(config):
-    reference = torch_model(config)
+    reference = torch_llama(config)
     tokens_bt = np.random.default_rng(1).integers(0, config.vocab_size, (2, 19))
     with torch.no_grad():
         expected = reference(torch.as_tensor(tokens_bt)).logits.numpy()
@@ -85,7 +48,7 @@ def test_logits_equal_transformers(config):
 
 
 def test_rope_theta_changes_logits():
-    params = from_torch(torch_model(SMALL), SMALL)
+    params = from_torch(torch_llama(SMALL), SMALL)
     tokens_bt = np.arange(12)[None]
     other = dataclasses.replace(SMALL, rope_theta=2e4)
     assert np.abs(our_logits(SMALL, params, tokens_bt) - our_logits(other, params, tokens_bt)).max() > 1e-3
@@ -93,7 +56,7 @@ def test_rope_theta_changes_logits():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(remat):
-    params = from_torch(torch_model(SMALL), SMALL)
+    params = from_torch(torch_llama(SMALL), SMALL)
     tokens_bt = np.arange(12)[None]
     np.testing.assert_array_equal(
         our_logits(SMALL, params, tokens_bt), our_logits(SMALL, params, tokens_bt, remat=remat)
@@ -103,18 +66,7 @@ def test_remat_changes_nothing(remat):
 def test_trained_story_model_continues_as_it_should(story_llama):
     """Ids stated by the sample's own documentation (a float64 reference)."""
     reference = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32)
-    hf = reference.config
-    config = LlamaConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=hf.hidden_size // hf.num_attention_heads,
-        rms_norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=True,
-    )
+    config = config_of(reference)
     params = from_torch(reference, config)
     ids = [1, 80, 147, 201, 282, 57]
     expected = [313, 598, 303, 1049, 1468, 267, 628, 333, 94, 1210, 263, 251, 604, 94, 1030, 94, 1030, 94, 436, 220]
@@ -124,9 +76,6 @@ def test_trained_story_model_continues_as_it_should(story_llama):
 
 
 def test_13b_has_the_papers_number_of_trainable_parameters():
-    from flacuna_jax.config import LoraConfig
-    from flacuna_jax.model.parameters import count, lora_shapes
-
     vicuna_13b = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
     assert count(lora_shapes(vicuna_13b, LoraConfig(rank=8, targets=("q_proj", "v_proj")))) == 6_553_600
     assert count(base_shapes(vicuna_13b)) == 13_015_864_320
