@@ -1,0 +1,86 @@
+"""What may change between the two halves of an interrupted run, and what would make it a different run."""
+
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.errors import UserError
+
+# Found again by their fingerprints, or without influence on what is computed.
+_FREE = ("output_dir", "logging", "checkpoint", "model.path", "model.tokenizer")
+# The same sums in another order: results agree to rounding.
+_ROUNDING = ("mesh", "training.remat", "training.micro_batch_size")
+# Without a decaying schedule the length of the run has no influence on the steps before its end.
+_LENGTH = ("training.epochs", "training.max_steps", "total_steps")
+
+
+def compare_meta(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Settings that would bend the trajectory if the run went on, one readable line each; empty if it may go on.
+
+    Both arguments are checkpoint metas: `config` (the resolved config as JSON), `fingerprints` (data, tokenizer, base,
+    ...) and plain numbers such as `rows_per_step` or `total_steps`. Compared are `config`, `fingerprints` and every
+    number that both have, except `cursor` and `counters`, which move as the run goes on.
+    """
+    return [_line(*change) for change in _changes(saved, current) if not _tolerated(change[0], saved)]
+
+
+def require_same_run(saved: dict[str, Any], current: dict[str, Any], run_dir: Path) -> None:
+    """Raises `UserError` with every difference that `compare_meta` finds."""
+    differences = compare_meta(saved, current)
+    if differences:
+        raise UserError(
+            "\n".join(
+                (
+                    f"{run_dir} holds a run that cannot be continued with these settings:",
+                    *(f"  {difference}" for difference in differences),
+                    "set them back, or choose another output_dir",
+                )
+            )
+        )
+
+
+def rounding_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Allowed changes after which results agree to rounding only, not bit for bit; for a notice."""
+    return [_line(*change) for change in _changes(saved, current) if _under(change[0], _ROUNDING)]
+
+
+def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    before, now = _flat(_comparable(saved)), _flat(_comparable(current))
+    absent = object()
+    changes = []
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key, absent), now.get(key, absent)
+        if old != new:
+            changes.append((key, "absent" if old is absent else old, "absent" if new is absent else new))
+    return changes
+
+
+def _comparable(meta: dict[str, Any]) -> dict[str, Any]:
+    config = dict(meta.get("config", {}))
+    # Sources are known by the data's fingerprint; a file may move, its path is not part of the run.
+    data = dict(config.get("data", {}))
+    data["sources"] = [{k: v for k, v in source.items() if k != "path"} for source in data.get("sources", ())]
+    rest = {key: value for key, value in meta.items() if key not in ("config", "fingerprints", "cursor", "counters")}
+    return {**config, "data": data, **rest, "fingerprints": meta.get("fingerprints", {})}
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        items = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+    elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+        items = [(f"{key}.{index}", item) for index, item in enumerate(value)]
+    else:
+        return {key: list(value) if isinstance(value, tuple) else value}
+    return {flat_key: leaf for name, item in items for flat_key, leaf in _flat(item, name).items()}
+
+
+def _tolerated(key: str, saved: dict[str, Any]) -> bool:
+    constant = saved.get("config", {}).get("training", {}).get("schedule") == "constant"
+    return _under(key, _FREE + _ROUNDING + (_LENGTH if constant else ()))
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _line(key: str, old: Any, new: Any) -> str:
+    return f"{key}: {old} in the checkpoint, {new} now"

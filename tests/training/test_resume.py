@@ -1,0 +1,101 @@
+"""What a resumed run may change."""
+
+import pytest
+
+from flacuna_jax.config_files import parse_config
+from flacuna_jax.errors import UserError
+from flacuna_jax.training.resume import compare_meta, require_same_run, rounding_changes
+
+
+def meta(*overrides, **values):
+    tree = {"output_dir": "runs/a", "model": {"path": "base"}, "data": {"sources": [{"path": "a.json"}]}}
+    return {
+        "config": parse_config(tree, overrides).model_dump(mode="json"),
+        "fingerprints": {"data": "d1", "tokenizer": "t1", "base": "b1"},
+        "rows_per_step": 12,
+        "total_steps": 100,
+        "cursor": {"epoch": 0, "step": 4},
+        "counters": {"tokens": 1000},
+        **values,
+    }
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--output_dir=elsewhere",
+        "--logging.every_steps=1",
+        "--logging.wandb=project",
+        "--checkpoint.keep=9",
+        "--checkpoint.every_steps=5",
+        "--mesh={fsdp: 4}",
+        "--training.remat=full",
+        "--training.micro_batch_size=1",
+        "--model.path=/moved/base",
+        "--model.tokenizer=/moved/tokenizer",
+        "--data.sources.0.path=/moved/a.json",
+    ],
+)
+def test_harmless_changes_pass(override):
+    assert compare_meta(meta(), meta(override)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("--seed=1", "seed: 42 in the checkpoint, 1 now"),
+        ("--lora.rank=4", "lora.rank: 8 in the checkpoint, 4 now"),
+        ("--lora.targets=[q_proj]", "lora.targets: ['q_proj', 'v_proj'] in the checkpoint, ['q_proj'] now"),
+        ("--training.learning_rate=1e-3", "training.learning_rate: 2e-05 in the checkpoint, 0.001 now"),
+        ("--training.epochs=2", "training.epochs: 1 in the checkpoint, 2 now"),
+        ("--training.batch_size=64", "training.batch_size: 128 in the checkpoint, 64 now"),
+        ("--data.max_length=512", "data.max_length: 1280 in the checkpoint, 512 now"),
+        ("--data.template=vicuna_v0", "data.template: vicuna_v1.1 in the checkpoint, vicuna_v0 now"),
+        ("--data.sources.0.weight=0.5", "data.sources.0.weight: 1.0 in the checkpoint, 0.5 now"),
+        ("--model.dtype=float32", "model.dtype: bfloat16 in the checkpoint, float32 now"),
+    ],
+)
+def test_settings_that_bend_the_trajectory_are_named_with_both_values(override, line):
+    assert compare_meta(meta(), meta(override)) == [line]
+
+
+def test_fingerprints_and_row_counts_are_compared_but_not_what_moves():
+    moved = meta(cursor={"epoch": 1, "step": 9}, counters={"tokens": 5})
+    assert compare_meta(meta(), moved) == []
+    changed = meta(fingerprints={"data": "d2", "tokenizer": "t1", "base": "b1"}, rows_per_step=13)
+    assert compare_meta(meta(), changed) == [
+        "rows_per_step: 12 in the checkpoint, 13 now",
+        "fingerprints.data: d1 in the checkpoint, d2 now",
+    ]
+
+
+def test_from_adapters_to_full_tuning_and_another_number_of_sources():
+    lines = compare_meta(meta(), meta("--lora=null"))
+    assert "lora: absent in the checkpoint, None now" in lines
+    more = meta()
+    more["config"]["data"]["sources"].append({**more["config"]["data"]["sources"][0], "path": "b.json"})
+    assert "data.sources.1.weight: absent in the checkpoint, 1.0 now" in compare_meta(meta(), more)
+
+
+def test_a_constant_schedule_may_be_extended():
+    constant = "--training.schedule=constant"
+    longer = meta(constant, "--training.epochs=3", "--training.max_steps=300", total_steps=300)
+    assert compare_meta(meta(constant), longer) == []
+    assert len(compare_meta(meta(), meta("--training.epochs=3", total_steps=300))) == 2
+
+
+def test_another_layout_is_noted():
+    assert rounding_changes(meta(), meta()) == []
+    assert rounding_changes(meta(), meta("--training.remat=full", "--seed=1")) == [
+        "training.remat: auto in the checkpoint, full now"
+    ]
+
+
+def test_refusal_is_one_message_with_every_difference(tmp_path):
+    require_same_run(meta(), meta(), tmp_path)
+    with pytest.raises(UserError) as refusal:
+        require_same_run(meta(), meta("--seed=1", "--lora.rank=4"), tmp_path)
+    text = str(refusal.value)
+    assert str(tmp_path) in text
+    assert "seed: 42 in the checkpoint, 1 now" in text
+    assert "lora.rank: 8 in the checkpoint, 4 now" in text
