@@ -1,0 +1,170 @@
+"""A run's output directory: locked by one run at a time, its files written whole or not at all.
+
+config.yaml  metrics.jsonl  checkpoints/  adapter/ or model/  report.html  TensorBoard events
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flacuna_jax.errors import UserError
+
+LOCK = ".lock"
+# What a run leaves behind; any of these makes a directory a used one.
+PRODUCTS = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html")
+
+
+@dataclass(frozen=True)
+class CutBack:
+    """What `RunDirectory.cut_metrics_back` did: records kept, records removed as later, lines removed as unreadable."""
+
+    kept: int
+    later: int
+    torn: int
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run and the writing of its small files; made by `open_run_directory`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def write_config(self, text: str) -> None:
+        """Writes the resolved config.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        write_atomically(self.config, text)
+
+    def cut_metrics_back(self, step: int) -> CutBack:
+        """Leaves in metrics.jsonl what was known at the checkpoint of `step`; at step 0 the file becomes empty.
+
+        A run killed after a checkpoint has logged steps that the resumed run will log again. Records without a step
+        stay. Lines that are no JSON object (the torn last one, or what a power cut made of it) are removed.
+
+        Raises:
+          UserError: the file cannot be read or written.
+        """
+        with _as_user_error(self.metrics):
+            raw = self.metrics.read_bytes() if self.metrics.exists() else b""
+        records = [(line, _json_object(line)) for line in raw.split(b"\n") if line.strip()]
+        kept = [line for line, record in records if step and record is not None and _step_of(record) <= step]
+        torn = sum(record is None for _, record in records)
+        content = b"".join(line + b"\n" for line in kept)
+        if content != raw:
+            write_atomically(self.metrics, content.decode())
+        return CutBack(len(kept), len(records) - len(kept) - torn, torn)
+
+
+@contextlib.contextmanager
+def open_run_directory(
+    path: Path, *, resume: Literal["auto", "never"] = "auto", primary: bool = True
+) -> Iterator[RunDirectory]:
+    """Creates and locks a run directory for the duration of a `with` block.
+
+    The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so there is no stale
+    lock to clean up.
+
+    Args:
+      path: the output directory; parents are created.
+      resume: `never` refuses a directory that a run has used.
+      primary: whether this host is the one that writes; the others of a multi-host run share the directory unlocked.
+
+    Raises:
+      UserError: the directory cannot be created, is in use by another run, or is used and `resume` is `never`.
+    """
+    if not primary:
+        yield RunDirectory(path)
+        return
+    with _as_user_error(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(path, descriptor)
+        used = [name for name in PRODUCTS if (path / name).exists()]
+        if resume == "never" and used:
+            raise UserError(
+                f"output_dir {path} holds a run already ({', '.join(used)}) and checkpoint.resume is never; "
+                "choose another output_dir, or checkpoint.resume: auto to continue that run"
+            )
+        yield RunDirectory(path)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content so that a reader, or the next start, sees the old or the new text and nothing between.
+
+    Raises:
+      UserError: it cannot be written (no space, no permission); the old content stays.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with _as_user_error(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _lock(path: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "an unknown process"
+        raise UserError(f"output_dir {path} is in use by another run ({owner}); wait for it or stop it") from None
+    except OSError as error:
+        raise UserError(f"output_dir {path} cannot be locked: {error.strerror}") from None
+    # Only a courtesy to the next reader: without room for it the lock holds all the same.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _json_object(line: bytes) -> dict[str, object] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _step_of(record: dict[str, object]) -> float:
+    step = record.get("step", 0)
+    return step if isinstance(step, int | float) else 0
+
+
+@contextlib.contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
