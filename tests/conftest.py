@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
@@ -10,12 +12,10 @@ if "xla_force_host_platform_device_count" not in _flags:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
-
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Directory of public sample data (LLaMA tokenizer, a small trained LLaMA, Alpaca, ...); skips where it is absent."""
+    """Public sample data (LLaMA tokenizer, a small trained LLaMA, Alpaca, ...); skips where it is absent."""
     directory = os.environ.get("FLACUNA_TEST_DATA", "")
     if not directory or not Path(directory).is_dir():
         pytest.skip("FLACUNA_TEST_DATA does not name a directory with the sample data")

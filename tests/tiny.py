@@ -1,83 +1,23 @@
-"""Small random models and packed batches that several tests share."""
-
-import dataclasses
+"""Sizes and packed batches that several tests share."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import Params, base_shapes
 
 SMALL = LlamaConfig(
     vocab_size=97, hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=12
 )
 
 
-def torch_llama(config: LlamaConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
-    """transformers' model of the same sizes, float32, with weights large enough that attention is far from uniform."""
-    torch.manual_seed(seed)
-    hf = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
-    return transformers.LlamaForCausalLM(hf).eval().float()
-
-
-def config_of(model: transformers.LlamaForCausalLM) -> LlamaConfig:
-    hf = model.config
-    return dataclasses.replace(
-        SMALL,
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=hf.hidden_size // hf.num_attention_heads,
-        rms_norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=hf.tie_word_embeddings,
-    )
-
-
-def from_torch(model: torch.nn.Module, config: LlamaConfig) -> Params:
-    """Stacks a torch state dict by hand, independently of the package's own loader."""
-    state = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
-    params = {}
-    for name in base_shapes(config):
-        if name.startswith("layers/"):
-            module = name.removeprefix("layers/").removesuffix("/weight")
-            rows = [state[f"model.layers.{i}.{torch_module(module)}.weight"] for i in range(config.num_layers)]
-            params[name] = jnp.asarray(np.stack(rows))
-        else:
-            params[name] = jnp.asarray(state[("" if name.startswith("lm_head") else "model.") + name.replace("/", ".")])
-    return params
-
-
-def torch_module(module: str) -> str:
-    if module.endswith("layernorm"):
-        return module
-    return ("self_attn." if module[0] in "qkvo" else "mlp.") + module
-
-
 def packed_batch(
     documents: list[list[int]], rows: list[list[int]], length: int, loss_from: int = 1
 ) -> dict[str, np.ndarray]:
     """Rows of documents by index, as arrays [rows, length]; tokens from `loss_from` on are supervised targets."""
-    batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    batch = {
+        name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")
+    }
     batch["loss_mask"] = np.zeros((len(rows), length), bool)
     for row, members in enumerate(rows):
         start = 0
@@ -101,3 +41,12 @@ def in_steps(batch: dict[str, np.ndarray], micro_batch: int) -> dict[str, np.nda
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(leaf) for name, leaf in batch.items()}
+
+
+def random_params(shapes: dict[str, tuple[int, ...]], scale: float, seed: int = 0) -> dict[str, jax.Array]:
+    """Normal arrays of the given names and shapes, norms around one, so that nothing is symmetric or zero."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(scale * rng.standard_normal(shape) + ("norm" in name), jnp.float32)
+        for name, shape in shapes.items()
+    }

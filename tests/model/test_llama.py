@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
-from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.config import LoraConfig
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_shapes, count, lora_shapes
-from tests.tiny import SMALL, config_of, from_torch, torch_llama
+from tests.tiny import SMALL
+from tests.torch_models import config_of, from_torch, torch, torch_llama, transformers
 
 # Both sides compute in float32 with different summation orders; logits are O(1).
 TOLERANCE = 1e-4

@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
-import torch
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings, replicated
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step
-from tests.tiny import SMALL, config_of, from_torch, in_steps, packed_batch, to_device, torch_llama, torch_module
+from tests.tiny import SMALL, in_steps, packed_batch, to_device
+from tests.torch_models import config_of, from_torch, torch, torch_llama, torch_module, transformers
+
+peft = pytest.importorskip("peft")
 
 LENGTH = 24
 RNG = np.random.default_rng(7)
@@ -20,7 +21,7 @@ DOCUMENTS = [RNG.integers(1, SMALL.vocab_size, size).tolist() for size in (9, 14
 ROWS = [[0, 1], [2], [3], [4, 5], [6], [7]]
 
 
-def peft_model(base: torch.nn.Module, lora: LoraConfig, seed: int = 3) -> peft.PeftModel:
+def peft_model(base: "torch.nn.Module", lora: LoraConfig, seed: int = 3) -> "peft.PeftModel":
     """PEFT's model with both adapter matrices random, so that every gradient is alive."""
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets), task_type="CAUSAL_LM"
@@ -40,7 +41,7 @@ def peft_name(name: str, layer: int) -> str:
     return f"base_model.model.model.layers.{layer}.{torch_module(module)}.{matrix}.default.weight"
 
 
-def adapters_of(model: peft.PeftModel, spec: ModelSpec, gradients: bool = False) -> dict[str, np.ndarray]:
+def adapters_of(model: "peft.PeftModel", spec: ModelSpec, gradients: bool = False) -> dict[str, np.ndarray]:
     tensors = dict(model.named_parameters())
     pick = (lambda t: t.grad) if gradients else (lambda t: t.detach())
     layers = range(spec.config.num_layers)
@@ -50,7 +51,7 @@ def adapters_of(model: peft.PeftModel, spec: ModelSpec, gradients: bool = False)
     }
 
 
-def torch_loss(model: torch.nn.Module, documents: list[list[int]]) -> torch.Tensor:
+def torch_loss(model: "torch.nn.Module", documents: list[list[int]]) -> "torch.Tensor":
     """Sum over all documents, each alone and unpadded, divided once by the number of supervised tokens."""
     total, count = torch.zeros(()), 0
     for ids in documents:
@@ -92,7 +93,7 @@ def test_packed_gradients_equal_pefts_on_single_documents(targets):
         assert relative_error(gradients[name], expected) < 1e-4, name
 
 
-def run_torch(model: peft.PeftModel, batches: list[list[list[int]]], rate: float) -> list[float]:
+def run_torch(model: "peft.PeftModel", batches: list[list[list[int]]], rate: float) -> list[float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     losses = []
@@ -124,7 +125,7 @@ def run_ours(
     return losses, adapters
 
 
-def check_trajectory(torch_base: torch.nn.Module, config, length: int, batches: list[list[list[int]]]) -> None:
+def check_trajectory(torch_base: "torch.nn.Module", config, length: int, batches: list[list[list[int]]]) -> None:
     lora = LoraConfig(rank=8, alpha=16.0, dropout=0.0)
     base = from_torch(torch_base, config)
     reference = peft_model(torch_base, lora)
@@ -157,8 +158,6 @@ def test_twelve_adamw_steps_with_clipping_equal_peft_and_torch():
 
 
 def test_twelve_steps_on_the_trained_story_model(story_llama):
-    import transformers
-
     model = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32)
     rng = np.random.default_rng(5)
     batches = [[rng.integers(3, 2000, 16).tolist() for _ in range(4)] for _ in range(12)]

@@ -8,7 +8,7 @@ import pytest
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, micro_batch_losses
-from tests.tiny import SMALL, from_torch, in_steps, packed_batch, to_device, torch_llama
+from tests.tiny import SMALL, in_steps, packed_batch, random_params, to_device
 
 LENGTH = 40
 RNG = np.random.default_rng(3)
@@ -18,12 +18,7 @@ SPEC = ModelSpec(SMALL, LoraConfig(rank=3, dropout=0.0, targets=PROJECTIONS), "f
 
 @pytest.fixture(scope="module")
 def params() -> tuple[Params, Params]:
-    keys = jax.random.split(jax.random.key(0), len(SPEC.lora_shapes))
-    adapters = {
-        name: 0.1 * jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, SPEC.lora_shapes.items(), strict=True)
-    }
-    return from_torch(torch_llama(SMALL), SMALL), adapters
+    return random_params(SPEC.base_shapes, scale=0.2), random_params(SPEC.lora_shapes, scale=0.1)
 
 
 def losses(params, batch) -> np.ndarray:
