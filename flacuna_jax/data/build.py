@@ -19,7 +19,7 @@ BLOCK = 512
 OVER_LENGTH = "longer than data.max_length"
 TRUNCATED = "question shortened to data.max_length"
 TURNS_REMOVED = "turns removed to fit data.max_length"
-ANSWER_TOO_LONG = "answers alone longer than data.max_length"
+ANSWER_TOO_LONG = "no room in data.max_length for an answer and a shortened question"
 NO_LOSS = "no supervised token"
 
 Progress = Callable[[int], None]

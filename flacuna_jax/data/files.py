@@ -205,8 +205,8 @@ class _JsonStream:
             except RecursionError as error:
                 raise _Broken("nested too deeply", self._line) from error
             else:
-                # A number may go on behind the window: a value is whole when something follows it, or nothing can.
-                if end < len(self._window) or self._at_end:
+                # A number may go on behind the window, which then cuts it up to two characters late ("1e+").
+                if end + 2 < len(self._window) or self._at_end:
                     self._advance(end)
                     return value
             self._refill(chunk)

@@ -115,7 +115,7 @@ def _join_parts(content: object, what: str) -> str:
     if isinstance(content, list) and content:
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+            return "".join(str(text) for text in texts)
     raise BadRecord("wrong type", f"{what} must be text, not {_kind(content)}")
 
 

@@ -68,7 +68,7 @@ class Shortener:
         budget = sum(map(len, questions.values())) - (length - self.max_length)
         for _ in range(_ATTEMPTS):
             limit = common_limit([len(ids) for ids in questions.values()], budget, gap)
-            if limit < SHORTEST_QUESTION:
+            if not limit:
                 return None
             turns = tuple(
                 self._cut(turn, questions[index], limit - gap) if len(questions.get(index, ())) > limit else turn

@@ -3,10 +3,11 @@
 Nothing here depends on a random number generator of a library: orders come from a hash of (seed, epoch, index), so that
 a plan is the same on every machine and with every version of NumPy.
 
-Examples are placed longest first, equal lengths in shuffled order (best-fit and first-fit *decreasing*): on lengths like
-FLAN's that fills 99.8 % of the rows, where a shuffled order leaves 1.2 % empty. Then the rows are shuffled, so that a
-batch is a sample of the epoch. Best-fit takes the fullest row with room, found by its free room, an integer of at most
-max_length, through a bit set of the rooms that occur; so a step costs the same for a thousand rows and for a million.
+Examples are placed longest first, equal lengths in shuffled order (best-fit and first-fit *decreasing*): on lengths
+like FLAN's that fills 99.8 % of the rows, where a shuffled order leaves 1.2 % empty. Then the rows are shuffled, so
+that a batch is a sample of the epoch. Best-fit takes the fullest row with room, found by its free room, an integer of
+at most max_length, through a bit set of the rooms that occur; so a step costs the same for a thousand rows and for a
+million.
 """
 
 import heapq

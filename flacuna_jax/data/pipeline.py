@@ -1,0 +1,316 @@
+"""From the token store to batches: how many steps a run has, which rows each holds, and the arrays themselves.
+
+`plan_run` fixes every number before the first step. `StepSource` is random access: the rows and the batch of any step
+are a function of (store, plan, step), with no state but a cache. `batches` serves them through Grain with threads that
+work ahead; its cursor is one number, so a run resumes at any step on any number of hosts.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from flacuna_jax.config import DataConfig, TrainingConfig
+from flacuna_jax.data.packing import PackingMethod, PackPlan, epoch_examples, pack
+from flacuna_jax.data.store import TokenStore
+from flacuna_jax.errors import UserError
+
+Batch = dict[str, NDArray[Any]]
+"""tokens, targets, segment_ids, positions: int32, loss_mask: bool, each [accumulation, batch, length].
+
+tokens are inputs; targets[..., t] is the next token of the same document, 0 where there is none; loss_mask says which
+targets carry loss; segment_ids count documents from 1 in each row, 0 is padding; positions start at 0 in each document.
+"""
+
+
+class EpochPlan(NamedTuple):
+    examples: int
+    rows: int
+    tokens: int
+    steps: int
+    first_step: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The arithmetic of a run, exact for every epoch.
+
+    Row i of a step (0 <= i < rows_per_step) sits at divmod(i, micro_rows) of the batch's first two axes; what is left
+    of the last micro-batch, and of an epoch's last step, is empty rows.
+    """
+
+    seed: int
+    max_length: int
+    packing: PackingMethod
+    weights: tuple[float, ...]
+    rows_per_step: int
+    micro_rows: int
+    """Rows of one forward and backward pass on the whole mesh: micro_batch_size × shards."""
+    accumulation: int
+    epochs: tuple[EpochPlan, ...]
+    total_steps: int
+    """Where the run ends: after all epochs, or at max_steps."""
+    warnings: tuple[str, ...]
+
+    @property
+    def examples(self) -> int:
+        """Examples of the first epoch."""
+        return self.epochs[0].examples
+
+    @property
+    def rows(self) -> int:
+        """Packed rows of the first epoch."""
+        return self.epochs[0].rows
+
+    @property
+    def fill(self) -> float:
+        """Share of the first epoch's rows that is tokens and not padding."""
+        return self.epochs[0].tokens / (self.rows * self.max_length)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.epochs[0].steps
+
+    @property
+    def examples_per_step(self) -> float:
+        return self.examples * min(self.rows_per_step, self.rows) / self.rows
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a step counted from 0. Raises IndexError beyond the run."""
+        if 0 <= step < self.total_steps:
+            for epoch, plan in enumerate(self.epochs):
+                if step < plan.first_step + plan.steps:
+                    return epoch, step - plan.first_step
+        raise IndexError(f"step {step} of a run of {self.total_steps}")
+
+
+def plan_run(
+    store: TokenStore,
+    data: DataConfig,
+    training: TrainingConfig,
+    *,
+    seed: int,
+    shards: int,
+    rows_per_step: int | None = None,
+) -> RunPlan:
+    """The plan of a run over `shards` data×fsdp shards.
+
+    `rows_per_step` is the number that a checkpoint has frozen; None derives it. Raises UserError where the config's
+    numbers do not go together, naming the keys.
+    """
+    check_batch_arithmetic(training, shards)
+    weights = tuple(source.weight for source in data.sources)
+    micro_rows = training.micro_batch_size * shards
+    lengths = store.lengths
+    epochs: list[EpochPlan] = []
+    steps = 0
+    for epoch in range(training.epochs):
+        examples = epoch_examples(store.source_index, weights, seed, epoch)
+        if not len(examples):
+            raise UserError("data.sources: the weights leave no example in an epoch")
+        rows = pack(lengths[examples], data.max_length, data.packing, seed, epoch).rows
+        if rows_per_step is None:
+            rows_per_step = _rows_per_step(training, rows, len(examples))
+        epoch_steps = -(-rows // rows_per_step)
+        epochs.append(EpochPlan(len(examples), rows, int(lengths[examples].sum()), epoch_steps, steps))
+        steps += epoch_steps
+        if training.max_steps is not None and steps >= training.max_steps:
+            steps = training.max_steps
+            break
+    assert rows_per_step is not None, "epochs is positive"
+    if training.warmup_steps >= steps and training.warmup_steps:
+        raise UserError(
+            f"training.warmup_steps {training.warmup_steps} is not shorter than the run of {steps} steps "
+            f"({epochs[0].rows} rows per epoch, {rows_per_step} rows per step)"
+        )
+    return RunPlan(
+        seed=seed,
+        max_length=data.max_length,
+        packing=data.packing,
+        weights=weights,
+        rows_per_step=rows_per_step,
+        micro_rows=micro_rows,
+        accumulation=-(-rows_per_step // micro_rows),
+        epochs=tuple(epochs),
+        total_steps=steps,
+        warnings=_warnings(training, epochs[0]),
+    )
+
+
+def check_batch_arithmetic(training: TrainingConfig, shards: int) -> None:
+    """Raises UserError if rows per step are fixed by the config and do not divide; needs no data."""
+    micro_rows = training.micro_batch_size * shards
+    if training.batch_unit == "rows" and training.batch_size % micro_rows:
+        raise UserError(
+            f"training.batch_size {training.batch_size} with training.batch_unit: rows must be a multiple of "
+            f"{micro_rows} = training.micro_batch_size {training.micro_batch_size} × {shards} data×fsdp shards of the "
+            "mesh; with batch_unit: examples any number will do"
+        )
+
+
+def _rows_per_step(training: TrainingConfig, rows: int, examples: int) -> int:
+    if training.batch_unit == "rows":
+        return training.batch_size
+    return -(-training.batch_size * rows // examples)
+
+
+def _warnings(training: TrainingConfig, first: EpochPlan) -> tuple[str, ...]:
+    unpacked_steps = -(-first.examples // training.batch_size)
+    if unpacked_steps > 2 * first.steps:
+        return (
+            f"packing makes {first.steps} optimizer steps per epoch of what would be {unpacked_steps} unpacked; "
+            "training.batch_unit: examples keeps their number",
+        )
+    return ()
+
+
+class StepInfo(NamedTuple):
+    """What a step holds, over all hosts. `example_indices`: int64, into the store, row by row."""
+
+    epoch: int
+    example_indices: NDArray[np.int64]
+    examples: int
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    fill: float
+
+
+class StepSource:
+    """Random access to the steps of a run for one host; a Grain data source. Safe to use from several threads."""
+
+    def __init__(self, store: TokenStore, plan: RunPlan, process_index: int = 0, process_count: int = 1) -> None:
+        if plan.micro_rows % process_count:
+            raise UserError(
+                f"training.micro_batch_size × data×fsdp shards = {plan.micro_rows} rows cannot be shared "
+                f"by {process_count} hosts"
+            )
+        self._store = store
+        self._plan = plan
+        self._local_rows = plan.micro_rows // process_count
+        self._first_row = process_index * self._local_rows
+        self._lengths = store.lengths
+        self._supervised = store.supervised_counts()
+        self._lock = threading.Lock()
+        self._packed: OrderedDict[int, PackPlan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._plan.total_steps
+
+    def __repr__(self) -> str:
+        return f"StepSource({len(self)} steps)"
+
+    def __getitem__(self, step: int) -> Batch:
+        """This host's slice of a step's batch: [accumulation, micro_rows / process_count, max_length]."""
+        plan = self._plan
+        shape = (plan.accumulation, self._local_rows, plan.max_length)
+        batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+        batch["loss_mask"] = np.zeros(shape, np.bool_)
+        for number, examples in enumerate(self.rows(step)):
+            micro_batch, row = divmod(number, plan.micro_rows)
+            row -= self._first_row
+            if 0 <= row < self._local_rows:
+                self._fill_row({name: array[micro_batch, row] for name, array in batch.items()}, examples)
+        return batch
+
+    def rows(self, step: int) -> list[NDArray[np.int64]]:
+        """The examples (indices into the store) of each row of a step, empty rows left out."""
+        epoch, step_in_epoch = self._plan.locate(step)
+        packed = self._epoch(epoch)
+        first = step_in_epoch * self._plan.rows_per_step
+        return [packed.row(row) for row in range(first, min(first + self._plan.rows_per_step, packed.rows))]
+
+    def info(self, step: int) -> StepInfo:
+        """The counts of a step, and which examples it holds."""
+        rows = self.rows(step)
+        examples = np.concatenate(rows)
+        tokens = int(self._lengths[examples].sum())
+        return StepInfo(
+            epoch=self._plan.locate(step)[0],
+            example_indices=examples,
+            examples=len(examples),
+            rows=len(rows),
+            tokens=tokens,
+            supervised_tokens=int(self._supervised[examples].sum()),
+            fill=tokens / (len(rows) * self._plan.max_length),
+        )
+
+    def _fill_row(self, row: dict[str, NDArray[Any]], examples: Sequence[int] | NDArray[np.int64]) -> None:
+        start = 0
+        for segment, example in enumerate(examples, start=1):
+            span = slice(self._store.offsets[example], self._store.offsets[example + 1])
+            tokens = self._store.tokens[span]
+            end = start + len(tokens)
+            row["tokens"][start:end] = tokens
+            row["targets"][start : end - 1] = tokens[1:]
+            row["loss_mask"][start : end - 1] = self._store.loss_mask[span][1:]
+            row["segment_ids"][start:end] = segment
+            row["positions"][start:end] = np.arange(end - start)
+            start = end
+
+    def _epoch(self, epoch: int) -> PackPlan:
+        """The packed epoch; two are kept, as threads that work ahead cross from one into the next."""
+        with self._lock:
+            if epoch not in self._packed:
+                plan = self._plan
+                examples = epoch_examples(self._store.source_index, plan.weights, plan.seed, epoch)
+                packed = pack(self._lengths[examples], plan.max_length, plan.packing, plan.seed, epoch)
+                self._packed[epoch] = PackPlan(packed.row_offsets, examples[packed.examples])
+                while len(self._packed) > 2:
+                    self._packed.popitem(last=False)
+            return self._packed[epoch]
+
+
+CURSOR_VERSION = 1
+
+
+class BatchStream(Iterator[Batch]):
+    """Batches from a step on, made ahead of time by threads; `cursor()` says where it stands, `close()` ends them."""
+
+    def __init__(self, source: StepSource, start_step: int, threads: int, ahead: int) -> None:
+        self._source = source
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._start(start_step)
+
+    def _start(self, step: int) -> None:
+        self.next_step = step
+        steps = grain.MapDataset.source(self._source)[step:]
+        self._iterator = iter(steps.to_iter_dataset(self._options))
+
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._iterator)
+        self.next_step += 1
+        return batch
+
+    def cursor(self) -> dict[str, int]:
+        """Where the next batch comes from, as JSON; independent of the number of hosts and threads."""
+        return {"version": CURSOR_VERSION, "next_step": self.next_step}
+
+    def restore(self, cursor: dict[str, int]) -> None:
+        """Continues at a cursor. Raises UserError for one of another version."""
+        if cursor.get("version") != CURSOR_VERSION:
+            raise UserError(f"the checkpoint's data cursor {cursor} is not of version {CURSOR_VERSION}")
+        self.close()
+        self._start(cursor["next_step"])
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+def batches(
+    store: TokenStore,
+    plan: RunPlan,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    ahead: int = 4,
+) -> BatchStream:
+    """This host's batches of a run, from `start_step` to the end; `ahead` of them are kept ready."""
+    return BatchStream(StepSource(store, plan, process_index, process_count), start_step, threads, ahead)
