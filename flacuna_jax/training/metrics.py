@@ -215,10 +215,10 @@ class TensorBoard:
     def __init__(self, directory: Path, after_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # Files are named by the second; the suffix keeps a quick restart from writing over the file before.
-        self._writer = SummaryWriter(
-            str(directory), purge_step=after_step + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}", write_to_disk=True
-        )
+        # Files are named by the second and read by name; the number keeps a quick restart from writing over the file
+        # before it, and after it in order.
+        start = len(list(directory.glob("events.*")))
+        self._writer = SummaryWriter(str(directory), purge_step=after_step + 1, filename_suffix=f".{start:04}")
 
     def log(self, record: Record) -> None:
         for name, value in _scalars(record).items():
