@@ -1,0 +1,102 @@
+"""The report: complete, self-contained, drawn inside its frames."""
+
+import html
+import json
+import re
+
+import pytest
+
+from flacuna_jax.data.report import DataReport, SourceReport
+from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
+
+
+def records(count, **changes):
+    made = []
+    for step in range(1, count + 1):
+        record = {"step": step, "loss": 2.0 / step, "learning_rate": 1e-5, "grad_norm": 0.5, "fill": 0.98}
+        made.append({**record, "supervised_tokens_per_second": None if step == 1 else 5000.0, **changes})
+    return made
+
+
+def page_of(tmp_path, rows, config="seed: 42\n", mixture=()):
+    path = tmp_path / "report.html"
+    write_report(
+        path,
+        title="run <1>",
+        records=rows,
+        facts={"trainable parameters": "6,553,600"},
+        mixture=mixture,
+        config_yaml=config,
+        environment={"jax": "0.0"},
+    )
+    return path.read_text()
+
+
+def points_of(page):
+    """[step, value text, x, y] of every chart."""
+    return [json.loads(html.unescape(text)) for text in re.findall(r'data-points="([^"]*)"', page)]
+
+
+def test_holds_every_curve_inside_its_frame_and_refers_to_nothing_outside(tmp_path):
+    page = page_of(tmp_path, records(50))
+    charts = points_of(page)
+    assert [len(chart) for chart in charts] == [50, 50, 50, 49]
+    coordinates = re.findall(
+        r"(-?[\d.]+),(-?[\d.]+)", " ".join(re.findall(r'polyline class=\w+ points="([^"]*)"', page))
+    )
+    assert coordinates
+    assert all(0 <= float(x) <= 560 and 0 <= float(y) <= 250 for x, y in coordinates)
+    assert charts[0][0][:2] == [1, "2"]
+    assert charts[0][-1][:2] == [50, "0.04"]
+    assert charts[0][0][3] < charts[0][-1][3]  # a higher loss is drawn higher up
+    assert not re.search(r"https?:|src=|href=|@import|url\(", page)
+    assert "6,553,600" in page
+
+
+def test_text_from_the_run_cannot_become_markup(tmp_path):
+    mixture = [{"source": "<b>x</b>", "kept": 5}]
+    page = page_of(tmp_path, records(3), config="path: '</pre><script>alert(1)</script>' # $title", mixture=mixture)
+    assert "<script>alert" not in page
+    assert "<b>x</b>" not in page
+    assert "run &lt;1&gt;" in page
+    assert "# $title" in page
+
+
+def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
+    rows = records(100_000, loss=1.0)
+    rows[54_321]["loss"] = 9.5
+    page = page_of(tmp_path, rows)
+    assert len(page) < 400_000
+    loss = points_of(page)[0]
+    assert len(loss) <= 800
+    assert [54_322, "9.5"] in [point[:2] for point in loss]
+    assert [point[0] for point in loss] == sorted(point[0] for point in loss)
+
+
+@pytest.mark.parametrize("rows", [[], [{"kind": "plan"}], records(1), records(3, loss=None), records(4, loss=0.0)])
+def test_short_empty_and_diverged_runs_are_drawn_too(tmp_path, rows):
+    page = page_of(tmp_path, rows)
+    assert not re.search(r"\b(nan|inf)\b", page.lower())
+    assert ("No step was logged" in page) == (not any("loss" in row for row in rows))
+
+
+def test_mixture_tells_what_was_lost():
+    flan = SourceReport("data/flan.json", read=10, kept=7, tokens=700, supervised_tokens=300)
+    flan.drop("too long", "flan.json:3")
+    rows = mixture_rows(DataReport((flan, SourceReport("data/alpaca.json", 3, 3, 90, 100))))
+    assert rows[0]["source"] == "flan.json"
+    assert rows[0]["dropped"] == "1 too long"
+    assert [row["share of supervised"] for row in rows] == ["75.0 %", "25.0 %"]
+
+
+def test_environment_names_versions_and_devices_but_no_variables(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "secret-value")
+    found = environment()
+    assert found["devices"].startswith("4 × cpu")
+    assert {"jax", "flax", "python", "flacuna_jax"} <= found.keys()
+    assert "secret-value" not in str(found)
+
+
+def test_reads_what_the_run_logged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
