@@ -1,18 +1,35 @@
-"""The one entry to attention."""
+"""The one entry to attention: checks, choice of backend and tiles, partition over the mesh, and what remat may save.
 
-from typing import Literal
+A backend is a pair of functions behind one `custom_vjp`:
+
+    forward(q, k, v, mask, scale=..., ...) -> o [B, T, H, D], lse [B, H, T]
+    backward(q, k, v, mask, o, lse, do, scale=..., ...) -> dq, dk, dv
+
+lse is float32, log2 of the sum of exp2(log2(e) scale q·k) over the visible keys, 0 where there are none.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal, get_args
 
 import jax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
 
-from flacuna_jax.kernels.attention_reference import attention_reference
+from flacuna_jax.kernels import attention_gpu, attention_tpu, attention_xla
 from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_tiles, tpu_tiles
 
-Backend = Literal["auto", "xla"]
+Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
-"""Give these to `jax.checkpoint_policies.save_only_these_names`, and attention is not computed again."""
+"""For `jax.checkpoint_policies.save_only_these_names`: with both saved, the forward kernel runs once per step."""
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
+_logger = logging.getLogger(__name__)
 
 
 def attention(
@@ -23,21 +40,175 @@ def attention(
     *,
     scale: float | None = None,
     backend: Backend = "auto",
+    tiles: GpuTiles | TpuTiles | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within the documents of packed rows.
 
-    q [B, T, H, D], k and v [B, T, Hkv, D] of one dtype (float32 or bfloat16), H a multiple of Hkv. `scale` defaults
-    to D ** -0.5. Returns q's shape and dtype; padding rows are exactly 0 and receive no gradient.
+    q [B, T, H, D], k and v [B, T, Hkv, D] of one dtype (float32 or bfloat16), H a multiple of Hkv: query head h reads
+    key head h // (H / Hkv). `scale` > 0 defaults to D ** -0.5. Returns q's shape and dtype; padding rows are exactly
+    0 and receive no gradient. Softmax and sums are float32.
 
-    Raises ValueError where shapes or dtypes do not fit together.
+    Under a mesh (`jax.set_mesh`) with axes of type Auto, rows are computed where `data` and `fsdp` put them and heads
+    where `tensor` does.
+
+    `backend` "auto" takes the kernels of the platform that is compiled for, which need not be the one that traces.
+    `tiles` overrides the table of `kernels.tiles`, for the tuner. `interpret` runs Pallas kernels without their
+    hardware, slowly, for tests.
+
+    Raises ValueError where shapes, dtypes or options do not fit together.
     """
-    del backend
-    _check(q_bthd, k_bthd, v_bthd, mask)
-    scale = q_bthd.shape[-1] ** -0.5 if scale is None else scale
-    return checkpoint_name(attention_reference(q_bthd, k_bthd, v_bthd, mask, scale=scale), OUTPUT_NAME)
+    _check(q_bthd, k_bthd, v_bthd, mask, scale, backend)
+    device_kind, platform = _ambient_device()
+    plan = _Plan(
+        backend=_resolve(backend, platform, device_kind),
+        device_kind=device_kind,
+        scale=float(q_bthd.shape[-1] ** -0.5 if scale is None else scale),
+        tiles=tiles,
+        interpret=interpret,
+    )
+    return _attention(q_bthd, k_bthd, v_bthd, mask, plan)
 
 
-def _check(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: PackedMask) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """All that is decided before tracing."""
+
+    backend: Backend
+    device_kind: str | None
+    scale: float
+    tiles: GpuTiles | TpuTiles | None
+    interpret: bool
+
+    def options(self, backend: Backend, dim: int, dtype: Any) -> dict[str, Any]:
+        if backend == "xla":
+            return {"scale": self.scale}
+        table: Any = gpu_tiles if backend == "pallas_gpu" else tpu_tiles
+        chosen = self.tiles or table(self.device_kind, dim, dtype)
+        return {"scale": self.scale, "tiles": chosen, "interpret": self.interpret}
+
+
+_MODULES = {"xla": attention_xla, "pallas_gpu": attention_gpu, "pallas_tpu": attention_tpu}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: PackedMask, plan: _Plan) -> jax.Array:
+    return _run(plan, "forward", q_bthd, k_bthd, v_bthd, mask)[0]
+
+
+def _attention_forward(
+    q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: PackedMask, plan: _Plan
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    o_bthd, lse_bht = _run(plan, "forward", q_bthd, k_bthd, v_bthd, mask)
+    o_bthd, lse_bht = checkpoint_name(o_bthd, OUTPUT_NAME), checkpoint_name(lse_bht, LSE_NAME)
+    return o_bthd, (q_bthd, k_bthd, v_bthd, mask, o_bthd, lse_bht)
+
+
+def _attention_backward(plan: _Plan, saved: tuple[Any, ...], do_bthd: jax.Array) -> tuple[Any, ...]:
+    return (*_run(plan, "backward", *saved, do_bthd), None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> Any:
+    """Runs one direction of the plan's backend on every device's own rows and heads."""
+    q_bthd = args[0]
+
+    def of(backend: Backend) -> Any:
+        function = getattr(_MODULES[backend], direction)
+        return partial(function, **plan.options(backend, q_bthd.shape[-1], q_bthd.dtype))
+
+    def local(*args: Any) -> Any:
+        if plan.backend == "auto":
+            return lax.platform_dependent(*args, cuda=of("pallas_gpu"), tpu=of("pallas_tpu"), default=of("xla"))
+        return of(plan.backend)(*args)
+
+    axes = _auto_axes()
+    if not axes:
+        return local(*args)
+    rows, heads = _partition(axes, q_bthd.shape[0], q_bthd.shape[2], args[1].shape[2])
+    matrix, statistic = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, heads, None)
+    in_specs: tuple[PartitionSpec, ...] = (matrix, matrix, matrix, PartitionSpec(rows, None))
+    out_specs: tuple[PartitionSpec, ...] = (matrix, statistic)
+    if direction == "backward":
+        in_specs, out_specs = (*in_specs, matrix, statistic, matrix), (matrix, matrix, matrix)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)(*args)
+
+
+def _ambient_device() -> tuple[str | None, str | None]:
+    """(device kind, platform) of what is compiled for, as far as that is known while tracing.
+
+    The ambient mesh says it even where its devices are absent. Without one the kind is this process's, which only
+    decides tile sizes; the platform then remains open until lowering.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind, described.platform
+    return jax.devices()[0].device_kind, None
+
+
+def _resolve(backend: Backend, platform: str | None, device_kind: str | None) -> Backend:
+    if backend != "auto":
+        return backend
+    if platform is None:
+        _log_once("attention: no ambient mesh, the backend follows the platform that is lowered for")
+        return "auto"
+    if platform == "tpu":
+        chosen: Backend = "pallas_tpu"
+    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA"):
+        chosen = "pallas_gpu"
+    else:
+        chosen = "xla"
+    _log_once(f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind})")
+    return chosen
+
+
+def _auto_axes() -> dict[str, int]:
+    """Axes of the ambient mesh that are this module's to partition; none inside of a shard_map or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return {}
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+
+
+def _partition(
+    axes: dict[str, int], batch: int, heads: int, kv_heads: int
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """Mesh axes of rows and of heads. What an axis does not divide is computed whole on each of its devices."""
+    rows: tuple[str, ...] = ()
+    for name in BATCH_AXES:
+        taken = axes.get(name, 1)
+        for earlier in rows:
+            taken *= axes[earlier]
+        if name in axes and batch % taken == 0:
+            rows += (name,)
+    tensor = axes.get(HEAD_AXIS, 1)
+    split_heads = tensor > 1 and heads % tensor == 0 and kv_heads % tensor == 0
+    if tensor > 1 and not split_heads:
+        _log_once(
+            f"attention: mesh axis {HEAD_AXIS} ({tensor}) does not divide {heads} and {kv_heads} heads; not split"
+        )
+    return rows or None, HEAD_AXIS if split_heads else None
+
+
+@cache
+def _log_once(message: str) -> None:
+    _logger.info(message)
+
+
+def _check(
+    q_bthd: jax.Array,
+    k_bthd: jax.Array,
+    v_bthd: jax.Array,
+    mask: PackedMask,
+    scale: float | None,
+    backend: str,
+) -> None:
     batch, length, heads, dim = q_bthd.shape
     kv_heads = k_bthd.shape[2]
     if k_bthd.shape != v_bthd.shape or k_bthd.shape != (batch, length, kv_heads, dim) or heads % kv_heads:
@@ -49,3 +220,7 @@ def _check(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: Packed
         raise ValueError(f"the mask is for rows {mask.start_bt.shape}, the queries for {(batch, length)}")
     if not q_bthd.dtype == k_bthd.dtype == v_bthd.dtype:
         raise ValueError(f"q, k, v must share a dtype; got {q_bthd.dtype}, {k_bthd.dtype}, {v_bthd.dtype}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale is {scale}, but must be above 0")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r}; choose one of {', '.join(get_args(Backend))}")

@@ -5,8 +5,9 @@ query sees one interval of keys and a key is seen by one interval of queries; a 
 The kernels need nothing else: neither segment ids nor a [T, T] mask ever reaches them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class PackedMask:
     """int32 [B, T]: first key that the query sees."""
     end_bt: jax.Array
     """int32 [B, T]: one past the last query that sees the key."""
-    window: int | None = field(default=None)
+    window: int | None = None
     """Keys per query at most, itself included; None is the whole document. Already contained in both arrays."""
 
 
@@ -56,3 +57,57 @@ def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None) -> Pa
     return PackedMask(
         start_bt=jnp.where(padding_bt, length, start_bt), end_bt=jnp.where(padding_bt, 0, end_bt), window=window
     )
+
+
+class TileRange(NamedTuple):
+    """The tiles [first, stop) hold every visible pair; in [full_first, full_stop) every pair is visible.
+
+    first <= full_first <= full_stop <= stop. Tiles between first and full_first, and between full_stop and stop, need
+    the mask; with nothing visible all four are equal.
+    """
+
+    first: jax.Array
+    full_first: jax.Array
+    full_stop: jax.Array
+    stop: jax.Array
+
+
+def key_tiles(start: jax.Array, query: jax.Array, tile: int) -> TileRange:
+    """Tiles of `tile` keys that a group of queries reads.
+
+    `start` and `query` int32 [..., n]: `start_bt` at consecutive positions and those positions; one range per group
+    [...]. Queries without any key (start > query) are left out, so what a full tile gives them is meaningless.
+    Works on scalars of a kernel and on whole arrays alike.
+    """
+    sees_any = start <= query
+    earliest_start = jnp.min(jnp.where(sees_any, start, _FAR), axis=-1)
+    latest_start = jnp.max(jnp.where(sees_any, start, 0), axis=-1)
+    first_query = jnp.min(jnp.where(sees_any, query, _FAR), axis=-1)
+    stop_query = jnp.max(jnp.where(sees_any, query + 1, 0), axis=-1)
+    return _tile_range(earliest_start, latest_start, first_query + 1, stop_query, tile)
+
+
+def query_tiles(end: jax.Array, key: jax.Array, tile: int) -> TileRange:
+    """Tiles of `tile` queries that read a group of keys: `key_tiles` seen from the other side, with `end_bt`.
+
+    Keys that no query sees (end <= key) are left out, so what a full tile gives them is meaningless.
+    """
+    seen = key < end
+    first_key = jnp.min(jnp.where(seen, key, _FAR), axis=-1)
+    last_key = jnp.max(jnp.where(seen, key, 0), axis=-1)
+    earliest_end = jnp.min(jnp.where(seen, end, _FAR), axis=-1)
+    latest_end = jnp.max(jnp.where(seen, end, 0), axis=-1)
+    return _tile_range(first_key, last_key, earliest_end, latest_end, tile)
+
+
+_FAR = 2**30
+"""Beyond every position, and far from the int32 limit."""
+
+
+def _tile_range(first: jax.Array, full_first: jax.Array, full_stop: jax.Array, stop: jax.Array, tile: int) -> TileRange:
+    """Positions to tiles: the outer range grows to whole tiles, the inner one shrinks to them."""
+    stop = lax.div(stop + (tile - 1), tile)
+    first = jnp.minimum(lax.div(first, tile), stop)
+    full_first = jnp.clip(lax.div(full_first + (tile - 1), tile), first, stop)
+    full_stop = jnp.clip(lax.div(full_stop, tile), full_first, stop)
+    return TileRange(first, full_first, full_stop, stop)
