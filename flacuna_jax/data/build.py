@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+import numpy as np
+
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data.conversation import TEMPLATES, Conversation
 from flacuna_jax.data.files import Place
@@ -99,7 +101,7 @@ class _SourceBuild:
         self._builder.add(self._index, kept, records)
         self._report.kept += len(kept)
         self._report.tokens += sum(len(example.ids) for example in kept)
-        self._report.supervised_tokens += sum(int(example.loss_mask.sum()) for example in kept)
+        self._report.supervised_tokens += sum(int(np.count_nonzero(example.loss_mask)) for example in kept)
 
     def _fit(self, place: Place, conversation: Conversation, example: TokenizedExample) -> TokenizedExample | None:
         """The example within the length limit and with something to learn; None, and counted, if that cannot be."""

@@ -195,7 +195,6 @@ class StepSource:
         self._local_rows = plan.micro_rows // process_count
         self._first_row = process_index * self._local_rows
         self._lengths = store.lengths
-        self._supervised = store.supervised_counts()
         self._lock = threading.Lock()
         self._packed: OrderedDict[int, PackPlan] = OrderedDict()
 
@@ -236,7 +235,7 @@ class StepSource:
             examples=len(examples),
             rows=len(rows),
             tokens=tokens,
-            supervised_tokens=int(self._supervised[examples].sum()),
+            supervised_tokens=int(self._store.supervised[examples].sum()),
             fill=tokens / (len(rows) * self._plan.max_length),
         )
 

@@ -19,6 +19,7 @@ class TokenStore:
     """Examples one behind the other.
 
     tokens: uint16 or int32 [total]. loss_mask: bool [total], as in TokenizedExample. offsets: int64 [examples + 1].
+    supervised: int32 [examples], how many tokens of each carry loss.
     source_index: int32 [examples], which configured source an example is from (its weight hangs on that).
     task_index: int32 [examples], index into `tasks`, the `source` that the record itself names ("cot_gsm8k").
     record_index: int64 [examples], number of the record in its source, from 0.
@@ -28,6 +29,7 @@ class TokenStore:
     tokens: NDArray[np.integer[Any]]
     loss_mask: NDArray[np.bool_]
     offsets: NDArray[np.int64]
+    supervised: NDArray[np.int32]
     source_index: NDArray[np.int32]
     task_index: NDArray[np.int32]
     record_index: NDArray[np.int64]
@@ -42,13 +44,6 @@ class TokenStore:
     @property
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
-
-    def supervised_counts(self) -> NDArray[np.int64]:
-        """Supervised tokens of each example, int64 [examples]."""
-        if not len(self):
-            return np.zeros(0, np.int64)
-        # No example is empty, so reduceat's rule for empty slices never applies.
-        return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
 
     def id_of(self, example: int) -> str:
         start, end = self.id_offsets[example], self.id_offsets[example + 1]
@@ -100,6 +95,7 @@ class StoreBuilder:
         self._tokens = _Growing(np.uint16 if vocab_size <= 1 << 16 else np.int32)
         self._loss_mask = _Growing(np.bool_)
         self._lengths = _Growing(np.int64)
+        self._supervised = _Growing(np.int32)
         self._source_index = _Growing(np.int32)
         self._task_index = _Growing(np.int32)
         self._record_index = _Growing(np.int64)
@@ -111,11 +107,13 @@ class StoreBuilder:
         """Appends examples of one source; `records` are their record numbers. Raises ValueError without loss."""
         if not examples:
             return
-        if not all(example.loss_mask.any() and not example.loss_mask[0] for example in examples):
+        supervised = np.array([np.count_nonzero(example.loss_mask) for example in examples])
+        if not supervised.all() or any(example.loss_mask[0] for example in examples):
             raise ValueError("an example has no supervised token, or loss on its first token")
         self._tokens.append(np.concatenate([example.ids for example in examples]))
         self._loss_mask.append(np.concatenate([example.loss_mask for example in examples]))
         self._lengths.append(np.array([len(example.ids) for example in examples]))
+        self._supervised.append(supervised)
         self._source_index.append(np.full(len(examples), source))
         self._task_index.append(
             np.array([self._tasks.setdefault(example.source, len(self._tasks)) for example in examples])
@@ -130,6 +128,7 @@ class StoreBuilder:
             tokens=self._tokens.finish(),
             loss_mask=self._loss_mask.finish(),
             offsets=_offsets(self._lengths.finish()),
+            supervised=self._supervised.finish(),
             source_index=self._source_index.finish(),
             task_index=self._task_index.finish(),
             record_index=self._record_index.finish(),

@@ -7,6 +7,11 @@ front of whatever it encodes: encode("x: y") = encode("x:") + encode("y"). A tok
 segment with its space; which kind a tokenizer is, is found by trying (`puts_space_in_front`). With a vocabulary whose
 pieces reach over spaces ("upon▁a") the ids are not always those of the whole string, but training and generation, both
 made here, still agree.
+
+Where this differs from FastChat's `preprocess` for v1.1 (everything else is equal, token by token): "<s>", "</s>" and
+"<unk>" in a text are text, not special tokens; " ASSISTANT: " in a text, an empty question or a missing last answer
+neither lose the sample ("tokenization mismatch") nor move its mask; nothing is padded; and what is too long is not cut
+off at the right but treated as data.over_length says. An empty question reads "USER:ASSISTANT:", as in FastChat's text.
 """
 
 from collections.abc import Sequence

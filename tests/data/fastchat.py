@@ -16,6 +16,7 @@ SYSTEM = (
 )
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 IGNORED = -100
+SEPARATOR = " ASSISTANT: "
 
 
 class Labelled(NamedTuple):
@@ -44,17 +45,16 @@ def preprocess(model: SentencePieceProcessor, turns: Sequence[tuple[str, str]], 
     conversation = prompt(turns)
     ids = slow_tokenize(model, conversation)
     labels = list(ids)
-    separator = " ASSISTANT: "
     position = 1
     labels[0] = IGNORED
     for piece in conversation.split("</s>"):
         if piece == "":
             break
         piece_length = len(slow_tokenize(model, piece))
-        parts = piece.split(separator)
+        parts = piece.split(SEPARATOR)
         if len(parts) != 2:
             break
-        question = len(slow_tokenize(model, parts[0] + separator)) - 2
+        question = len(slow_tokenize(model, parts[0] + SEPARATOR)) - 2
         labels[position : position + question] = [IGNORED] * question
         position += piece_length
     labels[position:] = [IGNORED] * len(labels[position:])

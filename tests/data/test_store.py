@@ -51,8 +51,8 @@ def test_what_goes_in_comes_out(tmp_path: Path, characters: Characters, monkeypa
         np.testing.assert_array_equal(example.loss_mask, expected.loss_mask)
     assert (report.sources[0].read, report.sources[0].kept, report.kept) == (7, 6, 10)
     assert report.tokens == len(store.tokens) == store.lengths.sum()
-    assert report.supervised_tokens == store.loss_mask.sum() == store.supervised_counts().sum()
-    assert store.supervised_counts().tolist() == [int(store.example(i).loss_mask.sum()) for i in range(10)]
+    assert report.supervised_tokens == store.loss_mask.sum()
+    assert store.supervised.tolist() == [int(store.example(i).loss_mask.sum()) for i in range(10)]
     assert "1: no answer in the record (first:" in "\n".join(report.lines())
 
 

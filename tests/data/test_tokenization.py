@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn, render, render_text
@@ -114,7 +114,10 @@ texts = st.lists(pieces, max_size=8).map("".join)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_any_text_equals_fastchat(llama: SentencePiece, pairs: list[tuple[str, str]]) -> None:
-    assert_equal_to_fastchat(llama, [[text for pair in pairs for text in pair]])
+    said = [text for pair in pairs for text in pair]
+    # Where a text holds FastChat's separator, FastChat finds the answer in the wrong place.
+    assume(all(fastchat.SEPARATOR not in f" {text} " for text in said))
+    assert_equal_to_fastchat(llama, [said])
 
 
 LOST_BY_FASTCHAT = {
@@ -247,3 +250,13 @@ def test_a_tokenizer_whose_pieces_reach_over_spaces(fast: Fast) -> None:
 
 def test_dummy_prefix_is_recognised(llama: SentencePiece, fast: Fast, characters: Characters) -> None:
     assert [puts_space_in_front(tokenizer) for tokenizer in (llama, fast, characters)] == [True, True, False]
+
+
+def test_the_projects_own_loader(llama: SentencePiece, fast: Fast, llama_tokenizer: Path, story_llama: Path) -> None:
+    from flacuna_jax.huggingface.tokenizer import load_tokenizer
+
+    sample = conversation("strike <s>this</s> out", "it is </s> then <unk>", "", "ok")
+    for directory, tokenizer in ((llama_tokenizer, llama), (story_llama, fast)):
+        for template in TEMPLATES.values():
+            loaded = tokenize(sample, template, load_tokenizer(directory))
+            assert loaded.ids.tolist() == tokenize(sample, template, tokenizer).ids.tolist()
