@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from flacuna_jax.config import RunConfig
 from flacuna_jax.errors import UserError
 
 Location = tuple[str | int, ...]
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,12 +40,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Schema]) -> Schema: ...
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, schema: type[BaseModel] = RunConfig) -> BaseModel:
     """Reads and validates a config file with its command-line overrides.
 
     Args:
       path: YAML file.
       overrides: `--section.key=value` strings; values are YAML.
+      schema: the kind of config; a run's, unless told otherwise.
 
     Raises:
       UserError: the file cannot be read, is not YAML, or a setting is unknown, mistyped or out of range; the message
@@ -52,24 +58,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     tree, lines = _read_yaml(path)
-    return _validate(tree, overrides, lambda location: f"{path}:{_line_of(lines, location)}")
+    return _validate(tree, overrides, lambda location: f"{path}:{_line_of(lines, location)}", schema)
+
+
+def top_level_keys(path: str | Path) -> frozenset[str]:
+    """The sections of a config file, which tell what kind of config it is; raises `UserError` like `load_config`."""
+    return frozenset(map(str, _read_yaml(Path(path))[0]))
 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> RunConfig:
     """Validates an already parsed config; raises `UserError` like `load_config`."""
-    return _validate(tree, overrides, lambda _: origin)
+    return _validate(tree, overrides, lambda _: origin, RunConfig)
 
 
-def _validate(tree: dict[str, Any], overrides: Sequence[str], origin_of: Any) -> RunConfig:
+def _validate(tree: dict[str, Any], overrides: Sequence[str], origin_of: Any, schema: type[Schema]) -> Schema:
     overridden: dict[Location, str] = {}
     for text in overrides:
         location, value = _parse_override(text)
         _assign(tree, location, value, text)
         overridden[location] = text
     try:
-        return RunConfig.model_validate(_lists_to_tuples(tree))
+        return schema.model_validate(_lists_to_tuples(tree))
     except ValidationError as error:
-        raise UserError(_explain(error, overridden, origin_of)) from None
+        raise UserError(_explain(error, overridden, origin_of, schema)) from None
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
@@ -143,7 +154,7 @@ def _assign(tree: dict[str, Any], location: Location, value: Any, text: str) -> 
         if last:
             here[part] = value
         else:
-            if isinstance(here, dict) and here.get(part) is None or here[part] == "auto":
+            if (isinstance(here, dict) and here.get(part) is None) or here[part] == "auto":
                 here[part] = {}
             here = here[part]
 
@@ -157,7 +168,7 @@ def _lists_to_tuples(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError, overridden: dict[Location, str], origin_of: Any) -> str:
+def _explain(error: ValidationError, overridden: dict[Location, str], origin_of: Any, schema: type[BaseModel]) -> str:
     items = [(_without_union_tags(item["loc"]), item) for item in error.errors()]
     messages = []
     for location, item in items:
@@ -173,16 +184,17 @@ def _explain(error: ValidationError, overridden: dict[Location, str], origin_of:
             None,
         )
         where = repr(override) if override else origin_of(location)
-        messages.append(f"{where}: {_explain_one(item, location, '.'.join(map(str, location)))}")
+        messages.append(f"{where}: {_explain_one(item, location, schema)}")
     return "\n".join(dict.fromkeys(messages))
 
 
-def _explain_one(item: Any, location: Location, key: str) -> str:
+def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
+    key = ".".join(map(str, location))
     kind, value = item["type"], item.get("input")
     if kind == "model_type":
         return f"{key} must be a section (or one of its fixed words), not {value!r}"
     if kind == "extra_forbidden":
-        return f"{key} is not a setting{_nearest_key(location)}"
+        return f"{key} is not a setting{_nearest_key(location, schema)}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":
@@ -199,14 +211,14 @@ def _without_union_tags(location: tuple[str | int, ...]) -> Location:
     return tuple(part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part)))
 
 
-def _nearest_key(location: Location) -> str:
-    section = _section_at(location[:-1])
+def _nearest_key(location: Location, schema: type[BaseModel]) -> str:
+    section = _section_at(location[:-1], schema)
     wrong = str(location[-1])
     if section:
         near = difflib.get_close_matches(wrong, list(section.model_fields), n=1)
         if near:
             return f"; did you mean {'.'.join(map(str, (*location[:-1], near[0])))}?"
-    everywhere = {key.rsplit(".", 1)[-1]: key for key in _all_keys(RunConfig)}
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in _all_keys(schema)}
     near = difflib.get_close_matches(wrong, list(everywhere), n=1)
     if near:
         return f"; did you mean {everywhere[near[0]]}?"
@@ -214,8 +226,8 @@ def _nearest_key(location: Location) -> str:
     return f"; known here: {names}" if names else ""
 
 
-def _section_at(location: Location) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = RunConfig
+def _section_at(location: Location, schema: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = schema
     for part in location:
         if isinstance(part, int):
             continue

@@ -86,9 +86,11 @@ class BadRecordPolicy:
 
     report: SourceReport
     mode: Literal["error", "skip"]
+    key: str = "data.on_bad_record"
+    """The setting that `mode` comes from, for messages."""
 
     def reject(self, reason: str, where: object, detail: str) -> None:
         """Counts the record under `reason`; raises UserError(`where`: `detail`) if bad records are errors."""
         if self.mode == "error":
-            raise UserError(f"{where}: {detail} (data.on_bad_record: skip would count it and go on)")
+            raise UserError(f"{where}: {detail} ({self.key}: skip would count it and go on)")
         self.report.drop(reason, where, detail)

@@ -1,0 +1,1 @@
+"""Builds FLAN-mini from its sources: readers, templates, few-shot groups, mixture, and an account of every record."""

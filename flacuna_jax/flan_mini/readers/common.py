@@ -1,0 +1,136 @@
+"""What the readers share: finding files, taking text out of records."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.data.files import DataFiles, Place, RawRecord, find_files, read_records
+from flacuna_jax.data.formats import BadRecord
+from flacuna_jax.data.report import BadRecordPolicy
+from flacuna_jax.errors import UserError
+from flacuna_jax.flan_mini.config import MixtureSource
+from flacuna_jax.flan_mini.items import Item
+
+Items = Iterator[tuple[Place, Item]]
+
+
+class Unusable(Exception):
+    """A record that is whole and has nothing to learn from: counted under `reason`, never an error."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+_HELD_OUT = {"validation", "valid", "val", "dev", "test", "eval"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`find` lists a source's files; `read` yields the items of one of them.
+
+    `read` counts every raw record in `policy.report.read` and every one it cannot use in the policy; a record may give
+    several items (a programming problem one per solution).
+    """
+
+    find: Callable[[MixtureSource], DataFiles]
+    read: Callable[[MixtureSource, Path, BadRecordPolicy], Items]
+
+
+def find_all(source: MixtureSource) -> DataFiles:
+    """Every data file of the source."""
+    return find_files(Path(source.path))
+
+
+def find_training(source: MixtureSource) -> DataFiles:
+    """The data files of the source that are not of a held-out split by name ("x_valid_0.jsonl", "test/..."); those
+    are listed as ignored."""
+    root = Path(source.path)
+    found = find_files(root)
+    training = tuple(file for file in found.files if file == root or not _is_held_out(file.relative_to(root)))
+    if not training:
+        raise UserError(f"{root}: all of its data files are of held-out splits by name (valid, test, ...)")
+    others = (str(file.relative_to(root)) for file in found.files if file not in set(training))
+    return DataFiles(training, (*found.ignored, *others))
+
+
+def _is_held_out(path: Path) -> bool:
+    # Of the file name only what is in front of its endings; "train" anywhere wins over a dataset called "dev".
+    words = [set(re.split(r"[^a-z]+", part.lower())) for part in (*path.parts[:-1], path.name.split(".")[0])]
+    return not any("train" in part for part in words) and any(part & _HELD_OUT for part in words)
+
+
+def raw_records(path: Path, columns: tuple[str, ...], policy: BadRecordPolicy) -> Iterator[RawRecord]:
+    """The records of a file that are objects; each is counted as read, and rejected if it is something else."""
+    for raw in read_records(path, columns, policy):
+        policy.report.read += 1
+        if isinstance(raw.value, dict):
+            yield raw
+        else:
+            policy.reject("wrong type", raw.place, f"a record must be an object, not {type(raw.value).__name__}")
+
+
+def each(
+    path: Path,
+    columns: tuple[str, ...],
+    policy: BadRecordPolicy,
+    convert: Callable[[Place, Mapping[str, Any]], Iterator[Item]],
+) -> Items:
+    """The items that `convert` makes of every record; BadRecord and Unusable go to the policy, with the record's place.
+
+    A record counts as a whole: what was made of it before the error is not passed on.
+    """
+    for place, record in raw_records(path, columns, policy):
+        for item in attempt(policy, place, lambda: list(convert(place, record))):  # noqa: B023, called at once
+            yield place, item
+
+
+def attempt(policy: BadRecordPolicy, where: object, make: Callable[[], list[Item]]) -> list[Item]:
+    """What `make` makes of a record; [] and counted, by reason, where it makes nothing."""
+    try:
+        items = make()
+    except BadRecord as bad:
+        policy.reject(bad.reason, where, bad.detail)
+        return []
+    except Unusable as unusable:
+        policy.report.drop(unusable.reason, where, unusable.detail)
+        return []
+    if not items:
+        policy.report.drop("nothing to use in the record", where)
+    return items
+
+
+def text_of(record: Mapping[str, Any], *names: str) -> str:
+    """The text under the first of `names` that the record has; raises BadRecord if there is none, or no text."""
+    value = optional(record, *names)
+    if value is None:
+        has = ", ".join(list(record)[:10]) or "none"
+        raise BadRecord("field missing", f"the record has no {' or '.join(names)} (its fields: {has})")
+    return value
+
+
+def optional(record: Mapping[str, Any], *names: str) -> str | None:
+    """Like `text_of`, but None where the record has none of the fields."""
+    for name in names:
+        value = record.get(name)
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError as error:
+                raise BadRecord("not UTF-8", f"{name!r} is not UTF-8: {error.reason}") from None
+        if isinstance(value, str):
+            return value
+        if value is not None:
+            raise BadRecord("wrong type", f"{name!r} must be text, not {type(value).__name__}")
+    return None
+
+
+def filled(text: str, what: str) -> str:
+    """`text`, without white space at its ends; raises Unusable where nothing is left."""
+    text = text.strip()
+    if not text:
+        raise Unusable("empty text", f"the {what} is empty")
+    return text

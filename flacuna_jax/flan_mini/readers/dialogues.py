@@ -1,0 +1,95 @@
+"""Conversations: Alpaca-style records, ShareGPT exports, and a released FLAN-mini itself."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.data.conversation import Conversation
+from flacuna_jax.data.files import Place, RawRecord, read_records
+from flacuna_jax.data.formats import COLUMNS, PARSERS, BadRecord, parse_record
+from flacuna_jax.data.report import BadRecordPolicy
+from flacuna_jax.flan_mini.config import MixtureSource
+from flacuna_jax.flan_mini.items import DIALOGUE, READY, Item
+from flacuna_jax.flan_mini.readers.common import Items, Reader, each, filled, find_all, optional, text_of
+from flacuna_jax.flan_mini.sharegpt import CleaningError, clean
+
+_NO_INPUT = {"", "<noinput>", "noinput", "n/a", "none"}
+"""What Alpaca-style records write where there is no input."""
+
+
+def _read_alpaca(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
+    def convert(_: Place, record: Mapping[str, Any]) -> Iterator[Item]:
+        instruction = filled(text_of(record, "instruction"), "instruction")
+        text = (optional(record, "input") or "").strip()
+        answer = filled(text_of(record, "output"), "output")
+        if text.lower() in _NO_INPUT:
+            yield Item(source.name, "instruction", {"instruction": instruction, "answer": answer})
+        else:
+            fields = {"instruction": instruction, "input": text, "answer": answer}
+            yield Item(source.name, "instruction_with_input", fields)
+
+    return each(path, ("instruction", "input", "output"), policy, convert)
+
+
+def _read_sharegpt(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
+    for raw in read_records(path, ("id", "conversations", "items"), policy):
+        for place, record in _exported(raw):
+            policy.report.read += 1
+            try:
+                conversation, changes = clean(record)
+            except CleaningError as reason:
+                # Not a damaged file: what cleaning takes out is counted, never an error.
+                policy.report.drop(reason.reason, place, reason.detail)
+            except BadRecord as bad:
+                policy.reject(bad.reason, place, bad.detail)
+            else:
+                for change in changes:
+                    policy.report.change(change, place)
+                yield place, _dialogue(source.name, conversation, ready_id=False)
+
+
+def _exported(raw: RawRecord) -> Iterator[tuple[Place, Any]]:
+    """The conversations of a record: itself, or those of an object {name: {"log": [...]}} (DialogStudio's layout)."""
+    value = raw.value
+    is_table = isinstance(value, dict) and value and all(isinstance(v, dict) and "log" in v for v in value.values())
+    if not is_table:
+        yield raw.place, value
+        return
+    for number, (name, dialogue) in enumerate(value.items(), start=1):
+        turns: list[dict[str, Any]] = []
+        for turn in dialogue["log"] if isinstance(dialogue["log"], list) else []:
+            if isinstance(turn, dict):
+                turns.append({"from": "human", "value": turn.get("user utterance")})
+                turns.append({"from": "gpt", "value": turn.get("system response")})
+        identity = dialogue.get("original dialog id") or name
+        yield raw.place._replace(number=number), {"id": identity, "conversations": turns}
+
+
+def _dialogue(task: str, conversation: Conversation, ready_id: bool) -> Item:
+    turns = [[turn.role, turn.text] for turn in conversation.turns]
+    fields: dict[str, Any] = {"id": conversation.id, "turns": turns}
+    if conversation.system is not None:
+        fields["system"] = conversation.system
+    if ready_id:
+        return Item(task, READY, fields)
+    first_answer = conversation.turns[1].text
+    # As FastChat: conversations with one id, or with the same first answer and number of turns, are the same.
+    same_as = (f"id {conversation.id}", f"answer {len(turns)} {first_answer}")
+    return Item(task, DIALOGUE, fields, same_as=same_as, size=len(turns))
+
+
+def _read_flan_mini(_: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
+    for raw in read_records(path, COLUMNS, policy):
+        policy.report.read += 1
+        try:
+            conversation = parse_record(raw, PARSERS["flan_mini"], policy)
+        except BadRecord as bad:
+            policy.reject(bad.reason, raw.place, bad.detail)
+            continue
+        if conversation is not None:
+            yield raw.place, _dialogue(conversation.source, conversation, ready_id=True)
+
+
+ALPACA = Reader(find_all, _read_alpaca)
+SHAREGPT = Reader(find_all, _read_sharegpt)
+FLAN_MINI = Reader(find_all, _read_flan_mini)

@@ -1,0 +1,61 @@
+"""Rows that are worded already: the FLAN v2 submixes and P3, in each of the layouts they are published in.
+
+submix jsonl/parquet   inputs, targets, task_source, task_name, template_type
+per-type jsonl.gz      inputs, targets, task; the template type is in the file's name ({sub}_{fs|zs}_{opt|noopt}_train)
+seqio export, P3       inputs_pretokenized, targets_pretokenized, _task_name, _template_type
+full dump              source, target, task_name, task_source, template_type
+
+A row that says (or whose file says) its template type is kept as it is. One that does not, as in P3, is a pair that may
+still be grouped with exemplars of its task. P3 rows name no task: theirs is the directory or file they lie in.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.data.files import Place
+from flacuna_jax.data.formats import BadRecord
+from flacuna_jax.data.report import BadRecordPolicy
+from flacuna_jax.flan_mini.config import FLAN_TYPES, MixtureSource
+from flacuna_jax.flan_mini.items import PAIR, READY, Item
+from flacuna_jax.flan_mini.readers.common import Items, Reader, each, filled, find_training, optional, text_of
+
+_INPUTS = ("inputs", "inputs_pretokenized", "source")
+_TARGETS = ("targets", "targets_pretokenized", "target")
+_TASK = ("task_name", "_task_name", "task")
+_TYPE = ("template_type", "_template_type")
+_COLUMNS = (*_INPUTS, *_TARGETS, *_TASK, *_TYPE)
+
+
+def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
+    relative = path.relative_to(source.path) if path != Path(source.path) else Path(path.name)
+    return each(path, _COLUMNS, policy, partial(_convert, relative))
+
+
+def _convert(file: Path, _: Place, record: Mapping[str, Any]) -> Iterator[Item]:
+    fields = {
+        "inputs": filled(text_of(record, *_INPUTS), "input"),
+        "targets": filled(text_of(record, *_TARGETS), "target"),
+    }
+    task = optional(record, *_TASK) or _task_of_file(file)
+    type_ = optional(record, *_TYPE) or _type_of_file(file.name)
+    if type_ and type_ not in FLAN_TYPES:
+        raise BadRecord("unknown template type", f"template type {type_!r} is none of {', '.join(FLAN_TYPES)}")
+    yield Item(task, READY if type_ else PAIR, fields, type_)
+
+
+def _type_of_file(name: str) -> str:
+    found = re.search(r"(?:^|_)(zs|fs)_(opt|noopt)(?=_|\.|-|$)", name)
+    return f"{found[1]}_{found[2]}" if found else ""
+
+
+def _task_of_file(file: Path) -> str:
+    """The directory under the source's path, else the file's name without split and shard numbers."""
+    if len(file.parts) > 1:
+        return file.parts[0]
+    return re.sub(r"[-_.](train|data|part)?[-_.]?\d*(-of-\d+)?$", "", file.name.split(".")[0]) or file.name
+
+
+READER = Reader(find_training, _read)

@@ -1,0 +1,172 @@
+"""promptsource: templates.yaml files (Jinja, "input ||| target") applied to rows of the datasets they are for.
+
+Rows lie below the source's path in the directory of their dataset, `<dataset>[/<subset>]/...{json,jsonl,parquet}`, and
+templates in the same directory below `templates`. A row gives an item per template; a template that gives a row no
+target (a test row's label of -1, say) gives it no item. Templates run in Jinja's immutable sandbox: they are data.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from flacuna_jax.data.report import BadRecordPolicy
+from flacuna_jax.errors import UserError
+from flacuna_jax.flan_mini.config import MixtureSource
+from flacuna_jax.flan_mini.items import PAIR, Item, hash64
+from flacuna_jax.flan_mini.readers.common import Items, Reader, find_training, raw_records
+from flacuna_jax.flan_mini.readers.task_rows import all_columns
+
+FILE = "templates.yaml"
+_BAR = "|||"
+_HIDDEN_BAR = "\ue000bar\ue000"
+"""Stands for ||| in a row's own text while the rendered template is split at |||."""
+
+_NO_TARGET = "no template gives the record a target"
+_FAILED = "a template fails on a record"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads !Template and !TemplateMetadata as plain mappings."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
+    return loader.construct_mapping(node, deep=True)
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _Loader.add_constructor(_tag, _mapping)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A named Jinja template and, where it has any, the template of its answer choices."""
+
+    task: str
+    prompt: jinja2.Template
+    choices: jinja2.Template | None
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(input, target) for a row, None if the template has none for it. Raises jinja2.TemplateError."""
+        values = dict(_hide_bars(row))
+        pick = _Pick(hash64(self.task, str(sorted(row.items(), key=lambda pair: pair[0]))))
+        if self.choices is not None:
+            # A row cannot hold ||| here (it is hidden), so every bar separates choices.
+            values["answer_choices"] = [part.strip() for part in self.choices.render(**values).split(_BAR)]
+        rendered = self.prompt.render(**values, choice=pick)
+        parts = [part.replace(_HIDDEN_BAR, _BAR).strip() for part in rendered.split(_BAR)]
+        return (parts[0], parts[1]) if len(parts) == 2 and all(parts) else None
+
+
+class _Pick:
+    """promptsource's `choice`, decided by template and row instead of by chance."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+
+    def __call__(self, options: Sequence[Any]) -> Any:
+        self._key = hash64(str(self._key))
+        return list(options)[self._key % len(options)]
+
+
+def _hide_bars(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(_BAR, _HIDDEN_BAR)
+    if isinstance(value, Mapping):
+        return {key: _hide_bars(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_hide_bars(part) for part in value]
+    return value
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment.filters["choice"] = _stable_choice
+    environment.filters["most_frequent"] = _most_frequent
+    environment.globals["zip"] = zip
+    environment.filters["zip"] = zip
+    return environment
+
+
+def _stable_choice(options: Sequence[Any]) -> Any:
+    return list(options)[hash64(*map(str, options)) % len(options)]
+
+
+def _most_frequent(values: Sequence[Any]) -> list[Any]:
+    """The commonest values, in order of first appearance."""
+    counts = [sum(other == value for other in values) for value in values]
+    return list(dict.fromkeys(value for value, count in zip(values, counts, strict=True) if count == max(counts)))
+
+
+@functools.lru_cache(maxsize=8)
+def read_templates(path: Path, dataset: str) -> tuple[PromptTemplate, ...]:
+    """The templates of one file, by name. Raises UserError where the file or a template cannot be read."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader subclass: plain data only
+        entries = sorted(tree["templates"].values(), key=lambda entry: entry["name"])
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a promptsource file ({str(error).splitlines()[0]})") from None
+    environment = _environment()
+    templates = []
+    for entry in entries:
+        try:
+            prompt = environment.from_string(entry["jinja"])
+            choices = environment.from_string(entry["answer_choices"]) if entry.get("answer_choices") else None
+        except (jinja2.TemplateError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: template {entry.get('name')!r} cannot be used: {error}") from None
+        templates.append(PromptTemplate(task_name(dataset, entry["name"]), prompt, choices))
+    return tuple(templates)
+
+
+def task_name(dataset: str, template: str) -> str:
+    """P3's name for a template: race/high and "Is this the right answer?" give race_high_Is_this_the_right_answer_."""
+    return re.sub(r"[^\w.]+", "_", f"{dataset}_{template}")
+
+
+def _dataset_of(source: MixtureSource, path: Path) -> str:
+    """The longest directory below the source's path, towards `path`, that has templates."""
+    assert source.templates is not None, "the validator requires it"
+    parts = path.relative_to(source.path).parts[:-1] if path != Path(source.path) else ()
+    for end in range(len(parts), 0, -1):
+        if (Path(source.templates, *parts[:end]) / FILE).is_file():
+            return "/".join(parts[:end])
+    raise UserError(
+        f"{path}: no {FILE} for it in {source.templates}; rows must lie in <dataset>[/<subset>]/ as the templates do"
+    )
+
+
+def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
+    assert source.templates is not None, "the validator requires it"
+    dataset = _dataset_of(source, path)
+    templates = read_templates(Path(source.templates, dataset, FILE), dataset)
+    for place, record in raw_records(path, all_columns(path), policy):
+        try:
+            items = list(_convert(templates, record))
+        except jinja2.TemplateError as error:
+            policy.reject(_FAILED, place, str(error))
+            continue
+        if not items:
+            policy.report.drop(_NO_TARGET, place)
+        for item in items:
+            yield place, item
+
+
+def _convert(templates: Sequence[PromptTemplate], record: Mapping[str, Any]) -> Iterator[Item]:
+    for template in templates:
+        try:
+            rendered = template.render(record)
+        except jinja2.TemplateError as error:
+            raise jinja2.TemplateError(f"template {template.task!r}: {error}") from None
+        except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError, OverflowError) as error:
+            raise jinja2.TemplateError(f"template {template.task!r}: {error}") from None
+        if rendered is not None:
+            yield Item(template.task, PAIR, {"inputs": rendered[0], "targets": rendered[1]})
+
+
+READER = Reader(find_training, _read)

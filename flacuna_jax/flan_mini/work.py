@@ -1,0 +1,111 @@
+"""Runs jobs whose results are files, on any number of processes; a job whose result is there already is not run again.
+
+So a build that was killed continues where it was. Results are written beside their place and then moved to it: what is
+there is whole. A job must be a function of its arguments alone.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job leaves: arrays, and a JSON value."""
+
+    arrays: Arrays
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """`function(*arguments)` gives the Result that is kept at `path` (.npz)."""
+
+    path: Path
+    function: Callable[..., Result]
+    arguments: tuple[Any, ...]
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, on_done: Callable[[int, int], None] | None = None) -> int:
+    """Runs the jobs whose result is missing, and returns how many had theirs already.
+
+    `on_done(done, of)` is called after each. The first exception of a job is raised here; jobs under way end first.
+    """
+    missing = [job for job in jobs if not job.path.exists()]
+    found = len(jobs) - len(missing)
+    for done, _ in enumerate(_finished(missing, workers), start=1):
+        if on_done:
+            on_done(found + done, len(jobs))
+    return found
+
+
+def _finished(jobs: Sequence[Job], workers: int) -> Iterator[None]:
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            _run(job)
+            yield
+        return
+    # Fresh processes: a fork would take over threads that libraries of the parent may have started.
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(jobs)
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        running: set[Future[None]] = set()
+        try:
+            while True:
+                for job in waiting:
+                    running.add(pool.submit(_run, job))
+                    if len(running) >= 2 * workers:
+                        break
+                if not running:
+                    return
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run(job: Job) -> None:
+    save_result(job.path, job.function(*job.arguments))
+
+
+def save_result(path: Path, result: Result) -> None:
+    facts = np.frombuffer(json.dumps(result.facts).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, __facts__=facts, **dict(result.arrays))
+    os.replace(partial, path)
+
+
+def load_result(path: Path) -> Result:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return Result(arrays, json.loads(arrays.pop("__facts__").tobytes()))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """A text file that appears at `path` when it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
