@@ -57,6 +57,8 @@ class ArchitectureConfig(Section):
 class ModelConfig(Section):
     path: str | None = None
     """A Hugging Face LLaMA directory or a converted one."""
+    name: str | None = None
+    """What adapters name as their base, for example lmsys/vicuna-13b-v1.1; defaults to `path` as given."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are float32 always."""
     init: Literal["pretrained", "random"] = "pretrained"

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from flacuna_jax.config import LoraConfig
-from flacuna_jax.kernels.attention import attention
+from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.model.lora import BaseParam, LoRALinear, base_matrix, fold_keys
-from flacuna_jax.model.sharding import constrain, gather_weight
+from flacuna_jax.model.sharding import Axes, constrain, gather_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +98,25 @@ class Block(nnx.Module):
         self.config = config
         d, f = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = {
-            "q_proj": (d, q, ("heads", "embed")),
-            "k_proj": (d, kv, ("kv_heads", "embed")),
-            "v_proj": (d, kv, ("kv_heads", "embed")),
-            "o_proj": (q, d, ("embed", "heads")),
-            "gate_proj": (d, f, ("ffn", "embed")),
-            "up_proj": (d, f, ("ffn", "embed")),
-            "down_proj": (f, d, ("embed", "ffn")),
-        }
-        for module_id, (name, (into, out, axes)) in enumerate(sizes.items()):
-            targeted = lora if lora is not None and name in lora.targets else None
-            projection = LoRALinear(
-                into, out, axes=axes, lora=targeted, module_id=module_id, param_dtype=param_dtype, rngs=rngs
+
+        def project(name: str, into: int, out: int, axes: Axes) -> LoRALinear:
+            return LoRALinear(
+                into,
+                out,
+                axes=axes,
+                lora=lora if lora is not None and name in lora.targets else None,
+                module_id=PROJECTIONS.index(name),
+                param_dtype=param_dtype,
+                rngs=rngs,
             )
-            setattr(self, name, projection)
+
+        self.q_proj = project("q_proj", d, q, ("heads", "embed"))
+        self.k_proj = project("k_proj", d, kv, ("kv_heads", "embed"))
+        self.v_proj = project("v_proj", d, kv, ("kv_heads", "embed"))
+        self.o_proj = project("o_proj", q, d, ("embed", "heads"))
+        self.gate_proj = project("gate_proj", d, f, ("ffn", "embed"))
+        self.up_proj = project("up_proj", d, f, ("ffn", "embed"))
+        self.down_proj = project("down_proj", f, d, ("embed", "ffn"))
         self.input_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
         self.post_attention_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
 
@@ -183,7 +187,7 @@ class Llama(nnx.Module):
         *,
         row_keys_b: jax.Array | None = None,
         remat: str = "none",
-        attention_backend: str = "auto",
+        attention_backend: Backend = "auto",
     ) -> jax.Array:
         """Hidden states after the final norm, [batch, length, model] in the compute dtype.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.lora import fold_keys
@@ -42,7 +43,7 @@ class StepConfig:
     spec: ModelSpec
     seed: int
     remat: str = "none"
-    attention_backend: str = "auto"
+    attention_backend: Backend = "auto"
 
 
 def partition(spec: ModelSpec, base: Params, adapters: Params) -> tuple[Params, Params]:

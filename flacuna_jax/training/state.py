@@ -1,0 +1,60 @@
+"""What a step changes, and where it starts from."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from flacuna_jax.model.parameters import ModelSpec, Params, init_params
+from flacuna_jax.model.sharding import parameter_shardings
+from flacuna_jax.training.optimizer import optimizer_state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Trainable parameters and optimizer state after `step` updates."""
+
+    step: int
+    trainable: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """Shapes, dtypes and shardings of a `TrainState`, with no array allocated."""
+
+    spec: ModelSpec
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+
+    @property
+    def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Abstract trainable parameters: the adapters, or every weight in full fine-tuning. Float32 always."""
+        shapes = self.spec.base_shapes if self.spec.lora is None else self.spec.lora_shapes
+        shardings = parameter_shardings(shapes, self.mesh)
+        return {n: jax.ShapeDtypeStruct(s, "float32", sharding=shardings[n]) for n, s in shapes.items()}
+
+    @property
+    def opt_state(self) -> Any:
+        """Abstract optimizer state; moments lie as their parameters do."""
+        shardings = self.shardings[1]
+        abstract = jax.eval_shape(self.optimizer.init, self.trainable)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+    @property
+    def shardings(self) -> tuple[dict[str, jax.sharding.NamedSharding], Any]:
+        """Of trainable parameters and optimizer state."""
+        trainable = self.trainable
+        of_parameters = {name: leaf.sharding for name, leaf in trainable.items()}
+        return of_parameters, optimizer_state_shardings(self.optimizer, trainable, of_parameters, self.mesh)
+
+    def begin(self, trainable: Params) -> TrainState:
+        """The state before the first step."""
+        opt_state = jax.jit(self.optimizer.init, out_shardings=self.shardings[1])(trainable)
+        return TrainState(0, trainable, opt_state)
+
+    def fresh_adapters(self, seed: int) -> Params:
+        """PEFT's initialisation: A uniform, B zero; the same numbers on any mesh."""
+        return init_params(self.spec, self.spec.lora_shapes, seed, self.mesh)
