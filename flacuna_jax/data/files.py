@@ -67,9 +67,10 @@ def find_files(path: Path) -> DataFiles:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     files = tuple(file for file in everything if file.name.endswith(SUFFIXES))
+    ignored = tuple(str(file.relative_to(path)) for file in everything if not file.name.endswith(SUFFIXES))
     if not files:
         raise UserError(f"{path}: the directory holds no file that ends in one of {', '.join(SUFFIXES)}")
-    return DataFiles(files, tuple(str(file.relative_to(path)) for file in everything if file not in set(files)))
+    return DataFiles(files, ignored)
 
 
 def read_records(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
