@@ -2,6 +2,10 @@
 
 import itertools
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -298,3 +302,40 @@ def test_a_path_that_is_a_file_is_one_message(tmp_path):
     (tmp_path / "run").write_text("not a directory")
     with pytest.raises(UserError, match="run/checkpoints cannot be written"):
         Checkpointer(tmp_path / "run", keep=1, asynchronous=False)
+
+
+SAVES_UNTIL_KILLED = """
+import sys
+from pathlib import Path
+import test_checkpoint as t
+with t.Checkpointer(Path(sys.argv[1]), keep=2, asynchronous=sys.argv[2] == "True") as checkpointer:
+    restored = checkpointer.restore(*map(t.abstract, t.state_after(0)), check=lambda meta: None, notify=print)
+    step = restored.step if restored else 0
+    print("started", flush=True)
+    while True:
+        step += 1
+        checkpointer.save(step, *t.state_after(step), t.META)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_at_any_instant_it_goes_on_from_a_whole_checkpoint(tmp_path, asynchronous):
+    random = np.random.default_rng(0)
+    reached = 0
+    for _ in range(12):
+        command = [sys.executable, "-c", SAVES_UNTIL_KILLED, str(tmp_path), str(asynchronous)]
+        saver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+        with saver.stdout:
+            assert saver.stdout.readline() == "started\n"
+            time.sleep(random.uniform(0.3, 1.5))
+            saver.kill()
+            saver.wait()
+        restored, messages = restore(tmp_path, keep=2)
+        assert messages == []
+        if restored is not None:
+            assert_is_state_after(restored.step, restored)
+            assert restored.step >= reached
+            reached = restored.step
+            assert len(list_checkpoints(tmp_path)) <= 4
+    assert reached > 12
