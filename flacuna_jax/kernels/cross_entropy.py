@@ -93,14 +93,14 @@ class _Positions(NamedTuple):
     order_n: jax.Array
     """Index into the flattened batch, supervised positions first; past the end for the padding of the last chunk."""
     targets_n: jax.Array
-    count: jax.Array
-    """Number of supervised positions."""
+    supervised: jax.Array
+    """How many positions carry loss."""
 
     def at(self, index: jax.Array, chunk: int) -> "_Positions":
         order_c, targets_c = (
             jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk) for x in (self.order_n, self.targets_n)
         )
-        return _Positions(order_c, targets_c, jnp.clip(self.count - index * chunk, 0, chunk))
+        return _Positions(order_c, targets_c, jnp.clip(self.supervised - index * chunk, 0, chunk))
 
 
 def _supervised_first(targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int) -> _Positions:
@@ -112,7 +112,7 @@ def _supervised_first(targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int
 
 
 def _loop(positions: _Positions, layout: _Layout, body: Callable, init: Any) -> Any:
-    return jax.lax.fori_loop(0, (positions.count + layout.chunk - 1) // layout.chunk, body, init)
+    return jax.lax.fori_loop(0, (positions.supervised + layout.chunk - 1) // layout.chunk, body, init)
 
 
 def _put(x_n: jax.Array, index: jax.Array, x_c: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def _chunk_statistics(
 ) -> tuple[jax.Array, jax.Array]:
     """Losses [c] and d loss / d logits [c, v] of one chunk, zero beyond its supervised positions."""
     logits_cv = jnp.einsum("cd,vd->cv", hidden_cd, head_vd, preferred_element_type=jnp.float32)
-    vocab_start = 0
+    vocab_start = jnp.int32(0)
     highest_c = jnp.max(logits_cv, axis=-1)
     if layout.vocab_axis:
         vocab_start = jax.lax.axis_index(layout.vocab_axis) * head_vd.shape[0]
@@ -141,7 +141,7 @@ def _chunk_statistics(
     target_logit_c = jnp.sum(jnp.where(is_target_cv, logits_cv, 0.0), axis=-1)
     if layout.vocab_axis:
         normalizer_c, target_logit_c = jax.lax.psum((normalizer_c, target_logit_c), layout.vocab_axis)
-    live_c = jnp.arange(layout.chunk) < here.count
+    live_c = jnp.arange(layout.chunk) < here.supervised
     loss_c = jnp.where(live_c, jnp.log(normalizer_c) + highest_c - target_logit_c, 0.0)
     gradient_cv = jnp.where(live_c[:, None], exponentials_cv / normalizer_c[:, None] - is_target_cv, 0.0)
     return loss_c, gradient_cv

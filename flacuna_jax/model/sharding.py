@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.errors import UserError
@@ -61,7 +61,9 @@ def parameter_axes(name: str) -> Axes:
     return (layers, "rank", into) if leaf == "lora_a" else (layers, out, "rank")
 
 
-def partition_spec(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | None = None) -> PartitionSpec:
+def partition_spec(
+    axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | AbstractMesh | None = None
+) -> PartitionSpec:
     """Mesh axes for logical axes. With a shape and mesh, a dimension that its mesh axis does not divide stays whole."""
     resolved = [RULES[axis] for axis in axes]
     if shape is not None and mesh is not None:
@@ -69,7 +71,7 @@ def partition_spec(axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | 
     return PartitionSpec(*resolved)
 
 
-def _divides(mesh: Mesh, axis: str | tuple[str, ...] | None, size: int) -> bool:
+def _divides(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None, size: int) -> bool:
     names = (axis,) if isinstance(axis, str) else (axis or ())
     return size % int(np.prod([mesh.shape[name] for name in names])) == 0
 

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.kernels.packed_mask import make_packed_mask
-from flacuna_jax.model.lora import fold_keys
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import constrain
 
