@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.config import LoraConfig, Projection
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
@@ -173,8 +173,7 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
     scales = {module: _scale(settings, module, ranks[module], directory) for module in pairs}
     rank = max(ranks.values())
     scale = scales[next(iter(scales))]
-    targets = tuple(name for name in PROJECTIONS if any(module == name for module, _ in pairs))
-    _check_targets(directory, settings, targets)
+    targets = _targets(directory, settings, {module for module, _ in pairs})
     # Dividing by the rank and multiplying again may cost the last bit; alphas are short decimals.
     alpha = float(f"{scale * rank:.12g}")
     lora = LoraConfig(rank=rank, alpha=alpha, dropout=_dropout(directory, settings), targets=targets)
@@ -288,13 +287,15 @@ def _dropout(directory: Path, settings: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _check_targets(directory: Path, settings: Mapping[str, Any], found: tuple[str, ...]) -> None:
+def _targets(directory: Path, settings: Mapping[str, Any], found: set[str]) -> tuple[Projection, ...]:
+    """The projections that the tensors are of, in the order of the settings where those list them."""
     stated = settings.get("target_modules")
-    if not isinstance(stated, list):
-        return
-    absent = sorted({str(name).rsplit(".", 1)[-1] for name in stated} - set(found))
+    order = [str(name).rsplit(".", 1)[-1] for name in stated] if isinstance(stated, list) else []
+    absent = sorted(set(order) - found)
     if absent:
         raise UserError(f"{directory / CONFIG_FILE} targets {', '.join(absent)}, but the weights have none of it")
+    known: tuple[Projection, ...] = get_args(Projection)
+    return tuple(sorted((name for name in known if name in found), key=[*order, *known].index))
 
 
 def _place_factor(

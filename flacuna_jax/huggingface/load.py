@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_architecture
-from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
-from flacuna_jax.huggingface.tensors import as_bytes, cast
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.tensors import TensorReader, as_bytes, cast
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
 
@@ -50,7 +50,7 @@ def load_base(
     }
 
 
-def match_tensors(reader: CheckpointReader, config: LlamaConfig) -> Sources:
+def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
     """Parameter path → the file tensors that make it up, in layer order; accounts for every tensor on both sides.
 
     Raises:
@@ -69,7 +69,7 @@ def match_tensors(reader: CheckpointReader, config: LlamaConfig) -> Sources:
     return sources
 
 
-def _tied_source(reader: CheckpointReader) -> str:
+def _tied_source(reader: TensorReader) -> str:
     """The table of a tied model; some writers keep it under the head's name, some under both."""
     if names.HEAD not in reader:
         return names.EMBEDDING
@@ -100,7 +100,7 @@ def _accounting(missing: list[str], extra: list[str]) -> str:
     return parts
 
 
-def _check_tensors(reader: CheckpointReader, config: LlamaConfig, sources: Sources) -> None:
+def _check_tensors(reader: TensorReader, config: LlamaConfig, sources: Sources) -> None:
     wrong = []
     for path, shape in base_shapes(config).items():
         expected = shape[1:] if names.is_stacked(path) else shape
@@ -114,7 +114,7 @@ def _check_tensors(reader: CheckpointReader, config: LlamaConfig, sources: Sourc
 
 
 def _load_leaf(
-    reader: CheckpointReader,
+    reader: TensorReader,
     path: str,
     sources: tuple[str, ...],
     shape: tuple[int, ...],
@@ -127,7 +127,7 @@ def _load_leaf(
     if axes[0] is not None:
         return _place(shape, sharding, dtype, functools.partial(_read_stacked, reader, sources))
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*axes[1:]))
-    leaf = _zeros(shape, dtype, sharding)
+    leaf = _allocator(shape, dtype, sharding)()
     for index, name in enumerate(sources):
         layer = _place(shape[1:], layer_sharding, dtype, reader.read(name).__getitem__)
         leaf = _set_layer(leaf, layer, np.int32(index))
@@ -146,13 +146,14 @@ def _place(
     return jax.make_array_from_callback(shape, sharding, lambda index: cast(read(index or ()), dtype))
 
 
-def _read_stacked(reader: CheckpointReader, sources: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _read_stacked(reader: TensorReader, sources: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
     layers, *rest = index
     return np.stack([reader.read(name)[tuple(rest)] for name in sources[layers]])
 
 
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.lru_cache(maxsize=64)
+def _allocator(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -160,7 +161,7 @@ def _set_layer(leaf: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array
     return leaf.at[index].set(layer)
 
 
-def fingerprint(reader: CheckpointReader, config: LlamaConfig) -> str:
+def fingerprint(reader: TensorReader, config: LlamaConfig) -> str:
     """Identifies the weights of a base without reading them whole: names, shapes, dtypes and samples of each tensor.
 
     A Hugging Face directory and its conversion in the same dtype have the same fingerprint.

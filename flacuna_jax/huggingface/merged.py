@@ -15,9 +15,9 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_json
 from flacuna_jax.huggingface.load import match_tensors
-from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX, CheckpointReader
+from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.safetensors_file import write_file
-from flacuna_jax.huggingface.tensors import cast, common_dtype, is_finite
+from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite
 from flacuna_jax.huggingface.tokenizer import SETTINGS, tokenizer_files
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
@@ -41,7 +41,7 @@ class PendingTensor:
 
 
 def merged_tensors(
-    reader: CheckpointReader, config: LlamaConfig, adapter: Adapter | None, dtype: np.dtype | None = None
+    reader: TensorReader, config: LlamaConfig, adapter: Adapter | None, dtype: np.dtype | None = None
 ) -> list[PendingTensor]:
     """The tensors of base + adapter: W + scale · B A added in float32 and rounded once to the stored dtype.
 
@@ -62,7 +62,7 @@ def merged_tensors(
 
 
 def _merger(
-    reader: CheckpointReader, source: str, dtype: np.dtype, adapter: Adapter | None, path: str, layer: int
+    reader: TensorReader, source: str, dtype: np.dtype, adapter: Adapter | None, path: str, layer: int
 ) -> Callable[[], np.ndarray]:
     module = path.removesuffix("/weight")
     targeted = adapter is not None and f"{module}/lora_a" in adapter.params

@@ -6,7 +6,7 @@ of a file: a process reads exactly what its devices hold, and writing needs one 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header, write_file
-from flacuna_jax.huggingface.tensors import StoredTensor
+from flacuna_jax.huggingface.tensors import StoredTensor, TensorReader, cast, common_dtype, is_finite
 
 MANIFEST = "flacuna.json"
 FORMAT = "flacuna_jax checkpoint"
@@ -28,14 +28,35 @@ def is_native(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
 
 
-def write_leaf(
-    directory: Path, path: str, shape: tuple[int, ...], dtype: np.dtype, slices: Iterator[np.ndarray]
+def write_parameter(
+    directory: Path, reader: TensorReader, path: str, sources: tuple[str, ...], dtype: np.dtype | None
 ) -> dict[str, Any]:
-    """Writes one parameter, layer by layer, and returns its entry for the manifest."""
+    """Writes one parameter, layer by layer, and returns its entry for the manifest.
+
+    Args:
+      directory: the checkpoint being written.
+      reader: where the tensors come from.
+      path: the parameter.
+      sources: its tensors, in layer order.
+      dtype: None keeps the stored one (the narrowest that holds all layers exactly).
+
+    Raises:
+      UserError: a tensor is not finite.
+    """
+    dtype = dtype or common_dtype(reader.dtype(name) for name in sources)
+    shape = (*((len(sources),) if names.is_stacked(path) else ()), *reader.shape(sources[0]))
     file = f"{PARAMS}/{path.replace('/', '.')}.safetensors"
     (directory / PARAMS).mkdir(exist_ok=True)
-    digest = write_file(directory / file, [(path, shape, dtype)], slices)
+    digest = write_file(directory / file, [(path, shape, dtype)], (_layer(reader, name, dtype) for name in sources))
     return {"file": file, "shape": list(shape), "dtype": dtype.name, "sha256": digest}
+
+
+def _layer(reader: TensorReader, name: str, dtype: np.dtype) -> np.ndarray:
+    value = reader.read(name)
+    value = value if value.dtype == dtype else cast(value, dtype)
+    if not is_finite(value):
+        raise UserError(f"{reader.directory}: {name} holds infinities or NaNs (as {dtype.name}); it is damaged")
+    return value
 
 
 def write_manifest(directory: Path, leaves: Mapping[str, Mapping[str, Any]], **facts: Any) -> None:

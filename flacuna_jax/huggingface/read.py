@@ -37,7 +37,7 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:

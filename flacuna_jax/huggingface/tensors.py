@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -75,6 +76,27 @@ class MappedFiles:
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from None
         return self._maps[path]
+
+
+class TensorReader(Protocol):
+    """Named tensors that are read when asked for: a checkpoint, or a sum of two."""
+
+    @property
+    def directory(self) -> Path:
+        """For messages, and for the files beside the weights."""
+        ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, read-only."""
+        ...
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
+from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.merged import PendingTensor
@@ -21,19 +23,14 @@ class VerificationError(RuntimeError):
     """What lies on the disk is not what was meant to; says in what it differs. Never the user's mistake."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """A way to ask a model for logits.
-
-    Attributes:
-      logits: adapter → float32 logits [batch, length, vocab] of some fixed ids on the run's base; None skips the check.
-    """
-
-    logits: Callable[[Adapter], np.ndarray] | None = None
-
-
 def verify_adapter(
-    directory: Path, config: LlamaConfig, meant: Adapter, *, trained: bool, dtype: np.dtype, probe: Probe
+    directory: Path,
+    config: LlamaConfig,
+    meant: Adapter,
+    *,
+    trained: bool,
+    dtype: np.dtype,
+    logits: Callable[[Adapter], np.ndarray] | None,
 ) -> float | None:
     """Checks an adapter directory against the run's adapter and returns the largest logit difference, if asked for.
 
@@ -46,24 +43,40 @@ def verify_adapter(
         raise VerificationError(f"{directory}: settings read back are {found.lora}, meant were {meant.lora}")
     if set(found.params) != set(meant.params):
         raise VerificationError(f"{directory}: holds {sorted(found.params)}, meant were {sorted(meant.params)}")
-    for path, value in meant.params.items():
-        if not np.array_equal(found.params[path], cast(cast(value, dtype), np.dtype(np.float32))):
+    rounded = {path: cast(cast(value, dtype), np.dtype(np.float32)) for path, value in meant.params.items()}
+    for path, value in rounded.items():
+        if not np.array_equal(found.params[path], value):
             raise VerificationError(f"{directory}: {path} read back differs from what was written")
         if trained and path.endswith("lora_b") and not np.any(value):
             raise VerificationError(f"{directory}: {path} is zero throughout after training; nothing was learned in it")
-    if probe.logits is None:
+    if logits is None:
         return None
-    rounded = {path: cast(cast(value, dtype), np.dtype(np.float32)) for path, value in meant.params.items()}
-    return _compare_logits(
-        directory, probe.logits(dataclasses.replace(meant, params=rounded)), probe.logits(found), LOGIT_TOLERANCE
-    )
+    return compare_logits(directory, logits(dataclasses.replace(meant, params=rounded)), logits(found))
 
 
-def _compare_logits(directory: Path, meant: np.ndarray, found: np.ndarray, tolerance: float) -> float:
+def compare_logits(directory: Path, meant: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference between two sets of logits; `VerificationError` above `LOGIT_TOLERANCE`."""
     difference = float(np.max(np.abs(meant - found)))
-    if not difference <= tolerance:
-        raise VerificationError(f"{directory}: logits differ by {difference:.2e}, allowed are {tolerance:.0e}")
+    if not difference <= LOGIT_TOLERANCE:
+        raise VerificationError(f"{directory}: logits differ by {difference:.2e}, allowed are {LOGIT_TOLERANCE:.0e}")
     return difference
+
+
+def verify_merge(directory: Path, meant: np.ndarray, found: np.ndarray, dtype: np.dtype) -> float:
+    """The largest shift of a logit that merging caused.
+
+    Rounding every weight of a deep network once to `dtype` moves its logits by about a hundred units of roundoff,
+    relative to their spread; a wrong scale or a transposed or misplaced factor moves them by their own size. The bound
+    lies between, and never above a quarter of their standard deviation.
+
+    Raises:
+      VerificationError: the shift is beyond rounding.
+    """
+    shift = float(np.max(np.abs(meant - found)))
+    bound = float(np.std(meant) * np.clip(128 * float(ml_dtypes.finfo(dtype).eps), 1e-3, 0.25))
+    if not shift <= bound:
+        raise VerificationError(f"{directory}: merging shifted logits by {shift:.2e}, rounding explains {bound:.2e}")
+    return shift
 
 
 def verify_model(
@@ -81,9 +94,7 @@ def verify_model(
     found = {name: (reader.shape(name), reader.dtype(name)) for name in reader}
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise VerificationError(
-            f"{directory}: {len(differing)} tensors differ in presence, shape or dtype: {differing[:5]}"
-        )
+        raise VerificationError(f"{directory}: presence, shape or dtype differ for {names.some(differing)}")
     verify_digests(directory, digests)
 
 

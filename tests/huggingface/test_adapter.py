@@ -1,0 +1,293 @@
+"""Adapters out, loaded by PEFT without a warning; adapters in, written by PEFT in all its variants."""
+
+import dataclasses
+import functools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.adapter import Adapter, host_adapter, read_adapter
+from flacuna_jax.huggingface.deliver import write_adapter
+from flacuna_jax.huggingface.verify import VerificationError
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec, lora_shapes
+from tests.huggingface.checkpoints import GROUPED, SMALL, Written
+from tests.torch_models import from_torch, torch, torch_llama
+
+peft = pytest.importorskip("peft")
+
+TOKENS = np.arange(2 * 11).reshape(2, 11) * 7 % 61
+
+
+def random_adapter(config: LlamaConfig, lora: LoraConfig, base_name: str | None = None) -> Adapter:
+    rng = np.random.default_rng(0)
+    params = {path: 0.3 * rng.standard_normal(shape) for path, shape in lora_shapes(config, lora).items()}
+    return Adapter(lora, {path: value.astype(np.float32) for path, value in params.items()}, base_name)
+
+
+def our_logits(written: Written, adapter: Adapter | None) -> np.ndarray:
+    params = from_torch(written.model.float(), written.config) | dict(adapter.params if adapter else {})
+    apply = compiled(ModelSpec(written.config, None if adapter is None else adapter.lora, "float32", "float32"))
+    return np.asarray(apply({path: jnp.asarray(value) for path, value in params.items()}))
+
+
+@functools.cache
+def compiled(spec: ModelSpec) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    @jax.jit
+    def logits(params: dict[str, jax.Array]) -> jax.Array:
+        model = spec.merge(params)
+        mask = make_packed_mask(jnp.ones(TOKENS.shape, jnp.int32))
+        return model.logits(model(jnp.asarray(TOKENS), jnp.tile(jnp.arange(11), (2, 1)), mask))
+
+    return logits
+
+
+def peft_logits(written: Written, path: Path) -> np.ndarray:
+    """Logits of PEFT with the adapter on a fresh copy of the base; any warning is an error."""
+    base = torch_llama(written.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = peft.PeftModel.from_pretrained(base, path).eval()
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+LORAS = {
+    "paper": LoraConfig(),
+    "all, odd rank": LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=PROJECTIONS),
+    "feed-forward": LoraConfig(rank=4, alpha=2.5, dropout=0.1, targets=("down_proj", "gate_proj")),
+}
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_peft_computes_our_logits(lora: LoraConfig, written: Written, tmp_path: Path) -> None:
+    adapter = random_adapter(written.config, lora, "some/base")
+    report = write_adapter(
+        tmp_path / "adapter", adapter, written.config, trained=True, logits=lambda a: our_logits(written, a)
+    )
+    ours, theirs = our_logits(written, adapter), peft_logits(written, tmp_path / "adapter")
+    assert np.abs(ours - our_logits(written, None)).max() > 0.1
+    # Both sides compute in float32 with different summation orders; logits are O(1).
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert report.logit_shift == 0
+    assert report.directory == tmp_path / "adapter"
+
+
+def test_the_directory_is_what_peft_and_vllm_expect(tmp_path: Path) -> None:
+    write_adapter(
+        tmp_path / "adapter",
+        random_adapter(SMALL, LoraConfig(), "lmsys/vicuna"),
+        SMALL,
+        trained=True,
+        facts={"data": "flan-mini, 3 epochs"},
+    )
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
+    assert isinstance(config["lora_alpha"], int)
+    assert config["base_model_name_or_path"] == "lmsys/vicuna"
+    with safetensors_open(tmp_path / "adapter" / "adapter_model.safetensors") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.float32"}  # noqa: SIM118
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "flan-mini, 3 epochs" in card
+    assert 'base_model: "lmsys/vicuna"' in card
+
+
+def safetensors_open(path: Path):
+    return pytest.importorskip("safetensors").safe_open(path, "pt")
+
+
+@pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["plain", "grouped"])
+def test_what_is_written_reads_back_bit_for_bit(config: LlamaConfig, tmp_path: Path) -> None:
+    adapter = random_adapter(config, LoraConfig(rank=5, alpha=11.0, targets=PROJECTIONS), "base")
+    write_adapter(tmp_path / "a", adapter, config, trained=True)
+    found = read_adapter(tmp_path / "a", config)
+    assert (found.lora, found.base_name) == (adapter.lora, "base")
+    for path, value in adapter.params.items():
+        np.testing.assert_array_equal(found.params[path], value)
+
+
+def test_bfloat16_files_hold_the_rounded_values(tmp_path: Path) -> None:
+    adapter = random_adapter(SMALL, LoraConfig())
+    write_adapter(tmp_path / "a", adapter, SMALL, trained=True, dtype="bfloat16")
+    found = read_adapter(tmp_path / "a", SMALL)
+    for path, value in adapter.params.items():
+        rounded = torch.tensor(value).bfloat16().float().numpy()
+        np.testing.assert_array_equal(found.params[path], rounded)
+
+
+def test_an_untrained_adapter_is_a_failure_only_after_training(tmp_path: Path) -> None:
+    adapter = random_adapter(SMALL, LoraConfig())
+    adapter.params["layers/q_proj/lora_b"][:] = 0
+    write_adapter(tmp_path / "untrained", adapter, SMALL, trained=False)
+    with pytest.raises(VerificationError, match="zero throughout"):
+        write_adapter(tmp_path / "trained", adapter, SMALL, trained=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["untrained"]
+
+
+def test_non_finite_values_leave_nothing_behind(tmp_path: Path) -> None:
+    adapter = random_adapter(SMALL, LoraConfig())
+    adapter.params["layers/v_proj/lora_a"][1, 2, 3] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        write_adapter(tmp_path / "a", adapter, SMALL, trained=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_different_logits_leave_nothing_behind(tmp_path: Path) -> None:
+    answers = iter([np.zeros(3), np.full(3, 2e-4)])
+    with pytest.raises(VerificationError, match="logits differ"):
+        write_adapter(
+            tmp_path / "a", random_adapter(SMALL, LoraConfig()), SMALL, trained=True, logits=lambda _: next(answers)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_in_the_way_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    adapter = random_adapter(SMALL, LoraConfig())
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "precious").touch()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        write_adapter(tmp_path / "a", adapter, SMALL, trained=True)
+    assert (tmp_path / "a" / "precious").exists()
+    write_adapter(tmp_path / "a", adapter, SMALL, trained=True, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not (tmp_path / "a" / "precious").exists()
+
+
+PEFT_VARIANTS = {
+    "plain": {},
+    "all projections": {"target_modules": list(PROJECTIONS), "r": 3, "lora_alpha": 5},
+    "rank-stabilised": {"use_rslora": True, "r": 7},
+    "rank pattern": {"rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6}},
+    "alpha pattern": {"alpha_pattern": {"v_proj": 3}, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+    "both and rank-stabilised": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}, "use_rslora": True},
+    "some layers": {"layers_to_transform": [0, 2]},
+    "by expression": {"target_modules": r".*\.[01]\.(self_attn\.k_proj|mlp\.down_proj)"},
+}
+
+
+def by_peft(path: Path, config: LlamaConfig, **settings: object) -> None:
+    """An adapter that PEFT made and saved, with a random B."""
+    torch.manual_seed(1)
+    variant = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | settings
+    model = peft.get_peft_model(torch_llama(config), peft.LoraConfig(**variant))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+
+
+@pytest.mark.parametrize("variant", PEFT_VARIANTS.values(), ids=PEFT_VARIANTS)
+def test_adapters_by_peft_give_pefts_logits(variant: dict, tmp_path: Path) -> None:
+    by_peft(tmp_path, GROUPED, **variant)
+    written = Written(tmp_path, torch_llama(GROUPED), GROUPED)
+    adapter = read_adapter(tmp_path, GROUPED)
+    ours, theirs = our_logits(written, adapter), peft_logits(written, tmp_path)
+    assert np.abs(theirs - our_logits(written, None)).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_legacy_bin_adapter_with_default_infix_reads_alike(tmp_path: Path) -> None:
+    by_peft(tmp_path, SMALL)
+    expected = read_adapter(tmp_path, SMALL).params
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({n.replace(".weight", ".default.weight"): t for n, t in state.items()}, tmp_path / "adapter_model.bin")
+    found = read_adapter(tmp_path, SMALL).params
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
+
+
+REFUSED = {
+    "use_dora": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_cannot_be_represented_is_refused_by_name(key: str, tmp_path: Path) -> None:
+    by_peft(tmp_path, SMALL, **REFUSED[key])
+    with pytest.raises(UserError, match=key):
+        read_adapter(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": 5}, "rank 5, its tensors have rank 4"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "targets k_proj"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"rank_pattern": {"(": 3}}, "not a regular expression"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "gives 'x'"),
+    ],
+)
+def test_settings_that_disagree_with_the_tensors(change: dict, says: str, tmp_path: Path) -> None:
+    by_peft(tmp_path, SMALL)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as raised:
+        read_adapter(tmp_path, SMALL)
+    assert says in str(raised.value)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    by_peft(tmp_path, SMALL)
+    with pytest.raises(UserError, match="belongs to another model"):
+        read_adapter(tmp_path, GROUPED)
+    shallow = dataclasses.replace(SMALL, num_layers=2)
+    with pytest.raises(UserError, match="adapter in layer 2; the base has 2 layers"):
+        read_adapter(tmp_path, shallow)
+
+
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+def test_a_lost_factor_is_named(lost: str, tmp_path: Path) -> None:
+    by_peft(tmp_path, SMALL)
+    tools = pytest.importorskip("safetensors.torch")
+    state = tools.load_file(tmp_path / "adapter_model.safetensors")
+    tools.save_file(
+        {n: t for n, t in state.items() if not (lost in n and "layers.1" in n)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match=f"q_proj of layer 1 has no {lost}"):
+        read_adapter(tmp_path, SMALL)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
+        read_adapter(tmp_path, SMALL)
+    by_peft(tmp_path, SMALL)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"neither adapter_model\.safetensors nor"):
+        read_adapter(tmp_path, SMALL)
+
+
+def test_sharded_adapters_are_gathered(tmp_path: Path) -> None:
+    lora = LoraConfig(targets=PROJECTIONS)
+    adapter = random_adapter(SMALL, lora)
+    mesh = jax.make_mesh((4,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "x"))
+    sharded = {
+        path: jax.device_put(value, sharding) if value.shape[2] % 4 == 0 else value
+        for path, value in adapter.params.items()
+    }
+    write_adapter(tmp_path / "a", host_adapter(lora, sharded), SMALL, trained=True)
+    found = read_adapter(tmp_path / "a", SMALL)
+    assert all(np.array_equal(found.params[path], adapter.params[path]) for path in adapter.params)

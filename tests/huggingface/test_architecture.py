@@ -1,0 +1,136 @@
+"""config.json in every spelling, against what transformers makes of it."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.architecture import (
+    generation_config,
+    hugging_face_config,
+    parse_architecture,
+    read_architecture,
+)
+from flacuna_jax.model.llama import LlamaConfig
+from tests.huggingface.checkpoints import ARCHITECTURES, Written
+from tests.torch_models import transformers
+
+VICUNA = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 13824,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.28.1",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def test_vicuna_13b() -> None:
+    assert parse_architecture(VICUNA, "config.json") == LlamaConfig(
+        vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40,
+        head_dim=128, rope_theta=10000.0, rms_norm_eps=1e-6, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def test_what_transformers_writes_reads_back(written: Written) -> None:
+    assert read_architecture(written.path) == written.config
+
+
+@pytest.mark.parametrize("layout", ["transformers 4", "transformers 5"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_our_config_means_the_same_to_both_layouts_of_transformers(name: str, layout: str, tmp_path: Path) -> None:
+    config = ARCHITECTURES[name]
+    raw = hugging_face_config(config, np.dtype(ml_dtypes.bfloat16), bos_token_id=1, eos_token_id=2)
+    for key in {"transformers 4": ("rope_parameters", "dtype"), "transformers 5": ("rope_theta", "torch_dtype")}[
+        layout
+    ]:
+        del raw[key]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_architecture(tmp_path) == config
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.num_key_value_heads == config.num_kv_heads
+    assert theirs.head_dim == config.head_dim
+    assert theirs.tie_word_embeddings == config.tie_word_embeddings
+    assert theirs.rms_norm_eps == config.rms_norm_eps
+    assert str(theirs.dtype) == "torch.bfloat16"
+
+
+def test_what_the_base_says_beyond_the_network_is_kept() -> None:
+    config = parse_architecture(VICUNA, "config.json")
+    raw = hugging_face_config(config, np.dtype(np.float16), VICUNA, bos_token_id=7)
+    assert {**raw, **VICUNA} == raw
+
+
+def test_missing_sizes_follow_the_conventions() -> None:
+    raw = {key: VICUNA[key] for key in ("model_type", "hidden_size", "intermediate_size", "num_attention_heads")}
+    raw |= {"num_hidden_layers": 2, "vocab_size": 10, "max_sequence_length": 512, "num_key_value_heads": None}
+    config = parse_architecture(raw, "config.json")
+    assert (config.num_kv_heads, config.head_dim, config.max_position_embeddings) == (40, 128, 512)
+    assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (10000.0, 1e-6, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": None}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling asks for 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters asks for 'yarn'"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta is 500000.0"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_scaling": 3}, "rope_scaling is 3"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"hidden_size": "5120"}, "hidden_size is '5120'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 7}, "hidden_size 5120 is not a multiple"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(change: dict, says: str) -> None:
+    with pytest.raises(UserError, match=r"somewhere/config\.json") as raised:
+        parse_architecture({**VICUNA, **change}, "somewhere/config.json")
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
+def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_architecture(tmp_path)
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        read_architecture(tmp_path)
+
+
+def test_generation_config_holds_no_sampling_fields() -> None:
+    assert generation_config(VICUNA) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert generation_config({**VICUNA, "pad_token_id": -1, "temperature": 0.9}) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }

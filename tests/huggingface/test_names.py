@@ -1,0 +1,70 @@
+import pytest
+
+from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.huggingface import names
+from flacuna_jax.model.parameters import base_shapes, lora_shapes
+from tests.tiny import SMALL
+from tests.torch_models import torch_llama
+
+peft = pytest.importorskip("peft")
+
+
+def test_every_base_tensor_of_transformers_has_its_place_and_back() -> None:
+    state = torch_llama(SMALL).state_dict()
+    ours = {name for path in base_shapes(SMALL) for name in names.tensor_names(path, SMALL.num_layers)}
+    assert ours == set(state)
+    for name in state:
+        path, layer = names.parse_tensor_name(name)
+        assert names.tensor_name(path, layer) == name
+
+
+def test_every_adapter_tensor_of_peft_has_its_place_and_back() -> None:
+    config = peft.LoraConfig(r=3, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(torch_llama(SMALL), config))
+    shapes = lora_shapes(SMALL, LoraConfig(rank=3, targets=PROJECTIONS))
+    ours = {names.adapter_name(path, layer): shape[1:] for path, shape in shapes.items() for layer in range(shape[0])}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    for name in theirs:
+        path, layer = names.parse_adapter_name(name)
+        assert names.adapter_name(path, layer) == name
+        assert names.parse_adapter_name(name.replace(".weight", ".default.weight")) == (path, layer)
+
+
+def test_the_paper_has_160_adapter_tensors() -> None:
+    paths = [f"layers/{module}/{leaf}" for module in ("q_proj", "v_proj") for leaf in ("lora_a", "lora_b")]
+    assert len({names.adapter_name(path, layer) for path in paths for layer in range(40)}) == 160
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.00.self_attn.q_proj.weight",
+        "model.layers.-1.self_attn.q_proj.weight",
+        "layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "transformer.wte.weight",
+    ],
+)
+def test_other_names_have_no_place(name: str) -> None:
+    assert names.parse_tensor_name(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.layers.0.input_layernorm.lora_A.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+    ],
+)
+def test_other_adapter_names_have_no_place(name: str) -> None:
+    assert names.parse_adapter_name(name) is None
+
+
+def test_rotary_frequencies_alone_are_ignored() -> None:
+    assert names.is_ignored("model.layers.39.self_attn.rotary_emb.inv_freq")
+    assert not names.is_ignored("model.layers.39.self_attn.q_proj.weight")
+    assert torch_llama(SMALL).state_dict().keys().isdisjoint({"model.rotary_emb.inv_freq"})

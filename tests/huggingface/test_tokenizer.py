@@ -1,0 +1,149 @@
+"""Tokenizers against transformers and stated ids; no text makes a special token."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.tokenizer import (
+    FastTokenizer,
+    SentencePieceTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_files,
+    tokenizer_fingerprint,
+)
+
+TEXTS = [
+    "Once upon a time",
+    "  two spaces, a tab\tand\na new line",
+    "naïve façade 東京 🦙",
+    "",
+    " ",
+    "USER: Hello! ASSISTANT:",
+    "1234567890",
+]
+INJECTIONS = ["<s>", "</s>", "<unk>", "a</s>b", "</s></s>", "<|start_story|>", "x<|end_story|> y", " <unk> "]
+
+
+def test_stated_ids_of_the_llama_vocabulary(llama_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(llama_tokenizer)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 32000)
+    for vector in json.loads((llama_tokenizer / "encode_vectors.json").read_text()):
+        assert [1] * vector["add_bos"] + tokenizer.encode(vector["text"]) == vector["ids"]
+    # FastChat's self-check of v1.1: what follows </s> gets its own leading space.
+    assert tokenizer.encode("USER: How are you? ASSISTANT:") == [
+        3148, 1001, 29901, 1128, 526, 366, 29973, 319, 1799, 9047, 13566, 29901,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *INJECTIONS])
+def test_ids_of_a_tokenizer_json_are_transformers_own(text: str, story_llama: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(story_llama / "tokenizer.json"))
+    ours = load_tokenizer(story_llama)
+    assert isinstance(ours, FastTokenizer)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, 2048)
+    expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ours.encode(text) == expected
+    assert ours.encode_batch([text, "x"]) == [expected, ours.encode("x")]
+
+
+@pytest.fixture(params=["sentencepiece", "tokenizer.json"])
+def tokenizer(
+    request: pytest.FixtureRequest, tiny_sentencepiece: Path, story_llama: Path
+) -> SentencePieceTokenizer | FastTokenizer:
+    return load_tokenizer(tiny_sentencepiece if request.param == "sentencepiece" else story_llama)
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_text_never_makes_a_special_token(text: str, tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+    ids = tokenizer.encode(text)
+    assert ids
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text.strip() == text])
+def test_decoding_inverts_encoding(text: str, tiny_sentencepiece: Path) -> None:
+    tokenizer = load_tokenizer(tiny_sentencepiece)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
+
+
+def test_batches_are_single_texts(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_padding_and_truncation_settings_of_a_tokenizer_json_are_left_out(story_llama: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(story_llama / name, tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    raw["padding"] = {
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    text = "Once upon a time there was a llama"
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(story_llama).encode(text)
+
+
+def test_tokenizer_model_is_preferred(tiny_sentencepiece: Path, story_llama: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_sentencepiece / "tokenizer.model", tmp_path)
+    shutil.copy(story_llama / "tokenizer.json", tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    assert [path.name for path in tokenizer_files(tmp_path)] == ["tokenizer.model", "tokenizer.json"]
+    assert tokenizer_fingerprint(tmp_path) == tokenizer_fingerprint(tiny_sentencepiece)
+    assert tokenizer_fingerprint(tmp_path) != tokenizer_fingerprint(story_llama)
+
+
+def test_special_tokens_are_found_wherever_they_are_named(story_llama: Path, tmp_path: Path) -> None:
+    shutil.copy(story_llama / "tokenizer.json", tmp_path)
+    for name, content in {
+        "tokenizer_config.json": {"bos_token": {"content": "<|start_story|>"}, "eos_token": "<|end_story|>"},
+        "special_tokens_map.json": {"bos_token": "<|start_story|>", "eos_token": {"content": "<|end_story|>"}},
+        "config.json": {"bos_token_id": 1, "eos_token_id": 2},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+        tokenizer = load_tokenizer(tmp_path)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="does not name a bos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused(tiny_sentencepiece: Path) -> None:
+    tokenizer = load_tokenizer(tiny_sentencepiece)
+    check_vocabulary(tokenizer, 300, tiny_sentencepiece)
+    with pytest.raises(UserError, match="300 tokens, the model's embedding only 299"):
+        check_vocabulary(tokenizer, 299, tiny_sentencepiece)
+
+
+def test_missing_and_damaged_files_are_named(tiny_sentencepiece: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        tokenizer_fingerprint(tmp_path)
+    for name, content in {"tokenizer.json": b"{}", "tokenizer.model": b"not a model"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            load_tokenizer(tmp_path)
+    content = (tiny_sentencepiece / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_without_eos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("a b c d e f g\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=20, eos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="has no EOS token"):
+        load_tokenizer(tmp_path)

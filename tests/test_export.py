@@ -1,0 +1,129 @@
+"""`flacuna export` from the outside, on run directories as training leaves them."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flacuna_jax import export
+from flacuna_jax.cli import run_verb
+from flacuna_jax.config import LoraConfig, RunConfig
+from flacuna_jax.config_files import parse_config
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
+from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
+from flacuna_jax.huggingface.load import fingerprint, read_architecture
+from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import lora_shapes
+from flacuna_jax.training.checkpoint import Checkpointer
+
+LORA = LoraConfig(rank=2, alpha=4.0)
+
+
+def settings(base: Path, run: Path, lora: dict | None) -> RunConfig:
+    data = {"sources": [{"path": "data.json"}]}
+    return parse_config({"output_dir": str(run), "model": {"path": str(base)}, "lora": lora, "data": data})
+
+
+def random_params(config: LlamaConfig, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {p: rng.standard_normal(s).astype(np.float32) * 0.1 for p, s in lora_shapes(config, LORA).items()}
+
+
+@pytest.fixture
+def config(story_llama: Path) -> LlamaConfig:
+    return read_architecture(story_llama)
+
+
+@pytest.fixture
+def run(story_llama: Path, config: LlamaConfig, tmp_path: Path) -> Path:
+    """A finished run: its config, an adapter, and checkpoints of steps 5 and 10."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text(settings(story_llama, path, LORA.model_dump(mode="json")).to_yaml())
+    write_adapter(path / "adapter", Adapter(LORA, random_params(config, 10), "base"), config, trained=True)
+    base = fingerprint(open_checkpoint(story_llama), config)
+    with Checkpointer(path, keep=3, asynchronous=False) as checkpointer:
+        for step in (5, 10):
+            params = {name: jnp.asarray(value) for name, value in random_params(config, step).items()}
+            meta = {"fingerprints": {"base": base}}
+            checkpointer.save(step, params, optax.adamw(1e-3).init(params), meta)
+    return path
+
+
+@pytest.mark.parametrize(("options", "seed"), [([], 10), (["--step", "5"], 5)], ids=["final", "step 5"])
+def test_an_adapter(options: list[str], seed: int, run: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    arguments = [str(run), str(tmp_path / "out"), "--format", "adapter", "--base-name", "org/name", *options]
+    assert run_verb(export.main, arguments) == 0
+    found = read_adapter(tmp_path / "out", config)
+    assert (found.lora, found.base_name) == (LORA, "org/name")
+    for path, value in random_params(config, seed).items():
+        np.testing.assert_array_equal(found.params[path], value)
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    (run / "adapter").rename(run / "elsewhere")
+    assert run_verb(export.main, [str(run), str(tmp_path / "out"), "--format", "adapter"]) == 0
+    expected = random_params(config, 10)
+    found = read_adapter(tmp_path / "out", config)
+    assert all(np.array_equal(found.params[path], value) for path, value in expected.items())
+
+
+def test_a_merged_model(
+    run: Path, config: LlamaConfig, story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run_verb(export.main, [str(run), str(out), "--format", "merged", "--shard-bytes", "1000000"]) == 0
+    assert "verified; rounding shifts logits by at most" in capsys.readouterr().out
+    ids, adapter = probe_ids(config), Adapter(LORA, random_params(config, 10))
+    expected = streamed_logits(stored_weights(open_checkpoint(story_llama), config), config, ids, adapter)
+    found = streamed_logits(stored_weights(open_checkpoint(out), config), config, ids, None)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert (out / "model.safetensors.index.json").is_file()
+    assert "USER:" in (out / "tokenizer_config.json").read_text()
+
+
+def test_a_run_of_all_weights(story_llama: Path, config: LlamaConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(settings(story_llama, run, None).to_yaml())
+    write_merged(run / "model", open_checkpoint(story_llama), config, None, Companions(story_llama, None, {}))
+    assert run_verb(export.main, [str(run), str(tmp_path / "out"), "--format", "merged", "--dtype", "bfloat16"]) == 0
+    reader = open_checkpoint(tmp_path / "out")
+    assert {reader.dtype(name).name for name in reader} == {"bfloat16"}
+    assert run_verb(export.main, [str(run), str(tmp_path / "other"), "--format", "adapter"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--format", "adapter", "--step", "7"], "no checkpoint of step 7; there are 5, 10"),
+        (["--format", "adapter", "--dtype", "float16"], "float32 or bfloat16"),
+        (["--format", "merged", "--base", "nowhere"], "'nowhere' is not here"),
+    ],
+)
+def test_bad_arguments_exit_2_and_write_nothing(
+    arguments: list[str], says: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(export.main, [str(run), str(tmp_path / "out"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_another_base_is_refused(
+    run: Path, story_llama: Path, config: LlamaConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    adapter = Adapter(LORA, random_params(config, 3))
+    write_merged(other, open_checkpoint(story_llama), config, adapter, Companions(story_llama, None, {}))
+    arguments = [str(run), str(tmp_path / "out"), "--format", "adapter", "--step", "5", "--base", str(other)]
+    assert run_verb(export.main, arguments) == 2
+    assert "is not the base that" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(export.main, [str(tmp_path), str(tmp_path / "out"), "--format", "adapter"]) == 2
+    assert "has no config.yaml" in capsys.readouterr().err
