@@ -126,7 +126,7 @@ class FewShotConfig(Section):
 
 
 class LeakageConfig(Section):
-    files: Annotated[dict[str, str], Field(min_length=1)]
+    files: Annotated[dict[str, str], Field(min_length=1, max_length=64)]
     """Benchmark -> file or directory of its items (json, jsonl, csv, tsv, txt, parquet; .gz too)."""
     ngram: Annotated[int, Field(ge=3)] = 8
     """Words per n-gram."""

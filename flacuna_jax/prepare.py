@@ -1,0 +1,238 @@
+"""`python -m flacuna_jax.prepare --config C`: builds the FLAN-mini collection, or reports a training config's data.
+
+A config with `sources` describes a collection: it is built into its output_dir with a manifest and a report. A config
+with `data` is a training run's: its sources are tokenised, packed and reported, exactly as training sees them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from flacuna_jax.cli import run_verb
+from flacuna_jax.config import RunConfig
+from flacuna_jax.config_files import load_config, top_level_keys
+from flacuna_jax.data.build import build_store
+from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
+from flacuna_jax.data.files import read_records
+from flacuna_jax.data.formats import COLUMNS, read_source
+from flacuna_jax.data.pipeline import plan_run
+from flacuna_jax.data.report import BadRecordPolicy, SourceReport
+from flacuna_jax.data.store import StoreBuilder, TokenStore, describe_example
+from flacuna_jax.data.tokenization import Tokenizer, tokenize
+from flacuna_jax.errors import UserError
+from flacuna_jax.flan_mini.collection import Built, build, find_inputs
+from flacuna_jax.flan_mini.config import FlanMiniConfig, LeakageConfig
+from flacuna_jax.flan_mini.document import Document, to_html, to_markdown
+from flacuna_jax.flan_mini.leakage import BenchmarkLeakage, LeakageScan
+from flacuna_jax.flan_mini.manifest import find_built, write_manifest
+from flacuna_jax.flan_mini.report import PackingFacts, mixture_document, run_document
+from flacuna_jax.flan_mini.work import writing
+from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+Say = Callable[[str], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="flacuna prepare",
+        description="Builds the FLAN-mini collection from its sources, or reports the data of a training config.",
+        epilog="Any setting of the config can be overridden: --seed=7 --sources.0.examples=1000",
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="configs/flan_mini.yaml, or a training config")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N examples per source, loss coloured")
+    parser.add_argument("--output", metavar="DIR", help="where the collection and the report go")
+    parser.add_argument("--scale", type=float, metavar="S", help="a proportional sample: 0.01 is one per cent")
+    parser.add_argument("--rebuild", action="store_true", help="build again even if nothing has changed")
+    parser.add_argument(
+        "--leakage", action="append", default=[], metavar="NAME=PATH", help="an evaluation file to look for; repeatable"
+    )
+    arguments, overrides = parser.parse_known_args(argv)
+    keys = top_level_keys(arguments.config)
+    if "data" in keys or "model" in keys:
+        if arguments.scale is not None:
+            raise UserError(
+                "--scale is for a collection; this config is a training run's (data.sources.N.max_examples)"
+            )
+        config = load_config(arguments.config, overrides)
+        prepare_run(config, arguments.output, arguments.show, _benchmarks(arguments.leakage))
+        return None
+    if arguments.scale is not None:
+        overrides.append(f"--scale={arguments.scale}")
+    if arguments.output is not None:
+        overrides.append(f"--output_dir={json.dumps(arguments.output)}")
+    collection = load_config(arguments.config, overrides, schema=FlanMiniConfig)
+    if extra := _benchmarks(arguments.leakage):
+        known = collection.leakage or LeakageConfig(files=extra)
+        collection = collection.model_copy(
+            update={"leakage": known.model_copy(update={"files": {**known.files, **extra}})}
+        )
+    prepare_collection(collection, show=arguments.show, rebuild=arguments.rebuild)
+    return None
+
+
+def _benchmarks(pairs: Sequence[str]) -> dict[str, str]:
+    benchmarks = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"--leakage {pair}: write NAME=PATH, for example --leakage mmlu=data/mmlu/test")
+        benchmarks[name] = path
+    return benchmarks
+
+
+def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool = False, say: Say = print) -> Built:
+    """Builds (or finds) the collection in `config.directory`, with manifest and report; returns what is there."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    inputs = find_inputs(config, tokenizer_fingerprint(config.tokenizer), say)
+    found = find_built(config, inputs)
+    if found.built is not None and not rebuild:
+        say(f"hit: {found.built.path} is up to date ({found.why})")
+        built = found.built
+    else:
+        say("building again, as asked" if found.built is not None else f"miss: building, {found.why}")
+        built = build(config, inputs, partial(load_tokenizer, config.tokenizer), say)
+        write_manifest(config, inputs, built)
+    leakage = _leakage(config.leakage, _record_texts(built.path), say)
+    document = mixture_document(config, built.accounts, built.statistics, leakage)
+    _write_report(config.directory, document, say)
+    say(f"{built.records:,} records in {built.path} (sha256 {built.sha256[:16]}…)")
+    if show:
+        _show_collection(config, built, tokenizer, show)
+    return built
+
+
+def prepare_run(config: RunConfig, output: str | None, show: int, benchmarks: dict[str, str], say: Say = print) -> None:
+    """Tokenises, packs and reports the data of a training config."""
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    store, report = build_store(config.data, tokenizer)
+    # One shard: how many rows go through at once does not change which rows there are, nor the steps.
+    shards = 1
+    if config.training.batch_unit == "rows":
+        config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
+    plan = plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+    packing = PackingFacts.of(
+        store.lengths, int(store.supervised.sum()), config.data.max_length, config.data.packing, config.seed
+    )
+    batch = [
+        ("rows per step", f"{plan.rows_per_step:,}"),
+        ("examples per step", f"{plan.examples_per_step:.1f}"),
+        ("optimizer steps", f"{plan.total_steps:,}"),
+    ]
+    leakage = _leakage(LeakageConfig(files=benchmarks) if benchmarks else None, _source_texts(config), say)
+    weights = [source.weight for source in config.data.sources]
+    document = run_document("Training data", store, report, weights, packing, batch, leakage)
+    for line in report.lines():
+        say(line)
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    if output is not None:
+        _write_report(Path(output), document, say)
+    else:
+        say("\n".join(f"{label}: {value}" for label, value in document.facts))
+    if show:
+        _show_store(store, tokenizer, show)
+
+
+Texts = Iterator[tuple[str, list[str], list[str]]]
+"""Task, prompts and answers of each training record."""
+
+
+def _leakage(config: LeakageConfig | None, records: Texts, say: Say) -> list[BenchmarkLeakage]:
+    if config is None:
+        return []
+    scan = LeakageScan(config.files, config.ngram)
+    for task, prompts, answers in records:
+        scan.add(task, prompts, answers)
+    results = scan.finish()
+    for one in results:
+        say(
+            f"leakage: {one.name}: {one.covered(0.5):,} of {one.items:,} items have half their n-grams in the training records"
+        )
+    return results
+
+
+def _record_texts(path: Path) -> Texts:
+    for conversation in _conversations(path):
+        yield conversation.source, *_by_role(conversation)
+
+
+def _source_texts(config: RunConfig) -> Texts:
+    for source in config.data.sources:
+        policy = BadRecordPolicy(SourceReport(source.path), config.data.on_bad_record)
+        for _, conversation in read_source(source, policy):
+            yield conversation.source, *_by_role(conversation)
+
+
+def _by_role(conversation: Conversation) -> tuple[list[str], list[str]]:
+    prompts, answers = (
+        [turn.text for turn in conversation.turns if turn.role == role] for role in ("user", "assistant")
+    )
+    return prompts, answers
+
+
+def _conversations(path: Path) -> Iterator[Conversation]:
+    """The records of a collection that this program wrote."""
+    policy = BadRecordPolicy(SourceReport(str(path)), "error", "output")
+    for raw in read_records(path, COLUMNS, policy):
+        entries = raw.value["conversations"]
+        system = entries[0]["value"] if entries[0]["from"] == "system" else None
+        turns = [
+            Turn("user" if entry["from"] == "human" else "assistant", entry["value"])
+            for entry in entries
+            if entry["from"] != "system"
+        ]
+        yield Conversation(raw.value["id"], raw.value["source"], tuple(turns), system)
+
+
+def _write_report(directory: Path, document: Document, say: Say) -> None:
+    for name, text in (("report.md", to_markdown(document)), ("report.html", to_html(document))):
+        with writing(directory / name) as file:
+            file.write(text)
+    say("\n".join(f"{label}: {value}" for label, value in document.facts))
+    say(f"report: {directory / 'report.md'}, {directory / 'report.html'}")
+
+
+def _show_collection(config: FlanMiniConfig, built: Built, tokenizer: Tokenizer, count: int) -> None:
+    source_of = {task: account.name for account in built.accounts for task in account.per_task}
+    left = {account.name: count for account in built.accounts if account.records}
+    builder = StoreBuilder(list(left), tokenizer.vocab_size)
+    names = list(left)
+    for conversation in _conversations(built.path):
+        source = source_of[conversation.source]
+        if left.get(source):
+            left[source] -= 1
+            example = tokenize(conversation, TEMPLATES[config.template], tokenizer)
+            builder.add(names.index(source), [example], [0])
+        elif not any(left.values()):
+            break
+    _show_store(builder.finish(), tokenizer, count)
+
+
+def _show_store(store: TokenStore, tokenizer: Tokenizer, count: int) -> None:
+    """Prints the first `count` examples of each source. Loss is green, or stands in ⟦⟧ where there are no colours."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for source, name in enumerate(store.sources):
+        members = [index for index in range(len(store)) if store.source_index[index] == source][:count]
+        for index in members:
+            example = store.example(index)
+            supervised = int(example.loss_mask.sum())
+            console.print(
+                Text(f"── {name} · {example.source} · {example.id} · ", style="bold")
+                + Text(f"{len(example.ids)} tokens, {supervised} with loss", style="bold")
+            )
+            text = Text()
+            for piece in describe_example(store, index, tokenizer):
+                plain = f"⟦{piece.text}⟧" if piece.supervised and not console.is_terminal else piece.text
+                text.append(plain, style="green" if piece.supervised else "dim")
+            console.print(text)
+            console.print()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_verb(main))
