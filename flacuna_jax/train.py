@@ -24,6 +24,7 @@ from flacuna_jax.config_files import load_config
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.data.pipeline import BatchStream, RunPlan, StepSource, check_batch_arithmetic, plan_run
+from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter
@@ -39,6 +40,7 @@ from flacuna_jax.training.loop import Loop, StepRecord
 from flacuna_jax.training.metrics import Throughput, Tracker, TrainRecord, open_tracker, peak_memory_bytes
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from flacuna_jax.training.progress import Progress, open_progress
+from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
 from flacuna_jax.training.resume import require_same_run, rounding_changes
 from flacuna_jax.training.run_directory import RunDirectory, open_run_directory
 from flacuna_jax.training.state import StateLayout, TrainState
@@ -69,8 +71,7 @@ def train(config: RunConfig) -> None:
     primary = jax.process_index() == 0
     with open_run_directory(config.directory, resume=config.checkpoint.resume, primary=primary) as directory:
         say: Callable[[str], None] = print if primary else lambda _: None
-        store, plan = _build_data(config, source, shards, say)
-        setup = Setup(config, mesh, source, store, plan)
+        setup = Setup(config, mesh, source, *_build_data(config, source, shards, say))
         with Checkpointer(
             directory.path, keep=config.checkpoint.keep, asynchronous=config.lora is None
         ) as checkpointer:
@@ -102,6 +103,7 @@ class Setup:
     mesh: Mesh
     source: ModelSource
     store: TokenStore
+    report: DataReport
     plan: RunPlan
 
     @property
@@ -135,13 +137,13 @@ class Setup:
 
 def _build_data(
     config: RunConfig, source: ModelSource, shards: int, say: Callable[[str], None]
-) -> tuple[TokenStore, RunPlan]:
+) -> tuple[TokenStore, DataReport, RunPlan]:
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
     store, report = build_store(config.data, tokenizer)
     for line in report.lines():
         say(line)
-    return store, plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+    return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
 
 
 def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
@@ -209,6 +211,16 @@ def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, sa
     checkpointer.wait()
     say(f"{state.step} steps done in {time.monotonic() - started:.1f} s")
     say(deliver_result(setup, directory, state, base, log.last_loss))
+    if primary:
+        write_report(
+            directory.report,
+            title=directory.path.name,
+            records=read_metrics(directory.metrics),
+            facts={line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in plan_lines(setup)},
+            mixture=mixture_rows(setup.report),
+            config_yaml=config.to_yaml(),
+            environment=environment(),
+        )
 
 
 def _load_weights(setup: Setup) -> Params:

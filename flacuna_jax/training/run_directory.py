@@ -95,11 +95,8 @@ def open_run_directory(
     if not primary:
         yield RunDirectory(path)
         return
-    with _as_user_error(path):
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open_locked(path)
     try:
-        _lock(path, descriptor)
         used = [name for name in PRODUCTS if (path / name).exists()]
         if resume == "never" and used:
             raise UserError(
@@ -108,6 +105,7 @@ def open_run_directory(
             )
         yield RunDirectory(path)
     finally:
+        _remove_if_unused(path)
         os.close(descriptor)
 
 
@@ -133,6 +131,32 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _remove_if_unused(path: Path) -> None:
+    """A run whose input proves wrong leaves no trace: its lock, still held here, and the directory if that was all."""
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
+            path.rmdir()
+
+
+def _open_locked(path: Path) -> int:
+    """Descriptor of the held lock. A run that leaves may remove its lock file between our opening and locking it."""
+    while True:
+        with _as_user_error(path):
+            path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(path, descriptor)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def _lock(path: Path, descriptor: int) -> None:

@@ -1,0 +1,203 @@
+"""`python -m flacuna_jax.train` as a user runs it: from nothing to a verified adapter, interrupted and continued."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from flacuna_jax import train as train_verb
+from flacuna_jax.cli import main as flacuna
+from flacuna_jax.config_files import load_config
+from flacuna_jax.data.tokenization import Tokenizer
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from tests.small_run import write_run
+
+
+def run(config: Path, *overrides: str) -> int:
+    return flacuna(["train", "--config", str(config), *overrides])
+
+
+def losses(directory: Path) -> dict[int, float]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+
+
+def adapter_bytes(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed: 60 examples, two epochs."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert run(write_run(directory)) == 0
+    return directory
+
+
+def test_a_run_leaves_what_it_promises(finished, capsys):
+    directory = finished / "run"
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"} <= {path.name for path in directory.iterdir()}
+    record = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    for field in (
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "examples",
+        "rows",
+        "tokens",
+        "supervised_tokens",
+        "fill",
+    ):
+        assert field in record
+    tensors = load_file(directory / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 2  # layers × targets × (A, B)
+    assert all(np.abs(tensor).max() > 0 for tensor in tensors.values())
+    assert load_config(directory / "config.yaml").mesh != "auto"
+    curve = losses(directory)
+    assert np.mean(list(curve.values())[-3:]) < np.mean(list(curve.values())[:3])
+
+
+def test_every_step_of_two_epochs_is_there_once(finished):
+    curve = losses(finished / "run")
+    assert list(curve) == list(range(1, len(curve) + 1))
+    records = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
+    for epoch in (0, 1):
+        assert sum(record["examples"] for record in records if record["epoch"] == epoch) == 60
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [4, 7, 11])
+def test_interrupted_runs_continue_to_the_same_bytes(finished, tmp_path, monkeypatch, at):
+    """Stopped after step `at` (first epoch, second epoch), packed, with dropout; checkpoints every 3 steps."""
+    shutil.copytree(finished / "tokenizer", tmp_path / "tokenizer")
+    config = finished / "config.yaml"
+    out = f"--output_dir={tmp_path / 'run'}"
+    observe = train_verb.StepLog.__call__
+
+    def stop(self, record):
+        observe(self, record)
+        if record.step == at:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_verb.StepLog, "__call__", stop)
+        with pytest.raises(Stopped):
+            run(config, out)
+    assert not (tmp_path / "run" / "adapter").exists()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9')  # what a power cut leaves behind
+
+    assert run(config, out) == 0
+    assert losses(tmp_path / "run") == losses(finished / "run")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished / "run")
+
+
+def test_running_a_finished_run_again_changes_nothing(finished):
+    before = adapter_bytes(finished / "run"), losses(finished / "run")
+    assert run(finished / "config.yaml") == 0
+    assert (adapter_bytes(finished / "run"), losses(finished / "run")) == before
+
+
+def test_four_devices_give_the_same_run(finished, tmp_path):
+    assert run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--mesh.fsdp=4") == 0
+    expected, actual = losses(finished / "run"), losses(tmp_path / "run")
+    assert list(actual) == list(expected)
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
+
+
+def test_full_fine_tuning_ends_in_a_model_that_lora_starts_from(finished, tmp_path, capsys):
+    base = tmp_path / "base"
+    assert run(finished / "config.yaml", f"--output_dir={base}", "--lora=null", "--training.max_steps=4") == 0
+    assert (base / "model" / "config.json").is_file()
+    converted = tmp_path / "converted"
+    assert flacuna(["convert", str(base / "model"), str(converted)]) == 0
+
+    results = []
+    for name, model in (("hf", base / "model"), ("native", converted)):
+        overrides = [f"--output_dir={tmp_path / name}", f"--model={{path: {model}, dtype: float32}}"]
+        assert run(finished / "config.yaml", *overrides, "--training.max_steps=4") == 0
+        results.append(adapter_bytes(tmp_path / name))
+    assert results[0] == results[1], "a Hugging Face directory and its conversion are the same model"
+
+    merged = tmp_path / "merged"
+    assert flacuna(["export", str(tmp_path / "hf"), str(merged), "--format", "merged"]) == 0
+    assert (merged / "model.safetensors").is_file()
+    assert (merged / "tokenizer.model").read_bytes() == (finished / "tokenizer" / "tokenizer.model").read_bytes()
+    assert (
+        run(
+            finished / "config.yaml",
+            f"--output_dir={tmp_path / 'on'}",
+            f"--model={{path: {merged}}}",
+            "--training.max_steps=2",
+        )
+        == 0
+    )
+
+
+def test_the_tokenizer_keeps_its_protocol(finished):
+    tokenizer: Tokenizer = load_tokenizer(finished / "tokenizer")
+    assert tokenizer.encode("</s>") != [tokenizer.eos_id]
+
+
+MISTAKES = {
+    "no such data": (["--data.sources.0.path=nowhere.json"], "nowhere.json"),
+    "no such model": (["--model={path: nowhere}"], "nowhere"),
+    "no such tokenizer": (["--model.tokenizer=nowhere"], "nowhere"),
+    "too many devices": (["--mesh={data: 3, fsdp: 2}"], "mesh"),
+    "tensor through a head": (["--mesh={tensor: 3}"], "mesh.tensor"),
+    "rows that do not divide": (
+        ["--training.batch_unit=rows", "--training.batch_size=3", "--mesh.fsdp=2"],
+        "batch_size",
+    ),
+    "warm-up longer than the run": (["--training.warmup_steps=500"], "warmup_steps"),
+    "vocabulary beyond the embedding": (["--model.architecture.vocab_size=50"], "embedding"),
+    "nothing fits": (["--data.max_length=8"], "max_length"),
+    "unknown key": (["--training.bach_size=3"], "training.batch_size"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_end_with_status_2_and_one_message(finished, tmp_path, capsys, overrides, hint):
+    status = run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", *overrides)
+    said = capsys.readouterr().err
+    assert status == 2, said
+    assert hint in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists(), "a mistake leaves nothing behind"
+
+
+def test_a_torn_data_file_is_named_with_its_line(finished, tmp_path, capsys):
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "out')
+    assert run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", f"--data.sources.0.path={torn}") == 2
+    said = capsys.readouterr().err
+    assert "torn.jsonl" in said
+    assert "2" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ("--training.learning_rate=0.5", "training.learning_rate"),
+        ("--lora.dropout=0.0", "lora.dropout"),
+        ("--seed=7", "seed"),
+        ("--data.train_on=all", "data"),
+    ],
+)
+def test_a_changed_setting_refuses_to_continue(finished, capsys, change, names):
+    before = losses(finished / "run")
+    assert run(finished / "config.yaml", change) == 2
+    assert names in capsys.readouterr().err
+    assert losses(finished / "run") == before
+
+
+def test_resume_never_refuses_a_used_directory(finished, capsys):
+    assert run(finished / "config.yaml", "--checkpoint.resume=never") == 2
+    assert "output_dir" in capsys.readouterr().err
