@@ -1,0 +1,269 @@
+"""`flacuna evaluate --model M [--adapter A] --tasks mmlu,bbh --data DIR`: benchmark tables.
+
+Results, tables and the cache of answers lie in --output. An evaluation that was killed goes on where it was; one
+that is repeated costs nothing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.cli import run_verb
+from flacuna_jax.data.conversation import TEMPLATES, Template
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation import bbh, crass, drop, hhh, humaneval, impact, mmlu
+from flacuna_jax.evaluation.benchmark import AnswerTask
+from flacuna_jax.evaluation.cache import CachedModel, Store
+from flacuna_jax.evaluation.flax_model import Placement
+from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
+from flacuna_jax.evaluation.language_model import LanguageModel
+from flacuna_jax.evaluation.plot import to_svg
+from flacuna_jax.evaluation.published import published_rows
+from flacuna_jax.evaluation.results import TaskResult, write_atomically, write_result
+from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_impact
+from flacuna_jax.evaluation.sandbox import require_permission
+from flacuna_jax.evaluation.statistics import confidence_interval
+from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
+from flacuna_jax.inference import ModelAddress, ModelLoader
+
+ANSWER_TASKS: dict[str, tuple[Callable[[Path, int], AnswerTask], int]] = {
+    "mmlu": (mmlu.load, 5),
+    "bbh": (bbh.load, 3),
+    "drop": (drop.load, 3),
+    "crass": (crass.load, 3),
+}
+OTHER_TASKS = ("humaneval", "hhh", "impact")
+GROUPS = {
+    "few_shot": ("mmlu:5", "bbh:3", "drop:3", "crass:3", "humaneval"),
+    "zero_shot": ("mmlu:0", "bbh:0", "crass:0"),
+    "paper": ("mmlu:5", "bbh:3", "drop:3", "crass:3", "humaneval", "mmlu:0", "bbh:0", "crass:0", "hhh", "impact"),
+}
+
+Run = Callable[[LanguageModel], list[TaskResult]]
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = _parser().parse_args(argv)
+    addresses = _addresses(arguments)
+    output = Path(arguments.output)
+    if arguments.protocol == "lm_eval":
+        _harness(arguments, addresses, output)
+        return None
+    runs = _prepare(arguments, output)
+    loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows))
+    everything: list[list[TaskResult]] = []
+    for address, name in addresses:
+        model = _cached(loader, address, name, output)
+        results = []
+        for label, run in runs:
+            print(f"{name}: {label}", file=sys.stderr)
+            results += run(model)
+        for result in results:
+            _write(result, output)
+        everything.append(results)
+    _report(everything, output, published=not arguments.no_published)
+    return None
+
+
+def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
+    """What is compared with comes first. `--compare base` is the model without its adapter."""
+    main_address = ModelAddress(Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None)
+    others = []
+    for text in arguments.compare:
+        if text == "base" and main_address.adapter is None:
+            raise UserError("--compare base: the model has no adapter, so it is its own base")
+        others.append(ModelAddress(main_address.base) if text == "base" else ModelAddress.parse(text))
+    named = [(address, address.name) for address in others]
+    named.append((main_address, arguments.name or main_address.name))
+    names = [name for _, name in named]
+    if len(set(names)) < len(names):
+        raise UserError(f"two models are called the same ({', '.join(names)}); give the first another --name")
+    return named
+
+
+def _prepare(arguments: argparse.Namespace, output: Path) -> list[tuple[str, Run]]:
+    """Every benchmark read and checked before a model is loaded."""
+    wanted = [part for task in arguments.tasks.split(",") for part in GROUPS.get(task.strip(), (task.strip(),))]
+    data = Path(arguments.data)
+    prepared = []
+    for task in dict.fromkeys(wanted):
+        name, colon, shots = task.partition(":")
+        if name in ANSWER_TASKS:
+            load, default = ANSWER_TASKS[name]
+            if colon and not shots.isdigit():
+                raise UserError(f"--tasks {task}: the number of shots goes behind the colon, as in mmlu:5")
+            prepared.append((task, _answers(load(data, int(shots) if colon else default), arguments.limit)))
+        elif name in OTHER_TASKS and not colon:
+            prepared.append((task, _other(name, arguments, data, output)))
+        else:
+            known = ", ".join([*ANSWER_TASKS, *OTHER_TASKS, *GROUPS])
+            raise UserError(f"--tasks: no benchmark {task!r}; there are {known} (mmlu:0 asks for 0 shots)")
+    return prepared
+
+
+def _answers(task: AnswerTask, limit: int | None) -> Run:
+    if limit is not None:
+        kept, seen = [], dict.fromkeys((problem.group for problem in task.problems), 0)
+        for problem in task.problems:
+            seen[problem.group] += 1
+            if seen[problem.group] <= limit:
+                kept.append(problem)
+        task = dataclasses.replace(task, problems=tuple(kept))
+    return lambda model: [run_answers(task, model)]
+
+
+def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -> Run:
+    if name == "humaneval":
+        require_permission(arguments.allow_code_execution)
+        problems = humaneval.load(data)[: arguments.limit]
+        return lambda model: [run_humaneval(problems, model, arguments.samples, workers=os.cpu_count() or 1)]
+    if name == "hhh":
+        comparisons = hhh.load(data)
+        if arguments.limit is not None:
+            comparisons = tuple(c for c in comparisons if int(c.id.split("/")[1]) < arguments.limit)
+        return lambda model: [
+            run_hhh(comparisons, model, "paper", arguments.repetitions),
+            run_hhh(comparisons, model, "current"),
+        ]
+    prompts = impact.load(data)[: arguments.limit]
+    judge, template = _judge(arguments, output), _template(arguments)
+    styles: tuple[Any, ...] = ("raw", "output") if arguments.impact_prompt == "both" else (arguments.impact_prompt,)
+    return lambda model: [
+        run_impact(prompts, model, judge, style, template, arguments.impact_temperature) for style in styles
+    ]
+
+
+def _template(arguments: argparse.Namespace) -> Template | None:
+    return None if arguments.template == "none" else TEMPLATES[arguments.template]
+
+
+def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
+    if arguments.judge_url:
+        if not arguments.judge_model:
+            raise UserError("--judge-url needs --judge-model: the name that the server knows the judge by")
+        key = os.environ.get(arguments.judge_key_variable)
+        return ServerJudge(arguments.judge_url, arguments.judge_model, Store(output / "judge.jsonl"), key)
+    if arguments.judge_model:
+        address = ModelAddress.parse(arguments.judge_model)
+        store = Store(output / "cache" / "judge-model.jsonl")
+        model = CachedModel(ModelLoader(arguments.dtype).load(address), store)
+        return ModelJudge(model, TEMPLATES["vicuna_v1.1"])
+    return None
+
+
+def _cached(loader: ModelLoader, address: ModelAddress, name: str, output: Path) -> CachedModel:
+    model = loader.load(address, name)
+    store = Store(output / "cache" / f"{model.fingerprint[:16]}.jsonl")
+
+    def show(done: int, total: int) -> None:
+        print(f"  {done} of {total}", end="\r" if done < total else "\n", file=sys.stderr, flush=True)
+
+    return CachedModel(model, store, show)
+
+
+def _write(result: TaskResult, output: Path) -> None:
+    summary: dict[str, Any] = {"problems": len(result.outcomes), "complete": result.complete}
+    for score in result.score_names:
+        interval = confidence_interval(result, score)
+        groups = result.by_group(score)
+        summary[score] = {"mean": result.mean(score), "interval": [interval.low, interval.high], "groups": groups}
+        if result.task == "mmlu":
+            summary[score]["subcategories"] = result.by_group(score, mmlu.SUBCATEGORY_OF)
+            summary[score]["categories"] = result.by_group(score, mmlu.CATEGORY_OF)
+    path = output / _safe(result.model) / f"{result.task}-{result.shots}shot.json"
+    write_result(result, path, summary)
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "+-._" else "_" for c in name)
+
+
+def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published: bool) -> None:
+    rows = published_rows() if published else ()
+    tables = [table for reading in ("faithful", "corrected") for table in make_tables(everything, rows, reading)]
+    markdown = "\n".join(to_markdown(table) for table in tables)
+    write_atomically(output / "tables.md", markdown)
+    write_atomically(output / "tables.tex", "\n".join(to_latex(table) for table in tables))
+    for number, table in enumerate(tables, 1):
+        write_atomically(output / f"table-{number}.svg", to_svg(table))
+    compared = [
+        {
+            "base": everything[0][0].model,
+            "model": results[0].model,
+            "differences": [
+                {"task": task, "shots": shots, "score": score, **dataclasses.asdict(found)}
+                for (task, shots, score), found in all_differences(everything[0], results).items()
+            ],
+        }
+        for results in everything[1:]
+    ]
+    write_atomically(output / "differences.json", json.dumps(compared, indent=1))
+    print(markdown)
+    print(f"every prompt, prediction and score: {output}")
+
+
+def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path) -> None:
+    from flacuna_jax.evaluation import harness  # the harness is an optional dependency
+
+    loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows))
+    template = _template(arguments)
+    for address, name in addresses:
+        results = harness.run_tasks(
+            _cached(loader, address, name, output),
+            [task.strip() for task in arguments.tasks.split(",")],
+            template=template,
+            apply_chat_template=template is not None,
+            shots=arguments.shots,
+            limit=arguments.limit,
+            include=Path(arguments.data) if arguments.data else None,
+        )
+        text = json.dumps(results, default=str, indent=1, ensure_ascii=False)
+        write_atomically(output / _safe(name) / "lm_eval.json", text)
+        for metric, value in harness.metrics(results).items():
+            print(f"{name}  {metric}  {value:.4f}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flacuna evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face LLaMA directory or a converted one")
+    add("--adapter", help="a PEFT adapter, or a training run")
+    add("--name", help="what tables call the model")
+    add("--compare", action="append", default=[], metavar="MODEL", help="DIR, DIR+ADAPTER or base; may be repeated")
+    add("--tasks", required=True, help="e.g. mmlu,bbh:0,hhh, or few_shot, zero_shot, paper; with lm_eval, its tasks")
+    add("--data", required=True, help="directory with mmlu/, bbh/, ...; with lm_eval, a directory of task files")
+    add("--output", default="evaluation", help="where results and the cache lie")
+    add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval")
+    add("--limit", type=_positive, help="only the first N problems of each subject or task; marks tables incomplete")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--rows", type=_positive, default=16, help="prompts that are decoded side by side")
+    add("--no-published", action="store_true", help="leave the published rows out of tables")
+    add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")
+    add("--samples", type=_positive, default=1, help="humaneval: samples per problem (1, 10 or 100)")
+    add("--repetitions", type=_positive, default=1, help="hhh: how often the paper's protocol places answers anew")
+    add("--template", choices=("none", *TEMPLATES), default="none", help="impact and lm_eval: as a user's turn of it")
+    add("--impact-prompt", choices=("raw", "output", "both"), default="raw", help="output: the paper's prompt")
+    add("--impact-temperature", type=float, default=0.0, help="the card says 1; LLaMA models were run greedily")
+    add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
+    add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
+    add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")
+    add("--shots", type=int, help="lm_eval: worked examples per prompt")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_verb(main))

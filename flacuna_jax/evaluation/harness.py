@@ -1,0 +1,192 @@
+"""lm-evaluation-harness on models of this package: its tasks, prompts and metrics, our scores and generations.
+
+The harness is an optional dependency (the `eval` extra). Its command line cannot load models from outside, so a model
+goes in as an object: `simple_evaluate(model=HarnessModel(...))`, or `evaluate --protocol lm_eval`.
+
+Numbers of this protocol and of InstructEval are not comparable: the harness scores MMLU by log-probability, for one.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.data.conversation import Role, Template, Turn, render_text
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.language_model import GenerationRequest, LanguageModel, ScoreRequest
+
+try:
+    import lm_eval
+    import lm_eval.models
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise UserError(
+        f"--protocol lm_eval needs lm-evaluation-harness: pip install 'flacuna-jax[eval]' ({error})"
+    ) from None
+
+BOS, EOS = "<s>", "</s>"
+"""How special tokens are spelled in text that `apply_chat_template` made."""
+
+
+class HarnessModel(TemplateLM):
+    """Answers the harness's three kinds of request as its Hugging Face backend does.
+
+    Text is encoded with BOS in front, unless it begins with one. Contexts that are too long lose tokens at the left.
+    `template` is what `--apply_chat_template` uses.
+    """
+
+    def __init__(self, model: LanguageModel, template: Template | None = None, max_gen_toks: int = 256) -> None:
+        super().__init__()
+        self.model, self.template, self.max_gen_toks = model, template, max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.model.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.model.context_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.model.fingerprint
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        if not chat_template:
+            return None
+        return self._template().jinja
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The history in the training template; `add_generation_prompt` False leaves the last answer open."""
+        system = None
+        if chat_history and chat_history[0]["role"] == "system":
+            system, chat_history = chat_history[0]["content"], chat_history[1:]
+        turns = [Turn(_role(message["role"]), message["content"]) for message in chat_history]
+        template = self._template()
+        text = render_text(list(template.layout(template.system if system is None else system, turns)), BOS, EOS)
+        return text if add_generation_prompt else text.removesuffix(EOS)
+
+    def _template(self) -> Template:
+        if self.template is None:
+            raise UserError("a chat template was asked for; name one with --template")
+        return self.template
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if add_special_tokens is None and string.startswith(BOS):
+            special = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
+            parts = [part for part in re.split(f"({BOS}|{EOS})", string) if part]
+            return [
+                token for part in parts for token in ([special[part]] if part in special else tokenizer.encode(part))
+            ]
+        ids = tokenizer.encode(string)
+        return ids if add_special_tokens is False else [tokenizer.bos_id, *ids]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked = []
+        for _, context, continuation in requests:
+            kept = (context + continuation)[-(self.max_length + 1) :]
+            split = max(1, len(kept) - len(continuation))
+            asked.append(ScoreRequest(tuple(kept[:split]), tuple(kept[split:])))
+        answers = [(score.log_probability, score.is_greedy) for score in self.model.loglikelihood(asked)]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in windows of the context that predict every token once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_probability, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_probability
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        asked = [self._generation_request(*request.args) for request in requests]
+        texts = [generation.text for generation in self.model.generate(asked)]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _generation_request(self, context: str, settings: dict[str, Any]) -> GenerationRequest:
+        known = normalize_gen_kwargs(settings, self.max_gen_toks)
+        stop = handle_stop_sequences(known.get("until"), eos=None)
+        new = int(known["max_gen_toks"])
+        if new >= self.max_length:
+            raise UserError(f"the task asks for {new} new tokens, the model's whole context is {self.max_length}")
+        return GenerationRequest(
+            tuple(self.tok_encode(context)[-(self.max_length - new) :]),
+            new,
+            tuple(term for term in stop if term),
+            temperature=float(known["temperature"]) if known["do_sample"] else 0.0,
+            top_k=known.get("top_k"),
+            top_p=known.get("top_p"),
+        )
+
+
+def _role(name: str) -> Role:
+    if name not in ("user", "assistant"):
+        raise UserError(f"the template knows the roles system, user and assistant, not {name!r}")
+    return name  # type: ignore[return-value]
+
+
+def run_tasks(
+    model: LanguageModel,
+    tasks: Sequence[str],
+    *,
+    template: Template | None = None,
+    apply_chat_template: bool = False,
+    shots: int | None = None,
+    limit: int | None = None,
+    include: Path | None = None,
+) -> dict[str, Any]:
+    """The harness's results for its tasks, by name or from task files below `include`.
+
+    Serves periodic evaluation in training too: the model wraps the parameters of the moment.
+
+    Raises:
+      UserError: a task that the harness does not know.
+    """
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UserError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    results = lm_eval.simple_evaluate(
+        model=HarnessModel(model, template),
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        apply_chat_template=apply_chat_template,
+        bootstrap_iters=1000,
+    )
+    assert results is not None, "simple_evaluate returns None on ranks above 0 alone"
+    return dict(results)
+
+
+def metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of `run_tasks`, flat: "task/metric" (standard errors left out)."""
+    return {
+        f"{task}/{name.removesuffix(',none')}": float(value)
+        for task, scores in results["results"].items()
+        for name, value in scores.items()
+        if isinstance(value, int | float) and "_stderr" not in name and name != "sample_len"
+    }

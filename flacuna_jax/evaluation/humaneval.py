@@ -1,0 +1,94 @@
+"""HumanEval (Chen et al., 2021, arXiv:2107.03374) as InstructEval runs it: an instruction in front of the prompt,
+sampling at temperature 0.1, and a clean-up of the answer that damages correct code.
+
+File: HumanEval.jsonl.gz with {task_id, prompt, entry_point, canonical_solution, test}.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flacuna_jax.evaluation.files import field, locate, read_rows
+
+EXPECTED = 164
+LAYOUT = "HumanEval.jsonl.gz of openai/human-eval (task_id, prompt, entry_point, test per line)"
+INSTRUCTION = (
+    "Please complete the following Python code without providing any additional tasks such as testing or explanations\n"
+)
+MAX_NEW_TOKENS = 512
+TEMPERATURE = {1: 0.1, 10: 0.6, 100: 0.8}
+"""By the number of samples per problem."""
+TOP_K = 50
+"""The default of transformers' generate, which the original leaves in place."""
+
+
+@dataclass(frozen=True)
+class CodeProblem:
+    id: str
+    prompt: str
+    entry_point: str
+    test: str
+    canonical_solution: str
+
+    @property
+    def question(self) -> str:
+        return INSTRUCTION + self.prompt
+
+    def program(self, completion: str) -> str:
+        """What is run: the problem, the completion and its tests."""
+        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
+
+
+def load(data: Path) -> tuple[CodeProblem, ...]:
+    """Raises UserError where the file is missing or a line lacks a field."""
+    path = locate(data, ["humaneval/HumanEval.jsonl*", "human_eval/HumanEval.jsonl*", "HumanEval.jsonl*"], LAYOUT)
+    names = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
+    return tuple(CodeProblem(*(field(row, name) for name in names)) for row in read_rows(path))
+
+
+def faithful_completion(text: str) -> str:
+    """The original's clean-up: every line's indent is padded to an even number, then only the text before the first
+    blank line is kept. The reference solutions themselves lose 34 of 164 to it."""
+    lines = (" " * (_indent(line) % 2) + line for line in text.split("\n"))
+    return "\n".join(lines).lstrip("\n").split("\n\n")[0]
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_OUTSIDE = re.compile(r"^(?!def |class |async def |import |from |@|#|\s|[)\]}]|[A-Za-z_]\w* *=[^=])", re.MULTILINE)
+
+
+def corrected_completion(text: str, problem: CodeProblem) -> str:
+    """The code in an answer, blank lines and indents as they are.
+
+    Code is taken out of a Markdown fence; a function that was written anew from its `def` on stands behind the prompt's
+    unfinished one; otherwise the answer continues the body, whose first line gets the body's indent (a tokenizer drops
+    the space that an answer begins with), and ends where something else than definitions begins at the margin.
+    """
+    fenced = _FENCE.search(text)
+    code = fenced.group(1) if fenced else text
+    body = " " * (_indent(problem.prompt.rstrip().rsplit("\n", 1)[-1]) or 4)
+    if re.search(rf"^(?:async )?def {re.escape(problem.entry_point)}\b", code, re.MULTILINE):
+        return f"{body}pass\n\n{code if fenced else _definitions(code)}"
+    return _definitions(body + code.lstrip("\n").lstrip(" "))
+
+
+def _definitions(code: str) -> str:
+    outside = _OUTSIDE.search(code)
+    return code[: outside.start()] if outside else code
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of passing with k tries (Chen et al., 2021, section 2.1)."""
+    if samples < k:
+        raise ValueError(f"pass@{k} needs at least {k} samples, got {samples}")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def mean_pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> float:
+    return sum(pass_at_k(len(tries), sum(tries), k) for tries in passed) / len(passed)

@@ -1,0 +1,145 @@
+"""IMPACT, InstructEval's writing benchmark: 200 prompts in four categories, answers rated 1 to 5 by a judge for
+relevance and coherence.
+
+File: data.jsonl (or .parquet) with {Category, Definition, Prompt}; FastChat's question.jsonl {category, turns} is read
+too, as a stand-in. The judge's templates are the original's, indents included.
+
+The paper's README recommends a prompt of its own for writing (definition, question, "Output:"); `style="output"` uses
+it, `style="raw"` is the benchmark's.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flacuna_jax.evaluation.files import Row, field, locate, read_rows
+
+EXPECTED = 200
+CATEGORIES = ("informative", "professional", "argumentative", "creative")
+MAX_NEW_TOKENS = 1024
+LAYOUT = "IMPACT, data.jsonl of declare-lab/InstructEvalImpact (Category, Definition, Prompt per line)"
+PATTERNS = ("data.jsonl", "*.parquet", "*question.jsonl")
+Style = Literal["raw", "output"]
+Aspect = Literal["relevance", "coherence"]
+
+_SCALE = "Select a suitable option number between 1 and 5 based on the options below."
+_JUDGE_LINES: dict[Aspect, tuple[str, ...]] = {
+    "relevance": (
+        "Text: {text}",
+        "",
+        "Prompt: {prompt}",
+        "",
+        f"How relevant is the text to the prompt? {_SCALE}",
+        "1. Inadequate: The text fails to provide any relevant information or insights related to the given prompt.",
+        "2. Limited: The text may contain some relevant information, but significant gaps exist, and key aspects of "
+        "the prompt are not adequately covered.",
+        "3. Satisfactory: The text covers the main aspects of the prompt and provides relevant information, but it "
+        "lacks depth and may not explore the topic in great detail.",
+        "4. Proficient: The text provides a comprehensive response by addressing the key aspects of the prompt, "
+        "offering relevant and well-supported information or arguments. ",
+        "5. Excellent: The text thoroughly and thoughtfully addresses the prompt, demonstrating a comprehensive "
+        "understanding of the topic. It offers insightful and original ideas, supported by relevant arguments and "
+        "information.",
+    ),
+    "coherence": (
+        "Text: {text}",
+        "",
+        f"How coherent is the text? {_SCALE}",
+        "1. Inadequate: The text lacks logical organization, making it difficult to follow. Ideas are disjointed and "
+        "phrased awkwardly, requiring significant effort to understand.",
+        "2. Limited: The text demonstrates some attempt at organization, but there are significant gaps in coherence. "
+        "Ideas may be loosely connected, and the arguments lack clarity.",
+        "3. Satisfactory: The text generally follows a logical organization, but occasional disruptions or awkward "
+        "phrasing may occur. There is an acceptable level of readability and understanding.",
+        "4. Proficient: The text is clearly organized and easy to understand. Ideas and arguments flow smoothly, "
+        "contributing to easy comprehension and a pleasant reading experience.",
+        "5. Excellent: The text presents exceptionally coherent writing with a fluent and engaging flow of ideas, "
+        "ensuring effortless comprehension and a delightful reading experience.",
+    ),
+}
+
+
+def _judge_template(lines: tuple[str, ...]) -> str:
+    """The original's text as it stood in its indented source: eight spaces in front of every line but the first and the
+    empty one above the options, and in front of the end."""
+    question, options = lines[:-5], lines[-5:]
+    return ("\n" + 8 * " ").join(question) + "\n\n" + "".join(f"{8 * ' '}{option}\n" for option in options) + 8 * " "
+
+
+JUDGE_TEMPLATES: dict[Aspect, str] = {aspect: _judge_template(lines) for aspect, lines in _JUDGE_LINES.items()}
+
+
+@dataclass(frozen=True)
+class WritingPrompt:
+    id: str
+    category: str
+    definition: str
+    prompt: str
+
+    def question(self, style: Style) -> str:
+        if style == "raw":
+            return f"{self.definition} {self.prompt}".strip()
+        return writing_prompt(self.definition, self.prompt)
+
+
+def writing_prompt(definition: str, question: str) -> str:
+    """The paper's prompt for writing, to stand as a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
+    task = definition.strip()
+    if not task:
+        return f"{question.strip()}\nOutput:"
+    return f"{task if task[-1] in '.:!?' else task + '.'}\n\n{question.strip()}\nOutput:"
+
+
+def load(data: Path) -> tuple[WritingPrompt, ...]:
+    """Raises UserError where no file is there or a line lacks a field."""
+    folders = ("impact/", "InstructEvalImpact/", "vicuna_eval_questions/")
+    path = locate(data, [f"{folder}{name}" for folder in folders for name in PATTERNS], LAYOUT)
+    return tuple(_read(index, row) for index, row in enumerate(read_rows(path)))
+
+
+def _read(index: int, row: Row) -> WritingPrompt:
+    if "turns" in row.value:
+        return WritingPrompt(str(index), field(row, "category"), "", field(row, "turns", list)[0])
+    category = field(row, "Category").strip().lower()
+    return WritingPrompt(str(index), category, field(row, "Definition"), field(row, "Prompt"))
+
+
+def judge_prompt(aspect: Aspect, text: str, prompt: str) -> str:
+    return JUDGE_TEMPLATES[aspect].format(text=text, prompt=prompt)
+
+
+def last_digit(review: str) -> int:
+    """The original's reading of a review: the last digit counts, and what is outside 1 to 5 is 1."""
+    digits = [int(c) for c in review if c.isdigit() and c in "0123456789"]
+    return digits[-1] if digits and 1 <= digits[-1] <= 5 else 1
+
+
+def stated_score(review: str) -> int | None:
+    """The first whole number from 1 to 5 that is not the scale itself ("between 1 and 5", "out of 5"); None if none."""
+    text = re.sub(r"between 1 and 5|out of (?:5|five)|/ ?5|1 ?(?:-|–|to) ?5", " ", review, flags=re.IGNORECASE)
+    found = re.search(r"(?<![\d.])([1-5])(?!\d|\.\d)", text)
+    return int(found.group(1)) if found else None
+
+
+_CODE = re.compile(
+    r"```|^\s*(?:def \w+\(.*\).*:|class \w+.*:|import \w[\w.]*$|from \w[\w.]* import |#include\s*<"
+    r"|public (?:static|class) |function \w*\(.*\)\s*\{|(?:var|let|const) \w+ = "
+    r"|(?:print|console\.log|System\.out\.print\w*)\(.*\);?$"
+    r"|for \w+ in .+:$|while .+:$|(?:el)?if .+:$|return .+;$|</?(?:html|div|script|body|head)\b|SELECT .+ FROM )",
+    re.MULTILINE,
+)
+_ASKS_FOR_CODE = re.compile(
+    r"\b(?:code|coding|program(?:s|ming)?|function|script|python|java(?:script)?|c\+\+|sql|html|css|algorithm|regex"
+    r"|implement|class diagram|pseudocode)\b",
+    re.IGNORECASE,
+)
+
+
+def contains_code(answer: str) -> bool:
+    """Whether an answer holds a snippet: a fence, or a line that only programs have."""
+    return _CODE.search(answer) is not None
+
+
+def asks_for_code(prompt: str) -> bool:
+    return _ASKS_FOR_CODE.search(prompt) is not None

@@ -1,0 +1,147 @@
+"""A judge is anything that answers a prompt: a server that speaks OpenAI's chat protocol, or a model here.
+
+Requests have temperature 0. What a server says is kept in a transcript, which is also the cache: a review that stands
+there is not asked for again.
+"""
+
+import hashlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flacuna_jax.data.conversation import Template, Turn
+from flacuna_jax.data.tokenization import tokenize_prompt
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.cache import Store
+from flacuna_jax.evaluation.language_model import GenerationRequest, LanguageModel
+
+FILTERED = "The response was filtered"
+"""What stands for a review that the server's content filter withheld, as in the original."""
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+class Judge(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def review(self, prompts: Sequence[str]) -> list[str]:
+        """One answer per prompt, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ServerJudge:
+    """`url` is the API's base, as in http://localhost:8000/v1. Retries wait 1, 2, 4, ... seconds, or what the server
+    asks for."""
+
+    url: str
+    model: str
+    store: Store
+    key: str | None = None
+    retries: int = 6
+    timeout: float = 120.0
+    parallel: int = 4
+    max_tokens: int = 128
+    sleep: Callable[[float], None] = field(default=time.sleep, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def review(self, prompts: Sequence[str]) -> list[str]:
+        """Raises UserError where the server cannot be reached, or refuses."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self._review, prompts))
+
+    def _review(self, prompt: str) -> str:
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        key = hashlib.sha256(json.dumps([self.url, request], sort_keys=True).encode()).hexdigest()
+        known = self.store.get(key)
+        if known is not None:
+            return str(known["review"])
+        review = self._ask(request)
+        self.store.put(key, {"url": self.url, "request": request, "review": review})
+        return review
+
+    def _ask(self, request: dict[str, Any]) -> str:
+        wrong = "no answer"
+        for attempt in range(self.retries + 1):
+            wait = 2.0**attempt
+            try:
+                review = _content(self._post(request))
+                if review:
+                    return review
+                wrong = "an empty answer"
+            except urllib.error.HTTPError as error:
+                detail = error.read(2000).decode("utf-8", "replace")
+                if "content_filter" in detail or "content management policy" in detail:
+                    return FILTERED
+                if error.code not in RETRIED:
+                    raise UserError(f"the judge at {self.url} refuses (HTTP {error.code}): {detail[:300]}") from None
+                wrong, wait = f"HTTP {error.code}", _retry_after(error.headers.get("Retry-After"), wait)
+            except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+                wrong = str(getattr(error, "reason", error))
+            if attempt < self.retries:
+                self.sleep(wait)
+        raise UserError(f"the judge at {self.url} gave {wrong}, {self.retries + 1} times; what it said so far is kept")
+
+    def _post(self, request: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        address = self.url.rstrip("/") + "/chat/completions"
+        message = urllib.request.Request(address, json.dumps(request).encode(), headers)
+        with urllib.request.urlopen(message, timeout=self.timeout) as response:
+            return json.load(response)
+
+
+def _retry_after(stated: str | None, default: float) -> float:
+    try:
+        return min(float(default if stated is None else stated), 120.0)
+    except ValueError:
+        return default
+
+
+def _content(response: Any) -> str:
+    """The review in a response. Raises ValueError for a response of another shape."""
+    try:
+        choice = response["choices"][0]
+        if choice.get("finish_reason") == "content_filter":
+            return FILTERED
+        return str(choice["message"]["content"] or "").strip()
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"a response without choices[0].message.content: {json.dumps(response)[:200]}") from None
+
+
+@dataclass(frozen=True)
+class ModelJudge:
+    """A model of this package as the judge, asked through a conversation template, greedily."""
+
+    model: LanguageModel
+    template: Template
+    max_new_tokens: int = 128
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    def review(self, prompts: Sequence[str]) -> list[str]:
+        requests = [
+            GenerationRequest(
+                tuple(tokenize_prompt([Turn("user", prompt)], self.template, self.model.tokenizer)),
+                self.max_new_tokens,
+                self.template.stop_strings,
+            )
+            for prompt in prompts
+        ]
+        return [generation.text for generation in self.model.generate(requests)]

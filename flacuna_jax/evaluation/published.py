@@ -1,0 +1,28 @@
+"""Numbers that were published, as data with their sources (published.json), to set beside one's own."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """`scores` are keyed like table cells: "mmlu/5" (task/shots), "hhh/harmless", "impact/creative/coherence"."""
+
+    model: str
+    source: str
+    scores: Mapping[str, float]
+
+
+def published_rows() -> tuple[PublishedRow, ...]:
+    """Rows of one model and one kind of benchmark; a model can have several."""
+    content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
+    return tuple(
+        PublishedRow(row["model"], content["sources"][row["source"]], row["scores"]) for row in content["rows"]
+    )
+
+
+def published_remarks() -> tuple[str, ...]:
+    content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
+    return tuple(content["remarks"])

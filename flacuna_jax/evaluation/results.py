@@ -1,0 +1,119 @@
+"""What an evaluation leaves behind: every prompt, prediction and score, and the numbers made of them."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flacuna_jax.errors import UserError
+
+HELD_IN = frozenset({"drop"})
+"""Benchmarks whose training data FLAN-mini contains (drop:2.0.0 and Natural Instructions' DROP tasks)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One problem, answered. `scores` maps each way of scoring to a number; `record` holds prompts and predictions."""
+
+    id: str
+    group: str
+    scores: Mapping[str, float | None]
+    """None where a way of scoring does not apply to the problem; it is then left out of the mean."""
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A benchmark, answered by one model.
+
+    `scale` is what a score of 1 is shown as: 100 for percentages, 1 for ratings from 1 to 5.
+    """
+
+    task: str
+    shots: int
+    model: str
+    outcomes: tuple[Outcome, ...]
+    average: Literal["micro", "macro"]
+    expected: int
+    scale: float = 100.0
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.outcomes) == self.expected
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return tuple(self.outcomes[0].scores) if self.outcomes else ()
+
+    def scored(self, score: str) -> "TaskResult":
+        """The result over the problems that the score applies to."""
+        return replace(self, outcomes=tuple(o for o in self.outcomes if o.scores.get(score) is not None))
+
+    def values(self, score: str) -> NDArray[np.float64]:
+        """Of a result whose problems all have the score."""
+        return np.array([outcome.scores[score] for outcome in self.outcomes], np.float64)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(outcome.group for outcome in self.outcomes))
+
+    def weights(self) -> NDArray[np.float64]:
+        """What each problem counts for; sums to 1. Micro: all alike. Macro: groups alike, whatever their size."""
+        if self.average == "micro":
+            return np.full(len(self.outcomes), 1 / len(self.outcomes))
+        sizes = {group: sum(o.group == group for o in self.outcomes) for group in self.groups}
+        return np.array([1 / (len(sizes) * sizes[outcome.group]) for outcome in self.outcomes])
+
+    def mean(self, score: str) -> float:
+        """Over the problems that the score applies to, in the task's scale; NaN if there are none."""
+        result = self.scored(score)
+        return float(result.values(score) @ result.weights()) * self.scale if result.outcomes else float("nan")
+
+    def by_group(self, score: str, names: Mapping[str, str] | None = None) -> dict[str, float]:
+        """Means per group, or per what `names` maps groups to (subjects to categories), over their problems."""
+        members: dict[str, list[float]] = {}
+        scored = self.scored(score)
+        for outcome, value in zip(scored.outcomes, scored.values(score), strict=True):
+            group = outcome.group if names is None else names[outcome.group]
+            members.setdefault(group, []).append(value * self.scale)
+        return {group: float(np.mean(scores)) for group, scores in members.items()}
+
+
+def write_result(result: TaskResult, path: Path, summary: Mapping[str, Any]) -> None:
+    """One JSON file with the summary first, then every outcome. Written whole or not at all."""
+    content = {"summary": dict(summary), **asdict(result)}
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def read_result(path: Path) -> TaskResult:
+    """Raises UserError for a file that `write_result` did not write."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        content.pop("summary")
+        content["outcomes"] = tuple(Outcome(**outcome) for outcome in content["outcomes"])
+        content["notes"] = tuple(content["notes"])
+        return TaskResult(**content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no result of an evaluation: {error}") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def find(results: Sequence[TaskResult], model: str, task: str, shots: int) -> TaskResult | None:
+    wanted = (model, task, shots)
+    return next((result for result in results if (result.model, result.task, result.shots) == wanted), None)

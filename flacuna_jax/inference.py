@@ -1,0 +1,86 @@
+"""A model for inference from its directories: weights, adapter, tokenizer, mesh. Shared by the verbs that answer."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from flacuna_jax.config import MeshConfig
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.cache import directory_fingerprint
+from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
+from flacuna_jax.huggingface.adapter import read_adapter
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelAddress:
+    """A base, and the adapter on it if there is one. Written `DIR` or `DIR+ADAPTER`."""
+
+    base: Path
+    adapter: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelAddress":
+        base, plus, adapter = text.partition("+")
+        if not base or (plus and not adapter):
+            raise UserError(f"{text!r} names no model; write DIR, or DIR+ADAPTER")
+        return cls(Path(base), Path(adapter) if plus else None)
+
+    @property
+    def name(self) -> str:
+        if self.adapter is None:
+            return self.base.name
+        run = self.adapter.parent if self.adapter.name == "adapter" else self.adapter
+        return f"{self.base.name}+{run.name}"
+
+
+@dataclasses.dataclass
+class ModelLoader:
+    """Loads models one after another; a base that the next one shares stays on the devices."""
+
+    dtype: str = "bfloat16"
+    mesh: MeshConfig | str = "auto"
+    placement: Placement = dataclasses.field(default_factory=Placement)
+    _held: tuple[Path, Mapping[str, jax.Array]] | None = None
+
+    def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
+        """Raises UserError where a directory is missing or is no model, adapter or tokenizer of this architecture."""
+        if not address.base.is_dir():
+            raise UserError(f"{address.base}: no such model directory")
+        config = read_architecture(address.base)
+        tokenizer = load_tokenizer(address.base)
+        check_vocabulary(tokenizer, config.vocab_size, address.base)
+        adapter_directory = _adapter_directory(address.adapter)
+        adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
+        mesh = make_mesh(self.mesh)
+        check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
+        spec = ModelSpec(config, None if adapter is None else adapter.lora, self.dtype, self.dtype)
+        if self._held is None or self._held[0] != address.base:
+            self._held = None  # frees the base before the next one is read
+            shardings = parameter_shardings(ModelSpec(config).base_shapes, mesh)
+            self._held = (address.base, load_base(str(address.base), config, shardings, self.dtype))
+        params = dict(self._held[1])
+        if adapter is not None:
+            shardings = parameter_shardings(spec.lora_shapes, mesh)
+            params |= {key: jax.device_put(jnp.asarray(leaf), shardings[key]) for key, leaf in adapter.params.items()}
+        directories = [address.base] if adapter_directory is None else [address.base, adapter_directory]
+        fingerprint = directory_fingerprint(directories, f"flacuna {self.dtype}")
+        return LlamaLanguageModel(
+            spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
+        )
+
+
+def _adapter_directory(path: Path | None) -> Path | None:
+    """An adapter's own directory, or that of a training run."""
+    if path is None:
+        return None
+    if not path.is_dir():
+        raise UserError(f"{path}: no such adapter directory")
+    return path / "adapter" if (path / "adapter").is_dir() else path

@@ -1,0 +1,257 @@
+"""Many texts with one beginning: the beginning's keys and values are computed once, and every row attends to them.
+
+A few-shot header serves a whole subject. `score` gives log-probabilities of tokens in packed rows; `begin` and
+`advance` continue prompts in rows that come and go, each with a cache of its own length. Suffixes: l layers, b rows,
+r rows that begin, t tokens of a row, s cache slots, p prefix tokens, h heads, k key/value heads, g heads per kv head,
+n head_dim, m scored positions, d model, v vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flacuna_jax.kernels.attention import attention
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.model.decode import Sampling, choose_tokens
+from flacuna_jax.model.llama import Llama, Rope
+from flacuna_jax.model.parameters import ModelSpec
+
+SCORED_TOGETHER = 128
+"""Positions whose logits exist at the same time."""
+MASKED = -1e30
+
+Params = Mapping[str, jax.Array]
+
+
+class Prefix(NamedTuple):
+    """Keys and values of a beginning, padded behind `length` (int32 scalar) to a size that is compiled for."""
+
+    k_lpkn: jax.Array
+    v_lpkn: jax.Array
+    length: jax.Array
+
+
+class Rows(NamedTuple):
+    """Prompts in the middle of being continued; `length_b` tokens of row b are in its cache, `token_b` is the next."""
+
+    k_lbskn: jax.Array
+    v_lbskn: jax.Array
+    length_b: jax.Array
+    token_b: jax.Array
+    made_b: jax.Array
+    """New tokens so far, `token_b` included: the step that sampling keys are folded with."""
+    seed_b: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def compute_prefix(spec: ModelSpec, params: Params, tokens_p: jax.Array, length: jax.Array) -> Prefix:
+    """The prefix of `length` tokens; `tokens_p` int32 is padded behind them."""
+    segment_ids_bt = (jnp.arange(tokens_p.size) < length).astype(jnp.int32)[None]
+    positions_bt = jnp.arange(tokens_p.size, dtype=jnp.int32)[None]
+    _, k_lbtkn, v_lbtkn = _forward(spec.merge(params), tokens_p[None], positions_bt, segment_ids_bt, None)
+    return Prefix(k_lbtkn[:, 0], v_lbtkn[:, 0], length.astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def score(
+    spec: ModelSpec,
+    params: Params,
+    prefix: Prefix | None,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array,
+    segment_ids_bt: jax.Array,
+    at_m: jax.Array,
+    target_m: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability (float32, nats) of `target_m` after the tokens at the flat positions `at_m` of the rows, and
+    whether it is the most likely one.
+
+    Each document of a row stands behind the prefix; `positions_bt` count from its own start. The number of scored
+    positions is a multiple of `SCORED_TOGETHER`.
+    """
+    model = spec.merge(params)
+    hidden_btd, _, _ = _forward(model, tokens_bt, positions_bt, segment_ids_bt, prefix)
+    hidden_cmd = hidden_btd.reshape(-1, hidden_btd.shape[-1])[at_m].reshape(-1, SCORED_TOGETHER, hidden_btd.shape[-1])
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_md, target_m = chunk
+        logits_mv = model.logits(hidden_md[None])[0]
+        chosen_m = jnp.take_along_axis(logits_mv, target_m[:, None], axis=1)[:, 0]
+        return chosen_m - jax.nn.logsumexp(logits_mv, axis=1), jnp.argmax(logits_mv, axis=1) == target_m
+
+    log_probability, is_greedy = jax.lax.map(of_chunk, (hidden_cmd, target_m.reshape(-1, SCORED_TOGETHER)))
+    return log_probability.reshape(-1), is_greedy.reshape(-1)
+
+
+def empty_rows(spec: ModelSpec, rows: int, slots: int) -> Rows:
+    config = spec.config
+    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+    cache, numbers = jnp.zeros(shape, spec.dtype), jnp.zeros(rows, jnp.int32)
+    return Rows(cache, jnp.copy(cache), numbers, jnp.copy(numbers), jnp.copy(numbers), jnp.zeros(rows, jnp.uint32))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "sampling"), donate_argnames=("rows",))
+def begin(
+    spec: ModelSpec,
+    params: Params,
+    prefix: Prefix | None,
+    rows: Rows,
+    into_r: jax.Array,
+    tokens_rt: jax.Array,
+    length_r: jax.Array,
+    seed_r: jax.Array,
+    sampling: Sampling,
+) -> tuple[Rows, jax.Array]:
+    """Puts prompts (less the prefix, padded behind `length_r`) into the rows `into_r` and chooses their first tokens.
+
+    A row number beyond the rows is dropped, so that a part-filled group needs no compilation of its own.
+    """
+    model = spec.merge(params)
+    count, length = tokens_rt.shape
+    segment_ids_rt = (jnp.arange(length) < length_r[:, None]).astype(jnp.int32)
+    positions_rt = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (count, length))
+    hidden_rtd, k_lrtkn, v_lrtkn = _forward(model, tokens_rt, positions_rt, segment_ids_rt, prefix)
+    last_r1d = jnp.take_along_axis(hidden_rtd, (length_r - 1)[:, None, None], axis=1)
+    token_r = choose_tokens(model.logits(last_r1d)[:, 0], _keys(seed_r, jnp.zeros_like(length_r)), 0, sampling)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[into_r].set(new.astype(old.dtype), mode="drop")
+
+    return Rows(
+        rows.k_lbskn.at[:, into_r, :length].set(k_lrtkn, mode="drop"),
+        rows.v_lbskn.at[:, into_r, :length].set(v_lrtkn, mode="drop"),
+        put(rows.length_b, length_r),
+        put(rows.token_b, token_r),
+        put(rows.made_b, jnp.ones_like(length_r)),
+        put(rows.seed_b, seed_r),
+    ), token_r
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "steps", "sampling"), donate_argnames=("rows",))
+def advance(
+    spec: ModelSpec, params: Params, prefix: Prefix | None, rows: Rows, steps: int, sampling: Sampling
+) -> tuple[Rows, jax.Array]:
+    """`steps` more tokens for every row, int32 [b, steps]; rows that have ended go along, their tokens mean nothing."""
+    model = spec.merge(params)
+
+    def step(rows: Rows, _: None) -> tuple[Rows, jax.Array]:
+        logits_bv, rows = _extend(model, rows, prefix)
+        token_b = choose_tokens(logits_bv, _keys(rows.seed_b, rows.made_b), 0, sampling)
+        return rows._replace(token_b=token_b, made_b=rows.made_b + 1), token_b
+
+    rows, token_mb = jax.lax.scan(step, rows, None, length=steps)
+    return rows, token_mb.T
+
+
+def _keys(seed_b: jax.Array, step_b: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seed_b, step_b)
+
+
+class Seen(NamedTuple):
+    """Keys and values [b, s, k, n], or [s, k, n] where all rows share them, and which of them queries see, as bool that
+    broadcasts to [b, t, s]."""
+
+    k: jax.Array
+    v: jax.Array
+    visible: jax.Array
+
+
+def _forward(
+    model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, segment_ids_bt: jax.Array, prefix: Prefix | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states [b, t, d] of documents behind the prefix, and their own keys and values [l, b, t, k, n]."""
+    mask = make_packed_mask(segment_ids_bt)
+    position_t = jnp.arange(tokens_bt.shape[1])
+    visible_bts = (mask.start_bt[:, :, None] <= position_t) & (position_t <= position_t[:, None])
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+        if prefix is None:
+            return attention(q, k, v, mask)
+        return _attend(q, _prefix_of(prefix, layer), Seen(k, v, visible_bts))
+
+    if prefix is not None:
+        positions_bt = positions_bt + prefix.length
+    hidden_btd, (k_lbtkn, v_lbtkn) = _through_layers(model, tokens_bt, positions_bt, attend)
+    return hidden_btd, k_lbtkn, v_lbtkn
+
+
+def _extend(model: Llama, rows: Rows, prefix: Prefix | None) -> tuple[jax.Array, Rows]:
+    """Adds `token_b` to the caches; logits [b, v] of what follows."""
+    batch, slots = rows.k_lbskn.shape[1:3]
+    earlier_bts = (jnp.arange(slots) < rows.length_b[:, None])[:, None, :]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+        k_bskn, v_bskn = (_layer_of(cache, layer) for cache in (rows.k_lbskn, rows.v_lbskn))
+        before = [_prefix_of(prefix, layer)] if prefix is not None else []
+        return _attend(q, *before, Seen(k_bskn, v_bskn, earlier_bts), Seen(k, v, jnp.array(True)))
+
+    position_b = rows.length_b if prefix is None else rows.length_b + prefix.length
+    hidden_btd, (k_lbtkn, v_lbtkn) = _through_layers(model, rows.token_b[:, None], position_b[:, None], attend)
+    row_b = jnp.arange(batch)
+    after = rows._replace(
+        # Rows that have ended may run past their cache, where writing is dropped.
+        k_lbskn=rows.k_lbskn.at[:, row_b, rows.length_b].set(k_lbtkn[:, :, 0], mode="drop"),
+        v_lbskn=rows.v_lbskn.at[:, row_b, rows.length_b].set(v_lbtkn[:, :, 0], mode="drop"),
+        length_b=rows.length_b + 1,
+    )
+    return model.logits(hidden_btd)[:, 0], after
+
+
+def _layer_of(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def _prefix_of(prefix: Prefix, layer: jax.Array) -> Seen:
+    within_s = jnp.arange(prefix.k_lpkn.shape[1]) < prefix.length
+    return Seen(_layer_of(prefix.k_lpkn, layer), _layer_of(prefix.v_lpkn, layer), within_s)
+
+
+def _attend(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
+    """Softmax attention over all parts together, statistics in float32."""
+    batch, length, _, size = q_bthn.shape
+    q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-2], -1, size)
+    scores = []
+    for part in parts:
+        keys = "skn" if part.k.ndim == 3 else "bskn"
+        seen = jnp.einsum(f"btkgn,{keys}->bkgts", q_btkgn, part.k, preferred_element_type=jnp.float32) * size**-0.5
+        visible = part.visible[:, None, None] if part.visible.ndim == 3 else part.visible
+        scores.append(jnp.where(visible, seen, MASKED))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_bthn.dtype)
+    o_btkgn = jnp.zeros(q_btkgn.shape, jnp.float32)
+    begin = 0
+    for part in parts:
+        keys = "skn" if part.k.ndim == 3 else "bskn"
+        of_part = weights[..., begin : begin + part.k.shape[-3]]
+        o_btkgn += jnp.einsum(f"bkgts,{keys}->btkgn", of_part, part.v, preferred_element_type=jnp.float32)
+        begin += part.k.shape[-3]
+    return o_btkgn.reshape(q_bthn.shape).astype(q_bthn.dtype)
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _through_layers(
+    model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, attend: Attend
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Hidden states after the final norm, and what the layers had as keys and values of these tokens."""
+    rope = Rope.at(positions_bt, model.config.head_dim, model.config.rope_theta)
+    graph, stacked = nnx.split(model.layers)
+
+    def apply_block(x_btd: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, tuple]:
+        index, state = layer
+        made: list[tuple[jax.Array, jax.Array]] = []
+
+        def attend_here(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            made.append((k, v))
+            return attend(q, k, v, index)
+
+        x_btd = nnx.merge(graph, state)(x_btd, rope, attend_here)
+        return x_btd, made[0]
+
+    layers = (jnp.arange(model.config.num_layers), stacked)
+    x_btd, keys_and_values = jax.lax.scan(apply_block, model.embed(tokens_bt), layers)
+    return model.norm(x_btd), keys_and_values

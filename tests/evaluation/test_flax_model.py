@@ -1,0 +1,147 @@
+"""Scores and generations against transformers, request by request, however they are packed, grouped and refilled."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.flax_model import padded_size
+from flacuna_jax.evaluation.language_model import GenerationRequest, ScoreRequest
+from flacuna_jax.evaluation.prefixes import plan_prefixes
+from tests.evaluation.models import story_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# float32 on both sides; sums of up to 60 log-probabilities, reduced in another order.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def reference(story_llama: Path) -> "transformers.LlamaForCausalLM":
+    return transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32).eval()
+
+
+def _requests(seed: int, header: int, vocab: int = 2048) -> list[ScoreRequest]:
+    """Two subjects with a header each, and requests of their own kind beside them."""
+    rng = np.random.default_rng(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in rng.integers(3, vocab, n))
+
+    requests = []
+    for subject in ((1, *ids(header)), (1, *ids(header // 2))):
+        for _ in range(12):
+            context = subject + ids(int(rng.integers(1, 40)))
+            requests += [ScoreRequest(context, ids(1)) for _ in range(3)]
+            requests.append(ScoreRequest(context, ids(int(rng.integers(2, 30)))))
+    requests += [ScoreRequest((1, *ids(int(n))), ids(int(m))) for n, m in rng.integers(1, 60, (10, 2))]
+    order = rng.permutation(len(requests))
+    return [requests[i] for i in order]
+
+
+def _reference_score(model: "transformers.LlamaForCausalLM", request: ScoreRequest) -> tuple[float, bool]:
+    tokens = torch.tensor([request.context + request.continuation])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(tokens[:, :-1]).logits[0], dim=-1)[len(request.context) - 1 :]
+    target = tokens[0, len(request.context) :]
+    return float(log_p.gather(1, target[:, None]).sum()), bool((log_p.argmax(1) == target).all())
+
+
+def test_scores_equal_transformers(story_llama: Path, reference: "transformers.LlamaForCausalLM") -> None:
+    """On four devices, with two prefixes, and requests that share none."""
+    requests = _requests(0, 150)
+    model = story_model(story_llama, devices=4, row_length=256, row_tokens=1024)
+    scores = model.loglikelihood(requests)
+    for request, score in zip(requests, scores, strict=True):
+        log_probability, is_greedy = _reference_score(reference, request)
+        assert score.log_probability == pytest.approx(log_probability, abs=TOLERANCE)
+        assert score.is_greedy == is_greedy
+
+
+def test_greedy_continuation_is_recognised(story_llama: Path) -> None:
+    model = story_model(story_llama)
+    prompt = (1, *model.tokenizer.encode("Once upon a time"))
+    scores = model.loglikelihood([ScoreRequest(prompt, (token,)) for token in range(2048)])
+    best = int(np.argmax([score.log_probability for score in scores]))
+    assert [index for index, score in enumerate(scores) if score.is_greedy] == [best]
+    assert np.exp([score.log_probability for score in scores]).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_generations_equal_transformers_whatever_runs_beside_them(
+    story_llama: Path, reference: "transformers.LlamaForCausalLM"
+) -> None:
+    model = story_model(story_llama, rows=4)
+    rng = np.random.default_rng(1)
+    header = (1, *rng.integers(3, 2048, 90).tolist())
+    requests = [
+        GenerationRequest(
+            (header if i % 3 else (1,)) + tuple(rng.integers(3, 2048, 3 + 4 * i).tolist()), 4 + 9 * i % 50
+        )
+        for i in range(12)
+    ]
+    ours = model.generate(requests)
+    for request, generation in zip(requests, ours, strict=True):
+        inputs = torch.tensor([request.prompt])
+        output = reference.generate(
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=request.max_new_tokens
+        )[0, len(request.prompt) :].tolist()
+        new = output[: output.index(2)] if 2 in output else output
+        assert generation.text == model.tokenizer.decode(new)
+        assert generation.tokens == len(new)
+        assert generation.finish == ("eos" if 2 in output else "length")
+
+
+def test_stop_strings_cut_and_free_their_row(story_llama: Path) -> None:
+    model = story_model(story_llama)
+    prompt = (1, *model.tokenizer.encode("<|start_story|>Once upon a time"))
+    whole = model.generate([GenerationRequest(prompt, 40)])[0].text
+    stop = whole[12:15]
+    cut = model.generate([GenerationRequest(prompt, 40, (stop, "never"))])[0]
+    assert (cut.text, cut.finish) == (whole[: whole.index(stop)], "stop")
+
+
+def test_sampling_depends_on_seed_and_prompt_alone(story_llama: Path) -> None:
+    model = story_model(story_llama, rows=4)
+    prompts = [
+        (1, *model.tokenizer.encode(text)) for text in ("One day", "The big dog", "A girl", "In the park he", "x")
+    ]
+    requests = [GenerationRequest(prompt, 12, temperature=1.0, top_k=50, seed=7) for prompt in prompts]
+    together = model.generate(requests)
+    assert together == [model.generate([request])[0] for request in requests]
+    other = model.generate([GenerationRequest(prompts[0], 12, temperature=1.0, top_k=50, seed=8)])[0]
+    assert other != together[0]
+
+
+def test_requests_that_do_not_fit_are_refused(story_llama: Path) -> None:
+    model = story_model(story_llama)
+    with pytest.raises(UserError, match=r"prompt 1 has 513 tokens, the model's context 512"):
+        model.generate([GenerationRequest((5,) * 513, 3)])
+    with pytest.raises(UserError, match="score request 2 has 600 tokens"):
+        model.loglikelihood([ScoreRequest((1,), (5,)), ScoreRequest((1,), (5,) * 600)])
+    with pytest.raises(UserError, match="no continuation"):
+        model.loglikelihood([ScoreRequest((1,), ())])
+
+
+def test_prefixes_group_what_shares_and_cover_everything() -> None:
+    a, b = list(range(1000, 1400)), list(range(2000, 2600))
+    sequences = [a + [i] for i in range(5)] + [b + [i, i] for i in range(5)] + [[7, 8, 9]]
+    groups = plan_prefixes(sequences, [len(s) - 1 for s in sequences])
+    assert sorted(i for group in groups for i in group.members) == list(range(11))
+    assert sorted((group.length, group.members) for group in groups if group.length) == [
+        (400, (0, 1, 2, 3, 4)),
+        (600, (5, 6, 7, 8, 9)),
+    ]
+
+
+def test_prefix_never_takes_a_scored_position() -> None:
+    sequences = [[5] * 1000] * 3
+    groups = plan_prefixes(sequences, [1000, 700, 900])
+    assert [(group.length, len(group.members)) for group in groups] == [(700, 3)]
+
+
+def test_padded_sizes_waste_at_most_half() -> None:
+    for needed in range(128, 5000):
+        assert needed <= padded_size(needed) <= 1.5 * needed
+    assert (padded_size(1), padded_size(65)) == (64, 128)
