@@ -24,8 +24,6 @@ from flacuna_jax.kernels.packed_mask import PackedMask, TileRange, key_tiles, qu
 from flacuna_jax.kernels.tiles import GpuTile, GpuTiles
 
 LOG2_E = math.log2(math.e)
-MASKED_SCORE = -1e30
-"""Finite: in a tile without any visible key a row weighs exp2(0), and its first real score scales that by exactly 0."""
 BEYOND = 2**30
 """Start of a query past the end of the row: no key is ever visible to it."""
 
@@ -218,17 +216,19 @@ def packed_attention_forward(
         if masked:
             key_k = first_key + jnp.arange(tile.keys)
             visible_qk = (start_q[:, None] <= key_k[None, :]) & (key_k[None, :] <= query_q[:, None])
-            score_qk = jnp.where(visible_qk, score_qk, MASKED_SCORE)
+            score_qk = jnp.where(visible_qk, score_qk, -jnp.inf)
         new_top_q = jnp.maximum(top_q, jnp.max(score_qk, axis=1))
-        weight_qk = jnp.exp2(score_qk * log2_scale - (new_top_q * log2_scale)[:, None])
-        shrink_q = jnp.exp2((top_q - new_top_q) * log2_scale)
+        # A row that has seen no key yet has a top of -inf, and inf - inf is no number: let it weigh against 0.
+        against_q = jnp.where(new_top_q == -jnp.inf, 0.0, new_top_q)
+        weight_qk = jnp.exp2(score_qk * log2_scale - (against_q * log2_scale)[:, None])
+        shrink_q = jnp.exp2((top_q - against_q) * log2_scale)
         v_kd = tiles.load(v_ref, first_key, tile.keys)
         o_qd = o_qd * shrink_q[:, None] + _dot(weight_qk.astype(v_kd.dtype), v_kd, contract=(1, 0))
         return o_qd, new_top_q, sum_q * shrink_q + jnp.sum(weight_qk, axis=1)
 
     nothing = (
         jnp.zeros(q_qd.shape, jnp.float32),
-        jnp.full(query_q.shape, MASKED_SCORE, jnp.float32),
+        jnp.full(query_q.shape, -jnp.inf, jnp.float32),
         jnp.zeros(query_q.shape, jnp.float32),
     )
     o_qd, top_q, sum_q = _walk(key_tiles(start_q, query_q, tile.keys), visit, nothing)

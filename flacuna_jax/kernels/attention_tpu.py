@@ -23,7 +23,6 @@ from flacuna_jax.kernels.tiles import TpuTile, TpuTiles
 
 LANES = 128
 LOG2_E = math.log2(math.e)
-MASKED_SCORE = -1e30
 Ref = Any
 
 
@@ -335,17 +334,19 @@ def packed_attention_forward(
     @pl.when(step == 0)
     def _() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        top_ref[...] = jnp.full_like(top_ref, MASKED_SCORE)
+        top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def visit(masked: bool) -> None:
         score_qk = _dot(q_ref[...], k_ref[...], contract=(1, 1))
         if masked:
             key_1k = _positions(j * tile.keys, (1, tile.keys), axis=1)
-            score_qk = jnp.where((_column(start_ref) <= key_1k) & (key_1k <= query_q1), score_qk, MASKED_SCORE)
+            score_qk = jnp.where((_column(start_ref) <= key_1k) & (key_1k <= query_q1), score_qk, -jnp.inf)
         top_q1 = jnp.maximum(top_ref[...], jnp.max(score_qk, axis=1, keepdims=True))
-        weight_qk = jnp.exp2(score_qk * log2_scale - top_q1 * log2_scale)
-        shrink_q1 = jnp.exp2((top_ref[...] - top_q1) * log2_scale)
+        # A row that has seen no key yet has a top of -inf, and inf - inf is no number: let it weigh against 0.
+        against_q1 = jnp.where(top_q1 == -jnp.inf, 0.0, top_q1)
+        weight_qk = jnp.exp2(score_qk * log2_scale - against_q1 * log2_scale)
+        shrink_q1 = jnp.exp2((top_ref[...] - against_q1) * log2_scale)
         sum_ref[...] = sum_ref[...] * shrink_q1 + jnp.sum(weight_qk, axis=1, keepdims=True)
         acc_ref[...] = acc_ref[...] * shrink_q1 + _dot(weight_qk.astype(v_ref.dtype), v_ref[...], contract=(1, 0))
         top_ref[...] = top_q1

@@ -1,0 +1,170 @@
+"""The entry: what it refuses, what it chooses, what remat saves, how it lies on a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+import flacuna_jax.kernels.attention as attention_module
+from flacuna_jax.kernels.attention import SAVED_NAMES, attention
+from flacuna_jax.kernels.attention_reference import attention_reference
+from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
+from flacuna_jax.kernels.tiles import GpuTile, GpuTiles
+from tests.kernels import packings
+
+TILE = GpuTile(32, 16, 4, 1)
+BACKENDS = {
+    "xla": {},
+    "pallas_gpu": {"interpret": True, "tiles": GpuTiles(TILE, TILE, TILE)},
+    "pallas_tpu": {"interpret": True},
+}
+"""Backend → what it needs to run on a CPU."""
+FAST = {"xla_backend_optimization_level": 0}
+"""Compiler options where only the program's structure matters."""
+
+
+def attend_on_cpu(backend: str) -> Callable[..., jax.Array]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask, **options: Any) -> jax.Array:
+        return attention(q, k, v, mask, backend=backend, **BACKENDS[backend], **options)  # type: ignore[arg-type]
+
+    return attend
+
+
+def example(rows: int = 4, length: int = 64) -> tuple[tuple[jax.Array, ...], PackedMask]:
+    segments = packings.random_segments(np.random.default_rng(0), rows, length)
+    return packings.inputs(0, rows, length, 4, 2, 16), make_packed_mask(jnp.array(segments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_differentiate_like_the_definition(backend: str) -> None:
+    (q, k, v, do), mask = example()
+
+    def through(attend: Callable[..., jax.Array]) -> Any:
+        return jax.jit(jax.grad(lambda *qkv: jnp.vdot(attend(*qkv, mask, scale=0.3), do), (0, 1, 2)))(q, k, v)
+
+    for actual, expected in zip(through(attend_on_cpu(backend)), through(attention_reference), strict=True):
+        assert packings.relative_error(actual, expected) < packings.FLOAT32_ERROR
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    (q, k, v, _), mask = example(rows=1, length=12)
+    # Steps of 1e-2 on float32 values: the difference quotient itself is good to about 1e-3.
+    check_grads(lambda *qkv: attention(*qkv, mask), (q, k, v), order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": jnp.zeros((4, 64, 3, 16))}, "multiple of Hkv"),
+        ({"v": jnp.zeros((4, 64, 2, 8))}, "multiple of Hkv"),
+        ({"q": jnp.zeros((4, 64, 4, 16), jnp.bfloat16)}, "share a dtype"),
+        ({"mask": make_packed_mask(jnp.ones((4, 32), jnp.int32))}, "the mask is for rows"),
+        ({"scale": 0.0}, "above 0"),
+        ({"backend": "cudnn"}, "choose one of auto, xla, pallas_gpu, pallas_tpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    (q, k, v, _), mask = example()
+    given = {"q": q, "k": k, "v": v, "mask": mask} | changes
+    with pytest.raises(ValueError, match=message):
+        attention(given.pop("q"), given.pop("k"), given.pop("v"), given.pop("mask"), **given)
+
+
+def step(remat: Any, attend: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """A loss over two scanned layers and its gradient, as a training step would have it."""
+
+    def loss(x: jax.Array, weights: jax.Array, mask: PackedMask) -> jax.Array:
+        def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+            h = jnp.tanh(x @ weight)
+            return x + attend(h, h[:, :, :2], h[:, :, 2:], mask), None
+
+        return jnp.sum(jax.lax.scan(remat(layer), x, weights)[0] ** 2)
+
+    return jax.jit(jax.grad(loss, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_its_names_saved_the_forward_pass_runs_once(backend: str) -> None:
+    (x, *_), mask = example()
+    weights = jnp.ones((2, 16, 16))
+
+    def exponentials(remat: Callable[..., Any]) -> int:
+        """How often the compiled step computes softmax weights; every pass over the scores does it at its own place."""
+        text = step(remat, attend_on_cpu(backend)).lower(x, weights, mask).compile(FAST).as_text()
+        return text.count(" exponential(")
+
+    def saving(policy: Any) -> Callable[..., Any]:
+        return lambda layer: jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+    once = exponentials(lambda layer: layer)
+    named = exponentials(saving(jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)))
+    twice = exponentials(saving(jax.checkpoint_policies.nothing_saveable))
+    assert once == named < twice
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [("auto", (1, 2, 2)), ("xla", (2, 2, 1)), ("pallas_gpu", (1, 2, 2)), ("pallas_tpu", (2, 1, 2))],
+)
+def test_on_a_mesh_each_device_computes_its_rows_and_heads(backend: str, shape: tuple[int, int, int]) -> None:
+    (q, k, v, do), mask = example()
+    attend = attention if backend == "auto" else attend_on_cpu(backend)
+
+    def results(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask) -> Any:
+        return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, mask) * do), (0, 1, 2))(q, k, v)
+
+    _, expected = jax.jit(results)(q, k, v, mask)
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor", None))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(results).lower(*jax.device_put((q, k, v), layout), mask).compile(FAST)
+        _, actual = compiled(*jax.device_put((q, k, v), layout), mask)
+    for name, one, many in zip(packings.RESULTS[1:], expected, actual, strict=True):
+        assert many.sharding.is_equivalent_to(layout, 4), name
+        assert packings.relative_error(many, one) < packings.FLOAT32_ERROR, name
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_what_a_mesh_does_not_divide_is_computed_whole() -> None:
+    (q, k, v, _), mask = example(rows=3)
+    expected = attention(q, k, v, mask)
+    with jax.set_mesh(jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
+        actual = jax.jit(attention)(q, k, v, mask)  # 2 key heads over 4 devices
+    with jax.set_mesh(jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
+        other = jax.jit(attention)(q, k, v, mask)  # 3 rows over 4 devices
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    np.testing.assert_allclose(other, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kernel"), [("cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu_custom_call"), ("cpu", "dot_general")]
+)
+def test_auto_follows_the_platform_that_is_lowered_for(platform: str, kernel: str) -> None:
+    segments = jnp.ones((2, 256), jnp.int32)
+    q, k, v, _ = packings.inputs(0, 2, 256, 2, 2, 128, jnp.bfloat16)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, make_packed_mask(segments)).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
+    assert kernel in text
+    others = {"__gpu$xla.gpu.triton", "tpu_custom_call"} - {kernel}
+    assert not any(other in text for other in others)
+
+
+def test_auto_on_a_mesh_takes_its_devices_backend(caplog: pytest.LogCaptureFixture) -> None:
+    (q, k, v, _), mask = example()
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    attention_module._log_once.cache_clear()
+    with caplog.at_level("INFO"), jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(attention)(q, k, v, mask)
+        jax.make_jaxpr(attention)(q, k, v, mask)
+    assert "pallas_call" not in str(jaxpr)
+    assert [message for message in caplog.messages if "backend" in message] == [
+        "attention: backend xla, because the mesh is of cpu devices (cpu)"
+    ]
