@@ -13,7 +13,8 @@ from flacuna_jax.convert import STORED_DTYPES
 from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
-from flacuna_jax.huggingface.adapter import DTYPES, Adapter, read_adapter
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
+from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.load import fingerprint

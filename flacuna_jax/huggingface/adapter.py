@@ -1,30 +1,31 @@
-"""PEFT adapter directories, out and in."""
+"""Adapters, and how they are read: PEFT's, by anyone, as stacked arrays of one rank and one scale."""
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from flacuna_jax.config import LoraConfig, Projection
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
-from flacuna_jax.huggingface.safetensors_file import read_header, write_file
-from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor, cast
+from flacuna_jax.huggingface.read import CheckpointReader
+from flacuna_jax.huggingface.safetensors_file import read_header
+from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor
 from flacuna_jax.huggingface.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import lora_shapes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE, LEGACY_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+Module = tuple[str, int]
+"""Projection and layer."""
 
 _REFUSED = {
     "use_dora": "DoRA's magnitudes have no place in a LoRA adapter",
@@ -58,100 +59,9 @@ class Adapter:
     base_name: str | None = None
 
 
-def write_adapter_files(
-    directory: Path,
-    adapter: Adapter,
-    *,
-    dtype: str = "float32",
-    facts: Mapping[str, str] | None = None,
-) -> None:
-    """Writes adapter_config.json, adapter_model.safetensors and README.md into an existing directory.
-
-    Args:
-      directory: see `directories.whole_directory`.
-      adapter: what to write.
-      dtype: "float32" as PEFT writes it, or "bfloat16".
-      facts: lines for the model card, by label (data, steps, results).
-    """
-    config = json.dumps(adapter_config(adapter), indent=2, sort_keys=True)
-    (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    stored = DTYPES[dtype]
-    tensors = {
-        names.adapter_name(path, layer): cast(factor, stored)
-        for path, stacked in adapter.params.items()
-        for layer, factor in enumerate(stacked)
-    }
-    ordered = sorted(tensors)
-    described = [(name, tensors[name].shape, stored) for name in ordered]
-    write_file(directory / WEIGHTS_FILE, described, (tensors[name] for name in ordered))
-    (directory / "README.md").write_text(model_card(adapter, facts or {}), encoding="utf-8")
-
-
 def host_adapter(lora: LoraConfig, params: Mapping[str, jax.Array], base_name: str | None = None) -> Adapter:
     """An `Adapter` from a run's arrays, which must be addressable by this process."""
     return Adapter(lora, {path: np.asarray(value, np.float32) for path, value in params.items()}, base_name)
-
-
-def adapter_config(adapter: Adapter) -> dict[str, Any]:
-    """The settings that every PEFT release since 0.5 understands, and vLLM's; newer ones would only make it warn."""
-    lora = adapter.lora
-    alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base_name,
-        "revision": None,
-        "inference_mode": True,
-        "auto_mapping": None,
-        "r": lora.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": list(lora.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
-    }
-
-
-def model_card(adapter: Adapter, facts: Mapping[str, str]) -> str:
-    """README.md of an adapter: what it is, what it was made from, how to load it."""
-    base = adapter.base_name or "the base model"
-    lora = adapter.lora
-    head = ["---", "library_name: peft", "tags: [lora, flacuna]"]
-    if adapter.base_name:
-        head.append(f"base_model: {json.dumps(adapter.base_name)}")
-    rows = {
-        "base model": base,
-        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {', '.join(lora.targets)}",
-    } | dict(facts)
-    return "\n".join(
-        [
-            *head,
-            "---",
-            "",
-            "# LoRA adapter",
-            "",
-            "Trained with flacuna_jax.",
-            "",
-            *(f"- {label}: {value}" for label, value in rows.items()),
-            "",
-            "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
-            'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
-            "```",
-            "",
-        ]
-    )
 
 
 def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
@@ -169,24 +79,59 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
     settings = _read_settings(directory)
     source, tensors = _open_weights(directory)
     pairs = _pair_factors(source, tensors)
-    ranks = {module: pair["lora_a"].shape[0] for module, pair in pairs.items()}
-    scales = {module: _scale(settings, module, ranks[module], directory) for module in pairs}
-    rank = max(ranks.values())
-    scale = scales[next(iter(scales))]
+    scales = {module: _scale(settings, module, pair["lora_a"].shape[0], directory) for module, pair in pairs.items()}
     targets = _targets(directory, settings, {module for module, _ in pairs})
+    lora, params = _stack(source, pairs, scales, config, _dropout(directory, settings), targets)
+    return Adapter(lora, params, settings.get("base_model_name_or_path"))
+
+
+def read_training_checkpoint(
+    reader: CheckpointReader, config: LlamaConfig, *, alpha: float, dropout: float, base_name: str
+) -> Adapter:
+    """The LoRA factors inside a state dict that PEFT's users saved whole, base and all, such as the released Flacuna.
+
+    Args:
+      reader: the checkpoint (`is_training_checkpoint`).
+      config: sizes of its base.
+      alpha: the state dict does not hold it.
+      dropout: neither.
+      base_name: the base model.
+
+    Raises:
+      UserError: a factor is missing, misshapen or not finite.
+    """
+    pairs = _pair_factors(reader.directory, {n: t for n, t in reader.tensors.items() if ".lora_" in n})
+    scales = {module: alpha / pair["lora_a"].shape[0] for module, pair in pairs.items()}
+    targets = _targets(reader.directory, {}, {module for module, _ in pairs})
+    lora, params = _stack(reader.directory, pairs, scales, config, dropout, targets)
+    return Adapter(lora, params, base_name)
+
+
+def is_training_checkpoint(names_in_file: Iterable[str]) -> bool:
+    """Whether a checkpoint is the state dict of a PEFT model with its base rather than of a LLaMA."""
+    return any(name.startswith(names.PEFT_PREFIX) and ".lora_A." in name for name in names_in_file)
+
+
+def _stack(
+    source: Path,
+    pairs: Mapping[Module, Mapping[str, StoredTensor]],
+    scales: Mapping[Module, float],
+    config: LlamaConfig,
+    dropout: float,
+    targets: tuple[Projection, ...],
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Brings all modules to the largest rank and the first module's scale."""
+    rank = max(pair["lora_a"].shape[0] for pair in pairs.values())
+    scale = next(iter(scales.values()))
     # Dividing by the rank and multiplying again may cost the last bit; alphas are short decimals.
-    alpha = float(f"{scale * rank:.12g}")
-    lora = LoraConfig(rank=rank, alpha=alpha, dropout=_dropout(directory, settings), targets=targets)
+    lora = LoraConfig(rank=rank, alpha=float(f"{scale * rank:.12g}"), dropout=dropout, targets=targets)
     params = {path: np.zeros(shape, np.float32) for path, shape in lora_shapes(config, lora).items()}
     files = MappedFiles()
     for (module, layer), pair in pairs.items():
         for leaf, stored in pair.items():
             ratio = scales[module, layer] / scale if leaf == "lora_b" else 1.0
             _place_factor(source, params, f"layers/{module}/{leaf}", layer, files.view(stored), ratio)
-    return Adapter(lora, params, settings.get("base_model_name_or_path"))
-
-
-Module = tuple[str, int]
+    return lora, params
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from flacuna_jax.huggingface import native
-from flacuna_jax.huggingface.adapter import DTYPES, Adapter, write_adapter_files
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
 from flacuna_jax.huggingface.directories import check_target, whole_directory
 from flacuna_jax.huggingface.load import fingerprint, match_tensors
 from flacuna_jax.huggingface.merged import (
