@@ -17,13 +17,14 @@ from rich.text import Text
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, top_level_keys
-from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
+from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_run
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore, describe_example
+from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.data.tokenization import Tokenizer, tokenize
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.collection import Built, build, find_inputs
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument(
         "--leakage", action="append", default=[], metavar="NAME=PATH", help="an evaluation file to look for; repeatable"
     )
+    parser.add_argument(
+        "--cache", default=str(default_directory()), metavar="DIR", help="tokenised corpora of training configs"
+    )
     arguments, overrides = parser.parse_known_args(argv)
     keys = top_level_keys(arguments.config)
     if "data" in keys or "model" in keys:
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 "--scale is for a collection; this config is a training run's (data.sources.N.max_examples)"
             )
         config = load_config(arguments.config, overrides)
-        prepare_run(config, arguments.output, arguments.show, _benchmarks(arguments.leakage))
+        prepare_run(config, Path(arguments.cache), arguments.output, arguments.show, _benchmarks(arguments.leakage))
         return None
     if arguments.scale is not None:
         overrides.append(f"--scale={arguments.scale}")
@@ -107,17 +111,26 @@ def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool =
     return built
 
 
-def prepare_run(config: RunConfig, output: str | None, show: int, benchmarks: dict[str, str], say: Say = print) -> None:
-    """Tokenises, packs and reports the data of a training config."""
+def prepare_run(
+    config: RunConfig, cache: Path, output: str | None, show: int, benchmarks: dict[str, str], say: Say = print
+) -> None:
+    """Tokenises (or finds in the cache), packs and reports the data of a training config."""
     tokenizer = load_tokenizer(config.model.tokenizer_path)
-    store, report = build_store(config.data, tokenizer)
+    fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
+    store, report = cached_store(config.data, tokenizer, fingerprint, cache, say)
     # One shard: how many rows go through at once does not change which rows there are, nor the steps.
     shards = 1
     if config.training.batch_unit == "rows":
         config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
     plan = plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+    weights = [source.weight for source in config.data.sources]
+    epoch = epoch_examples(store.source_index, weights, config.seed, 0)
     packing = PackingFacts.of(
-        store.lengths, int(store.supervised.sum()), config.data.max_length, config.data.packing, config.seed
+        store.lengths[epoch],
+        int(store.supervised[epoch].sum()),
+        config.data.max_length,
+        config.data.packing,
+        config.seed,
     )
     batch = [
         ("rows per step", f"{plan.rows_per_step:,}"),
@@ -125,8 +138,7 @@ def prepare_run(config: RunConfig, output: str | None, show: int, benchmarks: di
         ("optimizer steps", f"{plan.total_steps:,}"),
     ]
     leakage = _leakage(LeakageConfig(files=benchmarks) if benchmarks else None, _source_texts(config), say)
-    weights = [source.weight for source in config.data.sources]
-    document = run_document("Training data", store, report, weights, packing, batch, leakage)
+    document = run_document(store, report, weights, epoch, packing, batch, leakage)
     for line in report.lines():
         say(line)
     for warning in plan.warnings:
@@ -151,9 +163,8 @@ def _leakage(config: LeakageConfig | None, records: Texts, say: Say) -> list[Ben
         scan.add(task, prompts, answers)
     results = scan.finish()
     for one in results:
-        say(
-            f"leakage: {one.name}: {one.covered(0.5):,} of {one.items:,} items have half their n-grams in the training records"
-        )
+        share = f"{one.covered(0.5):,} of {one.items:,} items"
+        say(f"leakage: {one.name}: {share} have half their n-grams in the training records")
     return results
 
 

@@ -38,17 +38,22 @@ def build_store(
     for index, source in enumerate(config.sources):
         report = SourceReport(source.path)
         reports.append(report)
-        _SourceBuild(config, source, index, tokenizer, encoder, report, builder).run(
-            (lambda: on_progress(sum(r.read for r in reports))) if on_progress else None
-        )
-        if not report.kept:
-            reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report.dropped.most_common())
-            raise UserError(f"{source.path}: not one usable example ({reasons or 'no records'})")
+        for _ in SourceBuild(config, source, index, tokenizer, encoder, report, builder).blocks():
+            if on_progress:
+                on_progress(sum(r.read for r in reports))
+        require_examples(report)
     return builder.finish(), DataReport(tuple(reports))
 
 
-class _SourceBuild:
-    """One source's way into the store."""
+def require_examples(report: SourceReport) -> None:
+    """Raises UserError for a source that gave no example."""
+    if not report.kept:
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report.dropped.most_common())
+        raise UserError(f"{report.path}: not one usable example ({reasons or 'no records'})")
+
+
+class SourceBuild:
+    """One source's way into the store. `builder` may be exchanged between blocks, so that a long way has parts."""
 
     def __init__(
         self,
@@ -65,13 +70,22 @@ class _SourceBuild:
         self._index = index
         self._encoder = encoder
         self._report = report
-        self._builder = builder
+        self.builder = builder
         self._template = TEMPLATES[config.template]
         self._shortener = Shortener(self._template, tokenizer, encoder, config.train_on, config.max_length)
 
-    def run(self, on_block: Callable[[], None] | None) -> None:
+    def blocks(self, passed: int = 0, report: SourceReport | None = None) -> Iterator[int]:
+        """Adds block after block, and yields after each how many conversations have gone by.
+
+        `passed` conversations are only read, and then the counts are set to those of `report`: so a way that was
+        interrupted is taken up where these two were noted.
+        """
         wanted = self._source.max_examples
         conversations = self._read()
+        if report is not None:
+            for _ in islice(conversations, passed):
+                pass
+            self._report.__dict__.update(report.__dict__)
         while wanted is None or self._report.kept < wanted:
             # With a limit, a block is never larger than what is still wanted, so nothing is read beyond it.
             size = BLOCK if wanted is None else min(BLOCK, wanted - self._report.kept)
@@ -79,8 +93,8 @@ class _SourceBuild:
             if not block:
                 break
             self._add(block)
-            if on_block:
-                on_block()
+            passed += len(block)
+            yield passed
 
     def _read(self) -> Iterator[tuple[int, Place, Conversation]]:
         policy = BadRecordPolicy(self._report, self._config.on_bad_record)
@@ -98,7 +112,7 @@ class _SourceBuild:
             if fitting is not None:
                 kept.append(fitting)
                 records.append(record)
-        self._builder.add(self._index, kept, records)
+        self.builder.add(self._index, kept, records)
         self._report.kept += len(kept)
         self._report.tokens += sum(len(example.ids) for example in kept)
         self._report.supervised_tokens += sum(int(np.count_nonzero(example.loss_mask)) for example in kept)

@@ -65,7 +65,7 @@ def held_in(tasks: Iterable[str]) -> dict[str, list[str]]:
 class BenchmarkLeakage:
     """Counts of one benchmark's items.
 
-    prompt, answer, anywhere: the coverage of each judged item by prompts, by answers, by both together, float64 [judged].
+    prompt, answer, anywhere: coverage of each judged item by prompts, by answers, by both together, float64 [judged].
     """
 
     name: str

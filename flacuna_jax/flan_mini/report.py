@@ -219,17 +219,18 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 
 def run_document(
-    title: str,
     store: TokenStore,
     report: DataReport,
     weights: Sequence[float],
+    epoch: NDArray[np.int64],
     packing: PackingFacts,
     batch: Sequence[tuple[str, str]],
     leakage: Sequence[BenchmarkLeakage],
 ) -> Document:
     """The report of a training config's data: exactly what its run sees in the first epoch.
 
-    batch: facts about rows per step and steps, from the run's plan.
+    epoch: the examples of the first epoch, indices into the store. batch: facts about rows per step and steps, from
+      the run's plan.
     """
     facts = [*packing_facts(packing, 1)[:-1], *batch]
     kept = sum(source.kept for source in report.sources)
@@ -252,7 +253,7 @@ def run_document(
             "Sources", [*header, "share before", "share after"], rows, "Shares of examples, before and after weights."
         ),
         Table("Dropped and changed records", ["source", "what", "reason", "count", "first seen"], losses),
-        *length_parts(store.lengths, packing),
+        *length_parts(store.lengths[epoch], packing),
         *leakage_parts(leakage, store.tasks),
     ]
-    return Document(title, facts, parts)
+    return Document("Training data, first epoch", facts, parts)

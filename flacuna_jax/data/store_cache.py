@@ -1,0 +1,330 @@
+"""A cache of tokenised corpora, found by the hash of everything that decides them, and opened memory-mapped.
+
+    <cache>/<key>/            store.json and one .npy per array of the TokenStore
+    <cache>/<key>.parts/      while it is being built: finished parts, from which an interrupted build continues
+
+The key is a hash of the bytes of the data files and of the tokenizer, of the settings that shape an example, and of the
+code of this package. A miss says what is different from the most similar corpus in the cache.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.data.build import SourceBuild, require_examples
+from flacuna_jax.data.files import find_files
+from flacuna_jax.data.report import DataReport, SourceReport
+from flacuna_jax.data.store import StoreBuilder, TokenStore
+from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
+from flacuna_jax.errors import UserError
+
+PART_EXAMPLES = 32_768
+"""Examples per part; a build that is killed loses no more work than that."""
+
+_SHAPING = ("max_length", "over_length", "on_bad_record", "template", "train_on")
+_FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
+_STORE, _FACTS = "store.json", "facts.json"
+
+Say = Callable[[str], None]
+
+
+def default_directory() -> Path:
+    """$FLACUNA_CACHE, else flacuna_jax in the user's cache directory."""
+    given = os.environ.get("FLACUNA_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flacuna_jax"
+
+
+def cached_store(
+    config: DataConfig, tokenizer: Tokenizer, tokenizer_hash: str, directory: Path, say: Say
+) -> tuple[TokenStore, DataReport]:
+    """What `build_store` gives, from the cache if it is there; else built into it, in parts.
+
+    `say` is told whether it was a hit or a miss, and why. Raises UserError like `build_store`.
+    """
+    parts = identity(config, tokenizer_hash)
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    place = directory / key
+    directory.mkdir(parents=True, exist_ok=True)
+    # Whoever comes second to the same corpus waits, and then finds it.
+    with _locked(directory / f"{key}.lock"):
+        found = _open(place)
+        if found is not None:
+            say(f"tokenised data: hit {place} (same files, tokenizer, settings and code)")
+            return _renamed(found, [source.path for source in config.sources])
+        say(f"tokenised data: miss, {_why(directory, parts)}; building {place}")
+        return _build(config, tokenizer, parts, place, say)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _renamed(found: tuple[TokenStore, DataReport], paths: Sequence[str]) -> tuple[TokenStore, DataReport]:
+    """What was found, under the paths that its files have now."""
+    store, report = found
+    reports = (dataclasses.replace(one, path=path) for one, path in zip(report.sources, paths, strict=True))
+    return dataclasses.replace(store, sources=tuple(paths)), DataReport(tuple(reports))
+
+
+def identity(config: DataConfig, tokenizer_hash: str) -> dict[str, Any]:
+    """Everything that decides the examples of a config, as settings and hashes."""
+    return {
+        "tokenizer": tokenizer_hash,
+        "code": _code_hash(),
+        "settings": {name: getattr(config, name) for name in _SHAPING},
+        "sources": [_source_identity(source) for source in config.sources],
+    }
+
+
+def _source_identity(source: SourceConfig) -> dict[str, Any]:
+    root = Path(source.path)
+    files = {
+        path.name if path == root else path.relative_to(root).as_posix(): _file_hash(path)
+        for path in find_files(root).files
+    }
+    return {"format": source.format, "max_examples": source.max_examples, "files": files}
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@functools.cache
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    with resources.as_file(resources.files("flacuna_jax.data")) as directory:
+        for path in sorted(directory.glob("*.py")):
+            digest.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _why(directory: Path, parts: Mapping[str, Any]) -> str:
+    """What makes `parts` different from the corpus in the cache that has most in common with it."""
+    others = []
+    for path in directory.glob(f"*/{_STORE}"):
+        try:
+            others.append(_flatten(json.loads(path.read_text(encoding="utf-8"))["identity"]))
+        except (OSError, ValueError, KeyError):
+            continue
+    if not others:
+        return "the cache is empty"
+    mine = _flatten(json.loads(json.dumps(parts)))
+    different = min((sorted({*mine, *other} - _common(mine, other)) for other in others), key=len)
+    shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+    return f"nothing there is the same; nearest differs in {shown}"
+
+
+def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    return {name for name in one if name in other and one[name] == other[name]}
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict | list):
+        items: Iterable[tuple[Any, Any]] = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {name: value for key, part in items for name, value in _flatten(part, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): tree}
+
+
+def _build(
+    config: DataConfig, tokenizer: Tokenizer, parts: Mapping[str, Any], place: Path, say: Say
+) -> tuple[TokenStore, DataReport]:
+    workshop = place.with_name(f"{place.name}.parts")
+    workshop.mkdir(parents=True, exist_ok=True)
+    for abandoned in [*place.parent.glob(f".{place.name}.*"), *workshop.glob(".*")]:
+        shutil.rmtree(abandoned)
+    encoder = SegmentEncoder(tokenizer)
+    reports: list[SourceReport] = []
+    finished: list[Path] = []
+    for index, source in enumerate(config.sources):
+        done = _finished_parts(workshop, index)
+        if done:
+            say(f"{source.path}: continuing after {len(done)} finished parts")
+        way = _Way(config, source, index, tokenizer, encoder, workshop)
+        reports.append(way.run(done))
+        require_examples(reports[-1])
+        finished += _finished_parts(workshop, index)
+    _join([_load_part(part) for part in finished], [source.path for source in config.sources], place, parts, reports)
+    shutil.rmtree(workshop)
+    opened = _open(place)
+    assert opened is not None, "it has just been written"
+    return opened
+
+
+def _finished_parts(workshop: Path, source: int) -> list[Path]:
+    return sorted(workshop.glob(f"{source:03d}-*"))
+
+
+class _Way:
+    """One source's way into parts."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: SourceConfig,
+        index: int,
+        tokenizer: Tokenizer,
+        encoder: SegmentEncoder,
+        workshop: Path,
+    ) -> None:
+        self._names = [s.path for s in config.sources]
+        self._vocab_size = tokenizer.vocab_size
+        self._index = index
+        self._workshop = workshop
+        self._report = SourceReport(source.path)
+        self._source_build = SourceBuild(config, source, index, tokenizer, encoder, self._report, self._new_builder())
+
+    def run(self, done: Sequence[Path]) -> SourceReport:
+        """Builds the parts that are not done; returns the counts of the whole source."""
+        passed, report, number = 0, None, len(done)
+        if done:
+            facts = _read_json(done[-1] / _FACTS)
+            passed, report = facts["passed"], _report_from_json(facts["report"])
+            if facts["complete"]:
+                return report
+        kept_before = report.kept if report else 0
+        for gone_by in self._source_build.blocks(passed, report):
+            passed = gone_by
+            if self._report.kept - kept_before >= PART_EXAMPLES:
+                self._save(number, passed, complete=False)
+                kept_before = self._report.kept
+                number += 1
+        self._save(number, passed, complete=True)
+        return self._report
+
+    def _new_builder(self) -> StoreBuilder:
+        return StoreBuilder(self._names, self._vocab_size)
+
+    def _save(self, number: int, passed: int, complete: bool) -> None:
+        store = self._source_build.builder.finish()
+        self._source_build.builder = self._new_builder()
+        part = self._workshop / f"{self._index:03d}-{number:06d}"
+        partial = part.with_name(f".{part.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name in (*_FLAT, "offsets", "task_index", "id_offsets"):
+            np.save(partial / f"{name}.npy", getattr(store, name), allow_pickle=False)
+        facts = {"passed": passed, "complete": complete, "tasks": store.tasks, "report": _report_json(self._report)}
+        (partial / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        _sync_and_move(partial, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    arrays: Mapping[str, NDArray[Any]]
+    tasks: tuple[str, ...]
+
+
+def _load_part(directory: Path) -> _Part:
+    names = (*_FLAT, "offsets", "task_index", "id_offsets")
+    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
+    return _Part(arrays, tuple(_read_json(directory / _FACTS)["tasks"]))
+
+
+def _join(
+    parts: Sequence[_Part],
+    sources: Sequence[str],
+    place: Path,
+    identity: Mapping[str, Any],
+    reports: Sequence[SourceReport],
+) -> None:
+    """Writes the parts one behind the other, an array at a time, so that no more than a part is in memory."""
+    partial = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tasks = tuple(dict.fromkeys(task for part in parts for task in part.tasks))
+    position = {task: index for index, task in enumerate(tasks)}
+    for name in _FLAT:
+        _write_joined(partial / f"{name}.npy", [part.arrays[name] for part in parts])
+    renumbered = [
+        np.array([position[task] for task in part.tasks], np.int32)[part.arrays["task_index"]] for part in parts
+    ]
+    _write_joined(partial / "task_index.npy", renumbered)
+    for name in ("offsets", "id_offsets"):
+        ends = np.cumsum([0, *(int(part.arrays[name][-1]) for part in parts)])
+        shifted = [np.asarray(part.arrays[name][1:]) + start for part, start in zip(parts, ends[:-1], strict=True)]
+        _write_joined(partial / f"{name}.npy", [np.zeros(1, np.int64), *shifted])
+    facts = {
+        "identity": identity,
+        "sources": list(sources),
+        "tasks": tasks,
+        "reports": [_report_json(report) for report in reports],
+    }
+    (partial / _STORE).write_text(json.dumps(facts), encoding="utf-8")
+    _sync_and_move(partial, place)
+
+
+def _write_joined(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
+    total = sum(len(array) for array in arrays)
+    if not total:
+        np.save(path, arrays[0][:0])
+        return
+    joined = np.lib.format.open_memmap(path, mode="w+", dtype=arrays[0].dtype, shape=(total,))
+    start = 0
+    for array in arrays:
+        joined[start : start + len(array)] = array
+        start += len(array)
+    joined.flush()
+    del joined
+
+
+def _sync_and_move(partial: Path, place: Path) -> None:
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(partial, place)
+
+
+def _open(place: Path) -> tuple[TokenStore, DataReport] | None:
+    """The corpus at `place`, memory-mapped; None if it is not there, or not whole."""
+    if not (place / _STORE).is_file():
+        return None
+    try:
+        facts = _read_json(place / _STORE)
+        names = [field.name for field in dataclasses.fields(TokenStore) if field.name not in ("sources", "tasks")]
+        arrays = {name: _map(place / f"{name}.npy") for name in names}
+        store = TokenStore(**arrays, sources=tuple(facts["sources"]), tasks=tuple(facts["tasks"]))
+        reports = tuple(_report_from_json(report) for report in facts["reports"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    consistent = store.offsets[-1] == len(store.tokens) == len(store.loss_mask) and len(store) == len(store.supervised)
+    return (store, DataReport(reports)) if consistent else None
+
+
+def _map(path: Path) -> NDArray[Any]:
+    # A base-class view: slices of np.memmap carry its bookkeeping along, which costs more than the slice.
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _report_json(report: SourceReport) -> dict[str, Any]:
+    return dict(vars(report))
+
+
+def _report_from_json(tree: Mapping[str, Any]) -> SourceReport:
+    counters = {name: Counter(tree[name]) for name in ("dropped", "changed")}
+    return SourceReport(**{**tree, **counters, "ignored_files": tuple(tree["ignored_files"])})
