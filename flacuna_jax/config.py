@@ -167,6 +167,23 @@ class LoggingConfig(Section):
     """A Weights & Biases project; needs the `wandb` extra."""
 
 
+class DistributedConfig(Section):
+    """Several hosts; found out by itself under Slurm, Open MPI, Kubernetes and on TPU pods."""
+
+    coordinator: str | None = None
+    """host:port of process 0."""
+    num_processes: PositiveInt | None = None
+    process_id: NonNegativeInt | None = None
+    join_seconds: PositiveInt = 300
+    """How long to wait for a late host at the start."""
+    heartbeat_seconds: PositiveInt = 30
+    """How long a silent host is believed to live; then the others stop."""
+
+    @property
+    def is_explicit(self) -> bool:
+        return (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
+
+
 class RunConfig(Section):
     output_dir: str
     seed: NonNegativeInt = 42
@@ -178,6 +195,7 @@ class RunConfig(Section):
     mesh: MeshConfig | Literal["auto"] = "auto"
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

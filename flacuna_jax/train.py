@@ -6,6 +6,7 @@ them together.
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from flacuna_jax import distributed
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config import MeshConfig, RunConfig
+from flacuna_jax.config import DistributedConfig, MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import TEMPLATES
@@ -45,6 +47,7 @@ from flacuna_jax.training.resume import require_same_run, rounding_changes
 from flacuna_jax.training.run_directory import RunDirectory, open_run_directory
 from flacuna_jax.training.state import StateLayout, TrainState
 from flacuna_jax.training.step import StepConfig, make_step, partition
+from flacuna_jax.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(config: RunConfig) -> None:
     """Runs, or resumes, one training run. Raises `UserError` before anything is written if the input is wrong."""
+    distributed.initialize(config.distributed)
     config = resolve_auto(config)
     mesh = make_mesh(config.mesh)
     source = open_model(config.model)
@@ -72,6 +76,7 @@ def train(config: RunConfig) -> None:
     with open_run_directory(config.directory, resume=config.checkpoint.resume, primary=primary) as directory:
         say: Callable[[str], None] = print if primary else lambda _: None
         setup = Setup(config, mesh, source, *_build_data(config, source, shards, say))
+        distributed.require_agreement(setup.shared_facts)
         with Checkpointer(
             directory.path, keep=config.checkpoint.keep, asynchronous=config.lora is None
         ) as checkpointer:
@@ -120,7 +125,7 @@ class Setup:
     def layout(self) -> StateLayout:
         return StateLayout(self.spec, make_optimizer(self.config.training, self.plan.total_steps), self.mesh)
 
-    @property
+    @functools.cached_property
     def meta(self) -> dict[str, Any]:
         """What a checkpoint must agree with before this run continues it."""
         return {
@@ -132,6 +137,19 @@ class Setup:
             },
             "rows_per_step": self.plan.rows_per_step,
             "total_steps": self.plan.total_steps,
+        }
+
+    @property
+    def shared_facts(self) -> dict[str, str]:
+        """What all hosts must have in common."""
+        config = self.config.model_copy(update={"distributed": DistributedConfig()})
+        return {
+            "the config": config.to_yaml(),
+            "the version of flacuna_jax": __version__,
+            "the version of jax": jax.__version__,
+            "the data": self.meta["fingerprints"]["data"],
+            "the base model": self.meta["fingerprints"]["base"],
+            "the tokenizer": self.meta["fingerprints"]["tokenizer"],
         }
 
 

@@ -1,0 +1,133 @@
+"""Several hosts as real processes on loopback, two devices each."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.small_run import write_run
+from tests.test_end_to_end import adapter_bytes, losses, run
+
+MAX_STEPS = 6
+
+
+def start_hosts(config: Path, *overrides: str, hosts: int = 2, per_host: dict[int, list[str]] | None = None):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    common = [sys.executable, "-m", "flacuna_jax.train", "--config", str(config), *overrides]
+    common += [f"--distributed.coordinator=127.0.0.1:{port}", f"--distributed.num_processes={hosts}"]
+    return [
+        subprocess.Popen(
+            [*common, f"--distributed.process_id={host}", *(per_host or {}).get(host, [])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in range(hosts)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], seconds: int = 280) -> list[tuple[int, str]]:
+    try:
+        return [(process.wait(seconds), process.stdout.read()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process with four devices."""
+    directory = tmp_path_factory.mktemp("alone")
+    config = write_run(directory, training={"max_steps": MAX_STEPS}, mesh={"fsdp": 4}, checkpoint={"every_steps": 2})
+    assert run(config) == 0
+    return directory
+
+
+def test_two_hosts_train_what_one_trains(alone, tmp_path):
+    results = finish(start_hosts(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}"))
+    assert [status for status, _ in results] == [0, 0], results
+    expected, actual = losses(alone / "run"), losses(tmp_path / "run")
+    assert list(actual) == list(expected)
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+    # One host continues what two have written, and finds nothing left to do.
+    before = adapter_bytes(tmp_path / "run")
+    assert run(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}") == 0
+    assert adapter_bytes(tmp_path / "run") == before
+
+
+def test_hosts_with_different_settings_refuse_to_start(alone, tmp_path):
+    results = finish(
+        start_hosts(
+            alone / "config.yaml",
+            f"--output_dir={tmp_path / 'run'}",
+            per_host={1: ["--training.learning_rate=0.5"]},
+        )
+    )
+    assert [status for status, _ in results] == [2, 2], results
+    assert all("the config on host 1 differs" in said for _, said in results)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_host_stops_the_others_and_the_restart_continues(alone, tmp_path):
+    out = f"--output_dir={tmp_path / 'run'}"
+    processes = start_hosts(
+        alone / "config.yaml",
+        out,
+        "--training.max_steps=400",
+        "--training.epochs=100",
+        "--distributed.heartbeat_seconds=10",
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "checkpoints" / "2").is_dir():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    status = processes[0].wait(60)
+    assert status != 0
+    assert time.monotonic() - killed < 60
+    processes[1].wait()
+
+    directory = tmp_path / "whole"
+    assert (
+        run(
+            alone / "config.yaml",
+            f"--output_dir={directory}",
+            "--training.max_steps=400",
+            "--training.epochs=100",
+            "--logging.every_steps=20",
+        )
+        == 0
+    )
+    results = finish(
+        start_hosts(
+            alone / "config.yaml", out, "--training.max_steps=400", "--training.epochs=100", "--logging.every_steps=20"
+        )
+    )
+    assert [status for status, _ in results] == [0, 0], results
+    assert "resuming after step" in results[0][1]
+    expected, actual = losses(directory), losses(tmp_path / "run")
+    assert actual[400] == pytest.approx(expected[400], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_late_host_is_waited_for(alone, tmp_path):
+    first = start_hosts(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--training.max_steps=1")
+    first[1].send_signal(signal.SIGSTOP)
+    time.sleep(15)
+    first[1].send_signal(signal.SIGCONT)
+    assert [status for status, _ in finish(first)] == [0, 0]
