@@ -19,7 +19,7 @@ from flacuna_jax.flan_mini.merge import Part, merge
 from flacuna_jax.flan_mini.readers import READERS
 from flacuna_jax.flan_mini.stages import LoadTokenizer, fetch, records_path, scan, write
 from flacuna_jax.flan_mini.templates import family, load_families
-from flacuna_jax.flan_mini.work import Job, Result, load_result, run_jobs, save_result
+from flacuna_jax.flan_mini.work import Crew, Job, Result, load_result, save_result
 
 UNIT_BYTES, UNIT_FILES = 64 << 20, 64
 """Files that are read by one job: so many bytes, or so many files."""
@@ -131,7 +131,11 @@ def build(config: FlanMiniConfig, inputs: Inputs, load_tokenizer: LoadTokenizer,
     """
     work = config.directory / f".work-{inputs.key[:16]}"
     _remove_stale(config.directory, work, say)
-    built = [_Source(config, files, work / files.source.name, load_tokenizer, say).run() for files in inputs.sources]
+    with Crew(config.workers) as crew:
+        built = [
+            _Source(config, files, work / files.source.name, load_tokenizer, crew, say).run()
+            for files in inputs.sources
+        ]
     _check_short(config, [source.account for source in built])
     say("merging")
     merged = merge(config, [part for source in built for part in source.parts])
@@ -168,13 +172,20 @@ class _Source:
     """One source on its way from files to accepted records."""
 
     def __init__(
-        self, config: FlanMiniConfig, files: SourceFiles, work: Path, load_tokenizer: LoadTokenizer, say: Say
+        self,
+        config: FlanMiniConfig,
+        files: SourceFiles,
+        work: Path,
+        load_tokenizer: LoadTokenizer,
+        crew: Crew,
+        say: Say,
     ) -> None:
         self._config = config
         self._files = files
         self._source = files.source
         self._work = work
         self._load_tokenizer = load_tokenizer
+        self._crew = crew
         self._say = say
 
     def run(self) -> _BuiltSource:
@@ -228,7 +239,7 @@ class _Source:
         return [load_result(job.path) for job in bucket_jobs]
 
     def _run(self, what: str, jobs: Sequence[Job]) -> None:
-        found = run_jobs(jobs, self._config.workers)
+        found = self._crew.run(jobs)
         continued = f", {found} of them by a build that was interrupted" if found else ""
         self._say(f"{self._source.name}: {what} in {len(jobs)} job{'s' * (len(jobs) != 1)}{continued}")
 

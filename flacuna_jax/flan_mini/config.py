@@ -106,9 +106,10 @@ class MixtureSource(Section):
 
     @model_validator(mode="after")
     def options_belong_to_kind(self) -> "MixtureSource":
-        for option in self.model_fields_set & set(_ONLY_FOR):
-            if self.kind not in _ONLY_FOR[option]:
-                raise ValueError(f"{option} is not for kind {self.kind}; it is for {', '.join(_ONLY_FOR[option])}")
+        for option, kinds in _ONLY_FOR.items():
+            default = type(self).model_fields[option].default
+            if self.kind not in kinds and getattr(self, option) != default:
+                raise ValueError(f"{option} is not for kind {self.kind}; it is for {', '.join(kinds)}")
         if self.kind == "promptsource" and self.templates is None:
             raise ValueError("kind promptsource needs templates: the directory of templates.yaml files")
         if self.kind == "task_rows" and not self.tasks:

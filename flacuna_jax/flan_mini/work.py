@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,44 +37,36 @@ class Job:
     arguments: tuple[Any, ...]
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, on_done: Callable[[int, int], None] | None = None) -> int:
-    """Runs the jobs whose result is missing, and returns how many had theirs already.
+class Crew:
+    """Processes that run jobs; they start with the first jobs that are worth it and live until the crew is closed."""
 
-    `on_done(done, of)` is called after each. The first exception of a job is raised here; jobs under way end first.
-    """
-    missing = [job for job in jobs if not job.path.exists()]
-    found = len(jobs) - len(missing)
-    for done, _ in enumerate(_finished(missing, workers), start=1):
-        if on_done:
-            on_done(found + done, len(jobs))
-    return found
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool: ProcessPoolExecutor | None = None
 
+    def __enter__(self) -> "Crew":
+        return self
 
-def _finished(jobs: Sequence[Job], workers: int) -> Iterator[None]:
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            _run(job)
-            yield
-        return
-    # Fresh processes: a fork would take over threads that libraries of the parent may have started.
-    context = multiprocessing.get_context("spawn")
-    waiting = iter(jobs)
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        running: set[Future[None]] = set()
-        try:
-            while True:
-                for job in waiting:
-                    running.add(pool.submit(_run, job))
-                    if len(running) >= 2 * workers:
-                        break
-                if not running:
-                    return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        """Runs the jobs whose result is missing, and returns how many had theirs already.
+
+        The first exception of a job is raised here.
+        """
+        missing = [job for job in jobs if not job.path.exists()]
+        if self._workers == 1 or len(missing) < 2:
+            for job in missing:
+                _run(job)
+        else:
+            if self._pool is None:
+                # Fresh processes: a fork would take over threads that libraries of the parent may have started.
+                self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
+            for future in [self._pool.submit(_run, job) for job in missing]:
+                future.result()
+        return len(jobs) - len(missing)
 
 
 def _run(job: Job) -> None:

@@ -22,8 +22,9 @@ from flacuna_jax.flan_mini.config import FLAN_TYPES, MixtureSource
 from flacuna_jax.flan_mini.items import PAIR, READY, Item
 from flacuna_jax.flan_mini.readers.common import Items, Reader, each, filled, find_training, optional, text_of
 
-_INPUTS = ("inputs", "inputs_pretokenized", "source")
-_TARGETS = ("targets", "targets_pretokenized", "target")
+# P3 has token ids under inputs and targets, beside the text.
+_INPUTS = ("inputs_pretokenized", "inputs", "source")
+_TARGETS = ("targets_pretokenized", "targets", "target")
 _TASK = ("task_name", "_task_name", "task")
 _TYPE = ("template_type", "_template_type")
 _COLUMNS = (*_INPUTS, *_TARGETS, *_TASK, *_TYPE)
