@@ -1,0 +1,159 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.data import store_cache
+from flacuna_jax.data.build import build_store
+from flacuna_jax.data.report import DataReport
+from flacuna_jax.data.store import TokenStore
+from flacuna_jax.data.store_cache import cached_store
+from flacuna_jax.errors import UserError
+from tests.data.conftest import Characters
+
+
+def rows(count: int, prefix: str = "") -> str:
+    records = [
+        {"conversations": [{"from": "human", "value": f"{prefix}{i}"}, {"from": "gpt", "value": "a" * (i % 7)}],
+         "source": f"task{i % 5}", "id": f"é{i}"}
+        for i in range(count)
+    ]  # fmt: skip
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    (tmp_path / "one.jsonl").write_text(rows(1500))
+    (tmp_path / "two.jsonl").write_text(rows(700, "other ") + "{torn\n")
+    sources = tuple(SourceConfig(path=str(tmp_path / name)) for name in ("one.jsonl", "two.jsonl"))
+    return DataConfig(sources=sources, on_bad_record="skip", max_length=400)
+
+
+def look(config: DataConfig, directory: Path, tokenizer_hash: str = "t") -> tuple[TokenStore, DataReport, str]:
+    said: list[str] = []
+    store, report = cached_store(config, Characters(), tokenizer_hash, directory, said.append)
+    return store, report, "\n".join(said)
+
+
+def assert_equal(one: TokenStore, other: TokenStore) -> None:
+    for field in fields(TokenStore):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert a == b if isinstance(a, tuple) else np.array_equal(a, b) and a.dtype == b.dtype, field.name
+
+
+@pytest.mark.parametrize("part", [1, 600, 10**6])
+def test_gives_what_build_store_gives_whatever_the_parts(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(store_cache, "PART_EXAMPLES", part)
+    expected_store, expected_report = build_store(config, Characters())
+    for expected_word in ("miss, the cache is empty", "hit"):
+        store, report, said = look(config, tmp_path / "cache")
+        assert expected_word in said
+        assert_equal(store, expected_store)
+        assert report == expected_report
+        assert store.fingerprint() == expected_store.fingerprint()
+        assert store.example(3).id == expected_store.example(3).id
+    assert not isinstance(store.tokens, np.memmap)
+    assert isinstance(store.tokens.base, np.memmap)  # mapped, not read
+    assert not list((tmp_path / "cache").glob("*.parts"))
+
+
+def test_a_miss_names_what_is_different(config: DataConfig, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    look(config, cache)
+    assert "differs in settings.max_length;" in look(config.model_copy(update={"max_length": 300}), cache)[2]
+    assert "differs in tokenizer;" in look(config, cache, "another")[2]
+    (tmp_path / "two.jsonl").write_text(rows(700, "changed "))
+    assert "differs in sources.1.files.two.jsonl;" in look(config, cache)[2]
+    fewer = config.sources[0].model_copy(update={"max_examples": 10})
+    assert (
+        "differs in sources.0.max_examples;"
+        in look(config.model_copy(update={"sources": (fewer, config.sources[1])}), cache)[2]
+    )
+
+
+def test_weight_and_packing_need_no_new_tokens_and_a_moved_file_neither(config: DataConfig, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    look(config, cache)
+    heavier = tuple(source.model_copy(update={"weight": 2.5}) for source in config.sources)
+    assert "hit" in look(config.model_copy(update={"sources": heavier, "packing": "none"}), cache)[2]
+    (tmp_path / "moved").mkdir()
+    moved = []
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+        moved.append(SourceConfig(path=str(tmp_path / "moved" / name)))
+    store, report, said = look(config.model_copy(update={"sources": tuple(moved)}), cache)
+    assert "hit" in said
+    assert store.sources == tuple(source.path for source in moved)
+    assert [source.path for source in report.sources] == list(store.sources)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage"])
+def test_a_damaged_corpus_is_built_again(config: DataConfig, tmp_path: Path, damage: str) -> None:
+    cache = tmp_path / "cache"
+    expected, _, _ = look(config, cache)
+    expected_tokens = np.array(expected.tokens)
+    (tokens,) = cache.glob("*/tokens.npy")
+    if damage == "remove":
+        tokens.unlink()
+    else:
+        tokens.write_bytes(tokens.read_bytes()[:500] if damage == "truncate" else b"junk")
+    store, _, said = look(config, cache)
+    assert "miss" in said
+    assert np.array_equal(store.tokens, expected_tokens)
+
+
+_KILLED = """
+import os, signal, sys
+from flacuna_jax.config import DataConfig
+from flacuna_jax.data import store_cache
+from tests.data.conftest import Characters
+store_cache.PART_EXAMPLES = 300
+from pathlib import Path
+move, left = store_cache._sync_and_move, [int(sys.argv[3])]
+def move_and_die(partial, place):
+    move(partial, place)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+store_cache._sync_and_move = move_and_die
+config = DataConfig.model_validate_json(sys.argv[1], strict=False)
+store_cache.cached_store(config, Characters(), "t", Path(sys.argv[2]), print)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_a_killed_build_continues_from_its_parts(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(store_cache, "PART_EXAMPLES", 300)
+    cache = tmp_path / "cache"
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, config.model_dump_json(), str(cache), str(after)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    store, report, said = look(config, cache)
+    assert "continuing after" in said
+    expected_store, expected_report = build_store(config, Characters())
+    assert_equal(store, expected_store)
+    assert report == expected_report
+
+
+def test_a_source_without_examples_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "completion": ""}) + "\n")
+    config = DataConfig(sources=(SourceConfig(path=str(tmp_path / "x.jsonl")),))
+    with pytest.raises(UserError, match="not one usable example"):
+        look(config, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/store.json"))
