@@ -29,7 +29,7 @@ from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_
 from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
-from flacuna_jax.inference import ModelAddress, ModelLoader
+from flacuna_jax.inference import ModelAddress, ModelLoader, eos_text
 
 ANSWER_TASKS: dict[str, tuple[Callable[[Path, int], AnswerTask], int]] = {
     "mmlu": (mmlu.load, 5),
@@ -220,7 +220,8 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
             apply_chat_template=template is not None,
             shots=arguments.shots,
             limit=arguments.limit,
-            include=Path(arguments.data) if arguments.data else None,
+            include=Path(arguments.data),
+            eos_text=eos_text(address.base),
         )
         text = json.dumps(results, default=str, indent=1, ensure_ascii=False)
         write_atomically(output / _safe(name) / "lm_eval.json", text)

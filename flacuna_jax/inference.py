@@ -12,7 +12,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.huggingface.adapter import read_adapter
-from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.architecture import read_architecture, read_json
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec
@@ -75,6 +75,15 @@ class ModelLoader:
         return LlamaLanguageModel(
             spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
         )
+
+
+def eos_text(directory: Path) -> str:
+    """How a model directory's tokenizer spells EOS."""
+    path = directory / "tokenizer_config.json"
+    spelled = read_json(path).get("eos_token") if path.is_file() else None
+    if isinstance(spelled, dict):
+        spelled = spelled.get("content")
+    return spelled if isinstance(spelled, str) and spelled else "</s>"
 
 
 def _adapter_directory(path: Path | None) -> Path | None:

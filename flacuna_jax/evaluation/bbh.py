@@ -74,11 +74,9 @@ _KINDS = ("json", "jsonl", "parquet")
 
 
 def _task(task: str, rows: list[Row], shots: int) -> list[Problem]:
-    if len(rows) <= shots:
-        raise UserError(
-            f"{rows[0].place if rows else task}: {task} has {len(rows)} rows, no more than its {shots} shots"
-        )
     pairs = [(field(row, "input"), field(row, "target")) for row in rows]
+    if len(pairs) <= shots:
+        raise UserError(f"BBH's {task} has {len(pairs)} rows, no more than its {shots} shots; is the file cut short?")
     solved = tuple(f"{asked}\nAnswer: {target}\n\n" for asked, target in pairs[:shots])
     questions = [Question(f"{asked}\nAnswer:", target, shots=solved) for asked, target in pairs[shots:]]
     return [Problem(f"{task}/{index}", task, q, q) for index, q in enumerate(questions, shots)]

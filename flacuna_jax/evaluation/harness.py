@@ -35,12 +35,15 @@ class HarnessModel(TemplateLM):
     """Answers the harness's three kinds of request as its Hugging Face backend does.
 
     Text is encoded with BOS in front, unless it begins with one. Contexts that are too long lose tokens at the left.
-    `template` is what `--apply_chat_template` uses.
+    `template` is what `--apply_chat_template` uses; `eos_text` is how the tokenizer spells EOS, which ends a generation
+    as text too (a model can write it letter by letter).
     """
 
-    def __init__(self, model: LanguageModel, template: Template | None = None, max_gen_toks: int = 256) -> None:
+    def __init__(
+        self, model: LanguageModel, template: Template | None = None, max_gen_toks: int = 256, eos_text: str = EOS
+    ) -> None:
         super().__init__()
-        self.model, self.template, self.max_gen_toks = model, template, max_gen_toks
+        self.model, self.template, self.max_gen_toks, self.eos_text = model, template, max_gen_toks, eos_text
 
     @property
     def eot_token_id(self) -> int:
@@ -128,7 +131,7 @@ class HarnessModel(TemplateLM):
 
     def _generation_request(self, context: str, settings: dict[str, Any]) -> GenerationRequest:
         known = normalize_gen_kwargs(settings, self.max_gen_toks)
-        stop = handle_stop_sequences(known.get("until"), eos=None)
+        stop = handle_stop_sequences(known.get("until"), eos=self.eos_text)
         new = int(known["max_gen_toks"])
         if new >= self.max_length:
             raise UserError(f"the task asks for {new} new tokens, the model's whole context is {self.max_length}")
@@ -157,6 +160,7 @@ def run_tasks(
     shots: int | None = None,
     limit: int | None = None,
     include: Path | None = None,
+    eos_text: str = EOS,
 ) -> dict[str, Any]:
     """The harness's results for its tasks, by name or from task files below `include`.
 
@@ -165,12 +169,9 @@ def run_tasks(
     Raises:
       UserError: a task that the harness does not know.
     """
-    manager = TaskManager(include_path=None if include is None else str(include))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise UserError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    manager = _task_manager(tasks, include)
     results = lm_eval.simple_evaluate(
-        model=HarnessModel(model, template),
+        model=HarnessModel(model, template, eos_text=eos_text),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,
@@ -180,6 +181,20 @@ def run_tasks(
     )
     assert results is not None, "simple_evaluate returns None on ranks above 0 alone"
     return dict(results)
+
+
+def _task_manager(tasks: Sequence[str], include: Path | None) -> TaskManager:
+    """One that knows the tasks. The harness's own are read only where they are needed: that takes a while."""
+    own = None if include is None else str(include)
+    managers = ([lambda: TaskManager(include_path=own, include_defaults=False)] if own else []) + [
+        lambda: TaskManager(include_path=own)
+    ]
+    for make in managers:
+        manager = make()
+        unknown = [task for task in tasks if not manager.match_tasks([task])]
+        if not unknown:
+            return manager
+    raise UserError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:

@@ -74,7 +74,11 @@ class TaskResult:
     def mean(self, score: str) -> float:
         """Over the problems that the score applies to, in the task's scale; NaN if there are none."""
         result = self.scored(score)
-        return float(result.values(score) @ result.weights()) * self.scale if result.outcomes else float("nan")
+        if not result.outcomes:
+            return float("nan")
+        if self.average == "micro":
+            return float(result.values(score).mean()) * self.scale
+        return float(np.mean(list(result.by_group(score).values())))
 
     def by_group(self, score: str, names: Mapping[str, str] | None = None) -> dict[str, float]:
         """Means per group, or per what `names` maps groups to (subjects to categories), over their problems."""

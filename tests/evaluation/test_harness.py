@@ -1,0 +1,178 @@
+"""lm-evaluation-harness: every request against its Hugging Face backend, on the same trained small model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flacuna_jax.data.conversation import TEMPLATES
+from tests.evaluation.models import Scripted, story_model
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs the eval extra")
+torch = pytest.importorskip("torch")
+
+from flacuna_jax.evaluation.harness import HarnessModel, metrics, run_tasks  # noqa: E402
+
+# float32 on both sides; a request sums up to a few hundred log-probabilities.
+TOLERANCE = 1e-4
+ROLLING_TOLERANCE = 1e-3
+"""For sums over whole documents of several hundred tokens."""
+
+STORIES = [
+    "Once upon a time, there was a little girl named Lily. She liked to play in the park with her dog.",
+    "One day, Tom saw a big red ball. He wanted to play with it, but it was too high.",
+    "The sun was hot. A small bird sat in a tree and sang a song for all the animals.",
+    "Sara and Ben went to the beach with mom and dad. They made a big castle with sand.",
+]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local tasks of every kind of request, with worked examples."""
+    directory = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "q": text.split(".")[0] + ".",
+            "rest": text.split(".", 1)[1].strip(),
+            "text": " ".join([text] * (1 + 24 * (i % 2))),
+            "choices": ["played", "ate a cake with the dog", "slept", "flew over the sea"],
+            "answer": i % 4,
+        }
+        for i, text in enumerate(STORIES * 2)
+    ]
+    data = directory / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
+test_split: test
+fewshot_split: train
+fewshot_config: {{sampler: first_n}}
+"""
+    (directory / "choice.yaml").write_text(
+        common
+        + """
+task: story_choice
+output_type: multiple_choice
+num_fewshot: 3
+doc_to_text: "{{q}} Then they"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+    )
+    (directory / "generate.yaml").write_text(
+        common
+        + """
+task: story_generate
+output_type: generate_until
+num_fewshot: 0
+doc_to_text: "{{q}}"
+doc_to_target: "{{rest}}"
+generation_kwargs: {until: ["dog", "!"], max_gen_toks: 24, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+    )
+    (directory / "rolling.yaml").write_text(
+        common
+        + """
+task: story_rolling
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
+    )
+    return directory
+
+
+NAMES = ["story_choice", "story_generate", "story_rolling"]
+
+
+@pytest.fixture(scope="module")
+def both(story_llama: Path, tasks: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    ours = run_tasks(story_model(story_llama), NAMES, include=tasks, eos_text="<|end_story|>")
+    theirs = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(story_llama), "dtype": "float32", "device": "cpu", "add_bos_token": True},
+        tasks=NAMES,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=4,
+        bootstrap_iters=0,
+    )
+    return ours, theirs
+
+
+def _samples(results: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+def test_prompts_are_the_harness_own(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for task in NAMES:
+        pairs = zip(*(_samples(results, task) for results in both), strict=True)
+        assert all(a["prompt_hash"] == b["prompt_hash"] and a["doc_hash"] == b["doc_hash"] for a, b in pairs)
+
+
+def test_multiple_choice_request_by_request(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for ours, theirs in zip(*(_samples(results, "story_choice") for results in both), strict=True):
+        for ((log_p, greedy),), ((expected, greedy_expected),) in zip(ours["resps"], theirs["resps"], strict=True):
+            assert float(log_p) == pytest.approx(float(expected), abs=TOLERANCE)
+            assert greedy == greedy_expected
+
+
+def test_generations_are_identical(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    ours, theirs = (_samples(results, "story_generate") for results in both)
+    assert [sample["resps"] for sample in ours] == [sample["resps"] for sample in theirs]
+    assert any(sample["resps"][0][0].strip() for sample in ours)
+
+
+def test_rolling_log_probabilities(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Half of the texts are longer than the context, so that windows roll."""
+    for ours, theirs in zip(*(_samples(results, "story_rolling") for results in both), strict=True):
+        assert float(ours["resps"][0][0]) == pytest.approx(
+            float(theirs["resps"][0][0]), abs=ROLLING_TOLERANCE, rel=1e-6
+        )
+
+
+def test_metrics_agree(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    ours, theirs = (metrics(results) for results in both)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_bos_stands_once() -> None:
+    model = HarnessModel(Scripted())  # type: ignore[arg-type]
+    assert model.tok_encode("ab")[:2] == [1, 3 + ord("a")]
+    assert model.tok_encode("<s>ab")[:2] == [1, 3 + ord("a")]
+    assert model.tok_encode("ab", add_special_tokens=False)[0] == 3 + ord("a")
+    assert model.tok_encode("<s>a</s>b") == [1, 3 + ord("a"), 2, 3 + ord("b")]
+
+
+def test_chat_template_is_the_training_template() -> None:
+    model = HarnessModel(Scripted(), TEMPLATES["vicuna_v1.1"])  # type: ignore[arg-type]
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
+    text = model.apply_chat_template(history)
+    assert text.startswith("<s>A chat between")
+    assert text.endswith("USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT:")
+    ids = model.tok_encode(text)
+    assert (ids.count(1), ids.count(2)) == (1, 1)
+    open_answer = model.apply_chat_template([*history, {"role": "assistant", "content": "The answer is"}], False)
+    assert open_answer.endswith("ASSISTANT: The answer is")
+    assert "You are terse. USER: Hi" in model.apply_chat_template(
+        [{"role": "system", "content": "You are terse."}, *history]
+    )
+    assert model.chat_template(True) == TEMPLATES["vicuna_v1.1"].jinja
+
+
+@pytest.mark.slow
+def test_unknown_tasks_are_named(tasks: Path) -> None:
+    from flacuna_jax.errors import UserError
+
+    with pytest.raises(UserError, match="knows no task story_cooking"):
+        run_tasks(Scripted(), ["story_cooking"], include=tasks)  # type: ignore[arg-type]

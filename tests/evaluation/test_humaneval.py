@@ -1,0 +1,61 @@
+"""The reference solutions through both clean-ups, run: 130 of 164 survive the original's, all survive ours."""
+
+from pathlib import Path
+
+import pytest
+
+from flacuna_jax.evaluation.humaneval import (
+    CodeProblem,
+    corrected_completion,
+    faithful_completion,
+    load,
+    mean_pass_at_k,
+    pass_at_k,
+)
+from flacuna_jax.evaluation.sandbox import run_programs
+
+
+def _passed(programs: list[str]) -> int:
+    return sum(verdict.passed for verdict in run_programs(programs))
+
+
+def test_canonical_solutions(test_data: Path) -> None:
+    problems = load(test_data)
+    assert len(problems) == 164
+    assert _passed([p.program(faithful_completion(p.canonical_solution)) for p in problems]) == 130
+    assert _passed([p.program(corrected_completion(p.canonical_solution, p)) for p in problems]) == 164
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda p: p.canonical_solution.lstrip(" "),
+        lambda p: p.canonical_solution + "\n\nprint(input())\nThis function does what was asked.",
+        lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\nIt works as follows.",
+    ],
+    ids=["leading spaces lost", "something behind it", "written anew in a fence"],
+)
+def test_canonical_solutions_in_disguise(test_data: Path, answer) -> None:  # type: ignore[no-untyped-def]
+    problems = load(test_data)
+    assert _passed([p.program(corrected_completion(answer(p), p)) for p in problems]) == 164
+
+
+def test_clean_ups_on_one_answer() -> None:
+    problem = CodeProblem("x", 'def f(a):\n    """Adds."""\n', "f", "", "")
+    answer = "   b = a\n\n    return b\n\n\nprint(f(1))"  # what a tokenizer leaves of four spaces
+    assert faithful_completion(answer) == "    b = a"
+    assert corrected_completion(answer, problem) == "    b = a\n\n    return b\n\n\n"
+    helper = "    return g(a)\n\ndef g(a):\n    return a\n\nassert f(1) == 1"
+    assert corrected_completion(helper, problem) == "    return g(a)\n\ndef g(a):\n    return a\n\n"
+    assert problem.program("    return 1").endswith("return 1\n\ncheck(f)")
+
+
+def test_pass_at_k() -> None:
+    assert pass_at_k(10, 0, 1) == 0
+    assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert pass_at_k(10, 3, 10) == 1
+    assert pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)  # one of C(5, 3) draws misses both
+    assert mean_pass_at_k([[True, False], [False, False]], 1) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="needs at least 10"):
+        pass_at_k(1, 1, 10)

@@ -1,0 +1,159 @@
+"""Whole benchmarks on scripted models, whose right scores are known."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.evaluation import bbh, drop, hhh, humaneval, impact, mmlu
+from flacuna_jax.evaluation.cache import CachedModel, Store
+from flacuna_jax.evaluation.results import read_result, write_result
+from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_impact
+from tests.evaluation.models import Scripted
+
+
+def test_a_model_that_knows_scores_100_and_one_that_says_a_scores_the_share_of_a(test_data: Path) -> None:
+    task = mmlu.load(test_data, 0, split="val")
+    labels = {problem.faithful.prompt(0): problem.faithful.label for problem in task.problems}
+    labels |= {problem.corrected.prompt(0): problem.corrected.label for problem in task.problems}
+    knows = run_answers(task, Scripted(answer=lambda prompt: " " + labels[prompt]))
+    assert knows.mean("faithful") == knows.mean("corrected") == 100
+    says_a = run_answers(task, Scripted())
+    share = sum(problem.faithful.label == "A" for problem in task.problems) / len(task.problems)
+    assert says_a.mean("faithful") == pytest.approx(100 * share)
+    assert not says_a.complete
+
+
+def test_corrected_questions_are_asked_where_they_differ(test_data: Path, tmp_path: Path) -> None:
+    task = mmlu.load(test_data, 0, split="val")
+    model = Scripted()
+    run_answers(task, CachedModel(model, Store(None)))  # type: ignore[arg-type]
+    assert len(model.asked) == len({p.faithful.prompt(0) for p in task.problems}) + 2
+
+
+def test_macro_average_weighs_tasks_alike(test_data: Path) -> None:
+    task = bbh.load(test_data, 3)
+    labels = {p.faithful.prompt(3): p.faithful.label for p in task.problems if p.group == "boolean_expressions"}
+    result = run_answers(task, Scripted(answer=lambda prompt: labels.get(prompt, "?")))
+    assert result.by_group("faithful")["boolean_expressions"] == 100
+    assert result.mean("faithful") == pytest.approx(100 / len(result.groups))
+
+
+def test_labels_that_cannot_be_reached_are_counted(test_data: Path) -> None:
+    """The scripted model's tokens are characters, of which a DROP answer may have eight."""
+    task = drop.load(test_data)
+    long = sum(len(problem.faithful.label) > 8 for problem in task.problems)
+    assert f"{long} labels are longer than 8 tokens" in run_answers(task, Scripted()).notes[-1]
+
+
+def _hhh_model(preference: dict[str, float], bias_a: float) -> Scripted:
+    """Likes answers by a table, and the letter A whatever stands there."""
+
+    def log_probability(context: str, letter: str) -> float:
+        a = context.split("\n\nA. ")[1].split("\n\nB. ")[0]
+        b = context.split("\n\nB. ")[1].split("\n\nConsidering the query")[0]
+        return preference[a] + bias_a if letter == "A" else preference[b]
+
+    return Scripted(log_probability=log_probability)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "current"])
+def test_hhh_sees_through_a_bias_for_a_letter(protocol: hhh.Protocol) -> None:
+    comparisons = [hhh.Comparison(f"harmless/{i}", "harmless", f"q{i}", f"good{i}", f"bad{i}") for i in range(20)]
+    taste = {f"good{i}": 1.0 if i < 15 else -1.0 for i in range(20)} | {f"bad{i}": 0.0 for i in range(20)}
+    result = run_hhh(comparisons, _hhh_model(taste, bias_a=50.0), protocol, repetitions=2)
+    assert result.mean("faithful") == result.mean("corrected") == 75
+
+
+def test_hhh_macro_average_over_categories(test_data: Path) -> None:
+    comparisons = hhh.load(test_data)
+    good_at_a = {c.prompt(c.chosen, c.rejected): c.category == "harmless" for c in comparisons}
+    good_at_b = {c.prompt(c.rejected, c.chosen): c.category != "harmless" for c in comparisons}
+    prefers_a = good_at_a | good_at_b
+    model = Scripted(log_probability=lambda context, letter: float((letter == "A") == prefers_a[context]))
+    result = run_hhh(comparisons, model, "current")
+    assert result.by_group("faithful")["harmless"] == 100
+    assert result.mean("faithful") == pytest.approx(100 / len(result.groups))
+
+
+def test_humaneval_scores_both_clean_ups(test_data: Path) -> None:
+    problems = humaneval.load(test_data)[:6]
+    solutions = {p.question: p.canonical_solution for p in problems}
+    result = run_humaneval(problems, Scripted(answer=lambda prompt: solutions[prompt]))
+    assert result.mean("corrected") == 100
+    expected = ["\n\n" not in p.canonical_solution.strip("\n") for p in problems]
+    assert [outcome.scores["faithful"] for outcome in result.outcomes] == expected
+    assert result.settings["temperature"] == 0.1
+
+
+class _Stars:
+    """A judge whose review depends on the text."""
+
+    name = "stars"
+
+    def review(self, prompts: list[str]) -> list[str]:
+        return ["4 out of 5" if "Text: good" in prompt else "I would say 2. Limited" for prompt in prompts]
+
+
+def test_impact_with_a_judge_in_both_readings() -> None:
+    prompts = [
+        impact.WritingPrompt("0", "creative", "You write.", "A poem about rain"),
+        impact.WritingPrompt("1", "creative", "You write.", "A python program"),
+        impact.WritingPrompt("2", "informative", "You write.", "How do ships float?"),
+    ]
+    answers = {
+        "You write. A poem about rain": "good rain",
+        "You write. A python program": "```\nprint(1)\n```",
+        "You write. How do ships float?": "def float(ship):\n    return True",
+    }
+    model = Scripted(answer=lambda prompt: answers[prompt])
+    result = run_impact(prompts, model, _Stars())
+    assert [o.scores["relevance faithful"] for o in result.outcomes] == [5, 2, 2]
+    assert [o.scores["relevance corrected"] for o in result.outcomes] == [4, 2, 2]
+    assert result.mean("unasked code") == 0.5  # of the two prompts that ask for none
+    assert model.asked == list(answers)
+
+
+def test_impact_with_the_papers_prompt_in_the_template() -> None:
+    prompt = impact.WritingPrompt("0", "creative", "You write", "A poem")
+    model = Scripted(answer=lambda text: "x")
+    run_impact([prompt], model, None, "output", TEMPLATES["vicuna_v1.1"])
+    assert model.asked[0].endswith(" USER: You write.\n\nA poem\nOutput: ASSISTANT:")
+
+
+def test_a_killed_evaluation_resumes(test_data: Path, tmp_path: Path) -> None:
+    task = mmlu.load(test_data, 0, split="val")
+    store = tmp_path / "cache.jsonl"
+    seen = itertools.count()
+
+    class Killed(Exception):
+        pass
+
+    def die_later(prompt: str) -> str:
+        if next(seen) > 700:
+            raise Killed
+        return " B"
+
+    with pytest.raises(Killed):
+        run_answers(task, CachedModel(Scripted(answer=die_later), first := Store(store)))  # type: ignore[arg-type]
+    first.close()
+    with open(store, "ab") as file:
+        file.write(b'{"key": "torn')
+    model = Scripted(answer=lambda prompt: " B")
+    second = Store(store)
+    result = run_answers(task, CachedModel(model, second))  # type: ignore[arg-type]
+    second.close()
+    assert 0 < len(model.asked) < 1531 - 500
+    again = Scripted(answer=lambda prompt: pytest.fail("everything is cached"))
+    assert run_answers(task, CachedModel(again, Store(store))) == result  # type: ignore[arg-type]
+
+
+def test_results_survive_their_file(test_data: Path, tmp_path: Path) -> None:
+    result = run_hhh(hhh.load(test_data)[:3], Scripted(), "current")
+    write_result(result, tmp_path / "r.json", {"mean": 1})
+    back = read_result(tmp_path / "r.json")
+    assert back.mean("faithful") == result.mean("faithful")
+    assert [o.id for o in back.outcomes] == [o.id for o in result.outcomes]
+    assert json.loads((tmp_path / "r.json").read_text())["outcomes"][0]["record"]["prompts"]
