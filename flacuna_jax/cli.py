@@ -14,6 +14,7 @@ VERBS = {
     "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, verified",
     "evaluate": "benchmark tables: InstructEval or lm-evaluation-harness, models side by side",
     "generate": "complete prompts with exactly the template of training",
+    "chat": "talk to a model in the terminal, tuned beside base if you like",
 }
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2

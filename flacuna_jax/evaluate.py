@@ -5,11 +5,12 @@ that is repeated costs nothing.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows))
     everything: list[list[TaskResult]] = []
     for address, name in addresses:
-        model = _cached(loader, address, name, output)
         results = []
-        for label, run in runs:
-            print(f"{name}: {label}", file=sys.stderr)
-            results += run(model)
+        with _cached(loader, address, name, output) as model:
+            for label, run in runs:
+                print(f"{name}: {label}", file=sys.stderr)
+                results += run(model)
         for result in results:
             _write(result, output)
         everything.append(results)
@@ -156,14 +157,16 @@ def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
     return None
 
 
-def _cached(loader: ModelLoader, address: ModelAddress, name: str, output: Path) -> CachedModel:
+@contextlib.contextmanager
+def _cached(loader: ModelLoader, address: ModelAddress, name: str, output: Path) -> Iterator[CachedModel]:
     model = loader.load(address, name)
     store = Store(output / "cache" / f"{model.fingerprint[:16]}.jsonl")
 
     def show(done: int, total: int) -> None:
         print(f"  {done} of {total}", end="\r" if done < total else "\n", file=sys.stderr, flush=True)
 
-    return CachedModel(model, store, show)
+    with contextlib.closing(store):
+        yield CachedModel(model, store, show)
 
 
 def _write(result: TaskResult, output: Path) -> None:
@@ -213,16 +216,17 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
     loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows))
     template = _template(arguments)
     for address, name in addresses:
-        results = harness.run_tasks(
-            _cached(loader, address, name, output),
-            [task.strip() for task in arguments.tasks.split(",")],
-            template=template,
-            apply_chat_template=template is not None,
-            shots=arguments.shots,
-            limit=arguments.limit,
-            include=Path(arguments.data),
-            eos_text=eos_text(address.base),
-        )
+        with _cached(loader, address, name, output) as model:
+            results = harness.run_tasks(
+                model,
+                [task.strip() for task in arguments.tasks.split(",")],
+                template=template,
+                apply_chat_template=template is not None,
+                shots=arguments.shots,
+                limit=arguments.limit,
+                include=Path(arguments.data),
+                eos_text=eos_text(address.base),
+            )
         text = json.dumps(results, default=str, indent=1, ensure_ascii=False)
         write_atomically(output / _safe(name) / "lm_eval.json", text)
         for metric, value in harness.metrics(results).items():

@@ -23,6 +23,8 @@ SIZES = tuple(sorted({64 * factor * 2**power for factor in (2, 3) for power in r
 """Lengths that are compiled for: 64, 128, 192, 256, 384, 512, 768, ..., at most half as much again as is needed."""
 STEPS = 16
 """New tokens per row between two looks at which rows have ended."""
+STREAMED_STEPS = 4
+"""The same where someone is watching."""
 
 
 def padded_size(needed: int) -> int:
@@ -125,13 +127,7 @@ class LlamaLanguageModel:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Raises UserError for a prompt that is empty or longer than the context. Answers may run past it, as in
         transformers; protocols that want no such thing shorten their prompts."""
-        for index, request in enumerate(requests):
-            if not request.prompt:
-                raise UserError(f"prompt {index + 1} is empty")
-            if len(request.prompt) > self.context_length:
-                raise UserError(
-                    f"prompt {index + 1} has {len(request.prompt)} tokens, the model's context {self.context_length}"
-                )
+        self._check(requests)
         # Rows that run together share the way of choosing a token, and have caches of one size.
         kinds: dict[tuple[Sampling, int], list[int]] = {}
         for index, request in enumerate(requests):
@@ -146,6 +142,37 @@ class LlamaLanguageModel:
                     finished |= self._generate_group(members, group, sampling)
         return [finished[index] for index in range(len(requests))]
 
+    def stream(self, request: GenerationRequest) -> Iterator[str]:
+        """The generation in pieces, as they become certain: no half of a character, no beginning of a stop string."""
+        self._check([request])
+        sampling = Sampling(request.temperature, request.top_k, request.top_p)
+        tokens: list[int] = []
+        told = 0
+        with jax.set_mesh(self.mesh):
+            rows = self._new_rows(self._row_shards(), padded_size(len(request.prompt) + request.max_new_tokens))
+            rows, first_r = self._begin(rows, {0: 0}, {0: request}, 0, None, 1, sampling)
+        tokens.append(int(first_r[0]))
+        while (ended := self._ended(tokens, request)) is None:
+            certain = _certain(self.tokenizer.decode(tokens), request.stop)
+            yield certain[told:]
+            told = max(told, len(certain))
+            with jax.set_mesh(self.mesh):
+                rows, new_bm = shared_prefix.advance(self.spec, self.params, None, rows, STREAMED_STEPS, sampling)
+            tokens += np.asarray(new_bm)[0].tolist()
+        yield ended.text[told:]
+
+    def _check(self, requests: Sequence[GenerationRequest]) -> None:
+        for index, request in enumerate(requests):
+            if not request.prompt:
+                raise UserError(f"prompt {index + 1} is empty")
+            if len(request.prompt) > self.context_length:
+                raise UserError(
+                    f"prompt {index + 1} has {len(request.prompt)} tokens, the model's context {self.context_length}"
+                )
+
+    def _new_rows(self, count: int, slots: int) -> shared_prefix.Rows:
+        return jax.device_put(shared_prefix.empty_rows(self.spec, count, slots), self._rows_sharding())
+
     def _generate_group(
         self, requests: dict[int, GenerationRequest], group: Group, sampling: Sampling
     ) -> dict[int, Generation]:
@@ -158,7 +185,7 @@ class LlamaLanguageModel:
         count = max(1, min(self.placement.rows, len(requests)) // shards) * shards
         at_once = max(1, count // 4)
         steps = min(STEPS, max(r.max_new_tokens for r in requests.values()) - 1)
-        rows = jax.device_put(shared_prefix.empty_rows(self.spec, count, slots), self._rows_sharding())
+        rows = self._new_rows(count, slots)
         occupied: dict[int, tuple[int, list[int]]] = {}
         finished: dict[int, Generation] = {}
 
@@ -239,6 +266,13 @@ class LlamaLanguageModel:
         cache = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
         numbers = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         return shared_prefix.Rows(cache, cache, *[numbers] * 4)  # type: ignore[arg-type]
+
+
+def _certain(text: str, stop: Sequence[str]) -> str:
+    """What more tokens cannot change: the text less an unfinished character, or what may become a stop string."""
+    text = text.rstrip("\ufffd")
+    held = [n for term in stop for n in range(1, len(term)) if text.endswith(term[:n])]
+    return text[: len(text) - max(held, default=0)]
 
 
 def _seed(request: GenerationRequest) -> int:

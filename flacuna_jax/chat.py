@@ -1,0 +1,189 @@
+"""`flacuna chat --model M [--adapter A]`: a conversation in the terminal, worded exactly as in training.
+
+Commands inside: /reset forgets the conversation, /system TEXT replaces the system text, /load ADAPTER changes the
+adapter (/load alone removes it), /base answers with base and tuned side by side, /task TEXT puts the next questions
+into the paper's prompt for writing (/task alone ends that), /help, /quit.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from flacuna_jax.cli import run_verb
+from flacuna_jax.data.conversation import TEMPLATES, Template, Turn
+from flacuna_jax.data.tokenization import tokenize_prompt
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
+from flacuna_jax.evaluation.impact import writing_prompt
+from flacuna_jax.evaluation.language_model import GenerationRequest
+from flacuna_jax.inference import ModelAddress, ModelLoader
+
+COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    template: Template
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Chat:
+    """One conversation with one model, and the same model without its adapter beside it if `beside_base`."""
+
+    address: ModelAddress
+    load: Callable[[ModelAddress], LlamaLanguageModel]
+    settings: Settings
+    beside_base: bool = False
+    system: str | None = None
+    task: str | None = None
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of what is printed for a line of the user: an answer, or what a command did."""
+        if text.startswith("/"):
+            yield self.command(text)
+            return
+        self.turns.append(Turn("user", text if self.task is None else writing_prompt(self.task, text)))
+        if self.beside_base and self.address.adapter is not None:
+            yield "[base]  "
+            yield from self._ask(ModelAddress(self.address.base))
+            yield "\n[tuned] "
+        said = ""
+        for piece in self._ask(self.address):
+            said += piece
+            yield piece
+        self.turns.append(Turn("assistant", said.strip()))
+
+    def _ask(self, address: ModelAddress) -> Iterator[str]:
+        model, settings = self.load(address), self.settings
+        room = model.context_length - settings.max_new_tokens
+        while True:
+            prompt = tokenize_prompt(self.turns, settings.template, model.tokenizer, self.system)
+            if len(prompt) <= room:
+                break
+            if len(self.turns) < 3:
+                self.turns.pop()
+                raise UserError(
+                    f"the question has {len(prompt)} tokens; {room} fit beside {settings.max_new_tokens} new ones"
+                )
+            del self.turns[:2]
+            yield "(the oldest question is forgotten, the context is full)\n"
+        request = GenerationRequest(
+            tuple(prompt),
+            settings.max_new_tokens,
+            settings.template.stop_strings,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            settings.seed + len(self.turns),
+        )
+        yield from model.stream(request)
+
+    def command(self, text: str) -> str:
+        """Does what a command says and tells so. Raises UserError for a command that is none."""
+        name, _, argument = text.partition(" ")
+        argument = argument.strip()
+        match name:
+            case "/reset":
+                self.turns.clear()
+                return "forgotten"
+            case "/system":
+                self.system = argument or None
+                return f"system text: {argument or 'that of the template'}"
+            case "/load":
+                address = ModelAddress(self.address.base, Path(argument) if argument else None)
+                self.load(address)
+                self.address = address
+                return f"answering: {address.name}"
+            case "/base":
+                self.beside_base = not self.beside_base
+                return "base and tuned side by side" if self.beside_base else "one answer"
+            case "/task":
+                self.task = argument or None
+                return f"questions are asked as: {writing_prompt(argument, '...')!r}" if argument else "plain questions"
+            case "/help":
+                return COMMANDS
+        raise UserError(f"no command {name}; there are {COMMANDS}")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = _parser().parse_args(argv)
+    loader = ModelLoader(arguments.dtype)
+    models: dict[ModelAddress, LlamaLanguageModel] = {}
+
+    def load(address: ModelAddress) -> LlamaLanguageModel:
+        if address not in models:
+            models[address] = loader.load(address)
+        return models[address]
+
+    address = ModelAddress(Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None)
+    settings = Settings(
+        TEMPLATES[arguments.template],
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.seed,
+    )
+    load(address)
+    chat = Chat(address, load, settings, arguments.beside_base, arguments.system, arguments.task)
+    print(f"{address.name}   {COMMANDS}", file=sys.stderr)
+    while (line := _read()) is not None:
+        if line == "/quit":
+            break
+        if line:
+            _tell(chat, line)
+    return None
+
+
+def _read() -> str | None:
+    """A line of the user; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _tell(chat: Chat, line: str) -> None:
+    """Prints the answer as it comes. A mistake in a line, or Ctrl-C in an answer, does not end the conversation."""
+    before = list(chat.turns)
+    try:
+        for piece in chat.answer(line):
+            print(piece, end="", flush=True)
+        print()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        chat.turns[:] = before
+        print("\n(stopped; the question is forgotten)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flacuna chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face LLaMA directory or a converted one")
+    add("--adapter", help="a PEFT adapter, or a training run")
+    add("--beside-base", action="store_true", help="answer with the base too")
+    add("--system", help="system text instead of the template's")
+    add("--task", help="definition of a task: questions go into the paper's prompt for writing")
+    add("--template", choices=tuple(TEMPLATES), default="vicuna_v1.1")
+    add("--max-new-tokens", type=int, default=512)
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_verb(main))

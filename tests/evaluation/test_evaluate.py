@@ -1,0 +1,73 @@
+"""The verb end to end on the small model: files, resumption, comparisons, messages."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flacuna_jax import evaluate
+from flacuna_jax.cli import run_verb
+
+
+@pytest.fixture(scope="module")
+def data(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two MMLU subjects (validation rows stand in for the test set) and what is there of the rest."""
+    directory = tmp_path_factory.mktemp("data")
+    for subject in ("anatomy", "astronomy"):
+        for source, target in (("dev", "dev"), ("val", "test")):
+            (directory / "mmlu" / target).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(
+                test_data / "mmlu" / "data" / source / f"{subject}_{source}.csv",
+                directory / "mmlu" / target / f"{subject}_{target}.csv",
+            )
+    for name in ("crass", "humaneval", "vicuna_eval_questions"):
+        (directory / name).symlink_to(test_data / name)
+    return directory
+
+
+def _evaluate(*arguments: object) -> int:
+    return run_verb(evaluate.main, [str(argument) for argument in arguments])
+
+
+def test_two_models_side_by_side(
+    story_llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(story_llama, other, copy_function=shutil.copyfile)
+    common = ("--model", story_llama, "--data", data, "--dtype", "float32", "--output", tmp_path / "out", "--limit", 3)
+    assert _evaluate(*common, "--tasks", "mmlu:0,crass:0", "--compare", other, "--name", "ours") == 0
+    printed = capsys.readouterr().out
+    assert "| ours − other |" in printed
+    assert "Flacuna 13B (published)" in printed
+    assert (tmp_path / "out" / "tables.md").read_text() in printed
+    result = json.loads((tmp_path / "out" / "ours" / "mmlu-0shot.json").read_text())
+    assert result["summary"]["problems"] == 6
+    assert set(result["summary"]["faithful"]["categories"]) == {"STEM", "other (business, health, misc.)"}
+    assert result["outcomes"][0]["record"]["prompt"].startswith("The following are multiple choice")
+    differences = json.loads((tmp_path / "out" / "differences.json").read_text())[0]["differences"]
+    assert all(d["mean"] == 0 and d["p_value"] == 1 for d in differences)  # the same weights under two names
+    assert list((tmp_path / "out").glob("table-*.svg"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "mmlo"], "no benchmark 'mmlo'"),
+        (["--tasks", "mmlu:x"], "the number of shots goes behind the colon"),
+        (["--tasks", "humaneval"], "--allow-code-execution"),
+        (["--tasks", "bbh"], "holds no BBH task"),
+        (["--tasks", "crass", "--compare", "base"], "the model has no adapter"),
+        (["--tasks", "impact", "--judge-url", "http://localhost:1"], "--judge-url needs --judge-model"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(
+    arguments: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _evaluate("--model", tmp_path / "nowhere", "--data", data, "--output", tmp_path / "o", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _evaluate("--model", tmp_path / "no", "--data", data, "--tasks", "crass", "--output", tmp_path / "o") == 2
+    assert "no such model directory" in capsys.readouterr().err
