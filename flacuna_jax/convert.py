@@ -8,21 +8,38 @@ from pathlib import Path
 import numpy as np
 
 from flacuna_jax.cli import run_verb
-from flacuna_jax.huggingface import deliver
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import deliver, names
 from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.delta import DeltaReader
 from flacuna_jax.huggingface.directories import check_target
-from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.released import BASE, DequantisedBase, released_adapter
 from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_files
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
-    target = Path(arguments.out)
-    check_target(target)
-    reader = _open(arguments)
+    check_target(Path(arguments.out))
+    model = open_checkpoint(arguments.model)
+    released = names.is_training_checkpoint(model)
+    if released and arguments.delta is not None:
+        raise UserError(f"--delta: {arguments.model} is a training checkpoint, not the base of a delta")
+    if not released and (arguments.base or arguments.alpha is not None):
+        raise UserError(f"--base and --alpha are for the released Flacuna, which {arguments.model} is not")
+    if not released:
+        delta = None if arguments.delta is None else open_checkpoint(arguments.delta)
+        _convert_model(arguments, model if delta is None else DeltaReader(model, delta))
+    elif arguments.base:
+        _convert_model(arguments, DequantisedBase(model))
+    else:
+        _extract_adapter(arguments, model)
+    return None
+
+
+def _convert_model(arguments: argparse.Namespace, reader: TensorReader) -> None:
     config = read_architecture(reader.directory)
     tokenizer = _tokenizer_source(arguments, reader)
     if tokenizer_files(tokenizer):
@@ -31,18 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(f"note: {tokenizer} has no tokenizer; training will need model.tokenizer")
     started = time.monotonic()
     dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
-    written = deliver.convert(target, reader, config, tokenizer_source=tokenizer, dtype=dtype)
+    written = deliver.convert(arguments.out, reader, config, tokenizer_source=tokenizer, dtype=dtype)
     seconds = time.monotonic() - started
     print(
-        f"{target}: {len(written.files)} parameters of {config.num_layers} layers, {written.nbytes / 1e9:.2f} GB in "
-        f"{seconds:.1f} s, read back and verified. Next: model.path: {target}"
+        f"{arguments.out}: {len(written.files)} parameters of {config.num_layers} layers, "
+        f"{written.nbytes / 1e9:.2f} GB in {seconds:.1f} s, read back and verified. Next: model.path: {arguments.out}"
     )
-    return None
 
 
-def _open(arguments: argparse.Namespace) -> TensorReader:
-    model = open_checkpoint(arguments.model)
-    return model if arguments.delta is None else DeltaReader(model, open_checkpoint(arguments.delta))
+def _extract_adapter(arguments: argparse.Namespace, model: CheckpointReader) -> None:
+    config = read_architecture(arguments.model)
+    adapter = released_adapter(model, config, arguments.alpha)
+    facts = {"taken from": f"the training checkpoint {Path(arguments.model).name}"}
+    deliver.write_adapter(arguments.out, adapter, config, trained=True, facts=facts)
+    tensors = sum(len(value) for value in adapter.params.values())
+    print(
+        f"{arguments.model} is a training checkpoint of PEFT, as Flacuna was released. {arguments.out}: its {tensors} "
+        f"LoRA tensors as a PEFT adapter of rank {adapter.lora.rank}, alpha {adapter.lora.alpha:g}, for {BASE}"
+    )
 
 
 def _tokenizer_source(arguments: argparse.Namespace, reader: TensorReader) -> Path:
@@ -59,9 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flacuna convert", description="Converts a Hugging Face LLaMA checkpoint into the native sharded form."
     )
-    parser.add_argument("model", metavar="MODEL", help="directory with safetensors or pytorch_model*.bin files")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory with safetensors or .bin files; the released Flacuna gives its adapter",
+    )
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--delta", metavar="DIR", help="a published delta that is added to MODEL, its base")
+    parser.add_argument("--base", action="store_true", help="of the released Flacuna: its int8 base, not its adapter")
+    parser.add_argument("--alpha", type=float, help="of a training checkpoint like that one, but of another rank")
     parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="store in this dtype; default: as in MODEL")
     return parser
 

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     reader = open_checkpoint(base)
     adapter, trained = _adapter(run, arguments.step, settings, settings.lora, config, reader)
     if arguments.format == "adapter":
-        _export_adapter(arguments, target, adapter, config, trained, arguments.base_name or str(base))
+        _export_adapter(
+            arguments, target, adapter, config, trained, arguments.base_name or settings.model.name or str(base)
+        )
     else:
         dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
         _report(
@@ -128,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--format", required=True, choices=("adapter", "merged"))
     parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="default: adapter float32, merged as the base")
-    parser.add_argument("--base-name", help="base model as adapter_config.json should name it; default: its path")
+    parser.add_argument(
+        "--base-name", help="base model as adapter_config.json should name it; default: model.name, or its path"
+    )
     parser.add_argument("--base", metavar="DIR", help="where the base model is now, if not at the config's model.path")
     parser.add_argument(
         "--step", type=int, help="a checkpoint's step; default: the finished adapter, or the newest one"

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -91,7 +91,7 @@ def read_training_checkpoint(
     """The LoRA factors inside a state dict that PEFT's users saved whole, base and all, such as the released Flacuna.
 
     Args:
-      reader: the checkpoint (`is_training_checkpoint`).
+      reader: the checkpoint (`names.is_training_checkpoint`).
       config: sizes of its base.
       alpha: the state dict does not hold it.
       dropout: neither.
@@ -105,11 +105,6 @@ def read_training_checkpoint(
     targets = _targets(reader.directory, {}, {module for module, _ in pairs})
     lora, params = _stack(reader.directory, pairs, scales, config, dropout, targets)
     return Adapter(lora, params, base_name)
-
-
-def is_training_checkpoint(names_in_file: Iterable[str]) -> bool:
-    """Whether a checkpoint is the state dict of a PEFT model with its base rather than of a LLaMA."""
-    return any(name.startswith(names.PEFT_PREFIX) and ".lora_A." in name for name in names_in_file)
 
 
 def _stack(

@@ -14,7 +14,7 @@ import numpy as np
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.tensors import TensorReader, cast
+from flacuna_jax.huggingface.tensors import TensorReader, cast, host_device
 
 HALF = np.dtype(np.float16)
 
@@ -73,7 +73,7 @@ class DeltaReader:
             padded = np.zeros(delta.shape, HALF)
             padded[: len(base)] = base
             base = padded
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(host_device()):
             return np.asarray(_add(jnp.asarray(base), jnp.asarray(delta)))
 
 

@@ -56,6 +56,11 @@ def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
     Raises:
       UserError: lists what is missing, what is left over, and what has another shape or dtype than the model's.
     """
+    if names.is_training_checkpoint(reader):
+        raise UserError(
+            f"{reader.directory} is a training checkpoint that holds a base and an adapter together; "
+            f"`flacuna convert` makes an adapter of it (with --base, the base)"
+        )
     sources = {path: names.tensor_names(path, config.num_layers) for path in base_shapes(config)}
     left_over = {name for name in reader if not names.is_ignored(name)}
     if config.tie_word_embeddings:

@@ -5,6 +5,7 @@ their [out, in] layout on both sides, so a name is all that changes.
 """
 
 import re
+from collections.abc import Iterable
 
 MODULES = {
     "q_proj": "self_attn.q_proj",
@@ -96,6 +97,12 @@ def parse_adapter_name(name: str) -> tuple[str, int] | None:
     if kernel is None or kernel[1] is None or kernel[0].endswith("layernorm/weight"):
         return None
     return f"{kernel[0].removesuffix('/weight')}/lora_{match[2].lower()}", kernel[1]
+
+
+def is_training_checkpoint(tensors: Iterable[str]) -> bool:
+    """Whether names are those of a PEFT model saved whole, base and adapter, rather than of a LLaMA or an adapter."""
+    found = [name for name in tensors if name.startswith(PEFT_PREFIX)]
+    return any(".lora_A." in name for name in found) and any(".lora_" not in name for name in found)
 
 
 def some(items: list[str], limit: int = 6) -> str:

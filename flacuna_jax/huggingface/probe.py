@@ -11,7 +11,7 @@ from flax import nnx
 from flacuna_jax.config import LoraConfig
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.load import match_tensors
-from flacuna_jax.huggingface.tensors import TensorReader, cast
+from flacuna_jax.huggingface.tensors import TensorReader, cast, host_device
 from flacuna_jax.kernels.attention import attention
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import Block, LlamaConfig, RMSNorm, Rope
@@ -42,15 +42,15 @@ def streamed_logits(weights: Weights, config: LlamaConfig, ids_t: np.ndarray, ad
     """
     table = "embed_tokens/weight"
     paths, block = _block(config, None if adapter is None else adapter.lora)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(host_device()), jax.default_matmul_precision("highest"):
         x_btd = jnp.asarray(cast(weights(table, None)[ids_t], np.dtype(np.float32)))[None]
         for layer in range(config.num_layers):
             leaves = [_leaf(weights, adapter, path, layer) for path in paths]
             x_btd = block(x_btd, leaves).block_until_ready()
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps, jnp.dtype("float32"))
         norm.weight[...] = jnp.asarray(cast(weights("norm/weight", None), np.dtype(np.float32)))
-        hidden_td = np.asarray(norm(x_btd))[0]
-    return _project(hidden_td, weights(table if config.tie_word_embeddings else "lm_head/weight", None))
+        head_vd = weights(table if config.tie_word_embeddings else "lm_head/weight", None)
+        return _project(norm(x_btd)[0], head_vd)
 
 
 Apply = Callable[[jax.Array, list[np.ndarray]], jax.Array]
@@ -65,7 +65,10 @@ def _block(config: LlamaConfig, lora: LoraConfig | None) -> tuple[list[str], App
 
     @jax.jit
     def apply(x_btd: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-        filled = [(path, variable.replace(leaf)) for (path, variable), leaf in zip(flat, leaves, strict=True)]
+        filled = [
+            (path, variable.replace(leaf.astype(jnp.float32)))
+            for (path, variable), leaf in zip(flat, leaves, strict=True)
+        ]
         length = x_btd.shape[1]
         mask = make_packed_mask(jnp.ones((1, length), jnp.int32))
         rope = Rope.at(jnp.arange(length)[None], config.head_dim, config.rope_theta)
@@ -78,9 +81,14 @@ def _block(config: LlamaConfig, lora: LoraConfig | None) -> tuple[list[str], App
 def _leaf(weights: Weights, adapter: Adapter | None, path: str, layer: int) -> np.ndarray:
     if adapter is not None and path in adapter.params:
         return adapter.params[path][layer]
-    return cast(weights(path, layer), np.dtype(np.float32))
+    return weights(path, layer)
 
 
-def _project(hidden_td: np.ndarray, head_vd: np.ndarray, rows: int = 4096) -> np.ndarray:
+def _project(hidden_td: jax.Array, head_vd: np.ndarray, rows: int = 8192) -> np.ndarray:
     pieces = [head_vd[start : start + rows] for start in range(0, len(head_vd), rows)]
-    return np.concatenate([hidden_td @ cast(piece, np.dtype(np.float32)).T for piece in pieces], axis=-1)
+    return np.concatenate([np.asarray(_scores(hidden_td, piece)) for piece in pieces], axis=-1)
+
+
+@jax.jit
+def _scores(hidden_td: jax.Array, head_vd: jax.Array) -> jax.Array:
+    return hidden_td @ head_vd.astype(jnp.float32).T

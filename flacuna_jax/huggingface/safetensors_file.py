@@ -5,9 +5,11 @@ needs; written here because a checkpoint is written tensor by tensor, never gath
 """
 
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +130,25 @@ def write_file(
         stacked one), so long as the pieces add up.
     """
     digest = hashlib.sha256()
-    expected = 0
-    with path.open("wb", buffering=0) as file:
-        header = make_header(tensors)
-        _write(file, memoryview(header), digest)
-        for _, shape, dtype in tensors:
-            expected += int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, shape, dtype in tensors)
+    # Hashing runs beside writing: both leave the interpreter to the other.
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        _write(file, memoryview(make_header(tensors)), digest, hasher)
         for value in values:
-            _write(file, as_bytes(value), digest)
+            _write(file, as_bytes(value), digest, hasher)
             expected -= value.nbytes
     assert expected == 0, f"{path}: {expected} bytes fewer came than the header promises"
     return digest.hexdigest()
 
 
-def _write(file: Any, data: memoryview, digest: Any) -> None:
+def _write(file: io.RawIOBase, data: memoryview, digest: "hashlib._Hash", hasher: ThreadPoolExecutor) -> None:
     for start in range(0, len(data), _CHUNK):
         piece = data[start : start + _CHUNK]
-        digest.update(piece)
-        while len(piece):
-            piece = piece[file.write(piece) :]
+        hashed = hasher.submit(digest.update, piece)
+        rest = piece
+        while len(rest):
+            rest = rest[file.write(rest) :]
+        hashed.result()
 
 
 def file_digest(path: Path) -> str:

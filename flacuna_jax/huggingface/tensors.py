@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -109,6 +110,14 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     return np.dtype(np.float32)
 
 
+def host_device() -> jax.Device:
+    """The CPU as a device of jax, or an accelerator where JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def as_bytes(array: np.ndarray) -> memoryview:
     """The array's bytes in row-major order, without a copy where it is contiguous."""
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
@@ -122,7 +131,7 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.array(array, dtype=dtype, order="C")
 
 
-def is_finite(array: np.ndarray, rows: int = 1 << 22) -> bool:
+def is_finite(array: np.ndarray, rows: int = 1 << 20) -> bool:
     """Whether no element is infinite or NaN, at the speed of memory and without a copy of the whole.
 
     Half and bfloat16 are looked at as integers: all exponent bits set means not finite.

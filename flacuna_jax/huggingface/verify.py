@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +18,7 @@ from flacuna_jax.huggingface.tensors import cast
 from flacuna_jax.model.llama import LlamaConfig
 
 LOGIT_TOLERANCE = 1e-4
+_READERS = 4
 
 
 class VerificationError(RuntimeError):
@@ -100,6 +102,10 @@ def verify_model(
 
 def verify_digests(directory: Path, digests: Mapping[str, str]) -> None:
     """Compares files with the sha256 taken while they were written."""
-    for file, digest in digests.items():
-        if file_digest(directory / file) != digest:
-            raise VerificationError(f"{directory / file}: its bytes are not those that were written; check the disk")
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda file: file_digest(directory / file), digests)
+        for (file, digest), again in zip(digests.items(), found, strict=True):
+            if again != digest:
+                raise VerificationError(
+                    f"{directory / file}: its bytes are not those that were written; check the disk"
+                )

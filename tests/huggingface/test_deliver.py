@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,9 +15,10 @@ from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, host_adapter
-from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.architecture import hugging_face_config, read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_merged, write_model
 from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
+from flacuna_jax.huggingface.merged import model_tensors, write_shards
 from flacuna_jax.huggingface.native import MANIFEST
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.read import open_checkpoint
@@ -277,3 +280,51 @@ def test_a_damaged_converted_checkpoint_is_refused(
     with pytest.raises(UserError) as raised:
         open_checkpoint(tmp_path / "native")
     assert says in str(raised.value)
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are not pages of files."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    before, peak, done = anonymous_memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous_memory() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return peak[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
+def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path: Path, tiny_sentencepiece: Path) -> None:
+    """160 MB in 24 layers; the largest stacked parameter has 35 MB, one layer of it 1.4 MB."""
+    sizes = {"num_layers": 24, "hidden_size": 512, "intermediate_size": 1408, "head_dim": 64}
+    config = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=8, **sizes)
+    noise = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float16)
+    params = {path: np.resize(noise * 0.02, shape) for path, shape in base_shapes(config).items()}
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = model_tensors(params, config, np.dtype(np.float16))
+    total = sum(tensor.nbytes for tensor in tensors)
+    write_shards(source, tensors, 50_000_000)
+    (source / "config.json").write_text(json.dumps(hugging_face_config(config, np.dtype(np.float16))))
+    del params, tensors
+    adapter = random_adapter(config, LoraConfig())
+    companions = Companions(tiny_sentencepiece, None, {})
+
+    def run(name: str) -> None:
+        reader = open_checkpoint(source)
+        convert(tmp_path / f"native {name}", reader, config, tokenizer_source=tiny_sentencepiece)
+        write_merged(tmp_path / f"merged {name}", reader, config, adapter, companions)
+
+    run("warm-up, which compiles")
+    # One layer in float32, its pieces in half precision and the allocator's slack.
+    assert peak_of(lambda: run("measured")) < 50_000_000 < total / 3

@@ -1,0 +1,148 @@
+"""Memory and speed of the crossings at the size of Vicuna-13B, against `cp` of the same bytes in the same run.
+
+    python benchmarks/checkpoint_io.py --directory /scratch            # 26 GB, needs 55 GB of disk
+    python benchmarks/checkpoint_io.py --directory /scratch --layers 6 # real widths, 4.5 GB
+
+Writes a synthetic checkpoint (random half-precision weights, real shapes, 5 GB shards), then copies, converts and
+merges it, one crossing at a time, deleting behind itself. Every crossing ends with its data on the disk (sync). Prints
+one JSON object per line; peak_anonymous_gib leaves out mapped file pages, which the kernel can take back.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+
+from flacuna_jax.config import LoraConfig
+from flacuna_jax.huggingface import names
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.architecture import hugging_face_config
+from flacuna_jax.huggingface.deliver import Companions, convert, write_merged
+from flacuna_jax.huggingface.merged import PendingTensor, write_shards
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import base_shapes, lora_shapes
+
+VICUNA_13B = LlamaConfig(
+    vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40,
+    num_heads=40, num_kv_heads=40, head_dim=128,
+)  # fmt: skip
+HALF = np.dtype(np.float16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True, help="where there is room for two copies")
+    parser.add_argument("--layers", type=int, default=VICUNA_13B.num_layers)
+    arguments = parser.parse_args()
+    config = dataclasses.replace(VICUNA_13B, num_layers=arguments.layers)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
+        run(Path(scratch), config)
+
+
+def run(scratch: Path, config: LlamaConfig) -> None:
+    source = scratch / "source"
+    nbytes = make_checkpoint(source, config)
+
+    def copy() -> None:
+        subprocess.run(["cp", "-r", source, scratch / "copy"], check=True)
+
+    def converted() -> None:
+        convert(scratch / "native", open_checkpoint(source), config, tokenizer_source=source)
+
+    def merged() -> None:
+        write_merged(
+            scratch / "merged", open_checkpoint(source), config, random_adapter(config), Companions(source, None, {})
+        )
+
+    baseline = None
+    for name, crossing, output in (("cp", copy, "copy"), ("convert", converted, "native"), ("merge", merged, "merged")):
+        seconds, peak = measure(crossing)
+        shutil.rmtree(scratch / output)
+        baseline = baseline or seconds
+        facts = {
+            "crossing": name,
+            "layers": config.num_layers,
+            "gigabytes": round(nbytes / 1e9, 2),
+            "seconds": round(seconds, 1),
+            "gigabytes_per_second": round(nbytes / 1e9 / seconds, 3),
+            "ratio_to_cp": round(baseline / seconds, 3),
+            "peak_anonymous_gib": round(peak / 2**30, 3),
+        }
+        print(json.dumps(facts), flush=True)
+
+
+def make_checkpoint(path: Path, config: LlamaConfig) -> int:
+    path.mkdir()
+    noise = (np.random.default_rng(0).standard_normal(1 << 24) * 0.02).astype(HALF)
+
+    def filled(shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        return lambda: np.resize(noise, shape)
+
+    tensors = []
+    for parameter, shape in base_shapes(config).items():
+        stacked = names.is_stacked(parameter)
+        each = shape[1:] if stacked else shape
+        for name in names.tensor_names(parameter, config.num_layers):
+            tensors.append(PendingTensor(name, each, HALF, filled(each)))
+    write_shards(path, tensors)
+    (path / "config.json").write_text(json.dumps(hugging_face_config(config, HALF)))
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def random_adapter(config: LlamaConfig) -> Adapter:
+    rng = np.random.default_rng(1)
+    lora = LoraConfig()
+    shapes = lora_shapes(config, lora)
+    return Adapter(lora, {path: (rng.standard_normal(s) * 1e-3).astype(np.float32) for path, s in shapes.items()})
+
+
+def measure(work: Callable[[], None]) -> tuple[float, int]:
+    """Seconds until the result is on the disk, and the peak of anonymous memory above what was there, in bytes."""
+    os.sync()
+    before = anonymous_memory()
+    with sampled(anonymous_memory) as samples:
+        started = time.monotonic()
+        work()
+        os.sync()
+        seconds = time.monotonic() - started
+    return seconds, max(samples) - before
+
+
+@contextlib.contextmanager
+def sampled(read: Callable[[], int], every: float = 0.005) -> Iterator[list[int]]:
+    samples, done = [read()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every):
+            samples.append(read())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        watcher.join()
+
+
+def anonymous_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
