@@ -86,8 +86,8 @@ def test_a_killed_host_stops_the_others_and_the_restart_continues(alone, tmp_pat
     processes = start_hosts(
         alone / "config.yaml",
         out,
-        "--training.max_steps=400",
-        "--training.epochs=100",
+        "--training.max_steps=60",
+        "--training.epochs=20",
         "--distributed.heartbeat_seconds=10",
     )
     deadline = time.monotonic() + 200
@@ -107,21 +107,21 @@ def test_a_killed_host_stops_the_others_and_the_restart_continues(alone, tmp_pat
         run(
             alone / "config.yaml",
             f"--output_dir={directory}",
-            "--training.max_steps=400",
-            "--training.epochs=100",
-            "--logging.every_steps=20",
+            "--training.max_steps=60",
+            "--training.epochs=20",
+            "--checkpoint.every_steps=20",
         )
         == 0
     )
     results = finish(
         start_hosts(
-            alone / "config.yaml", out, "--training.max_steps=400", "--training.epochs=100", "--logging.every_steps=20"
+            alone / "config.yaml", out, "--training.max_steps=60", "--training.epochs=20", "--checkpoint.every_steps=20"
         )
     )
     assert [status for status, _ in results] == [0, 0], results
     assert "resuming after step" in results[0][1]
     expected, actual = losses(directory), losses(tmp_path / "run")
-    assert actual[400] == pytest.approx(expected[400], abs=1e-4)
+    assert actual[60] == pytest.approx(expected[60], abs=1e-4)
 
 
 @pytest.mark.slow
