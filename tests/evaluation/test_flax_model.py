@@ -72,7 +72,8 @@ def test_greedy_continuation_is_recognised(story_llama: Path) -> None:
 def test_generations_equal_transformers_whatever_runs_beside_them(
     story_llama: Path, reference: "transformers.LlamaForCausalLM"
 ) -> None:
-    model = story_model(story_llama, rows=4)
+    """Twelve requests through four rows, one per device: rows are refilled as answers end."""
+    model = story_model(story_llama, devices=4, rows=4)
     rng = np.random.default_rng(1)
     header = (1, *rng.integers(3, 2048, 90).tolist())
     requests = [
