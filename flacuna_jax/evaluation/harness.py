@@ -96,7 +96,12 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         asked = []
-        for _, context, continuation in requests:
+        for texts, context, continuation in requests:
+            if not continuation:
+                raise UserError(
+                    f"the tokenizer leaves nothing of the answer {texts and texts[1]!r}: encoded with its question, it "
+                    "adds no token to the question alone; word the task's answers otherwise"
+                )
             kept = (context + continuation)[-(self.max_length + 1) :]
             split = max(1, len(kept) - len(continuation))
             asked.append(ScoreRequest(tuple(kept[:split]), tuple(kept[split:])))
