@@ -5,12 +5,13 @@ before validation, so both kinds of mistake get the same message. The fully reso
 directory and is itself a valid config.
 """
 
+import difflib
 import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -19,6 +20,21 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+TEMPLATE_NAMES = ("vicuna_v1.1", "vicuna_v0", "llama-2-chat", "chatml", "alpaca", "plain")
+
+
+def _known_template(name: str) -> str:
+    if name in TEMPLATE_NAMES or name.endswith(".jinja"):
+        return name
+    near = difflib.get_close_matches(name, TEMPLATE_NAMES, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name!r} is none of {', '.join(TEMPLATE_NAMES)}, nor a .jinja file{hint}")
+
+
+TemplateName = Annotated[str, AfterValidator(_known_template)]
+"""A conversation format of ours, or a Jinja file of one's own."""
 
 
 class Section(BaseModel):
@@ -90,6 +106,8 @@ class LoraConfig(Section):
     alpha: PositiveFloat = 16.0
     dropout: Fraction = 0.05
     targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    init_from: str | None = None
+    """A PEFT adapter directory of the same rank, alpha and targets to go on from, instead of a fresh one."""
 
     @model_validator(mode="after")
     def targets_are_distinct(self) -> "LoraConfig":
@@ -118,7 +136,7 @@ class DataConfig(Section):
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
     on_bad_record: Literal["error", "skip"] = "error"
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
-    template: Literal["vicuna_v1.1", "vicuna_v0"] = "vicuna_v1.1"
+    template: TemplateName = "vicuna_v1.1"
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens carry loss: every assistant turn, only the last one, or everything but the BOS."""
 

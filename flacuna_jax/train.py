@@ -28,8 +28,9 @@ from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.data.pipeline import BatchStream, RunPlan, StepSource, check_batch_arithmetic, plan_run
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
+from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
-from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.probe import probe_ids
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
@@ -170,7 +171,8 @@ def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, sa
     for line in plan_lines(setup):
         say(line)
 
-    # Where the run starts: the newest intact checkpoint > the base with fresh adapters (or the base itself, or random).
+    # Where the run starts: the newest intact checkpoint > the adapter of lora.init_from > fresh adapters. Without LoRA:
+    # the newest checkpoint > the base's weights, or random ones.
     restored = checkpointer.restore(
         layout.trainable,
         layout.opt_state,
@@ -185,7 +187,7 @@ def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, sa
         base = _load_weights(setup) if config.lora else {}
     else:
         base = _load_weights(setup)
-        trainable, base = partition(setup.spec, base, layout.fresh_adapters(config.seed))
+        trainable, base = partition(setup.spec, base, _first_adapters(setup))
         state = layout.begin(trainable)
     if primary:
         directory.write_config(config.to_yaml())
@@ -247,6 +249,18 @@ def _load_weights(setup: Setup) -> Params:
         return init_params(setup.spec, shapes, setup.config.seed, mesh)
     path = str(setup.config.model.path)
     return load_base(path, setup.source.config, parameter_shardings(shapes, mesh), setup.spec.param_dtype)
+
+
+def _first_adapters(setup: Setup) -> Params:
+    lora = setup.config.lora
+    if lora is None or lora.init_from is None:
+        return setup.layout.fresh_adapters(setup.config.seed)
+    adapter = read_adapter(lora.init_from, setup.source.config)
+    for name in ("rank", "alpha", "targets"):
+        wanted, found = getattr(lora, name), getattr(adapter.lora, name)
+        if (set(wanted) != set(found)) if name == "targets" else (wanted != found):
+            raise UserError(f"lora.{name} is {wanted}, the adapter in lora.init_from ({lora.init_from}) has {found}")
+    return jax.device_put(adapter.params, parameter_shardings(setup.spec.lora_shapes, setup.mesh))
 
 
 def plan_lines(setup: Setup) -> list[str]:
@@ -338,7 +352,7 @@ def deliver_result(
         if last_loss is not None:
             facts["last training loss"] = f"{last_loss:.4f}"
         adapter = Adapter(
-            config.lora,
+            config.lora.model_copy(update={"init_from": None}),
             {name: np.asarray(value, np.float32) for name, value in trained.items()},
             config.model.name or config.model.path,
         )

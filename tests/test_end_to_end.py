@@ -141,6 +141,16 @@ def test_full_fine_tuning_ends_in_a_model_that_lora_starts_from(finished, tmp_pa
     )
 
 
+def test_an_adapter_can_be_continued_from(finished, tmp_path, capsys):
+    """The first loss of the second run is the base's with the first run's adapter, not with a fresh one."""
+    first, out = finished / "run" / "adapter", f"--output_dir={tmp_path / 'run'}"
+    assert run(finished / "config.yaml", out, f"--lora.init_from={first}", "--training.max_steps=1") == 0
+    fresh = losses(finished / "run")[1]
+    assert losses(tmp_path / "run")[1] < fresh - 0.05
+    assert run(finished / "config.yaml", out + "2", f"--lora.init_from={first}", "--lora.rank=3") == 2
+    assert "lora.rank" in capsys.readouterr().err
+
+
 def test_the_tokenizer_keeps_its_protocol(finished):
     tokenizer: Tokenizer = load_tokenizer(finished / "tokenizer")
     assert tokenizer.encode("</s>") != [tokenizer.eos_id]

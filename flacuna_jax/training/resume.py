@@ -6,7 +6,16 @@ from typing import Any
 from flacuna_jax.errors import UserError
 
 # Found again by their fingerprints, or without influence on what is computed.
-_FREE = ("output_dir", "logging", "checkpoint", "distributed", "model.path", "model.name", "model.tokenizer")
+_FREE = (
+    "output_dir",
+    "logging",
+    "checkpoint",
+    "distributed",
+    "model.path",
+    "model.name",
+    "model.tokenizer",
+    "lora.init_from",
+)
 # The same sums in another order: results agree to rounding.
 _ROUNDING = ("mesh", "training.remat", "training.micro_batch_size")
 # Without a decaying schedule the length of the run has no influence on the steps before its end.
