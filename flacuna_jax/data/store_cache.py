@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data.build import SourceBuild, require_examples
+from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.data.files import find_files
 from flacuna_jax.data.report import DataReport, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore
@@ -35,7 +36,7 @@ from flacuna_jax.errors import UserError
 PART_EXAMPLES = 32_768
 """Examples per part; a build that is killed loses no more work than that."""
 
-_SHAPING = ("max_length", "over_length", "on_bad_record", "template", "train_on")
+_SHAPING = ("max_length", "over_length", "on_bad_record", "train_on")
 _FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
 _STORE, _FACTS = "store.json", "facts.json"
 
@@ -89,6 +90,7 @@ def identity(config: DataConfig, tokenizer_hash: str) -> dict[str, Any]:
         "tokenizer": tokenizer_hash,
         "code": _code_hash(),
         "settings": {name: getattr(config, name) for name in _SHAPING},
+        "template": TEMPLATES[config.template].jinja,
         "sources": [_source_identity(source) for source in config.sources],
     }
 

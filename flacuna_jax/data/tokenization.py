@@ -74,18 +74,27 @@ class SegmentEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._has_dummy_prefix = puts_space_in_front(tokenizer)
+        self._newline_length = len(tokenizer.encode("\n"))
         self._system_ids: dict[str, list[int]] = {}
 
     def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """The ids of every segment of every conversation; all texts go to the tokenizer in one batch."""
         texts: list[str] = []
+        after_newline: list[bool] = []
         for segments in conversations:
             continues = False
             for segment in segments:
                 if segment.kind == "text" and not self._is_known(segment):
-                    texts.append(segment.text[1:] if continues and self._has_dummy_prefix else segment.text)
+                    inside = continues and self._has_dummy_prefix
+                    has_space = segment.text.startswith(" ")
+                    # The space that the tokenizer puts in front is the segment's own, or is cut off with a newline.
+                    after_newline.append(inside and not has_space)
+                    texts.append(segment.text[1:] if inside and has_space else "\n" * after_newline[-1] + segment.text)
                 continues = segment.kind == "text"
-        encoded = iter(self._encode_texts(texts))
+        encoded = (
+            ids[self._newline_length :] if cut else ids
+            for ids, cut in zip(self._encode_texts(texts), after_newline, strict=True)
+        )
         special = {"bos": [self._tokenizer.bos_id], "eos": [self._tokenizer.eos_id]}
         return [
             [

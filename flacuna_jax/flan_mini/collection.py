@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.account import SourceAccount, Statistics
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
@@ -80,6 +81,7 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
         "settings": settings_that_count(config),
         "inputs": hashes,
         "tokenizer": tokenizer_hash,
+        "template": TEMPLATES[config.template].jinja,
         "family_templates": {path.name: file_hash(path) for path in extra},
     }
     return Inputs(tuple(sources), hashes, parts)

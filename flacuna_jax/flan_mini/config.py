@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from flacuna_jax.config import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from flacuna_jax.config import NonNegativeInt, PositiveFloat, PositiveInt, Section, TemplateName
 
 Kind = Literal[
     "flan_rows",
@@ -140,7 +140,7 @@ class FlanMiniConfig(Section):
     """Every source's `examples` times this."""
     tokenizer: str
     """Directory with tokenizer.model or tokenizer.json: lengths are counted in its tokens."""
-    template: Literal["vicuna_v1.1", "vicuna_v0"] = "vicuna_v1.1"
+    template: TemplateName = "vicuna_v1.1"
     """The conversation format that lengths are measured in."""
     max_length: Annotated[int, Field(ge=64)] = 1280
     """Tokens of the longest record, template included."""

@@ -11,7 +11,7 @@ from typing import Any
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 
-_NO_EFFECT = ("output_dir", "workers", "leakage", "batch_size", "tokenizer", "family_templates")
+_NO_EFFECT = ("output_dir", "workers", "leakage", "batch_size", "tokenizer", "template", "family_templates")
 """Settings that do not change the records, or are paths: of what lies there, the content counts."""
 _PATHS = ("path", "templates")
 

@@ -1,0 +1,167 @@
+"""The formats besides Vicuna's: golden ids and masks with the real tokenizer, and templates of one's own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flacuna_jax.config import TEMPLATE_NAMES, DataConfig, SourceConfig
+from flacuna_jax.config_files import load_config
+from flacuna_jax.data.build import build_store
+from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn, render, render_text
+from flacuna_jax.data.tokenization import Tokenizer, tokenize, tokenize_prompt
+from flacuna_jax.errors import UserError
+from tests.data.conftest import Characters, SentencePiece
+
+SAID = ("Hello, who are you?", "I am <b>me</b>.\nA second line.", "And </s> you?", "You.")
+
+
+def turns(*texts: str) -> tuple[Turn, ...]:
+    return tuple(Turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts))
+
+
+def test_the_config_knows_the_templates() -> None:
+    assert tuple(TEMPLATES) == TEMPLATE_NAMES
+
+
+def test_llama_2_ids_are_metas(llama: SentencePiece) -> None:
+    """Each exchange is BOS, the ids of "[INST] {user} [/INST] {answer} " in one piece, EOS."""
+    example = tokenize(Conversation("", "", turns(*SAID)), TEMPLATES["llama-2-chat"], llama)
+    expected: list[int] = []
+    for user, answer in (SAID[:2], SAID[2:]):
+        expected += [1, *llama.encode(f"[INST] {user} [/INST] {answer} "), 2]
+    assert example.ids.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["chatml", "alpaca", "plain"])
+def test_ids_between_special_tokens_are_those_of_the_whole_text(llama: SentencePiece, name: str) -> None:
+    segments = render(Conversation("", "", turns(*SAID)), TEMPLATES[name])
+    example = tokenize(Conversation("", "", turns(*SAID)), TEMPLATES[name], llama)
+    expected: list[int] = []
+    text = ""
+    for segment in segments:
+        if segment.kind == "text":
+            text += segment.text
+            continue
+        expected += llama.encode(text) if text else []
+        expected.append(1 if segment.kind == "bos" else 2)
+        text = ""
+    assert example.ids.tolist() == expected + (llama.encode(text) if text else [])
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_what_carries_loss_is_what_the_assistant_says_and_the_end(llama: SentencePiece, name: str) -> None:
+    example = tokenize(Conversation("", "", turns(*SAID)), TEMPLATES[name], llama)
+    spans: list[str] = []
+    starts = np.flatnonzero(np.diff(np.concatenate(([0], example.loss_mask.astype(int)))) == 1)
+    ends = np.flatnonzero(np.diff(np.concatenate((example.loss_mask.astype(int), [0]))) == -1)
+    for start, end in zip(starts, ends, strict=True):
+        ids = example.ids[start : end + 1].tolist()
+        spans.append(llama.decode([token for token in ids if token not in (1, 2)]).strip())
+    marks = {"chatml": "<|im_end|>", "vicuna_v0": "\n###"}.get(name, "")
+    last = "" if name == "vicuna_v0" else marks
+    assert spans == [SAID[1] + marks, SAID[3] + last]
+    assert example.ids[-1] == 2
+    assert example.loss_mask[-1]
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_a_prompt_is_what_stands_before_the_answer_in_training(llama: SentencePiece, name: str) -> None:
+    prompt = tokenize_prompt(turns(*SAID[:3]), TEMPLATES[name], llama)
+    example = tokenize(Conversation("", "", turns(*SAID)), TEMPLATES[name], llama)
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.loss_mask[len(prompt) :].all()
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=12), min_size=2, max_size=6))
+def test_texts_survive_every_template(texts: list[str]) -> None:
+    said = texts if len(texts) % 2 == 0 else texts[:-1]
+    for name in TEMPLATE_NAMES:
+        text = render_text(render(Conversation("", "", turns(*said)), TEMPLATES[name]))
+        position = 0
+        for part in said:
+            part = part.strip() if name == "llama-2-chat" else part
+            position = text.index(part, position) + len(part)
+
+
+PREFIX = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}<u>
+{{ message.content }}
+<a>
+{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+MARKED = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}Q: {{ message.content }}
+{% else %}A:{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}A:{% endif %}"""
+
+
+def write(directory: Path, text: str) -> str:
+    path = directory / "mine.jinja"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(("source", "text"), [
+    (PREFIX, "<s><u>\nHi\n<a>\nYo</s><u>\n</s>\n<a>\nOk</s>"),
+    (MARKED, "<s>Q: Hi\nA: Yo</s>Q: </s>\nA: Ok</s>"),
+])  # fmt: skip
+def test_a_template_of_ones_own(tmp_path: Path, llama: SentencePiece, source: str, text: str) -> None:
+    template = TEMPLATES[write(tmp_path, source)]
+    conversation = Conversation("", "", turns("Hi", "Yo", "</s>", "Ok"))
+    segments = render(conversation, template)
+    assert render_text(segments) == text
+    supervised = render_text([segment for segment in segments if segment.supervised])
+    assert supervised.replace(" ", "") == "Yo</s>Ok</s>"
+    example = tokenize(conversation, template, llama)
+    assert (example.ids == 2).sum() == 2  # the user's "</s>" is text
+    last = tokenize(conversation, template, llama, "last")
+    assert llama.decode(last.ids[last.loss_mask].tolist()) == "Ok"
+    prompt = tokenize_prompt(conversation.turns[:3], template, llama)
+    assert example.ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+def test_our_own_jinja_is_a_template_of_the_same_ids(tmp_path: Path, name: str, llama: SentencePiece) -> None:
+    """What we export to Hugging Face, read back as a file, tokenises as the template that it was exported from."""
+    path = tmp_path / f"{name}.jinja"
+    path.write_text(TEMPLATES[name].jinja)
+    if name in ("vicuna_v0", "chatml"):
+        # There the last answer ends otherwise than one in the middle, which only generation blocks could say.
+        with pytest.raises(UserError, match="changes what the template wrote before"):
+            TEMPLATES[str(path)]
+        return
+    conversation = Conversation("", "", turns(*SAID))
+    ours, theirs = tokenize(conversation, TEMPLATES[name], llama), tokenize(conversation, TEMPLATES[str(path)], llama)
+    assert np.array_equal(ours.ids, theirs.ids)
+    assert np.array_equal(ours.loss_mask, theirs.loss_mask)
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("{% for message in messages %}", r"mine\.jinja:1: not a Jinja template"),
+    ("{{ messages[0].content.__class__.__mro__ }}", "the template fails"),
+    ("{{ raise_exception('no') }}", "the template fails: no"),
+    ("nothing", "does not tell answers from prompts"),
+    ("{% for message in messages %}{{ message.content }}{% endfor %}", "loss must begin and end at a space"),
+    ("{{ messages | length }} {{ messages[-1].content }}", "changes what the template wrote before"),
+    ("{% generation %}{{ messages[1].content }}{% endgeneration %}", "1 generation blocks for 2 answers"),
+])  # fmt: skip
+def test_what_cannot_be_a_template_says_why(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TEMPLATES[write(tmp_path, source)]
+
+
+def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        TEMPLATES[str(tmp_path / "none.jinja")]
+    config = "output_dir: x\nmodel: {path: y}\ndata: {sources: [{path: z}], template: llama2-chat}\n"
+    (tmp_path / "c.yaml").write_text(config)
+    with pytest.raises(UserError, match=r"data\.template: 'llama2-chat' is none of .* did you mean 'llama-2-chat'"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_config_may_name_a_template_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    tokenizer: Tokenizer = Characters()
+    config = DataConfig(sources=(SourceConfig(path=str(tmp_path / "a.jsonl")),), template=write(tmp_path, PREFIX))
+    store, _ = build_store(config, tokenizer)
+    assert tokenizer.decode(store.example(0).ids.tolist()) == "<u>\np\n<a>\nc"
