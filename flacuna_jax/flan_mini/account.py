@@ -130,9 +130,7 @@ def _per_stratum(
 
 def strata_of(candidates: Candidates, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """The stratum of each key, int64 [n]."""
-    order = np.argsort(candidates.keys)
-    places = order[np.searchsorted(candidates.keys, keys, sorter=order)]
-    return np.searchsorted(candidates.starts, places, side="right") - 1
+    return np.searchsorted(candidates.starts, candidates.places(keys), side="right") - 1
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,15 @@ class Candidates:
         return parts[: int(np.searchsorted(parts == UNTRIED, True))]
 
     def record_outcomes(self, keys: NDArray[np.uint64], parts: NDArray[np.int32]) -> None:
-        order = np.argsort(self.keys)
-        self.parts[order[np.searchsorted(self.keys, keys, sorter=order)]] = parts
+        self.parts[self.places(keys)] = parts
+
+    def places(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Where items stand, int64 [n], by their keys."""
+        return self._by_key[np.searchsorted(self.keys, keys, sorter=self._by_key)]
+
+    @cached_property
+    def _by_key(self) -> NDArray[np.int64]:
+        return np.argsort(self.keys)
 
 
 def gather(source: MixtureSource, scans: Sequence[Result], seed: int) -> Candidates:

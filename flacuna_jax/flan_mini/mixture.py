@@ -25,7 +25,8 @@ def allocate(total: int, weights: Sequence[float], capacities: Sequence[int]) ->
         for i in full:
             counts[i] = capacities[i]
         remaining -= sum(capacities[i] for i in full)
-        open_ = [i for i in open_ if i not in set(full)]
+        filled = set(full)
+        open_ = [i for i in open_ if i not in filled]
     if open_:
         weight_sum = sum(exact[i] for i in open_)
         ideal = {i: remaining * exact[i] / weight_sum for i in open_}

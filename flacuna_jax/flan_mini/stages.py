@@ -21,7 +21,7 @@ from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
 from flacuna_jax.flan_mini.few_shot import Writer
-from flacuna_jax.flan_mini.items import Item, bad_unicode, hash64, item_from_json, ranks
+from flacuna_jax.flan_mini.items import Item, hash64, item_from_json, ranks
 from flacuna_jax.flan_mini.readers import READERS
 from flacuna_jax.flan_mini.records import Outcome, RecordMaker
 from flacuna_jax.flan_mini.templates import load_families, load_shapes
@@ -38,11 +38,8 @@ def _items(
 ) -> Iterator[Item]:
     policy = BadRecordPolicy(report, config.on_bad_record, "on_bad_record")
     for path in files:
-        for place, item in READERS[source.kind].read(source, path, policy):
-            if bad_unicode(item.fields) or bad_unicode(item.task):
-                policy.reject("invalid Unicode", place, "the text holds half a surrogate pair")
-            else:
-                yield item
+        for _, item in READERS[source.kind].read(source, path, policy):
+            yield item
 
 
 def scan(config: FlanMiniConfig, source: MixtureSource, files: Sequence[Path]) -> Result:

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 import pytest
 
 from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
+from flacuna_jax.data.files import read_records
+from flacuna_jax.data.formats import COLUMNS
+from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.tokenization import tokenize
+from flacuna_jax.demo.corpus import TRAIN_FILE, CorpusSizes, build_corpus, write_corpus
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini import collection
 from flacuna_jax.flan_mini.account import SourceAccount
@@ -197,10 +202,6 @@ def test_scale_is_proportional(tmp_path: Path, everything: tuple[dict[str, Any],
 def test_other_formats_hold_the_same_records(
     tmp_path: Path, everything: tuple[dict[str, Any], ...], format_: str
 ) -> None:
-    from flacuna_jax.data.files import read_records
-    from flacuna_jax.data.formats import COLUMNS
-    from flacuna_jax.data.report import BadRecordPolicy, SourceReport
-
     expected = records(run(sources.config(tmp_path / "json", *everything[:2])))
     built = run(sources.config(tmp_path / "other", *everything[:2], format=format_))
     policy = BadRecordPolicy(SourceReport(""), "error")
@@ -314,3 +315,33 @@ def test_an_unknown_family_is_named_with_the_nearest(tmp_path: Path) -> None:
     task["family"] = "nli"
     with pytest.raises(UserError, match="family nli also needs fields for answer, hypothesis"):
         find_inputs(sources.config(tmp_path / "o", source), "", print)
+
+
+def test_the_demos_corpus_goes_through_the_builder_unchanged(tmp_path: Path) -> None:
+    corpus = build_corpus(7, CorpusSizes(conversations=40, instructions=12, held_out=4))
+    write_corpus(corpus, tmp_path)
+    source = {"name": "demo", "kind": "flan_mini", "path": str(tmp_path / TRAIN_FILE), "examples": len(corpus.train)}
+    built = run(sources.config(tmp_path / "out", source))
+    assert sorted(records(built), key=lambda r: r["id"]) == sorted(corpus.train, key=lambda r: r["id"])
+
+
+def test_raw_rows_of_the_benchmarks_become_records(tmp_path: Path, test_data: Path) -> None:
+    """The datasets behind FLAN 2021, as their authors distribute them."""
+    raw = test_data / "flan2021_raw_samples"
+    for name in ("super_glue/rte/1.0.2", "piqa/plain_text/1.1.0", "ai2_arc/ARC-Easy/1.0.0"):
+        with zipfile.ZipFile(raw / name / "dummy_data.zip") as archive:
+            archive.extractall(tmp_path / "raw" / name)
+    tasks = (
+        {"name": "super_glue/rte:1.0.2", "family": "nli", "files": "super_glue/**/train.jsonl",
+         "fields": {"premise": "premise", "hypothesis": "hypothesis", "answer": "label"},
+         "labels": {"entailment": "yes", "not_entailment": "no"}},
+        {"name": "ai2_arc/ARC-Easy:1.0.0", "family": "multiple_choice", "files": "ai2_arc/**/ARC-Easy-Train.jsonl",
+         "fields": {"question": "question.stem", "options": "options", "answer": "answerKey"}},
+    )  # fmt: skip
+    for path in (tmp_path / "raw").glob("ai2_arc/**/ARC-Easy-Train.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        sources.jsonl(path, [row | {"options": [c["text"] for c in row["question"]["choices"]]} for row in rows])
+    source = {"name": "flan2021", "kind": "task_rows", "path": str(tmp_path / "raw"), "examples": 100, "tasks": tasks}
+    built = run(sources.config(tmp_path / "out", source | {"few_shot": 0.5}, on_short="report"))
+    assert built.accounts[0].records == built.accounts[0].distinct > 3
+    assert set(built.accounts[0].per_task) == {task["name"] for task in tasks}

@@ -137,5 +137,9 @@ def test_lone_surrogates_and_odd_task_names_do_not_reach_the_output(tmp_path: Pa
     items, report = account("flan_rows", path)
     assert (items, report.dropped) == (1, {"invalid Unicode": 2})
     one = source("flan_rows", path)
+    chats = [sources.chat("x\ud800", "q", "a"), sources.chat("y", "q", "a")]
+    (tmp_path / "b.json").write_text(json.dumps([chat | {"source": "s"} for chat in chats]))
+    assert account("sharegpt", tmp_path / "b.json")[0] == 1
+    assert account("flan_mini", tmp_path / "b.json")[0] == 2  # an id that cannot be written is replaced
     result = scan(sources.config(tmp_path, one, on_bad_record="skip"), one, [path])
     assert result.facts["strata"] == [["../../etc", ""]]

@@ -11,7 +11,7 @@ from flacuna_jax.data.formats import BadRecord
 from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import MixtureSource
-from flacuna_jax.flan_mini.items import Item
+from flacuna_jax.flan_mini.items import Item, bad_unicode
 
 Items = Iterator[tuple[Place, Item]]
 
@@ -89,7 +89,7 @@ def each(
 
 
 def attempt(policy: BadRecordPolicy, where: object, make: Callable[[], list[Item]]) -> list[Item]:
-    """What `make` makes of a record; [] and counted, by reason, where it makes nothing."""
+    """What `make` makes of a record; [] and counted, by reason, where it makes nothing that can be used."""
     try:
         items = make()
     except BadRecord as bad:
@@ -100,6 +100,9 @@ def attempt(policy: BadRecordPolicy, where: object, make: Callable[[], list[Item
         return []
     if not items:
         policy.report.drop("nothing to use in the record", where)
+    if any(bad_unicode(item.fields) or bad_unicode(item.task) for item in items):
+        policy.reject("invalid Unicode", where, "the text holds half a surrogate pair")
+        return []
     return items
 
 

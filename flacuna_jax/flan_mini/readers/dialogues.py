@@ -1,16 +1,28 @@
 """Conversations: Alpaca-style records, ShareGPT exports, and a released FLAN-mini itself."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.files import Place, RawRecord, read_records
-from flacuna_jax.data.formats import COLUMNS, PARSERS, BadRecord, parse_record
-from flacuna_jax.data.report import BadRecordPolicy
+from flacuna_jax.data.formats import COLUMNS, PARSERS, parse_record
+from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.flan_mini.config import MixtureSource
 from flacuna_jax.flan_mini.items import DIALOGUE, READY, Item
-from flacuna_jax.flan_mini.readers.common import Items, Reader, each, filled, find_all, optional, text_of
+from flacuna_jax.flan_mini.readers.common import (
+    Items,
+    Reader,
+    Unusable,
+    attempt,
+    each,
+    filled,
+    find_all,
+    optional,
+    text_of,
+)
 from flacuna_jax.flan_mini.sharegpt import CleaningError, clean
 
 _NO_INPUT = {"", "<noinput>", "noinput", "n/a", "none"}
@@ -35,17 +47,19 @@ def _read_sharegpt(source: MixtureSource, path: Path, policy: BadRecordPolicy) -
     for raw in read_records(path, ("id", "conversations", "items"), policy):
         for place, record in _exported(raw):
             policy.report.read += 1
-            try:
-                conversation, changes = clean(record)
-            except CleaningError as reason:
-                # Not a damaged file: what cleaning takes out is counted, never an error.
-                policy.report.drop(reason.reason, place, reason.detail)
-            except BadRecord as bad:
-                policy.reject(bad.reason, place, bad.detail)
-            else:
-                for change in changes:
-                    policy.report.change(change, place)
-                yield place, _dialogue(source.name, conversation, ready_id=False)
+            for item in attempt(policy, place, partial(_cleaned, source.name, record, place, policy)):
+                yield place, item
+
+
+def _cleaned(task: str, record: Any, place: Place, policy: BadRecordPolicy) -> list[Item]:
+    try:
+        conversation, changes = clean(record)
+    except CleaningError as reason:
+        # Not a damaged file: what cleaning takes out is counted, never an error.
+        raise Unusable(reason.reason, reason.detail) from None
+    for change in changes:
+        policy.report.change(change, place)
+    return [_dialogue(task, conversation, ready_id=False)]
 
 
 def _exported(raw: RawRecord) -> Iterator[tuple[Place, Any]]:
@@ -81,13 +95,22 @@ def _dialogue(task: str, conversation: Conversation, ready_id: bool) -> Item:
 def _read_flan_mini(_: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
     for raw in read_records(path, COLUMNS, policy):
         policy.report.read += 1
-        try:
-            conversation = parse_record(raw, PARSERS["flan_mini"], policy)
-        except BadRecord as bad:
-            policy.reject(bad.reason, raw.place, bad.detail)
-            continue
-        if conversation is not None:
-            yield raw.place, _dialogue(conversation.source, conversation, ready_id=True)
+        for item in attempt(policy, raw.place, partial(_released, raw, policy)):
+            yield raw.place, item
+
+
+def _released(raw: RawRecord, policy: BadRecordPolicy) -> list[Item]:
+    # parse_record counts what it takes out by itself; here that is `attempt`'s to do.
+    seen = SourceReport("")
+    conversation = parse_record(raw, PARSERS["flan_mini"], BadRecordPolicy(seen, "error"))
+    if conversation is None:
+        raise Unusable(next(iter(seen.dropped)), "")
+    for change in seen.changed:
+        policy.report.change(change, raw.place)
+    if conversation.id != str(raw.value.get("id")):
+        # Named after its place in a file; a name that says nothing of the place is made of the content later.
+        conversation = replace(conversation, id="")
+    return [_dialogue(conversation.source, conversation, ready_id=True)]
 
 
 ALPACA = Reader(find_all, _read_alpaca)

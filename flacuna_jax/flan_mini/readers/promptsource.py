@@ -7,8 +7,9 @@ target (a test row's label of -1, say) gives it no item. Templates run in Jinja'
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,18 @@ import jinja2
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flacuna_jax.data.formats import BadRecord
 from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import MixtureSource
 from flacuna_jax.flan_mini.items import PAIR, Item, hash64
-from flacuna_jax.flan_mini.readers.common import Items, Reader, find_training, raw_records
+from flacuna_jax.flan_mini.readers.common import Items, Reader, Unusable, attempt, find_training, raw_records
 from flacuna_jax.flan_mini.readers.task_rows import all_columns
 
 FILE = "templates.yaml"
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue000"
 """Stands for ||| in a row's own text while the rendered template is split at |||."""
-
-_NO_TARGET = "no template gives the record a target"
-_FAILED = "a template fails on a record"
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,27 +145,26 @@ def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
     dataset = _dataset_of(source, path)
     templates = read_templates(Path(source.templates, dataset, FILE), dataset)
     for place, record in raw_records(path, all_columns(path), policy):
-        try:
-            items = list(_convert(templates, record))
-        except jinja2.TemplateError as error:
-            policy.reject(_FAILED, place, str(error))
-            continue
-        if not items:
-            policy.report.drop(_NO_TARGET, place)
-        for item in items:
+        for item in attempt(policy, place, partial(_convert, templates, record)):
             yield place, item
 
 
-def _convert(templates: Sequence[PromptTemplate], record: Mapping[str, Any]) -> Iterator[Item]:
+# What a template can run into on a row that is not as its author thought.
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+
+
+def _convert(templates: Sequence[PromptTemplate], record: Mapping[str, Any]) -> list[Item]:
+    items = []
     for template in templates:
         try:
             rendered = template.render(record)
-        except jinja2.TemplateError as error:
-            raise jinja2.TemplateError(f"template {template.task!r}: {error}") from None
-        except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError, OverflowError) as error:
-            raise jinja2.TemplateError(f"template {template.task!r}: {error}") from None
+        except _FAILURES as error:
+            raise BadRecord("a template fails on the record", f"template {template.task!r}: {error}") from None
         if rendered is not None:
-            yield Item(template.task, PAIR, {"inputs": rendered[0], "targets": rendered[1]})
+            items.append(Item(template.task, PAIR, {"inputs": rendered[0], "targets": rendered[1]}))
+    if not items:
+        raise Unusable("no template gives the record a target", "")
+    return items
 
 
 READER = Reader(find_training, _read)
