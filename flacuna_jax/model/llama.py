@@ -14,10 +14,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.kernels.attention import SAVED_NAMES as ATTENTION_SAVED
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.model.lora import OUTPUT_NAME as PROJECTION_OUTPUT
 from flacuna_jax.model.lora import BaseParam, LoRALinear, base_matrix, fold_keys
-from flacuna_jax.model.sharding import Axes, constrain, gather_weight
+from flacuna_jax.model.sharding import Axes, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +39,10 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
 
-# Remat policies: what a layer's forward pass leaves behind for its backward pass.
+# Remat policies: what a layer's forward pass leaves behind for its backward pass. `dots` keeps the sums of base and
+# adapter products, not the products: no weight is multiplied twice, and nothing is kept for the adapters' sake alone.
 REMAT_POLICIES: dict[str, Callable | None] = {
-    "dots": checkpoint_policies.save_from_both_policies(
-        checkpoint_policies.dots_with_no_batch_dims_saveable,
-        checkpoint_policies.save_only_these_names("attention_output", "attention_lse"),
-    ),
+    "dots": checkpoint_policies.save_only_these_names(PROJECTION_OUTPUT, *ATTENTION_SAVED),
     "full": checkpoint_policies.nothing_saveable,
 }
 
@@ -67,7 +67,7 @@ class Embedding(nnx.Module):
         self.weight = BaseParam(base_matrix(rngs.params(), (vocab_size, size), param_dtype))
 
     def table(self, dtype: jnp.dtype) -> jax.Array:
-        return gather_weight(self.weight[...].astype(dtype), "vocab", "embed")
+        return constrain(self.weight[...].astype(dtype), "vocab", None)
 
 
 @jax.tree_util.register_dataclass
@@ -110,13 +110,13 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
-        self.q_proj = project("q_proj", d, q, ("heads", "embed"))
-        self.k_proj = project("k_proj", d, kv, ("kv_heads", "embed"))
-        self.v_proj = project("v_proj", d, kv, ("kv_heads", "embed"))
-        self.o_proj = project("o_proj", q, d, ("embed", "heads"))
-        self.gate_proj = project("gate_proj", d, f, ("ffn", "embed"))
-        self.up_proj = project("up_proj", d, f, ("ffn", "embed"))
-        self.down_proj = project("down_proj", f, d, ("embed", "ffn"))
+        self.q_proj = project("q_proj", d, q, ("heads", None))
+        self.k_proj = project("k_proj", d, kv, ("kv_heads", None))
+        self.v_proj = project("v_proj", d, kv, ("kv_heads", None))
+        self.o_proj = project("o_proj", q, d, (None, "heads"))
+        self.gate_proj = project("gate_proj", d, f, ("ffn", None))
+        self.up_proj = project("up_proj", d, f, ("ffn", None))
+        self.down_proj = project("down_proj", f, d, (None, "ffn"))
         self.input_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
         self.post_attention_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
 

@@ -7,12 +7,16 @@ U(±1/√in), B zero.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flacuna_jax.config import LoraConfig
-from flacuna_jax.model.sharding import Axes, gather_weight
+from flacuna_jax.model.sharding import Axes, constrain
 
 INITIALIZER_RANGE = 0.02
 """Standard deviation of a fresh base matrix (Hugging Face's `initializer_range`)."""
+
+OUTPUT_NAME = "projection"
+"""Of every projection's output, adapter included, for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 class BaseParam(nnx.Variable):
@@ -53,14 +57,23 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
-        weight_oi = gather_weight(self.weight[...].astype(x_bti.dtype), *self.axes)
+        weight_oi = constrain(self.weight[...].astype(x_bti.dtype), *self.axes)
         y_bto = x_bti @ weight_oi.T
-        if self.lora is None:
-            return y_bto
-        a_ri, b_or = self.lora_a[...].astype(x_bti.dtype), self.lora_b[...].astype(x_bti.dtype)
-        if row_keys_b is not None and self.lora.dropout > 0:
-            x_bti = dropout_rows(x_bti, fold_keys(row_keys_b, self.module_id), self.lora.dropout)
-        return y_bto + (x_bti @ a_ri.T) @ b_or.T * self.lora.scale
+        if self.lora is not None:
+            a_ri, b_or = self.lora_a[...].astype(x_bti.dtype), self.lora_b[...].astype(x_bti.dtype)
+            if row_keys_b is not None and self.lora.dropout > 0:
+                x_bti = dropout_rows(x_bti, fold_keys(row_keys_b, self.module_id), self.lora.dropout)
+            y_bto += _by_group(_by_group(x_bti, a_ri), b_or) * self.lora.scale
+        return checkpoint_name(y_bto, OUTPUT_NAME)
+
+
+def _by_group(x_bti: jax.Array, weight: jax.Array) -> jax.Array:
+    """x times the transpose of `weight`: one [out, in] for all rows, or [groups, out, in], one for each equal part of
+    the batch in its order."""
+    if weight.ndim == 2:
+        return x_bti @ weight.T
+    x_gbti = x_bti.reshape(weight.shape[0], -1, *x_bti.shape[1:])
+    return jnp.einsum("gbti,goi->gbto", x_gbti, weight).reshape(*x_bti.shape[:2], -1)
 
 
 def base_matrix(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -20,7 +20,7 @@ from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params
-from flacuna_jax.model.sharding import constrain
+from flacuna_jax.model.sharding import constrain, parameter_axes, row_shards
 
 Batch = Mapping[str, jax.Array]
 """tokens, targets, segment_ids, positions int32 and loss_mask bool, each [accumulation, batch, length]."""
@@ -74,28 +74,46 @@ def loss_and_gradients(
     Micro-batches at the end that hold only empty rows are not computed.
     """
     rows_per_micro_batch = batch["tokens"].shape[1]
+    differentiated = trainable if config.spec.lora is None else _copy_per_shard(trainable)
     dropout = config.spec.lora is not None and config.spec.lora.dropout > 0
     step_key = jax.random.fold_in(jax.random.key(config.seed), index)
 
-    def summed_loss(trainable: Params, accumulation_index: jax.Array) -> jax.Array:
+    def summed_loss(params: Params, accumulation_index: jax.Array) -> jax.Array:
         micro_batch = {name: leaf[accumulation_index] for name, leaf in batch.items()}
         micro_batch = {name: constrain(leaf, "batch", None) for name, leaf in micro_batch.items()}
         row_keys_b = None
         if dropout:
             rows_b = accumulation_index * rows_per_micro_batch + jnp.arange(rows_per_micro_batch)
             row_keys_b = jax.vmap(jax.random.fold_in, (None, 0))(step_key, rows_b)
-        return jnp.sum(micro_batch_losses(config, {**frozen, **trainable}, micro_batch, row_keys_b))
+        return jnp.sum(micro_batch_losses(config, {**frozen, **params}, micro_batch, row_keys_b))
 
     def accumulate(accumulation_index: jax.Array, carry: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
-        loss, gradients = jax.value_and_grad(summed_loss)(trainable, accumulation_index)
+        loss, gradients = jax.value_and_grad(summed_loss)(differentiated, accumulation_index)
         return jax.tree.map(jnp.add, carry, (loss, gradients))
 
     live_rows = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=-1))
     micro_batches = (live_rows + rows_per_micro_batch - 1) // rows_per_micro_batch
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, differentiated))
     loss, gradients = jax.lax.fori_loop(0, micro_batches, accumulate, zeros)
+    if config.spec.lora is not None:
+        gradients = {name: jnp.sum(gradient, axis=1) for name, gradient in gradients.items()}
     supervised = jnp.maximum(jnp.sum(batch["loss_mask"]), 1).astype(jnp.float32)
     return loss / supervised, jax.tree.map(lambda gradient: gradient / supervised, gradients)
+
+
+def _copy_per_shard(adapters: Params) -> Params:
+    """[layers, ...] → [layers, shards, ...]: every data×fsdp shard reads, and has the gradient of, a copy of its own.
+
+    So gradients are added up where they arise, over all micro-batches, and cross the devices once per step, in float32.
+    One array read by all would have its gradient reduced in every layer of every micro-batch, in compute dtype.
+    """
+    shards = row_shards()
+    copies = {}
+    for name, value in adapters.items():
+        layers, *axes = parameter_axes(name)
+        repeated = jnp.broadcast_to(value[:, None], (value.shape[0], shards, *value.shape[1:]))
+        copies[name] = constrain(repeated, layers, "batch", *axes)
+    return copies
 
 
 Step = Callable[[Params, Any, Params, Batch, Any], tuple[Params, Any, StepMetrics]]
