@@ -10,6 +10,7 @@ from flacuna_jax.version import __version__
 VERBS = {
     "convert": "read a Hugging Face LLaMA checkpoint into the native sharded form",
     "prepare": "build the FLAN-mini collection, or report what a training config would see",
+    "plan": "say what a run takes on hardware that need not be here, and whether it fits",
     "train": "fine-tune: LoRA adapters or all weights, on one device or many",
     "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, verified",
     "evaluate": "benchmark tables: InstructEval or lm-evaluation-harness, models side by side",

@@ -20,12 +20,13 @@ class ModelSource:
 def open_model(model: ModelConfig) -> ModelSource:
     """Reads sizes and opens the files, no weights yet. Raises `UserError` if either is not as it should be."""
     if model.architecture is not None:
-        return ModelSource(_sizes(model.architecture, model.tokenizer_path), None)
+        return ModelSource(architecture_sizes(model.architecture, model.tokenizer_path), None)
     path = str(model.path)
     return ModelSource(read_architecture(path), open_checkpoint(path))
 
 
-def _sizes(architecture: ArchitectureConfig, tokenizer_path: str) -> LlamaConfig:
+def architecture_sizes(architecture: ArchitectureConfig, tokenizer_path: str) -> LlamaConfig:
+    """Sizes that a config gives itself; those it leaves out follow from the others and the tokenizer."""
     return LlamaConfig(
         vocab_size=architecture.vocab_size or load_tokenizer(tokenizer_path).vocab_size,
         hidden_size=architecture.hidden_size,

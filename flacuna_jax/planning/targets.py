@@ -3,10 +3,14 @@
 Sources. GPUs: NVIDIA's datasheets and architecture whitepapers (GA100, GA102, AD102, GH100) for cores, clocks, L2,
 bandwidths and dense bfloat16 rates with float32 accumulation; the CUDA C++ Programming Guide, table "Technical
 Specifications per Compute Capability", for shared memory and threads; memory as the CUDA driver reports it (less than
-the name of the card says). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip.
+the name of the card says). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip. Networks
+between hosts: what vendors' reference systems have (DGX A100: a 200 Gb/s port per GPU, DGX H100/H200: 400 Gb/s), and
+one 100 Gb/s port shared by four cards for workstation and PCIe servers.
 """
 
+import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,13 +47,16 @@ class Target:
 
     device_kind: str
     """As `jax.Device.device_kind` says it."""
-    platform: Literal["cuda", "tpu"]
+    platform: Literal["cuda", "tpu", "cpu"]
     memory: int
     memory_bandwidth: float
     bf16_flops: float
     """Dense peak."""
     link_bandwidth: float
-    """To the other devices of its host, received, all links together: NVLink, PCIe 4 or the TPU's torus."""
+    """To the other devices of its host (a TPU: of its slice), received, all links together."""
+    link: Literal["PCIe 4", "NVLink 3", "NVLink 4", "ICI", "memory"]
+    network_bandwidth: float = 0.0
+    """A device's share of what its host receives from other hosts. TPU slices have none: the torus spans the hosts."""
     gpu: GpuFacts | None = None
     tpu_topology: str = ""
     """libtpu's name of the generation."""
@@ -66,66 +73,161 @@ def _ada(cores: int, clock_ghz: float, l2_mib: int) -> GpuFacts:
 
 _A100 = GpuFacts((8, 0), 108, 64, 1.41, 40 * MIB, 164 * KIB, 163 * KIB, 2048)
 _HOPPER = GpuFacts((9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB, 2048)
-_PCIE_4 = 32e9
-_NVLINK_3, _NVLINK_4 = 300e9, 450e9
+
+
+def _pcie(kind: str, memory: int, bandwidth: float, flops: float, gpu: GpuFacts) -> Target:
+    return Target(kind, "cuda", memory, bandwidth, flops, 32e9, "PCIe 4", 12.5e9 / 4, gpu)
+
+
+def _a100(kind: str, memory: int, bandwidth: float) -> Target:
+    return Target(kind, "cuda", memory, bandwidth, 312e12, 300e9, "NVLink 3", 25e9, _A100)
+
+
+def _hopper(kind: str, memory: int, bandwidth: float) -> Target:
+    return Target(kind, "cuda", memory, bandwidth, 989.4e12, 450e9, "NVLink 4", 50e9, _HOPPER)
+
+
+def _tpu(kind: str, gib: int, bandwidth: float, flops: float, ici: float, name: str, dimensions: int = 2) -> Target:
+    return Target(kind, "tpu", gib * GIB, bandwidth, flops, ici, "ICI", tpu_topology=name, tpu_dimensions=dimensions)
+
 
 TARGETS = {
-    "a6000": Target("NVIDIA RTX A6000", "cuda", 51_041_271_808, 768e9, 154.8e12, _PCIE_4, _ampere_consumer(84, 1.80)),
-    "3090": Target(
-        "NVIDIA GeForce RTX 3090", "cuda", int(23.69 * GIB), 936e9, 71e12, _PCIE_4, _ampere_consumer(82, 1.70)
-    ),
-    "4090": Target("NVIDIA GeForce RTX 4090", "cuda", int(23.65 * GIB), 1008e9, 165.2e12, _PCIE_4, _ada(128, 2.52, 72)),
-    "l40s": Target("NVIDIA L40S", "cuda", int(44.5 * GIB), 864e9, 362.05e12, _PCIE_4, _ada(142, 2.52, 96)),
-    "a100-40gb": Target("NVIDIA A100-SXM4-40GB", "cuda", 42_331_013_120, 1555e9, 312e12, _NVLINK_3, _A100),
-    "a100-80gb": Target("NVIDIA A100-SXM4-80GB", "cuda", 85_100_068_864, 2039e9, 312e12, _NVLINK_3, _A100),
-    "h100": Target("NVIDIA H100 80GB HBM3", "cuda", 84_942_979_072, 3352e9, 989.4e12, _NVLINK_4, _HOPPER),
-    "h200": Target("NVIDIA H200", "cuda", int(139.8 * GIB), 4800e9, 989.4e12, _NVLINK_4, _HOPPER),
-    "v4": Target("TPU v4", "tpu", 32 * GIB, 1228e9, 275e12, 300e9, tpu_topology="v4", tpu_dimensions=3),
-    "v5e": Target("TPU v5 lite", "tpu", 16 * GIB, 819e9, 197e12, 200e9, tpu_topology="v5e"),
-    "v5p": Target("TPU v5", "tpu", 95 * GIB, 2765e9, 459e12, 600e9, tpu_topology="v5p", tpu_dimensions=3),
-    "v6e": Target("TPU v6 lite", "tpu", 32 * GIB, 1638e9, 918e12, 448e9, tpu_topology="v6e"),
+    "a6000": _pcie("NVIDIA RTX A6000", 51_041_271_808, 768e9, 154.8e12, _ampere_consumer(84, 1.80)),
+    "3090": _pcie("NVIDIA GeForce RTX 3090", int(23.69 * GIB), 936e9, 71e12, _ampere_consumer(82, 1.70)),
+    "4090": _pcie("NVIDIA GeForce RTX 4090", int(23.65 * GIB), 1008e9, 165.2e12, _ada(128, 2.52, 72)),
+    "l40s": _pcie("NVIDIA L40S", int(44.5 * GIB), 864e9, 362.05e12, _ada(142, 2.52, 96)),
+    "a100-40gb": _a100("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1555e9),
+    "a100-80gb": _a100("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2039e9),
+    "h100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072, 3352e9),
+    "h200": _hopper("NVIDIA H200", int(139.8 * GIB), 4800e9),
+    "v4": _tpu("TPU v4", 32, 1228e9, 275e12, 300e9, "v4", 3),
+    "v5e": _tpu("TPU v5 lite", 16, 819e9, 197e12, 200e9, "v5e"),
+    "v5p": _tpu("TPU v5", 95, 2765e9, 459e12, 600e9, "v5p", 3),
+    "v6e": _tpu("TPU v6 lite", 32, 1638e9, 918e12, 448e9, "v6e"),
 }
 _ALIASES = {"rtxa6000": "a6000", "rtx3090": "3090", "rtx4090": "4090", "a100": "a100-80gb", "v5lite": "v5e"}
 
 
-def parse_target(text: str) -> tuple[Target, int]:
-    """`4xA6000`, `8 x h100` or `v5e` (one device) to the kind and the count.
+@dataclass(frozen=True)
+class Machine:
+    """Accelerators of one kind, and how they hang together."""
 
-    Raises UserError for a kind that is not in `TARGETS` or a count below 1.
+    target: Target
+    hosts: int = 1
+    """A TPU slice counts as one: its torus does not care for hosts."""
+    devices_per_host: int = 1
+    torus: tuple[int, ...] = ()
+    """Sides of a TPU slice, if the user named them."""
+
+    @property
+    def devices(self) -> int:
+        return self.hosts * self.devices_per_host
+
+    @property
+    def description(self) -> str:
+        hosts = f"{self.hosts} × " if self.hosts > 1 else ""
+        torus = f" ({'×'.join(map(str, self.torus))})" if self.torus else ""
+        return f"{hosts}{self.devices_per_host} × {self.target.device_kind}{torus}"
+
+    @property
+    def usable_memory(self) -> int:
+        """Bytes per device that a compiled program may take. The rest is the runtime's.
+
+        CUDA: context, NCCL's buffers and libraries' workspaces, about 1 GiB, and 3 % for what the allocator cannot
+        place. TPU: what libtpu keeps for itself.
+        """
+        memory = self.target.memory
+        return int(0.97 * memory) - GIB if self.target.platform == "cuda" else memory - 256 * MIB
+
+
+def parse_target(text: str) -> Machine:
+    """`4xA6000`, `16x8xH100` (hosts × devices each × kind), `v5p:4x4x8` (a slice), `v5e` (one device).
+
+    Raises UserError for a kind that is not in `TARGETS`, a count below 1, or sides that make no torus.
     """
-    found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S+)\s*", text.lower())
-    name = found[2] if found else text
+    found = re.fullmatch(r"(?:(\d+)[x×*])?(?:(\d+)[x×*])?([^:\s]+?)(?::(\d+(?:x\d+)*))?", text.lower().replace(" ", ""))
+    name = found[3] if found else text
     name = _ALIASES.get(name, name)
-    if not found or name not in TARGETS or found[1] == "0":
-        raise UserError(f"target {text!r}: say COUNTxKIND, as in 4xA6000; kinds: {', '.join(TARGETS)}")
-    return TARGETS[name], int(found[1] or 1)
+    counts = [int(count) for count in found.groups()[:2] if count] if found else []
+    if not found or name not in TARGETS or 0 in counts:
+        raise UserError(
+            f"target {text!r}: say COUNTxKIND (4xA6000), HOSTSxCOUNTxKIND (16x8xH100) or a TPU slice (v5p:4x4x8); "
+            f"kinds: {', '.join(TARGETS)}"
+        )
+    target = TARGETS[name]
+    if found[4] is None:
+        hosts, each = (1, *counts)[-2:] if counts else (1, 1)
+        return Machine(target, 1, hosts * each) if target.platform == "tpu" else Machine(target, hosts, each)
+    torus = tuple(int(side) for side in found[4].split("x"))
+    # v4 and v5p are named by three sides, the others by two.
+    if target.platform != "tpu" or counts or len(torus) != target.tpu_dimensions or 0 in torus:
+        sides = "x".join("4" * target.tpu_dimensions)
+        example = f"{name}:{sides}" if target.platform == "tpu" else f"4x{name}"
+        raise UserError(f"target {text!r}: this kind is named as in {example}")
+    return Machine(target, 1, math.prod(torus), torus)
 
 
-def absent_devices(target: Target, count: int) -> Sequence[jax.Device]:
-    """`count` devices of a kind that need not be present: build a Mesh of them, lower with shardings on it, compile.
+def present_machine(devices: Sequence[jax.Device]) -> Machine:
+    """The machine that the given devices make, by their kind.
+
+    CPU devices are described by round numbers of a few cores; their memory is the host's, shared. Raises UserError for
+    an accelerator that is not in `TARGETS`.
+    """
+    first = devices[0]
+    hosts = len({device.process_index for device in devices})
+    if first.platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * hosts // len(devices)
+        target = Target("CPU", "cpu", memory, 20e9, 100e9, 10e9, "memory", 1e9)
+    else:
+        known = next((target for target in TARGETS.values() if target.device_kind == first.device_kind), None)
+        if known is None:
+            raise UserError(f"no facts are known of {first.device_kind!r}; it can be added in planning/targets.py")
+        target = known
+    if target.platform == "tpu":
+        return Machine(target, 1, len(devices))
+    return Machine(target, hosts, len(devices) // hosts)
+
+
+class CompilerMissing(UserError):
+    """The compiler for a platform is not installed here."""
+
+
+def absent_devices(machine: Machine) -> list[jax.Device]:
+    """The devices of a machine that need not be present: build a Mesh of them, lower with shardings on it, compile.
 
     The real compilers run, so memory_analysis(), the optimised program and resource limits are those of the hardware;
     nothing can be executed. Use the ambient mesh (`jax.set_mesh`) when lowering, so that kernels are chosen for it.
+    Where there is no such hardware, JAX must run on the CPU (`jax_platforms`): plugins look for devices otherwise.
 
-    Raises UserError where the compiler for the platform is not installed or has no such arrangement of devices.
+    Raises CompilerMissing where the compiler for the platform is not installed, UserError where it knows no such
+    arrangement of devices.
     """
+    target = machine.target
     names: dict[str, Any]
+    plugins: tuple[str, ...]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # plugins report at length that there is no device
     if target.gpu is not None:
-        shape = f"1x1x{count}"
+        shape = f"1x{machine.hosts}x{machine.devices_per_host}"
         names = {"platform": "cuda", "topology": shape, "target_config": gpu_target_config(target)}
-        needs = "jax-cuda12-plugin (of jax's version) and nvidia-cuda-nvcc-cu12"
+        plugins, extra = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12"
     else:
-        shape = f"{target.tpu_topology}:{_torus(count, target.tpu_dimensions)}"
+        sides = machine.torus or _torus(machine.devices, target.tpu_dimensions)
+        shape = f"{target.tpu_topology}:{'x'.join(map(str, sides))}"
         # One device per chip on v4: its two cores work as one. Newer generations do so by default.
         names = {"platform": "tpu"} | ({"chip_config_name": "megacore"} if target.tpu_topology == "v4" else {})
-        needs = "jax[tpu]"
+        plugins, extra = ("libtpu",), "tpu"
+        # libtpu otherwise waits for a metadata server that only TPU hosts have.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if not any(importlib.util.find_spec(plugin) for plugin in plugins):
+        raise CompilerMissing(
+            f"the compiler for {target.device_kind} is not installed: pip install 'flacuna-jax[{extra}]'; "
+            "no device is needed"
+        )
     try:
         devices = topologies.get_topology_desc(shape, **names).devices
     except Exception as error:
-        raise UserError(
-            f"cannot compile for {count} × {target.device_kind} here: install {needs}. The compiler said: {error}"
-        ) from error
-    return devices[:count]
+        raise UserError(f"cannot compile for {machine.description} here: {error}") from error
+    return list(devices[: machine.devices])
 
 
 def gpu_target_config(target: Target) -> str:
@@ -152,11 +254,11 @@ device_description_str: "{target.device_kind}"
 """
 
 
-def _torus(count: int, dimensions: int) -> str:
+def _torus(count: int, dimensions: int) -> tuple[int, ...]:
     """The smallest slice with at least `count` chips."""
     for sides in _TPU_SLICES[dimensions]:
         if math.prod(sides) >= count:
-            return "x".join(map(str, sides))
+            return sides
     raise UserError(f"{count} TPU chips are more than one slice that can be planned for ({math.prod(sides)})")
 
 

@@ -1,0 +1,165 @@
+"""`python -m flacuna_jax.plan --config C [--target 4xA6000]`: what a run will take on hardware that need not be here.
+
+Compiles the trainer's own step for it, weights and devices absent, and says what it needs, how long it takes, and
+whether it fits.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from flacuna_jax.cli import run_verb
+from flacuna_jax.config import RunConfig
+from flacuna_jax.config_files import load_config
+from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_run
+from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.sharding import check_tensor_parallelism
+from flacuna_jax.model_source import architecture_sizes
+from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
+from flacuna_jax.planning.report import plan_table, ranking_table, write_html
+from flacuna_jax.planning.search import nearest_fit, search
+from flacuna_jax.planning.targets import CompilerMissing, Machine, absent_devices, parse_target, present_machine
+from flacuna_jax.planning.workload import Statistics, Workload, assumed_statistics, measured_statistics
+
+Note = Callable[[str], None]
+
+LLAMA_SIZES = {
+    "7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128),
+    "13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128),
+    "30b": LlamaConfig(32000, 6656, 17920, 60, 52, 52, 128),
+    "65b": LlamaConfig(32000, 8192, 22016, 80, 64, 64, 128),
+}
+"""Touvron et al., 2023 (arXiv:2302.13971), table 2, and the released config.json files."""
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="flacuna plan",
+        description="Says what a run takes on a machine: memory, time, exchanges, cost; and whether it fits.",
+        epilog="Any setting of the config can be overridden: --mesh='{data: 4}' --training.remat=full --lora=null",
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
+    parser.add_argument("--target", metavar="M", help="4xA6000, 16x8xH100, v5p:4x4x8, ...; default: the devices here")
+    parser.add_argument("--search", action="store_true", help="rank layouts × remat × micro-batch instead")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a picture of the memory by kind")
+    parser.add_argument("--price", type=float, metavar="X", help="per device and hour, in any currency")
+    parser.add_argument("--sizes", choices=LLAMA_SIZES, help="plan for a LLaMA of these sizes instead of model.path's")
+    parser.add_argument("--examples", type=int, metavar="N", help="of an epoch, where the data are not here")
+    parser.add_argument("--estimate", action="store_true", help="from the sizes alone, without compiling")
+    arguments, overrides = parser.parse_known_args(argv)
+    plan(arguments, load_config(arguments.config, overrides))
+    return None
+
+
+def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
+    console, notes = Console(), Console(stderr=True)
+
+    def note(text: str) -> None:
+        notes.print(text, style="dim", markup=False, highlight=False)
+
+    machine, devices = _machine(arguments.target, arguments.estimate, note)
+    architecture = LLAMA_SIZES[arguments.sizes] if arguments.sizes else _architecture(config, note)
+    workload = Workload.of(config, architecture, _statistics(config, arguments.examples, note))
+    if arguments.search:
+        plans = search(workload, machine, devices, notify=note)
+    else:
+        plans = [_plan_as_configured(config, workload, machine, devices)]
+    if arguments.html:
+        write_html(arguments.html, plans)
+    best = plans[0]
+    advice = None if best.fits else nearest_fit(best, devices)
+    if arguments.json:
+        documents = [plan.to_json(arguments.price) for plan in plans]
+        document = {"plans": documents} if arguments.search else documents[0]
+        print(json.dumps({**document, "nearest_fit": advice and advice.to_json(arguments.price)}, indent=2))
+        return
+    if arguments.search:
+        console.print(ranking_table(plans, arguments.price))
+    console.print(plan_table(best, arguments.price))
+    if not best.fits:
+        console.print(_advice(advice, machine), style="bold", markup=False)
+
+
+def _plan_as_configured(
+    config: RunConfig, workload: Workload, machine: Machine, devices: Sequence[jax.Device] | None
+) -> Plan:
+    training = config.training
+    layout = default_layout(config.mesh, training.remat, training.micro_batch_size, machine.devices)
+    if layout.mesh.devices > machine.devices:
+        raise UserError(f"mesh: {layout.mesh.devices} devices, but the target has {machine.devices}; say mesh: auto")
+    sizes = workload.spec.config
+    check_tensor_parallelism(layout.mesh.tensor, sizes.num_heads, sizes.num_kv_heads, sizes.intermediate_size)
+    check_batch_arithmetic(training, layout.shards)
+    if devices is None:
+        return estimated_plan(workload, layout, machine)
+    return compiled_plan(workload, layout, machine, devices)
+
+
+def _machine(target: str | None, estimate: bool, note: Note) -> tuple[Machine, Sequence[jax.Device] | None]:
+    """The machine, and its devices to compile for if there is a compiler."""
+    if target is None:
+        return present_machine(jax.devices()), None if estimate else jax.devices()
+    # Nothing runs on an accelerator here, and plugins that look for one in vain would end the program.
+    jax.config.update("jax_platforms", "cpu")
+    machine = parse_target(target)
+    if estimate:
+        return machine, None
+    try:
+        return machine, absent_devices(machine)
+    except CompilerMissing as error:
+        note(f"note: {error}; what follows is estimated from the sizes")
+        return machine, None
+
+
+def _architecture(config: RunConfig, note: Note) -> LlamaConfig:
+    model = config.model
+    if model.architecture is not None:
+        return architecture_sizes(model.architecture, model.tokenizer_path)
+    path = Path(str(model.path))
+    if path.is_dir():
+        return read_architecture(path)
+    named = re.search(r"(?<!\d)(7|13|30|65)b", path.name.lower())
+    if named is None:
+        raise UserError(f"model.path: {path} is not here; say --sizes, one of {', '.join(LLAMA_SIZES)}")
+    note(f"note: {path} is not here; its name says LLaMA-{named[1]}B, whose sizes are taken")
+    return LLAMA_SIZES[named[0]]
+
+
+def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statistics:
+    """From the data if they and the tokenizer are here, else assumed."""
+    missing = [source.path for source in config.data.sources if not Path(source.path).exists()]
+    if not Path(config.model.tokenizer_path).exists():
+        missing.append(config.model.tokenizer_path)
+    if missing:
+        note(f"note: {', '.join(missing)}: not here, so the data's statistics are assumed")
+        return assumed_statistics(config.data, config.training, examples)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
+    store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note)
+    # Steps and rows per step are the same on any number of shards.
+    training = config.training.model_copy(update={"micro_batch_size": 1})
+    return measured_statistics(plan_run(store, config.data, training, seed=config.seed, shards=1), store)
+
+
+def _advice(advice: Plan | None, machine: Machine) -> str:
+    if advice is None:
+        return f"no layout of this model fits {machine.description}: more devices, or larger ones, are needed"
+    how = "compiled" if advice.compiled else "estimated"
+    return (
+        f"nearest that fits ({how}): {advice.layout}: {advice.peak / 1e9:.1f} GB per device, "
+        f"{advice.time.step:.2f} s per step"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_verb(main))

@@ -1,0 +1,116 @@
+"""Compiles the real train step, for devices that are here or not, with no array allocated, and reads the result."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
+from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
+from flacuna_jax.planning.hlo import Program
+from flacuna_jax.planning.workload import Layout, Workload
+from flacuna_jax.training.optimizer import make_optimizer
+from flacuna_jax.training.state import StateLayout
+from flacuna_jax.training.step import StepConfig, make_step
+
+_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The step as the compiler of the hardware made it. Bytes per device."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+    work: Work
+    seconds: float
+    """To trace and compile."""
+    program: Program
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The compiler refused: it says itself that the program does not fit."""
+
+    peak: int | None
+    """Bytes that it would have taken, if the compiler told."""
+    message: str
+    seconds: float
+
+
+def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+    """The trainer's own step (`training.step.make_step`) on abstract arguments, lowered for `devices`."""
+    mesh = make_mesh(layout.mesh, devices)
+    spec, training = workload.spec, workload.training
+    state = StateLayout(spec, make_optimizer(training, workload.statistics.steps or 1_000_000), mesh)
+    trainable, opt_state = state.trainable, state.opt_state
+    step = make_step(StepConfig(spec, workload.seed, remat=layout.remat), state.optimizer, mesh, state.shardings)
+    index = jax.ShapeDtypeStruct((), "int32")
+    with jax.set_mesh(mesh):
+        jitted = step.jitted  # type: ignore[attr-defined]
+        return jitted.lower(trainable, opt_state, _frozen(workload, mesh), _batch(workload, layout, mesh), index)
+
+
+def _frozen(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    spec = workload.spec
+    if spec.lora is None:
+        return {}
+    shardings = parameter_shardings(spec.base_shapes, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, spec.param_dtype, sharding=shardings[name])
+        for name, shape in spec.base_shapes.items()
+    }
+
+
+def _batch(workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (workload.micro_batches(layout), layout.micro_batch * layout.shards, workload.length)
+    sharding = batch_sharding(mesh)
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), "int32") | {"loss_mask": "bool"}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def compile_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]) -> CompiledStep | OutOfMemory:
+    """Compiles the step. Errors other than a lack of device memory are the caller's."""
+    started = time.monotonic()
+    try:
+        compiled = lower_step(workload, layout, devices).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or "shared memory" in str(error).lower():
+            raise
+        message = str(error).splitlines()[0]
+        return OutOfMemory(_stated_bytes(str(error)), message, time.monotonic() - started)
+    program = Program(compiled.as_text() or "", lambda op_name: _loop_trips(op_name, workload, layout))
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    fresh_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return CompiledStep(
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=arguments + temporaries + fresh_outputs,
+        work=Work(program.matrix_flops, attention_flops(workload, layout), program.memory_traffic, program.collectives),
+        seconds=time.monotonic() - started,
+        program=program,
+    )
+
+
+def _loop_trips(op_name: str, workload: Workload, layout: Layout) -> float:
+    """Times that a loop runs which the compiler has no count for, told by where it is from."""
+    if "shard_map" in op_name:
+        return head_chunks(workload, layout)
+    if op_name.count("while") > 1:
+        return workload.spec.config.num_layers
+    return workload.micro_batches(layout)
+
+
+def _stated_bytes(message: str) -> int | None:
+    """`Used 20.50G of 15.75G hbm`, `Out of memory while trying to allocate 123456 bytes`."""
+    if found := re.search(r"[Uu]sed ([\d.]+)([KMG]i?B?|B) of", message):
+        return int(float(found[1]) * _UNITS[found[2]])
+    if found := re.search(r"allocate ([\d.]+) ?([KMG]iB|bytes)", message):
+        return int(float(found[1]) * _UNITS.get(found[2], 1))
+    return None

@@ -1,0 +1,172 @@
+"""Memory, arithmetic and communication of a step from the sizes alone, for ranking and where no compiler is at hand.
+
+Weights, state and exchanges follow exactly from the shardings; what activations keep follows from what each remat
+policy saves, with constants fitted to compiled programs (docs/scaling.md); memory traffic is a rough count.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jax.sharding import AbstractMesh, NamedSharding
+
+from flacuna_jax.config import MeshConfig
+from flacuna_jax.kernels.cross_entropy import CHUNK
+from flacuna_jax.model.parameters import Shapes, count
+from flacuna_jax.model.sharding import MESH_AXES, stored_spec
+from flacuna_jax.planning.hlo import Collective
+from flacuna_jax.planning.workload import Layout, Workload
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step does on each device."""
+
+    matrix_flops: float
+    attention_flops: float
+    memory_traffic: float
+    """Bytes read and written in device memory."""
+    collectives: Sequence[Collective]
+
+    @property
+    def flops(self) -> float:
+        return self.matrix_flops + self.attention_flops
+
+
+def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
+    """Bytes per device of what the step is given, by kind."""
+    spec, mesh = workload.spec, layout.mesh
+    base = _stored(spec.base_shapes, mesh)
+    rows = workload.micro_batches(layout) * layout.micro_batch
+    batch = rows * workload.length * (4 * 4 + 1)  # tokens, targets, segments, positions; one mask
+    if spec.lora is None:
+        return {"weights": 4 * base, "optimizer state": 8 * base, "batch": batch}
+    adapters = _stored(spec.lora_shapes, mesh)
+    return {
+        "base weights": workload.compute_bytes * base,
+        "adapters": 4 * adapters,
+        "optimizer state": 8 * adapters,
+        "batch": batch,
+    }
+
+
+def _stored(shapes: Shapes, mesh: MeshConfig) -> int:
+    """Numbers that one device holds."""
+    abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), MESH_AXES)
+    return sum(
+        math.prod(NamedSharding(abstract, stored_spec(name, shape, abstract)).shard_shape(shape))
+        for name, shape in shapes.items()
+    )
+
+
+def temporary_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes per device that the step takes beyond its arguments."""
+    spec, config, size, tensor = workload.spec, workload.spec.config, workload.compute_bytes, layout.mesh.tensor
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    # Per token and layer: the layer's input; results of products and attention; what lies between them.
+    kept: float = d
+    if layout.remat != "full":
+        kept += d + (2 * q + 2 * kv + 2 * f) / tensor + 4 * config.num_heads / tensor / size
+    if layout.remat == "none":
+        kept += 4.5 * d + (q + kv + 2 * f) / tensor
+        if spec.lora is not None:
+            dropout = spec.lora.dropout > 0
+            kept += len(spec.lora.targets) * d * (1.5 if dropout else 0)
+    within_layer = 4 * d + (3 * q + 3 * kv + 4 * f) / tensor  # of the one layer that is at work
+    activations = workload.tokens_per_pass(layout) * size * (config.num_layers * kept + within_layer)
+    head = config.vocab_size * d // tensor * size
+    largest = max(math.prod(shape[1:]) for name, shape in spec.base_shapes.items() if name.startswith("layers/"))
+    gathered = (head + 2 * largest // tensor * size) if layout.mesh.fsdp > 1 else 0
+    chunk = min(CHUNK, workload.tokens_per_pass(layout)) * config.vocab_size // tensor * (4 + size)
+    if spec.lora is None:
+        gradients = 4 * _stored(spec.base_shapes, layout.mesh)
+        # The sums of the micro-batches, each micro-batch's own, and the head's, which is whole on every device.
+        return int(activations + gathered + chunk + 2 * gradients + 4 * head // size * (layout.mesh.fsdp > 1))
+    return int(activations + gathered + chunk + 3 * 4 * _stored(spec.lora_shapes, layout.mesh))
+
+
+def attention_flops(workload: Workload, layout: Layout) -> float:
+    """Operations per device and step of the attention kernels: two products forward, five backward, on what is
+    visible: half of each document, in whole tiles."""
+    config, statistics = workload.spec.config, workload.statistics
+    visible = min(workload.length, statistics.document_length + 128) / 2
+    width = config.num_heads * config.head_dim / layout.mesh.tensor
+    passes = 2 + 5 + (2 if layout.remat == "full" else 0)
+    return passes * 2 * visible * width * _tokens(workload, layout) * config.num_layers
+
+
+def _tokens(workload: Workload, layout: Layout) -> int:
+    """Positions that one device computes in a step."""
+    return workload.micro_batches(layout) * workload.tokens_per_pass(layout)
+
+
+def head_chunks(workload: Workload, layout: Layout) -> float:
+    """How many chunks of supervised positions meet the head in one micro-batch."""
+    statistics = workload.statistics
+    tokens = workload.tokens_per_pass(layout)
+    return math.ceil(tokens * statistics.fill * statistics.supervised / min(CHUNK, tokens))
+
+
+def estimate_work(workload: Workload, layout: Layout) -> Work:
+    spec, config, tensor = workload.spec, workload.spec.config, layout.mesh.tensor
+    tokens, micro_batches = _tokens(workload, layout), workload.micro_batches(layout)
+    matrices = {name: shape for name, shape in spec.base_shapes.items() if name.endswith("_proj/weight")}
+    weights = count(matrices)
+    full_tuning, recomputed = spec.lora is None, layout.remat == "full"
+    passes = 2 + full_tuning + recomputed
+    head_tokens = head_chunks(workload, layout) * min(CHUNK, workload.tokens_per_pass(layout)) * micro_batches
+    head = config.vocab_size * config.hidden_size
+    matrix_flops = 2 * passes * weights / tensor * tokens + 2 * (4 if full_tuning else 2) * head / tensor * head_tokens
+    if not full_tuning:
+        matrix_flops += 2 * 3 * count(spec.lora_shapes) * tokens / tensor
+    size, d = workload.compute_bytes, config.hidden_size
+    per_token = 24 * d + (8 * config.num_heads * config.head_dim + 10 * config.intermediate_size) / tensor
+    traffic = micro_batches * passes * weights / tensor * size * (2 if layout.mesh.fsdp > 1 else 1)
+    traffic += tokens * config.num_layers * per_token * size * (2 + recomputed)
+    return Work(matrix_flops, attention_flops(workload, layout), traffic, tuple(_collectives(workload, layout)))
+
+
+def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
+    """The exchanges that the layout makes necessary; a compiled program has just these (a test says so)."""
+    spec, mesh, size = workload.spec, layout.mesh, workload.compute_bytes
+    micro_batches = workload.micro_batches(layout)
+    layers = spec.config.num_layers
+    groups = {axis: mesh_group(mesh, axis) for axis in MESH_AXES}
+    rows = mesh_group(mesh, "data", "fsdp")
+    found: list[Collective] = []
+
+    def exchange(kind: str, nbytes: float, group: tuple[int, ...], times: float) -> None:
+        if len(group) > 1:
+            found.append(Collective(kind, int(nbytes), group, times, False, "estimated"))
+
+    per_layer = [
+        math.prod(shape[1:]) * size // mesh.tensor
+        for name, shape in spec.base_shapes.items()
+        if name.endswith("_proj/weight")
+    ]
+    table = spec.config.vocab_size * spec.config.hidden_size * size // mesh.tensor
+    gathers = 2 + (layout.remat == "full")
+    for nbytes in per_layer:
+        exchange("all-gather", nbytes, groups["fsdp"], gathers * layers * micro_batches)
+    exchange("all-gather", table, groups["fsdp"], 2 * micro_batches)
+    if spec.lora is None:
+        for nbytes in per_layer:
+            exchange("reduce-scatter", nbytes, groups["fsdp"], layers * micro_batches)
+            exchange("all-reduce", nbytes / mesh.fsdp, groups["data"], layers * micro_batches)
+        exchange("all-reduce", 2 * table, rows, 2 * micro_batches)
+    else:
+        exchange("all-reduce", 4 * _stored(spec.lora_shapes, mesh), rows, 1)
+    activations = workload.tokens_per_pass(layout) * spec.config.hidden_size * size
+    exchange("all-reduce", activations, groups["tensor"], (4 + 2 * (layout.remat == "full")) * layers * micro_batches)
+    return found
+
+
+def mesh_group(mesh: MeshConfig, *axes: str) -> tuple[int, ...]:
+    """Positions in the mesh of the devices that differ from the first along the given axes only."""
+    strides = {"tensor": 1, "fsdp": mesh.tensor, "data": mesh.tensor * mesh.fsdp}
+    positions = [0]
+    for axis in MESH_AXES:
+        if axis in axes:
+            positions = [p + i * strides[axis] for p in positions for i in range(getattr(mesh, axis))]
+    return tuple(positions)

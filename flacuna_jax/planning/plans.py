@@ -1,0 +1,151 @@
+"""A plan: one layout on one machine, compiled or estimated, with what it takes, how long, and whether it fits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from flacuna_jax.config import MeshConfig
+from flacuna_jax.planning.compile import OutOfMemory, compile_step
+from flacuna_jax.planning.estimate import Work, argument_bytes, estimate_work, temporary_bytes
+from flacuna_jax.planning.roofline import StepTime, step_time, summarise
+from flacuna_jax.planning.targets import Machine
+from flacuna_jax.planning.workload import Layout, Workload
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one layout of a workload means on a machine. Bytes, FLOPs and seconds are per device and optimizer step."""
+
+    layout: Layout
+    machine: Machine
+    workload: Workload
+    arguments: dict[str, int]
+    """Bytes by kind."""
+    temporaries: int
+    peak: int
+    work: Work
+    time: StepTime
+    compiled: bool
+    """False: estimated from the sizes, no compiler had a say."""
+    compile_seconds: float = 0.0
+
+    @property
+    def headroom(self) -> int:
+        return self.machine.usable_memory - self.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+    @property
+    def hours(self) -> float | None:
+        steps = self.workload.statistics.steps
+        return None if steps is None else steps * self.time.step / 3600
+
+    def cost(self, price: float | None) -> float | None:
+        """Of the run, at `price` per device and hour."""
+        return None if price is None or self.hours is None else self.hours * self.machine.devices * price
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens, padding left out, of the whole machine."""
+        statistics = self.workload.statistics
+        return statistics.rows_per_step * self.workload.length * statistics.fill / self.time.step
+
+    def to_json(self, price: float | None = None) -> dict[str, Any]:
+        statistics = self.workload.statistics
+        return {
+            "machine": self.machine.description,
+            "devices": self.machine.devices,
+            "mesh": self.layout.mesh.model_dump(),
+            "remat": self.layout.remat,
+            "micro_batch_size": self.layout.micro_batch,
+            "micro_batches": self.workload.micro_batches(self.layout),
+            "source": "compiled" if self.compiled else "estimated",
+            "compile_seconds": round(self.compile_seconds, 2),
+            "memory": {
+                "arguments": sum(self.arguments.values()),
+                "arguments_by_kind": self.arguments,
+                "temporaries": self.temporaries,
+                "peak": self.peak,
+                "usable": self.machine.usable_memory,
+                "capacity": self.machine.target.memory,
+                "headroom": self.headroom,
+            },
+            "fits": self.fits,
+            "flops": self.work.flops,
+            "attention_flops": self.work.attention_flops,
+            "hbm_bytes": self.work.memory_traffic,
+            "collectives": summarise(self.work.collectives, self.machine),
+            "seconds": {
+                "arithmetic": self.time.compute,
+                "device_memory": self.time.memory,
+                "links": self.time.links,
+                "exposed_exchanges": self.time.exposed,
+                "step": self.time.step,
+            },
+            "bound_by": self.time.bound,
+            "data": {
+                "assumed": statistics.assumed,
+                "rows_per_step": statistics.rows_per_step,
+                "examples_per_step": statistics.examples_per_step,
+                "fill": statistics.fill,
+            },
+            "steps": statistics.steps,
+            "hours": self.hours,
+            "tokens_per_second": self.tokens_per_second,
+            "cost": self.cost(price),
+        }
+
+
+def estimated_plan(workload: Workload, layout: Layout, machine: Machine) -> Plan:
+    """From the sizes alone, in milliseconds."""
+    arguments, temporaries = argument_bytes(workload, layout), temporary_bytes(workload, layout)
+    work = estimate_work(workload, layout)
+    return Plan(
+        layout=layout,
+        machine=machine,
+        workload=workload,
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=sum(arguments.values()) + temporaries,
+        work=work,
+        time=step_time(work, machine),
+        compiled=False,
+    )
+
+
+def compiled_plan(workload: Workload, layout: Layout, machine: Machine, devices: Sequence[jax.Device]) -> Plan:
+    """By the compiler of the hardware. Where it refuses for lack of memory, what it says is all there is of memory."""
+    estimated = estimated_plan(workload, layout, machine)
+    result = compile_step(workload, layout, devices)
+    if isinstance(result, OutOfMemory):
+        peak = max(result.peak or estimated.peak, machine.usable_memory + 1)
+        temporaries = peak - sum(estimated.arguments.values())
+        return replace(estimated, peak=peak, temporaries=temporaries, compiled=True, compile_seconds=result.seconds)
+    return Plan(
+        layout=layout,
+        machine=machine,
+        workload=workload,
+        arguments=_with_the_rest(estimated.arguments, result.arguments),
+        temporaries=result.peak - result.arguments,
+        peak=result.peak,
+        work=result.work,
+        time=step_time(result.work, machine),
+        compiled=True,
+        compile_seconds=result.seconds,
+    )
+
+
+def _with_the_rest(kinds: dict[str, int], total: int) -> dict[str, int]:
+    """Kinds add up to what the compiler counts: counters, padding of layouts."""
+    rest = total - sum(kinds.values())
+    return {**kinds, "other": rest} if rest > 0 else kinds
+
+
+def default_layout(mesh: MeshConfig | str, remat: str, micro_batch: int, devices: int) -> Layout:
+    """What the config says; `auto` as the trainer takes it where nothing was searched."""
+    mesh = mesh if isinstance(mesh, MeshConfig) else MeshConfig(fsdp=devices)
+    return Layout(mesh, "dots" if remat == "auto" else remat, micro_batch)

@@ -1,0 +1,92 @@
+"""How long a step takes: arithmetic, memory traffic and exchanges, each at the rate of its part of the hardware.
+
+Peaks are scaled by what well-made programs reach of them. These shares are assumptions until a device is measured
+(docs/performance.md says where one was).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flacuna_jax.planning.estimate import Work
+from flacuna_jax.planning.hlo import Collective
+from flacuna_jax.planning.targets import Machine
+
+MATRIX_SHARE = {"cuda": 0.62, "tpu": 0.75, "cpu": 0.5}
+"""Of the dense bfloat16 peak, in large matrix products. 0.62 of an A6000 is 95 TFLOP/s."""
+MEMORY_SHARE = 0.8
+LINK_SHARE = {"PCIe 4": 0.62, "NVLink 3": 0.75, "NVLink 4": 0.75, "ICI": 0.8, "memory": 0.5}
+NETWORK_SHARE = 0.75
+LATENCY = 20e-6
+"""Seconds before the first byte of an exchange arrives."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    memory: float
+    links: dict[str, float]
+    """By link, overlapped or not."""
+    exposed: float
+    """Exchanges during which nothing else happens."""
+    step: float
+    bound: str
+    """What the step spends most of its time on."""
+
+
+def step_time(work: Work, machine: Machine) -> StepTime:
+    target = machine.target
+    compute = work.flops / (target.bf16_flops * MATRIX_SHARE[target.platform])
+    memory = work.memory_traffic / (target.memory_bandwidth * MEMORY_SHARE)
+    links: dict[str, float] = {}
+    overlapped = exposed = 0.0
+    for collective in work.collectives:
+        link, seconds = exchange_time(collective, machine)
+        links[link] = links.get(link, 0.0) + seconds
+        if collective.overlapped:
+            overlapped += seconds
+        else:
+            exposed += seconds
+    parts = {"arithmetic": compute, "device memory": memory, **links}
+    return StepTime(
+        compute=compute,
+        memory=memory,
+        links=links,
+        exposed=exposed,
+        step=max(compute, memory, overlapped) + exposed,
+        bound=max(parts, key=lambda part: parts[part]),
+    )
+
+
+def exchange_time(collective: Collective, machine: Machine) -> tuple[str, float]:
+    """(link that limits it, seconds of all its repetitions). Rings: what crosses hosts is shared by a host's ports."""
+    target = machine.target
+    local = collective.received / (target.link_bandwidth * LINK_SHARE[target.link])
+    hosts = Counter(position // machine.devices_per_host for position in collective.group)
+    remote = 0.0
+    if len(hosts) > 1:
+        per_host = collective.nbytes * (len(hosts) - 1) / len(hosts) * (2 if collective.kind == "all-reduce" else 1)
+        remote = per_host / (min(hosts.values()) * target.network_bandwidth * NETWORK_SHARE)
+    link = "network" if remote > local else target.link
+    return link, collective.times * (max(local, remote) + LATENCY)
+
+
+def summarise(collectives: Sequence[Collective], machine: Machine) -> list[dict[str, str | float]]:
+    """Collectives of a step by kind and link: how many, bytes received per device, seconds."""
+    rows: dict[tuple[str, str], dict[str, str | float]] = {}
+    for collective in collectives:
+        link, seconds = exchange_time(collective, machine)
+        row = rows.setdefault(
+            (collective.kind, link),
+            {"kind": collective.kind, "link": link, "count": 0, "bytes": 0.0, "seconds": 0.0, "exposed_seconds": 0.0},
+        )
+        for key, value in (
+            ("count", collective.times),
+            ("bytes", collective.times * collective.received),
+            ("seconds", seconds),
+            ("exposed_seconds", 0.0 if collective.overlapped else seconds),
+        ):
+            row[key] = float(row[key]) + value
+    return sorted(rows.values(), key=lambda row: -float(row["seconds"]))

@@ -1,0 +1,169 @@
+"""Looks for the best layout: all that are possible are estimated, a few compiled, and those that fit ranked."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import jax
+
+from flacuna_jax.config import MeshConfig, RunConfig
+from flacuna_jax.data.store_cache import default_directory
+from flacuna_jax.errors import UserError
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.planning.plans import Plan, compiled_plan, estimated_plan
+from flacuna_jax.planning.targets import Machine, present_machine
+from flacuna_jax.planning.workload import Layout, Statistics, Workload, assumed_statistics
+from flacuna_jax.version import __version__
+
+REMATS = ("none", "dots", "full")
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+SHORTLIST = 8
+TRAINER_SHORTLIST = 4
+# An estimate this far above what there is may still turn out to fit once compiled.
+DOUBT = 1.15
+
+
+def candidates(
+    workload: Workload,
+    machine: Machine,
+    meshes: Sequence[MeshConfig] | None = None,
+    remats: Sequence[str] = REMATS,
+    micro_batches: Sequence[int] = MICRO_BATCHES,
+) -> Iterator[Layout]:
+    """Every layout on all devices of the machine that the network and the batch admit."""
+    for mesh, remat, micro_batch in product(meshes or _meshes(workload.spec, machine), remats, micro_batches):
+        layout = Layout(mesh, remat, micro_batch)
+        rows = micro_batch * layout.shards
+        by_rows = workload.training.batch_unit == "rows"
+        exact = not by_rows or workload.training.batch_size % rows == 0
+        # Larger micro-batches than a step has rows would be padding.
+        if exact and (rows <= workload.statistics.rows_per_step or micro_batch == min(micro_batches)):
+            yield layout
+
+
+def _meshes(spec: ModelSpec, machine: Machine) -> list[MeshConfig]:
+    """(data, fsdp, tensor) with that many devices; tensor stays within a host and divides heads and feed-forward."""
+    config, devices, found = spec.config, machine.devices, []
+    for tensor in (1, 2, 4, 8):
+        divides = not any(n % tensor for n in (config.num_heads, config.num_kv_heads, config.intermediate_size))
+        if devices % tensor or machine.devices_per_host % tensor or not divides:
+            continue
+        rest = devices // tensor
+        found += [
+            MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor) for fsdp in range(1, rest + 1) if rest % fsdp == 0
+        ]
+    return found
+
+
+def shortlist(workload: Workload, machine: Machine, layouts: Iterator[Layout], length: int) -> list[Plan]:
+    """The fastest by estimate of those that fit or nearly fit; if none does, the smallest."""
+    plans = [estimated_plan(workload, layout, machine) for layout in layouts]
+    hopeful = [plan for plan in plans if plan.peak <= DOUBT * machine.usable_memory]
+    if hopeful:
+        return sorted(hopeful, key=_rank)[:length]
+    return sorted(plans, key=lambda plan: plan.peak)[:1]
+
+
+def _rank(plan: Plan) -> tuple[bool, float, int]:
+    """Those that fit first, then by time; equally fast ones by memory."""
+    return not plan.fits, float(f"{plan.time.step:.2e}"), plan.peak
+
+
+def search(
+    workload: Workload,
+    machine: Machine,
+    devices: Sequence[jax.Device] | None,
+    layouts: Iterator[Layout] | None = None,
+    length: int = SHORTLIST,
+    notify: Callable[[str], None] = lambda _: None,
+) -> list[Plan]:
+    """Plans ranked by time, those that fit first; compiled where there is a compiler (`devices` is not None)."""
+    plans = shortlist(workload, machine, layouts or candidates(workload, machine), length)
+    if devices is not None:
+        compiled = []
+        for number, plan in enumerate(plans, 1):
+            notify(f"compiling {number} of {len(plans)}: {plan.layout}")
+            compiled.append(compiled_plan(workload, plan.layout, machine, devices))
+        plans = compiled
+    return sorted(plans, key=_rank)
+
+
+def nearest_fit(plan: Plan, devices: Sequence[jax.Device] | None) -> Plan | None:
+    """The plan that fits and differs in the fewest settings, the fastest of those; None if the machine is too small."""
+    workload, machine, given = plan.workload, plan.machine, plan.layout
+    # Estimates are scaled by how far the one at hand was off.
+    correction = plan.peak / estimated_plan(workload, given, machine).peak
+
+    def changes(layout: Layout) -> int:
+        return sum((layout.mesh != given.mesh, layout.remat != given.remat, layout.micro_batch != given.micro_batch))
+
+    smaller = [size for size in MICRO_BATCHES if size <= given.micro_batch]
+    plans = [
+        estimated_plan(workload, layout, machine)
+        for layout in candidates(workload, machine, micro_batches=smaller)
+        if layout != given
+    ]
+    fitting = [other for other in plans if other.peak * correction <= machine.usable_memory]
+    for other in sorted(fitting, key=lambda other: (changes(other.layout), other.time.step))[:3]:
+        if devices is None:
+            return other
+        compiled = compiled_plan(workload, other.layout, machine, devices)
+        if compiled.fits:
+            return compiled
+    return None
+
+
+def choose_layout(
+    config: RunConfig, spec: ModelSpec, devices: Sequence[jax.Device], statistics: Statistics | None = None
+) -> tuple[MeshConfig, str]:
+    """What `mesh: auto` and `remat: auto` of a config mean on the devices that are here.
+
+    What the config says is kept. At most four candidates, the fastest by estimate, are compiled; the answer is
+    remembered for the same network, settings, devices and versions (`data.store_cache.default_directory`). On CPUs
+    nothing is compiled: weights are split over all devices, products and attention are kept.
+
+    Returns the mesh and the remat policy, to be written to the resolved config.
+
+    Raises:
+      UserError: nothing that the config allows fits; the message says what would come nearest.
+    """
+    auto_mesh, auto_remat = not isinstance(config.mesh, MeshConfig), config.training.remat == "auto"
+    mesh = config.mesh if isinstance(config.mesh, MeshConfig) else MeshConfig(fsdp=len(devices))
+    remat = "dots" if auto_remat else config.training.remat
+    if not (auto_mesh or auto_remat) or devices[0].platform == "cpu":
+        return mesh, remat
+    machine = present_machine(devices[: mesh.devices])
+    statistics = statistics or assumed_statistics(config.data, config.training)
+    workload = Workload(spec, config.training, config.data.max_length, statistics, config.seed)
+    cache = _cache_file(workload, machine, config)
+    if cache.is_file():
+        answer = json.loads(cache.read_text())
+        return MeshConfig(**answer["mesh"]), answer["remat"]
+    layouts = candidates(
+        workload,
+        machine,
+        None if auto_mesh else [mesh],
+        REMATS if auto_remat else [remat],
+        [config.training.micro_batch_size],
+    )
+    best = search(workload, machine, devices, layouts, TRAINER_SHORTLIST)[0]
+    if not best.fits:
+        raise UserError(
+            f"mesh: auto finds no layout that fits {machine.description}: {best.layout} needs {best.peak / 1e9:.1f} GB "
+            f"of {machine.usable_memory / 1e9:.1f} GB per device; lower training.micro_batch_size or data.max_length, "
+            "or see `flacuna plan --search`"
+        )
+    answer = {"mesh": best.layout.mesh.model_dump(), "remat": best.layout.remat}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    beside = cache.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(answer))
+    beside.replace(cache)
+    return best.layout.mesh, best.layout.remat
+
+
+def _cache_file(workload: Workload, machine: Machine, config: RunConfig) -> Path:
+    key = repr((workload, machine, config.mesh, jax.__version__, __version__))
+    return default_directory() / "layouts" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

@@ -1,0 +1,128 @@
+"""What is to be planned: a network, a run's statistics, and one way to lay the step out on devices."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flacuna_jax.config import DataConfig, MeshConfig, RunConfig, TrainingConfig
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec
+
+if TYPE_CHECKING:
+    from flacuna_jax.data.pipeline import RunPlan
+    from flacuna_jax.data.store import TokenStore
+
+FLAN_MINI_EXAMPLES = 1_340_153
+"""Ghosal et al., 2023 (arXiv:2307.02053), table 1."""
+ASSUMED_TOKENS, ASSUMED_SUPERVISED, ASSUMED_FILL = 256, 0.3, 0.98
+"""Of an example; share of tokens that carry loss; share of a packed row that is tokens."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the data make of a config, the same on every mesh."""
+
+    rows_per_step: int
+    steps: int | None
+    """None where the data are absent and nothing says how many examples there are."""
+    examples_per_step: float
+    fill: float
+    """Share of the rows that is tokens and not padding."""
+    supervised: float
+    """Share of the tokens that carries loss."""
+    document_length: float
+    """Mean, in tokens: how far attention reaches."""
+    assumed: bool
+    """Not from the data, which are not here."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one optimizer step is cut up."""
+
+    mesh: MeshConfig
+    remat: str
+    micro_batch: int
+    """Rows per data×fsdp shard in one forward and backward pass."""
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.data * self.mesh.fsdp
+
+    def __str__(self) -> str:
+        axes = [f"{axis} {size}" for axis, size in self.mesh.model_dump().items() if size > 1] or ["1 device"]
+        return f"{' × '.join(axes)}, remat {self.remat}, micro-batch {self.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run, apart from its layout."""
+
+    spec: ModelSpec
+    training: TrainingConfig
+    length: int
+    statistics: Statistics
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, architecture: LlamaConfig, statistics: Statistics) -> "Workload":
+        """LoRA: adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
+        dtype = config.model.dtype
+        spec = ModelSpec(architecture, config.lora, dtype, dtype if config.lora else "float32")
+        return cls(spec, config.training, config.data.max_length, statistics, config.seed)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of one number in compute dtype."""
+        return 2 if self.spec.dtype == "bfloat16" else 4
+
+    def micro_batches(self, layout: Layout) -> int:
+        return -(-self.statistics.rows_per_step // (layout.micro_batch * layout.shards))
+
+    def tokens_per_pass(self, layout: Layout) -> int:
+        """Positions, padding included, that one device computes in one forward pass."""
+        return layout.micro_batch * self.length
+
+
+def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
+    """From the tokenised data themselves."""
+    tokens = int(store.lengths.sum())
+    return Statistics(
+        rows_per_step=plan.rows_per_step,
+        steps=plan.total_steps,
+        examples_per_step=plan.examples_per_step,
+        fill=plan.fill,
+        supervised=int(store.supervised.sum()) / tokens,
+        document_length=tokens / len(store),
+        assumed=False,
+    )
+
+
+def assumed_statistics(
+    data: DataConfig, training: TrainingConfig, examples: int | None = None, mean_tokens: int = ASSUMED_TOKENS
+) -> Statistics:
+    """Where the data are not here: examples of `mean_tokens`, packed nearly full.
+
+    Their number is `examples`, or what `max_examples` says of every source, or the published size of FLAN-mini.
+    """
+    if examples is None and any(source.format == "flan_mini" for source in data.sources):
+        examples = FLAN_MINI_EXAMPLES
+    limits = [source.max_examples for source in data.sources]
+    if None not in limits:
+        examples = sum(limit for limit in limits if limit is not None)
+    packed = data.packing != "none"
+    per_row = max(1.0, ASSUMED_FILL * data.max_length / mean_tokens) if packed else 1.0
+    by_rows = training.batch_unit == "rows"
+    rows_per_step = training.batch_size if by_rows else math.ceil(training.batch_size / per_row)
+    steps = None if examples is None else training.epochs * math.ceil(examples / per_row / rows_per_step)
+    if training.max_steps is not None:
+        steps = training.max_steps if steps is None else min(steps, training.max_steps)
+    return Statistics(
+        rows_per_step=rows_per_step,
+        steps=steps,
+        examples_per_step=rows_per_step * per_row if by_rows else training.batch_size,
+        fill=min(1.0, per_row * mean_tokens / data.max_length),
+        supervised=ASSUMED_SUPERVISED,
+        document_length=float(mean_tokens),
+        assumed=True,
+    )
