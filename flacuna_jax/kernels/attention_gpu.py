@@ -11,6 +11,7 @@ This is the only module that depends on the Triton lowering of Pallas.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,10 +48,11 @@ def forward(
     """
     tile = tiles.forward
     batch, length, heads, dim = q_bthd.shape
-    specs = _Specs(tile, length, dim)
+    plan = _Plan(tile, length, dim, scale, interpret)
+    specs = _Specs(plan)
     q_spec, k_spec = specs.head(), specs.head(shared_by=heads // k_bthd.shape[2])
     return pl.pallas_call(
-        partial(packed_attention_forward, tile=tile, length=length, dim=dim, scale=scale),
+        partial(packed_attention_forward, plan=plan),
         grid=(pl.cdiv(length, tile.queries), batch, heads),
         in_specs=[q_spec, k_spec, k_spec, specs.row()],
         out_specs=[q_spec, specs.statistic()],
@@ -83,10 +85,11 @@ def backward(
     statistics = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
 
     tile = tiles.dq
-    specs = _Specs(tile, length, dim)
+    plan = _Plan(tile, length, dim, scale, interpret)
+    specs = _Specs(plan)
     q_spec, k_spec = specs.head(), specs.head(shared_by=group)
     dq_bthd, delta_bht = pl.pallas_call(
-        partial(packed_attention_dq, tile=tile, length=length, dim=dim, scale=scale),
+        partial(packed_attention_dq, plan=plan),
         grid=(pl.cdiv(length, tile.queries), batch, heads),
         in_specs=[q_spec, k_spec, k_spec, specs.row(), q_spec, q_spec, specs.statistic()],
         out_specs=[q_spec, specs.statistic()],
@@ -96,11 +99,12 @@ def backward(
     )(q_bthd, k_bthd, v_bthd, mask.start_bt, o_bthd, do_bthd, lse_bht)
 
     tile = tiles.dkv
-    specs = _Specs(tile, length, dim)
+    plan = _Plan(tile, length, dim, scale, interpret)
+    specs = _Specs(plan)
     q_spec, k_spec = specs.head_group(group), specs.head()
     statistic_spec = specs.statistic_group(group)
     dk_bthd, dv_bthd = pl.pallas_call(
-        partial(packed_attention_dkv, tile=tile, length=length, dim=dim, scale=scale),
+        partial(packed_attention_dkv, plan=plan),
         grid=(pl.cdiv(length, tile.keys), batch, kv_heads),
         in_specs=[q_spec, k_spec, k_spec, specs.row(), q_spec, statistic_spec, statistic_spec],
         out_specs=[k_spec, k_spec],
@@ -114,20 +118,89 @@ def backward(
     return dq_bthd, dk_bthd, dv_bthd
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a kernel is compiled for."""
+
+    tile: GpuTile
+    length: int
+    dim: int
+    scale: float
+    interpret: bool
+
+    @property
+    def padded_dim(self) -> int:
+        """Triton wants powers of two, and 16 at least in a product."""
+        return max(16, pl.next_power_of_2(self.dim))
+
+    @property
+    def padded_length(self) -> int:
+        largest = max(self.tile.queries, self.tile.keys)
+        return pl.cdiv(self.length, largest) * largest
+
+    @property
+    def log2_scale(self) -> float:
+        return self.scale * LOG2_E
+
+    def load(self, ref: Ref, first: Index, size: int, head: Index | None = None) -> jax.Array:
+        """[size, padded D] from position `first` of a [T, padded D] or, with `head`, [T, heads, padded D] reference."""
+        rows = pl.ds(first, size)
+        at = ref.at[rows, :] if head is None else ref.at[rows, head, :]
+        return _load(at, self._inside(first, size), 0.0)
+
+    def store(self, ref: Ref, first: Index, x_td: jax.Array) -> None:
+        size = x_td.shape[0]
+        plgpu.store(ref.at[pl.ds(first, size), :], x_td.astype(ref.dtype), mask=self._inside(first, size))
+
+    def load_vector(self, ref: Ref, first: Index, size: int, head: Index | None = None, other: float = 0) -> jax.Array:
+        """[size] from position `first` of a [T] or, with `head`, [heads, T] reference; `other` beyond the row's end."""
+        rows = pl.ds(first, size)
+        return _load(ref.at[rows] if head is None else ref.at[head, rows], self._inside_row(first, size), other)
+
+    def store_vector(self, ref: Ref, first: Index, x_t: jax.Array) -> None:
+        size = x_t.shape[0]
+        plgpu.store(ref.at[pl.ds(first, size)], x_t, mask=self._inside_row(first, size))
+
+    def _inside_row(self, first: Index, size: int) -> jax.Array | None:
+        """Guards are not free, so there are none where the tiles divide the row."""
+        ragged = self.length % self.tile.queries or self.length % self.tile.keys
+        return first + jnp.arange(size) < self.length if ragged else None
+
+    def _inside(self, first: Index, size: int) -> jax.Array | None:
+        row_t = self._inside_row(first, size)
+        if row_t is None and self.dim == self.padded_dim:
+            return None
+        column_d = jnp.arange(self.padded_dim) < self.dim
+        if row_t is None:
+            return jnp.broadcast_to(column_d[None, :], (size, self.padded_dim))
+        return row_t[:, None] & column_d[None, :]
+
+    def dot(self, a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+        """Product of two tiles over the given axes, in float32.
+
+        float32 operands are split into three TF32 products, which keeps float32's precision and runs on tensor cores;
+        plain float32 products do not fit into the registers. The interpreter does the plain ones.
+        """
+        precision: Any = None
+        if a.dtype == jnp.float32:
+            precision = lax.Precision.HIGHEST if self.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        numbers = (((contract[0],), (contract[1],)), ((), ()))
+        return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _load(ref: Ref, inside: jax.Array | None, other: float) -> jax.Array:
+    return ref[...] if inside is None else plgpu.load(ref, mask=inside, other=other)
+
+
 class _Specs:
-    """What a program (tile, batch row, head) is shown: whole rows of its head, of which it reads the tiles it needs.
+    """What a program (tile, batch row, head) is shown: whole rows of its head, of which it reads the tiles it needs."""
 
-    Blocks are rounded up to tiles and, along head_dim, to a power of two as Triton wants; loads mask the excess.
-    """
-
-    def __init__(self, tile: GpuTile, length: int, dim: int) -> None:
-        largest = max(tile.queries, tile.keys)
-        self.length = pl.cdiv(length, largest) * largest
-        self.dim = pl.next_power_of_2(dim)
+    def __init__(self, plan: _Plan) -> None:
+        self.length, self.dim = plan.padded_length, plan.padded_dim
 
     def head(self, shared_by: int = 1) -> pl.BlockSpec:
         """[T, D] of the program's head, or of the key head that `shared_by` query heads read."""
-        return pl.BlockSpec((None, self.length, None, self.dim), lambda t, b, h: (b, 0, h // shared_by, 0))
+        return pl.BlockSpec((None, self.length, None, self.dim), lambda t, b, h: (b, 0, lax.div(h, shared_by), 0))
 
     def head_group(self, group: int) -> pl.BlockSpec:
         """[T, group, D]: the query heads that read the program's key head."""
@@ -142,50 +215,8 @@ class _Specs:
         return pl.BlockSpec((None, None, self.length), lambda t, b, h: (b, h, 0))
 
     def statistic_group(self, group: int) -> pl.BlockSpec:
-        """[group, T]"""
+        """[group, T]: of the query heads that read the program's key head."""
         return pl.BlockSpec((None, group, self.length), lambda t, b, h: (b, h, 0))
-
-
-class _Tiles:
-    """Tiles of consecutive positions: reads beyond [length, dim] give `other`, writes there are dropped.
-
-    Guarded loads are slower, so there are none where the sizes are multiples of the tiles.
-    """
-
-    def __init__(self, tile: GpuTile, length: int, dim: int) -> None:
-        self.length, self.dim, self.padded_dim = length, dim, pl.next_power_of_2(dim)
-        self.ragged = bool(length % tile.queries or length % tile.keys)
-
-    def load(self, ref: Ref, first: Index, size: int, head: Index | None = None) -> jax.Array:
-        """[size, padded D] from position `first` of a [T, padded D] or, with `head`, [T, heads, padded D] reference."""
-        rows = pl.ds(first, size)
-        at = ref.at[rows, :] if head is None else ref.at[rows, head, :]
-        return _load(at, self._inside(first, size), 0.0)
-
-    def store(self, ref: Ref, first: Index, x_td: jax.Array) -> None:
-        size = x_td.shape[0]
-        plgpu.store(ref.at[pl.ds(first, size), :], x_td.astype(ref.dtype), mask=self._inside(first, size))
-
-    def load_vector(self, ref: Ref, first: Index, size: int, head: Index | None = None, other: float = 0) -> jax.Array:
-        """[size] from position `first` of a [T] or, with `head`, [heads, T] reference."""
-        rows = pl.ds(first, size)
-        return _load(ref.at[rows] if head is None else ref.at[head, rows], self._inside_row(first, size), other)
-
-    def store_vector(self, ref: Ref, first: Index, x_t: jax.Array) -> None:
-        size = x_t.shape[0]
-        plgpu.store(ref.at[pl.ds(first, size)], x_t, mask=self._inside_row(first, size))
-
-    def _inside_row(self, first: Index, size: int) -> jax.Array | None:
-        return first + jnp.arange(size) < self.length if self.ragged else None
-
-    def _inside(self, first: Index, size: int) -> jax.Array | None:
-        row_t = self._inside_row(first, size)
-        if row_t is None and self.dim == self.padded_dim:
-            return None
-        column_d = jnp.arange(self.padded_dim) < self.dim
-        if row_t is None:
-            return jnp.broadcast_to(column_d[None, :], (size, self.padded_dim))
-        return row_t[:, None] & column_d[None, :]
 
 
 def packed_attention_forward(
@@ -196,23 +227,19 @@ def packed_attention_forward(
     o_ref: Ref,
     lse_ref: Ref,
     *,
-    tile: GpuTile,
-    length: int,
-    dim: int,
-    scale: float,
+    plan: _Plan,
 ) -> None:
     """Program (i, b, h): output and statistics of query tile i."""
-    tiles = _Tiles(tile, length, dim)
-    log2_scale = scale * LOG2_E
+    tile, log2_scale = plan.tile, plan.log2_scale
     first_query = pl.program_id(0) * tile.queries
     query_q = first_query + jnp.arange(tile.queries)
-    start_q = tiles.load_vector(start_ref, first_query, tile.queries, other=BEYOND)
-    q_qd = tiles.load(q_ref, first_query, tile.queries)
+    start_q = plan.load_vector(start_ref, first_query, tile.queries, other=BEYOND)
+    q_qd = plan.load(q_ref, first_query, tile.queries)
 
     def visit(j: jax.Array, carry: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
         o_qd, top_q, sum_q = carry
         first_key = j * tile.keys
-        score_qk = _dot(q_qd, tiles.load(k_ref, first_key, tile.keys), contract=(1, 1))
+        score_qk = plan.dot(q_qd, plan.load(k_ref, first_key, tile.keys), contract=(1, 1))
         if masked:
             key_k = first_key + jnp.arange(tile.keys)
             visible_qk = (start_q[:, None] <= key_k[None, :]) & (key_k[None, :] <= query_q[:, None])
@@ -222,8 +249,8 @@ def packed_attention_forward(
         against_q = jnp.where(new_top_q == -jnp.inf, 0.0, new_top_q)
         weight_qk = jnp.exp2(score_qk * log2_scale - (against_q * log2_scale)[:, None])
         shrink_q = jnp.exp2((top_q - against_q) * log2_scale)
-        v_kd = tiles.load(v_ref, first_key, tile.keys)
-        o_qd = o_qd * shrink_q[:, None] + _dot(weight_qk.astype(v_kd.dtype), v_kd, contract=(1, 0))
+        v_kd = plan.load(v_ref, first_key, tile.keys)
+        o_qd = o_qd * shrink_q[:, None] + plan.dot(weight_qk.astype(v_kd.dtype), v_kd, contract=(1, 0))
         return o_qd, new_top_q, sum_q * shrink_q + jnp.sum(weight_qk, axis=1)
 
     nothing = (
@@ -234,8 +261,8 @@ def packed_attention_forward(
     o_qd, top_q, sum_q = _walk(key_tiles(start_q, query_q, tile.keys), visit, nothing)
     sees_any_q = start_q <= query_q
     sum_q = jnp.where(sees_any_q, sum_q, 1.0)
-    tiles.store(o_ref, first_query, jnp.where(sees_any_q[:, None], o_qd / sum_q[:, None], 0.0))
-    tiles.store_vector(lse_ref, first_query, jnp.where(sees_any_q, top_q * log2_scale + jnp.log2(sum_q), 0.0))
+    plan.store(o_ref, first_query, jnp.where(sees_any_q[:, None], o_qd / sum_q[:, None], 0.0))
+    plan.store_vector(lse_ref, first_query, jnp.where(sees_any_q, top_q * log2_scale + jnp.log2(sum_q), 0.0))
 
 
 def packed_attention_dq(
@@ -249,39 +276,35 @@ def packed_attention_dq(
     dq_ref: Ref,
     delta_ref: Ref,
     *,
-    tile: GpuTile,
-    length: int,
-    dim: int,
-    scale: float,
+    plan: _Plan,
 ) -> None:
     """Program (i, b, h): dq of query tile i, and delta = Σ_d o·do, which the kernel of keys needs too."""
-    tiles = _Tiles(tile, length, dim)
-    log2_scale = scale * LOG2_E
+    tile, log2_scale = plan.tile, plan.log2_scale
     first_query = pl.program_id(0) * tile.queries
     query_q = first_query + jnp.arange(tile.queries)
-    start_q = tiles.load_vector(start_ref, first_query, tile.queries, other=BEYOND)
-    lse_q = tiles.load_vector(lse_ref, first_query, tile.queries)
-    q_qd = tiles.load(q_ref, first_query, tile.queries)
-    do_qd = tiles.load(do_ref, first_query, tile.queries)
-    o_qd = tiles.load(o_ref, first_query, tile.queries)
+    start_q = plan.load_vector(start_ref, first_query, tile.queries, other=BEYOND)
+    lse_q = plan.load_vector(lse_ref, first_query, tile.queries)
+    q_qd = plan.load(q_ref, first_query, tile.queries)
+    do_qd = plan.load(do_ref, first_query, tile.queries)
+    o_qd = plan.load(o_ref, first_query, tile.queries)
     delta_q = jnp.sum(o_qd.astype(jnp.float32) * do_qd.astype(jnp.float32), axis=1)
-    tiles.store_vector(delta_ref, first_query, delta_q)
+    plan.store_vector(delta_ref, first_query, delta_q)
 
     def visit(j: jax.Array, dq_qd: jax.Array, masked: bool) -> jax.Array:
         first_key = j * tile.keys
-        k_kd = tiles.load(k_ref, first_key, tile.keys)
-        weight_qk = jnp.exp2(_dot(q_qd, k_kd, contract=(1, 1)) * log2_scale - lse_q[:, None])
+        k_kd = plan.load(k_ref, first_key, tile.keys)
+        weight_qk = jnp.exp2(plan.dot(q_qd, k_kd, contract=(1, 1)) * log2_scale - lse_q[:, None])
         if masked:
             key_k = first_key + jnp.arange(tile.keys)
             visible_qk = (start_q[:, None] <= key_k[None, :]) & (key_k[None, :] <= query_q[:, None])
             weight_qk = jnp.where(visible_qk, weight_qk, 0.0)
-        dweight_qk = _dot(do_qd, tiles.load(v_ref, first_key, tile.keys), contract=(1, 1))
+        dweight_qk = plan.dot(do_qd, plan.load(v_ref, first_key, tile.keys), contract=(1, 1))
         dscore_qk = weight_qk * (dweight_qk - delta_q[:, None])
-        return dq_qd + _dot(dscore_qk.astype(k_kd.dtype), k_kd, contract=(1, 0))
+        return dq_qd + plan.dot(dscore_qk.astype(k_kd.dtype), k_kd, contract=(1, 0))
 
     dq_qd = _walk(key_tiles(start_q, query_q, tile.keys), visit, jnp.zeros(q_qd.shape, jnp.float32))
     sees_any_q = start_q <= query_q
-    tiles.store(dq_ref, first_query, jnp.where(sees_any_q[:, None], dq_qd * scale, 0.0))
+    plan.store(dq_ref, first_query, jnp.where(sees_any_q[:, None], dq_qd * plan.scale, 0.0))
 
 
 def packed_attention_dkv(
@@ -295,37 +318,33 @@ def packed_attention_dkv(
     dk_ref: Ref,
     dv_ref: Ref,
     *,
-    tile: GpuTile,
-    length: int,
-    dim: int,
-    scale: float,
+    plan: _Plan,
 ) -> None:
     """Program (j, b, h): dk and dv of key tile j of key head h, summed over the query heads that read it."""
-    tiles = _Tiles(tile, length, dim)
-    log2_scale = scale * LOG2_E
+    tile, log2_scale = plan.tile, plan.log2_scale
     first_key = pl.program_id(0) * tile.keys
     key_k = first_key + jnp.arange(tile.keys)
-    end_k = tiles.load_vector(end_ref, first_key, tile.keys)
-    k_kd = tiles.load(k_ref, first_key, tile.keys)
-    v_kd = tiles.load(v_ref, first_key, tile.keys)
+    end_k = plan.load_vector(end_ref, first_key, tile.keys)
+    k_kd = plan.load(k_ref, first_key, tile.keys)
+    v_kd = plan.load(v_ref, first_key, tile.keys)
     readers = query_tiles(end_k, key_k, tile.queries)
 
     def of_head(head: Index, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def visit(i: jax.Array, carry: tuple[jax.Array, jax.Array], masked: bool) -> tuple[jax.Array, jax.Array]:
             dk_kd, dv_kd = carry
             first_query = i * tile.queries
-            q_qd = tiles.load(q_ref, first_query, tile.queries, head)
-            lse_q = tiles.load_vector(lse_ref, first_query, tile.queries, head)
-            weight_kq = jnp.exp2(_dot(k_kd, q_qd, contract=(1, 1)) * log2_scale - lse_q[None, :])
+            q_qd = plan.load(q_ref, first_query, tile.queries, head)
+            lse_q = plan.load_vector(lse_ref, first_query, tile.queries, head)
+            weight_kq = jnp.exp2(plan.dot(k_kd, q_qd, contract=(1, 1)) * log2_scale - lse_q[None, :])
             if masked:
                 query_q = first_query + jnp.arange(tile.queries)
                 visible_kq = (key_k[:, None] <= query_q[None, :]) & (query_q[None, :] < end_k[:, None])
                 weight_kq = jnp.where(visible_kq, weight_kq, 0.0)
-            do_qd = tiles.load(do_ref, first_query, tile.queries, head)
-            dv_kd = dv_kd + _dot(weight_kq.astype(do_qd.dtype), do_qd, contract=(1, 0))
-            delta_q = tiles.load_vector(delta_ref, first_query, tile.queries, head)
-            dscore_kq = weight_kq * (_dot(v_kd, do_qd, contract=(1, 1)) - delta_q[None, :])
-            dk_kd = dk_kd + _dot(dscore_kq.astype(q_qd.dtype), q_qd, contract=(1, 0))
+            do_qd = plan.load(do_ref, first_query, tile.queries, head)
+            dv_kd = dv_kd + plan.dot(weight_kq.astype(do_qd.dtype), do_qd, contract=(1, 0))
+            delta_q = plan.load_vector(delta_ref, first_query, tile.queries, head)
+            dscore_kq = weight_kq * (plan.dot(v_kd, do_qd, contract=(1, 1)) - delta_q[None, :])
+            dk_kd = dk_kd + plan.dot(dscore_kq.astype(q_qd.dtype), q_qd, contract=(1, 0))
             return dk_kd, dv_kd
 
         return _walk(readers, visit, carry)
@@ -334,8 +353,8 @@ def packed_attention_dkv(
     group = q_ref.shape[1]
     dk_kd, dv_kd = of_head(jnp.int32(0), nothing) if group == 1 else lax.fori_loop(0, group, of_head, nothing)
     seen_k = key_k < end_k
-    tiles.store(dk_ref, first_key, jnp.where(seen_k[:, None], dk_kd * scale, 0.0))
-    tiles.store(dv_ref, first_key, jnp.where(seen_k[:, None], dv_kd, 0.0))
+    plan.store(dk_ref, first_key, jnp.where(seen_k[:, None], dk_kd * plan.scale, 0.0))
+    plan.store(dv_ref, first_key, jnp.where(seen_k[:, None], dv_kd, 0.0))
 
 
 def _walk(tiles: TileRange, visit: Callable[..., Any], carry: Any) -> Any:
@@ -343,14 +362,3 @@ def _walk(tiles: TileRange, visit: Callable[..., Any], carry: Any) -> Any:
     carry = lax.fori_loop(tiles.first, tiles.full_first, partial(visit, masked=True), carry)
     carry = lax.fori_loop(tiles.full_first, tiles.full_stop, partial(visit, masked=False), carry)
     return lax.fori_loop(tiles.full_stop, tiles.stop, partial(visit, masked=True), carry)
-
-
-def _load(ref: Ref, inside: jax.Array | None, other: float) -> jax.Array:
-    return ref[...] if inside is None else plgpu.load(ref, mask=inside, other=other)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Product of two tiles over the given axes, in float32; float32 operands are not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    numbers = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ in multiples of the 128 lanes, and other sizes are padded with zeros (the hardwa
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flacuna_jax.kernels.packed_mask import PackedMask, TileRange, key_tiles, query_tiles
+from flacuna_jax.kernels.attention_tpu_layout import (
+    LANES,
+    Ref,
+    Sizes,
+    key_major_specs,
+    key_ranges,
+    query_major_specs,
+    query_ranges,
+    read_range,
+)
+from flacuna_jax.kernels.packed_mask import PackedMask, TileRange
 from flacuna_jax.kernels.tiles import TpuTile, TpuTiles
 
-LANES = 128
 LOG2_E = math.log2(math.e)
-Ref = Any
 
 
 def forward(
@@ -37,10 +45,10 @@ def forward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, D] in q's dtype and lse [B, H, T] float32, both 0 at padding."""
-    sizes = _Sizes.of(q_bthd, k_bthd, tiles.forward, mask.window)
+    sizes = Sizes.of(q_bthd, k_bthd, tiles.forward, mask.window)
     start_b1t = sizes.pad_mask(mask.start_bt, beyond=sizes.padded_length)
-    ranges = _key_ranges(start_b1t, sizes)
-    q_spec, k_spec, row_spec, statistic_spec = _query_major_specs(sizes)
+    ranges = key_ranges(start_b1t, sizes)
+    q_spec, k_spec, row_spec, statistic_spec = query_major_specs(sizes)
     o_btf, lse_bh1t = pl.pallas_call(
         partial(packed_attention_forward, sizes=sizes, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -96,9 +104,9 @@ def _backward_queries(
     tile: TpuTile,
     interpret: bool,
 ) -> jax.Array:
-    sizes = _Sizes.of(q_bthd, k_bthd, tile, mask.window)
+    sizes = Sizes.of(q_bthd, k_bthd, tile, mask.window)
     start_b1t = sizes.pad_mask(mask.start_bt, beyond=sizes.padded_length)
-    q_spec, k_spec, row_spec, statistic_spec = _query_major_specs(sizes)
+    q_spec, k_spec, row_spec, statistic_spec = query_major_specs(sizes)
     dq_btf = pl.pallas_call(
         partial(packed_attention_dq, sizes=sizes, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -113,7 +121,7 @@ def _backward_queries(
         interpret=interpret,
         name="packed_attention_dq",
     )(
-        _key_ranges(start_b1t, sizes),
+        key_ranges(start_b1t, sizes),
         *(sizes.pad(x_bthd) for x_bthd in (q_bthd, k_bthd, v_bthd)),
         start_b1t,
         sizes.pad(do_bthd),
@@ -136,9 +144,9 @@ def _backward_keys(
     tile: TpuTile,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    sizes = _Sizes.of(q_bthd, k_bthd, tile, mask.window)
+    sizes = Sizes.of(q_bthd, k_bthd, tile, mask.window)
     end_b1t = sizes.pad_mask(mask.end_bt, beyond=0)
-    q_spec, k_spec, row_spec, statistic_spec = _key_major_specs(sizes)
+    q_spec, k_spec, row_spec, statistic_spec = key_major_specs(sizes)
     dk_btf, dv_btf = pl.pallas_call(
         partial(packed_attention_dkv, sizes=sizes, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -155,7 +163,7 @@ def _backward_keys(
         interpret=interpret,
         name="packed_attention_dkv",
     )(
-        _query_ranges(end_b1t, sizes),
+        query_ranges(end_b1t, sizes),
         *(sizes.pad(x_bthd) for x_bthd in (q_bthd, k_bthd, v_bthd)),
         end_b1t,
         sizes.pad(do_bthd),
@@ -163,150 +171,6 @@ def _backward_keys(
         sizes.pad_statistic(delta_bht),
     )
     return sizes.unpad(dk_btf, k_bthd.shape), sizes.unpad(dv_btf, v_bthd.shape)
-
-
-class _Sizes(NamedTuple):
-    """Sizes of one call, in elements and in tiles, and the way to and from the padded layout."""
-
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    dim: int
-    tile: TpuTile
-    window: int | None
-
-    @staticmethod
-    def of(q_bthd: jax.Array, k_bthd: jax.Array, tile: TpuTile, window: int | None) -> "_Sizes":
-        """Tiles that do not divide the row, rounded up to lanes, are halved until they do."""
-        batch, length, heads, dim = q_bthd.shape
-        padded = pl.cdiv(length, LANES) * LANES
-        fitted = TpuTile(math.gcd(tile.queries, padded), math.gcd(tile.keys, padded))
-        return _Sizes(batch, length, heads, k_bthd.shape[2], dim, fitted, window)
-
-    @property
-    def padded_length(self) -> int:
-        return pl.cdiv(self.length, LANES) * LANES
-
-    @property
-    def padded_dim(self) -> int:
-        return pl.cdiv(self.dim, LANES) * LANES
-
-    @property
-    def group(self) -> int:
-        """Query heads per key head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def query_tiles(self) -> int:
-        return self.padded_length // self.tile.queries
-
-    @property
-    def key_tiles(self) -> int:
-        return self.padded_length // self.tile.keys
-
-    @property
-    def key_steps(self) -> int:
-        """Key tiles that a query tile may need."""
-        return self._steps(self.tile.queries, self.tile.keys)
-
-    @property
-    def query_steps(self) -> int:
-        """Query tiles that may need a key tile."""
-        return self._steps(self.tile.keys, self.tile.queries)
-
-    def _steps(self, own: int, other: int) -> int:
-        everything = self.padded_length // other
-        if self.window is None:
-            return everything
-        return min(everything, pl.cdiv(own + self.window - 2, other) + 1)
-
-    def matrix(self, heads: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.batch, self.padded_length, heads * self.padded_dim), dtype)
-
-    def statistic(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.batch, self.heads, 1, self.padded_length), jnp.float32)
-
-    def pad(self, x_bthd: jax.Array) -> jax.Array:
-        """[B, T, H, D] to [B, padded T, H x padded D]; no copy where nothing is padded."""
-        tail, lanes = self.padded_length - self.length, self.padded_dim - self.dim
-        padded = jnp.pad(x_bthd, ((0, 0), (0, tail), (0, 0), (0, lanes)))
-        return padded.reshape(self.batch, self.padded_length, -1)
-
-    def unpad(self, x_btf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        x_bthd = x_btf.reshape(self.batch, self.padded_length, shape[2], self.padded_dim)
-        return x_bthd[:, : self.length, :, : self.dim]
-
-    def pad_statistic(self, x_bht: jax.Array) -> jax.Array:
-        return jnp.pad(x_bht, ((0, 0), (0, 0), (0, self.padded_length - self.length)))[:, :, None, :]
-
-    def pad_mask(self, x_bt: jax.Array, beyond: int) -> jax.Array:
-        tail = self.padded_length - self.length
-        return jnp.pad(x_bt, ((0, 0), (0, tail)), constant_values=beyond)[:, None, :]
-
-
-def _key_ranges(start_b1t: jax.Array, sizes: _Sizes) -> jax.Array:
-    """int32 [B x query tiles x 4]: the range of key tiles of each query tile."""
-    tiled = (sizes.batch, sizes.query_tiles, sizes.tile.queries)
-    query_nq = jnp.arange(sizes.padded_length, dtype=jnp.int32).reshape(tiled[1:])
-    return _flat(key_tiles(start_b1t.reshape(tiled), query_nq, sizes.tile.keys))
-
-
-def _query_ranges(end_b1t: jax.Array, sizes: _Sizes) -> jax.Array:
-    """int32 [B x key tiles x 4]: the range of query tiles of each key tile."""
-    tiled = (sizes.batch, sizes.key_tiles, sizes.tile.keys)
-    key_nk = jnp.arange(sizes.padded_length, dtype=jnp.int32).reshape(tiled[1:])
-    return _flat(query_tiles(end_b1t.reshape(tiled), key_nk, sizes.tile.queries))
-
-
-def _flat(ranges: TileRange) -> jax.Array:
-    return jnp.stack(ranges, axis=-1).reshape(-1)
-
-
-def _read_range(ranges_ref: Ref, index: jax.Array) -> TileRange:
-    return TileRange(*(ranges_ref[4 * index + part] for part in range(4)))
-
-
-def _tile_at(ranges_ref: Ref, index: jax.Array, step: jax.Array) -> jax.Array:
-    """The tile of a step of a range; after its end the last one stays."""
-    tiles = _read_range(ranges_ref, index)
-    return jnp.minimum(tiles.first + step, jnp.maximum(tiles.stop - 1, 0))
-
-
-def _query_major_specs(sizes: _Sizes) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Blocks of q (and o, do, dq), of k and v, of the mask, and of statistics, on the grid (b, h, i, step)."""
-    tile, group = sizes.tile, sizes.group
-
-    def keys(b: Any, h: Any, i: Any, step: Any, ranges_ref: Ref) -> tuple[Any, ...]:
-        return b, _tile_at(ranges_ref, b * sizes.query_tiles + i, step), lax.div(h, group)
-
-    return (
-        pl.BlockSpec((None, tile.queries, sizes.padded_dim), lambda b, h, i, step, ranges: (b, i, h)),
-        pl.BlockSpec((None, tile.keys, sizes.padded_dim), keys),
-        pl.BlockSpec((None, 1, tile.queries), lambda b, h, i, step, ranges: (b, 0, i)),
-        pl.BlockSpec((None, None, 1, tile.queries), lambda b, h, i, step, ranges: (b, h, 0, i)),
-    )
-
-
-def _key_major_specs(sizes: _Sizes) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """The same on the grid (b, key head, j, g, step), g counting the query heads that read the key head."""
-    tile, group = sizes.tile, sizes.group
-
-    def query_tile(b: Any, j: Any, step: Any, ranges_ref: Ref) -> jax.Array:
-        return _tile_at(ranges_ref, b * sizes.key_tiles + j, step)
-
-    return (
-        pl.BlockSpec(
-            (None, tile.queries, sizes.padded_dim),
-            lambda b, n, j, g, step, ranges: (b, query_tile(b, j, step, ranges), n * group + g),
-        ),
-        pl.BlockSpec((None, tile.keys, sizes.padded_dim), lambda b, n, j, g, step, ranges: (b, j, n)),
-        pl.BlockSpec((None, 1, tile.keys), lambda b, n, j, g, step, ranges: (b, 0, j)),
-        pl.BlockSpec(
-            (None, None, 1, tile.queries),
-            lambda b, n, j, g, step, ranges: (b, n * group + g, 0, query_tile(b, j, step, ranges)),
-        ),
-    )
 
 
 def packed_attention_forward(
@@ -321,13 +185,13 @@ def packed_attention_forward(
     top_ref: Ref,
     sum_ref: Ref,
     *,
-    sizes: _Sizes,
+    sizes: Sizes,
     scale: float,
 ) -> None:
     """Step (b, h, i, step): one key tile's part in the output of query tile i of head h."""
     tile, log2_scale = sizes.tile, scale * LOG2_E
     i, step = pl.program_id(2), pl.program_id(3)
-    needed = _read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
+    needed = read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
     j = needed.first + step
     query_q1 = _positions(i * tile.queries, (tile.queries, 1), axis=0)
 
@@ -359,7 +223,7 @@ def packed_attention_forward(
         sum_q1 = jnp.where(sees_any_q1, sum_ref[...], 1.0)
         o_ref[...] = jnp.where(sees_any_q1, acc_ref[...] / sum_q1, 0.0).astype(o_ref.dtype)
         lse_q1 = jnp.where(sees_any_q1, top_ref[...] * log2_scale + jnp.log2(sum_q1), 0.0)
-        lse_ref[...] = lse_q1.reshape(1, tile.queries)
+        lse_ref[...] = jnp.broadcast_to(lse_q1, (tile.queries, LANES)).T[:1]
 
 
 def packed_attention_dq(
@@ -374,13 +238,13 @@ def packed_attention_dq(
     dq_ref: Ref,
     acc_ref: Ref,
     *,
-    sizes: _Sizes,
+    sizes: Sizes,
     scale: float,
 ) -> None:
     """Step (b, h, i, step): one key tile's part in dq of query tile i of head h."""
     tile = sizes.tile
     i, step = pl.program_id(2), pl.program_id(3)
-    needed = _read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
+    needed = read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
     j = needed.first + step
     query_q1 = _positions(i * tile.queries, (tile.queries, 1), axis=0)
 
@@ -420,13 +284,13 @@ def packed_attention_dkv(
     dk_acc_ref: Ref,
     dv_acc_ref: Ref,
     *,
-    sizes: _Sizes,
+    sizes: Sizes,
     scale: float,
 ) -> None:
     """Step (b, n, j, g, step): one query tile's part in dk and dv of key tile j of key head n."""
     tile = sizes.tile
     j, g, step = pl.program_id(2), pl.program_id(3), pl.program_id(4)
-    needed = _read_range(ranges_ref, pl.program_id(0) * sizes.key_tiles + j)
+    needed = read_range(ranges_ref, pl.program_id(0) * sizes.key_tiles + j)
     i = needed.first + step
     key_k1 = _positions(j * tile.keys, (tile.keys, 1), axis=0)
 
@@ -467,8 +331,8 @@ def _positions(first: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array
 
 
 def _column(row_ref: Ref) -> jax.Array:
-    """A [1, n] block as [n, 1]."""
-    return row_ref[...].reshape(row_ref.shape[1], 1)
+    """A [1, n] block as [n, 1]. By way of a whole-tile transpose, which every generation has; v4 has no other."""
+    return jnp.broadcast_to(row_ref[...], (LANES, row_ref.shape[1])).T[:, :1]
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:

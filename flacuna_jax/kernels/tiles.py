@@ -1,4 +1,10 @@
-"""Tile sizes of the attention kernels, one table per architecture."""
+"""Tile sizes of the attention kernels, one table per architecture, with the evidence for them.
+
+The evidence so far is what the real compilers say of each kernel at [4, 1280, 40, head_dim]: shared memory in bytes and
+registers (ptxas), no spills, within the limits of every card of the architecture. Smaller tiles visit less of other
+documents, larger ones load less per product; which wins is a matter of measurement, and the entries are replaced by
+measured ones as hardware is met.
+"""
 
 from dataclasses import dataclass
 
@@ -38,12 +44,56 @@ class TpuTiles:
     dkv: TpuTile
 
 
+# Ampere and Ada, bfloat16. Shared memory may be 101,376 bytes per block on sm_86 and sm_89, 166,912 on sm_80.
+# head_dim 128 on sm_86 (sm_80 within 5 registers of it):
+#   forward 128x64 w8 s2: 65,536, 244   s3: 98,304, 254   64x64 w4 s2: 57,344, 252 (128x128 w8, 128x64 w4 spill)
+#   dq      64x64 w8 s2: 73,728, 164    128x32 w8 s2: 81,920, 196                  (128x64 w8 spills)
+#   dkv     64x64 w8 s2: 74,240, 230    32x64 w8 s2: 53,504, 208                   (64x64 w4, 32x128 w8 spill)
+_AMPERE = GpuTiles(forward=GpuTile(128, 64, 8, 2), dq=GpuTile(64, 64, 8, 2), dkv=GpuTile(64, 64, 8, 2))
+# head_dim 64 on sm_80: 32,768, 168; 32,768, 252; 24,832, 183 (dkv 64x64 w8 spills 12 bytes there).
+_AMPERE_64 = GpuTiles(forward=GpuTile(128, 64, 8, 2), dq=GpuTile(64, 64, 8, 2), dkv=GpuTile(32, 64, 8, 2))
+
+# Hopper, bfloat16, head_dim up to 128: 232,448 bytes per block, products by wgmma. Bytes and registers at 128:
+#   forward 128x64 w8 s3: 131,072, 183  s2: 98,304, 174  64x64 w4 s2: 81,920, 198  128x128 w8 s2: 163,840, 231
+#   dq      64x64 w4 s2: 98,304, 227    128x64 w8 s2: 131,072, 194
+#   dkv     32x64 w4 s2: 65,792, 255    64x64 w8 s2: 99,328, 247   32x128 w8 s2: 98,560, 230   (64x128 w8 spills)
+# Forward: registers allow one block per multiprocessor, so the third stage is free. dq, dkv: two blocks, each of one
+# warp group, run beside each other and hide one another's exponentials.
+_HOPPER = GpuTiles(forward=GpuTile(128, 64, 8, 3), dq=GpuTile(64, 64, 4, 2), dkv=GpuTile(32, 64, 4, 2))
+
+# head_dim above 128, bfloat16, everywhere. At 256 on sm_86: 69,632, 214; 65,536, 128; 81,920, 168.
+_WIDE = GpuTiles(forward=GpuTile(64, 32, 8, 2), dq=GpuTile(32, 32, 8, 1), dkv=GpuTile(32, 32, 8, 1))
+
+# float32 is for parity runs, not for speed: each product is three TF32 ones, and registers are what is scarce. At
+# head_dim 128 on sm_86: 49,152, 254; 40,960, 252; 65,536, 255.
+_FLOAT32 = GpuTiles(forward=GpuTile(32, 32, 4, 1), dq=GpuTile(16, 16, 4, 1), dkv=GpuTile(32, 16, 4, 1))
+
+_HOPPER_NAMES = ("H100", "H200", "H800", "H20", "GH200")
+
+
 def gpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> GpuTiles:
-    if jnp.dtype(dtype).itemsize == 4:
-        t = GpuTile(32, 32, 4, 1)
-        return GpuTiles(t, t, t)
-    return GpuTiles(GpuTile(128, 64, 8, 2), GpuTile(64, 64, 8, 2), GpuTile(64, 64, 8, 2))
+    """Tiles for a device (`jax.Device.device_kind`), head_dim and dtype; an unknown device gets what fits them all.
+
+    Raises ValueError for a head_dim above 256 (128 in float32), which no tile fits.
+    """
+    widest = 128 if jnp.dtype(dtype).itemsize > 2 else 256
+    if dim > widest:
+        raise ValueError(f"head_dim {dim} in {jnp.dtype(dtype).name} is more than the GPU kernels hold ({widest})")
+    if jnp.dtype(dtype).itemsize > 2:
+        return _FLOAT32
+    if dim > 128:
+        return _WIDE
+    if any(name in (device_kind or "") for name in _HOPPER_NAMES):
+        return _HOPPER
+    return _AMPERE_64 if dim <= 64 else _AMPERE
+
+
+# 256 x 256 float32 scores take 256 KiB of a core's vector memory, all blocks together about 2 MiB: far from its 16 MiB,
+# and a row of 1280 has five tiles, few enough to amortise a grid step and enough to skip other documents.
+_TPU = TpuTiles(forward=TpuTile(256, 256), dq=TpuTile(256, 256), dkv=TpuTile(256, 256))
 
 
 def tpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> TpuTiles:
-    return TpuTiles(TpuTile(256, 256), TpuTile(256, 256), TpuTile(256, 256))
+    """Tiles for a TPU. One entry so far: v4, v5e, v5p and v6e all compile it, at every head_dim up to 256."""
+    del device_kind, dim, dtype
+    return _TPU
