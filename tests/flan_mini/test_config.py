@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from flacuna_jax.config_files import load_config
+from flacuna_jax.errors import UserError
+from flacuna_jax.flan_mini.config import FlanMiniConfig
+
+SHIPPED = Path(__file__).parents[2] / "configs/flan_mini.yaml"
+
+PAPER = {
+    "flan2021": 388, "p3": 320, "niv2": 200, "cot": 100, "code_search": 100,
+    "code_contest": 50, "apps": 50, "alpaca_gpt4": 52, "code_alpaca": 20, "sharegpt": 60,
+}  # fmt: skip
+
+
+def test_the_shipped_config_is_the_papers_mixture() -> None:
+    config = load_config(SHIPPED, schema=FlanMiniConfig)
+    assert {source.name: round(source.examples / 1000) for source in config.sources} == PAPER
+    assert sum(source.examples for source in config.sources) == pytest.approx(1_340_153, rel=1e-3)
+    assert config.max_length == 1280
+    assert "flacuna prepare --config configs/flan_mini.yaml" in SHIPPED.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--sede=1", "sede is not a setting; did you mean seed?"),
+        ("--sources.0.exmples=1", "did you mean sources.0.examples?"),
+        ("--sources.0.kind=flanrows", "did you mean 'flan_rows'?"),
+        (
+            "--sources.3.max_solutions=3",
+            "max_solutions is not for kind chain_of_thought; it is for apps, code_contests",
+        ),
+        ("--sources.3.shares={zs_opt: 1.0}", "'zs_opt' is none of direct, inverse"),
+        ("--sources.1.name=flan2021", "two sources are called 'flan2021'"),
+        ("--sources.0.few_shot=2.0", "less than or equal to 1"),
+        ("--scale=0", "greater than 0"),
+        ("--template=vicuna", "did you mean 'vicuna_v"),
+    ],
+)
+def test_mistakes_name_the_setting(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(SHIPPED, [override], schema=FlanMiniConfig)
+    assert message in str(caught.value)
