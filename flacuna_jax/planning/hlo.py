@@ -14,6 +14,7 @@ import numpy as np
 
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_ARRAY_WITH_LAYOUT = re.compile(r"\b([a-z][a-z0-9]*\[[\d,]*\])(\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 
@@ -43,8 +44,18 @@ class Instruction:
         return sum(_nbytes(dtype, dims) for dtype, dims in self.arrays)
 
     @property
+    def stored_bytes(self) -> int:
+        """Of what lies in device memory; a TPU program keeps some arrays in on-chip memory, S(1)."""
+        arrays = _ARRAY_WITH_LAYOUT.findall(self.shape)
+        return sum(_nbytes(*_arrays(array)[0]) for array, layout in arrays if "S(" not in layout)
+
+    @property
     def elements(self) -> int:
         return math.prod(self.arrays[0][1]) if self.arrays else 0
+
+    def is_number(self, number: int) -> bool:
+        """Whether this is that parameter of its computation."""
+        return self.opcode == "parameter" and self.attributes.startswith(f"({number})")
 
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.attributes)
@@ -209,49 +220,47 @@ class Program:
             return 0
         operands = [scope[name] for name in instruction.operands if name in scope]
         if opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * instruction.nbytes
+            return 2 * instruction.stored_bytes
         if opcode == "dynamic-update-slice":
-            return 2 * operands[1].nbytes
+            return 2 * operands[1].stored_bytes
+        if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+            return 0
         fused = self.computations.get(instruction.called("calls") or "")
         if fused is None:
-            return instruction.nbytes + sum(operand.nbytes for operand in operands)
-        return _written(fused, fused.root) + sum(
-            _read(fused, number, operand.nbytes) for number, operand in enumerate(operands)
-        )
+            return instruction.stored_bytes + sum(operand.stored_bytes for operand in operands)
+        read = (self._read(fused, number, operand.stored_bytes) for number, operand in enumerate(operands))
+        return self._written(fused, fused.root) + sum(read)
 
+    def _written(self, fused: Computation, result: Instruction) -> float:
+        """Bytes that a fusion writes for a result: of an update in place, only the part that changes."""
+        scope = fused.instructions
+        while result.opcode == "bitcast" and result.operands[0] in scope:
+            result = scope[result.operands[0]]
+        if result.opcode == "tuple":
+            return sum(self._written(fused, scope[name]) for name in result.operands)
+        if result.opcode == "dynamic-update-slice":
+            return scope[result.operands[1]].nbytes
+        inner = self.computations.get(result.called("calls") or "") if result.opcode == "fusion" else None
+        return min(self._written(inner, inner.root), result.stored_bytes) if inner else result.stored_bytes
 
-def _written(fused: Computation, result: Instruction) -> float:
-    """Bytes that a fusion writes for a result: of an update in place, only the part that changes."""
-    while result.opcode in ("bitcast", "copy", "convert") and result.operands[0] in fused.instructions:
-        inner = fused.instructions[result.operands[0]]
-        if inner.opcode not in ("bitcast", "dynamic-update-slice"):
-            break
-        result = inner
-    if result.opcode == "tuple":
-        return sum(_written(fused, fused.instructions[name]) for name in result.operands)
-    if result.opcode == "dynamic-update-slice":
-        return fused.instructions[result.operands[1]].nbytes
-    return result.nbytes
-
-
-def _read(fused: Computation, number: int, nbytes: int) -> float:
-    """Bytes that a fusion reads of its operand: of stacked layers it slices one from, or writes one into, only that."""
-    parameter = next(
-        (i for i in fused.instructions.values() if i.opcode == "parameter" and f"({number})" in i.attributes), None
-    )
-    if parameter is None:
-        return nbytes
-    total, pending = 0.0, [parameter]
-    while pending:
-        value = pending.pop()
-        for user in fused.users(value.name):
-            if user.opcode == "bitcast":
-                pending.append(user)
-            elif user.opcode in ("dynamic-slice", "slice", "gather"):
-                total += user.nbytes
-            elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-                return nbytes
-    return min(total, nbytes)
+    def _read(self, fused: Computation, number: int, nbytes: float) -> float:
+        """Bytes that a fusion reads of its operand: of stacked layers that it slices one from, or writes one into,
+        only that; through fusions within."""
+        total = 0.0
+        pending = [i.name for i in fused.instructions.values() if i.is_number(number)]
+        while pending:
+            name = pending.pop()
+            for user in fused.users(name):
+                inner = self.computations.get(user.called("calls") or "") if user.opcode == "fusion" else None
+                if user.opcode == "bitcast":
+                    pending.append(user.name)
+                elif user.opcode in ("dynamic-slice", "slice", "gather"):
+                    total += user.nbytes
+                elif inner:
+                    total += sum(self._read(inner, i, nbytes) for i, n in enumerate(user.operands) if n == name)
+                elif user.opcode not in ("dynamic-update-slice", "tuple") or name in user.operands[1:]:
+                    return nbytes
+        return min(total, nbytes)
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:

@@ -92,13 +92,16 @@ def search(
 
 
 def nearest_fit(plan: Plan, devices: Sequence[jax.Device] | None) -> Plan | None:
-    """The plan that fits and differs in the fewest settings, the fastest of those; None if the machine is too small."""
+    """The plan that fits and changes least, the fastest of those; None if the machine is too small."""
     workload, machine, given = plan.workload, plan.machine, plan.layout
     # Estimates are scaled by how far the one at hand was off.
     correction = plan.peak / estimated_plan(workload, given, machine).peak
 
     def changes(layout: Layout) -> int:
-        return sum((layout.mesh != given.mesh, layout.remat != given.remat, layout.micro_batch != given.micro_batch))
+        # Another mesh is the largest change: other links, another checkpoint layout.
+        return (
+            2 * (layout.mesh != given.mesh) + (layout.remat != given.remat) + (layout.micro_batch != given.micro_batch)
+        )
 
     smaller = [size for size in MICRO_BATCHES if size <= given.micro_batch]
     plans = [

@@ -188,6 +188,14 @@ def present_machine(devices: Sequence[jax.Device]) -> Machine:
     return Machine(target, hosts, len(devices) // hosts)
 
 
+# libtpu otherwise asks a metadata server that only TPU hosts have, looks for fellow hosts, and lets in one process.
+_COMPILE_ONLY_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 class CompilerMissing(UserError):
     """The compiler for a platform is not installed here."""
 
@@ -216,8 +224,7 @@ def absent_devices(machine: Machine) -> list[jax.Device]:
         # One device per chip on v4: its two cores work as one. Newer generations do so by default.
         names = {"platform": "tpu"} | ({"chip_config_name": "megacore"} if target.tpu_topology == "v4" else {})
         plugins, extra = ("libtpu",), "tpu"
-        # libtpu otherwise waits for a metadata server that only TPU hosts have.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.update({key: os.environ.get(key, value) for key, value in _COMPILE_ONLY_TPU.items()})
     if not any(importlib.util.find_spec(plugin) for plugin in plugins):
         raise CompilerMissing(
             f"the compiler for {target.device_kind} is not installed: pip install 'flacuna-jax[{extra}]'; "

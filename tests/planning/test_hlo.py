@@ -1,0 +1,95 @@
+"""Counts read from a compiled program, against programs whose counts are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flacuna_jax.config import MeshConfig
+from flacuna_jax.model.sharding import make_mesh
+from flacuna_jax.planning.hlo import Program, replica_group
+
+LAYERS, ROWS, WIDTH = 5, 64, 128
+
+
+def compiled_scan(mesh, weight_spec):
+    def step(x, weights):
+        def layer(x, w):
+            return jax.nn.relu(x @ jax.lax.with_sharding_constraint(w, PartitionSpec())), None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), "float32", sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), "float32", sharding=NamedSharding(mesh, weight_spec))
+    with jax.set_mesh(mesh):
+        return Program(jax.jit(step).lower(x, weights).compile().as_text())
+
+
+@pytest.fixture(scope="module")
+def program():
+    return compiled_scan(make_mesh(MeshConfig(fsdp=4)), PartitionSpec(None, "fsdp"))
+
+
+def test_products_in_loops_count_as_often_as_they_run(program):
+    assert program.matrix_flops == LAYERS * 2 * (ROWS // 4) * WIDTH * WIDTH
+
+
+def test_exchanges_have_kind_bytes_partners_and_count(program):
+    gather, reduction = sorted(program.collectives, key=lambda collective: collective.kind)
+    assert (gather.kind, gather.nbytes, gather.times) == ("all-gather", WIDTH * WIDTH * 4, LAYERS)
+    assert gather.group == (0, 1, 2, 3)
+    assert gather.received == WIDTH * WIDTH * 4 * 3 / 4
+    assert (reduction.kind, reduction.nbytes, reduction.times) == ("all-reduce", 4, 1)
+    assert reduction.received == 2 * 4 * 3 / 4
+
+
+def test_traffic_takes_slices_of_stacks_for_slices(program):
+    weights = LAYERS * WIDTH * WIDTH * 4
+    # Own shards read, gathered weights written and read, activations of some 8 kB: not the whole stack in every layer.
+    assert weights < program.memory_traffic < 6 * weights
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", (0, 2)),
+        ("replica_groups=[2,4]<=[8], x", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=1] {'axis_1'}, x", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", (0, 1, 4, 5)),
+        ("source_target_pairs={{3,1},{1,3}}, x", (1, 3)),
+    ],
+)
+def test_partners_in_every_spelling(text, group):
+    assert replica_group(text) == group
+
+
+def test_the_gpu_and_tpu_spellings():
+    text = """HloModule m
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %x = bf16[8,16]{1,0} get-tuple-element(%p), index=1
+  %ag = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[1,4]<=[4], backend_config={"is_sync":false}
+  %agd = bf16[8,16]{1,0} all-gather-done(%ag)
+  %rs = ((bf16[8,16]{1,0}), bf16[2,16]{1,0}) reduce-scatter-start(%x), channel_id=2, replica_groups=[1,4]<=[4], backend_config={"is_sync":true}
+  %gemm = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm"
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%x, %x)
+}
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %w = (s32[], bf16[8,16]{1,0}) while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %one = bf16[8,16]{1,0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="1"}
+  %two = bf16[8,16]{1,0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="1"}
+  ROOT %r = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} copy(%a)
+}
+"""  # noqa: E501
+    program = Program(text)
+    found = [(c.kind, c.nbytes, c.times, c.overlapped) for c in program.collectives]
+    assert found == [
+        ("all-gather", 256, 3, True),
+        ("reduce-scatter", 256, 3, False),
+        ("all-gather", 256, 1, True),  # in two fusions, one channel: one exchange
+    ]
+    assert program.matrix_flops == 3 * 2 * 8 * 8 * 16
+    copy = next(use for use in program.uses if use.instruction.opcode == "copy")
+    assert program._traffic(copy) == 256, "what lies on chip is not traffic"

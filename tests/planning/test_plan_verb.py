@@ -1,0 +1,95 @@
+"""`flacuna plan` from the command line, without a compiler for the target."""
+
+import json
+
+import pytest
+
+from flacuna_jax import plan as verb
+from flacuna_jax.cli import run_verb
+from flacuna_jax.config_files import load_config
+from flacuna_jax.planning import targets
+
+PAPER = "configs/flacuna_13b.yaml"
+
+
+@pytest.fixture(autouse=True)
+def no_plugin(monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+
+
+def run(*arguments):
+    return run_verb(verb.main, ["--config", PAPER, *arguments])
+
+
+def test_without_the_compiler_it_says_which_extra_brings_it_and_estimates(capsys):
+    assert run("--target", "4xA6000", "--json", "--price", "0.5") == 0
+    printed = capsys.readouterr()
+    assert "flacuna-jax[cuda12]" in printed.err.replace("\n", "")
+    assert "assumed" in printed.err
+    document = json.loads(printed.out)
+    assert document["source"] == "estimated"
+    assert document["fits"]
+    assert document["data"]["assumed"]
+    assert document["memory"]["peak"] < 22e9
+    assert document["cost"] == pytest.approx(document["hours"] * 4 * 0.5)
+    assert run("--target", "v5e:4x4", "--json", "--mesh={fsdp: 16}", "--training.micro_batch_size=1") == 0
+    assert "flacuna-jax[tpu]" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_what_does_not_fit_gets_advice(capsys):
+    assert run("--target", "4x3090", "--training.remat=none") == 0
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    assert "nearest that fits (estimated): fsdp 4, remat dots" in " ".join(printed.split())
+
+
+def test_search_ranks_and_draws(capsys, tmp_path):
+    picture = tmp_path / "plan.html"
+    assert run("--target", "4xA6000", "--search", "--json", "--html", str(picture)) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert plans[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    times = [plan["seconds"]["step"] for plan in plans if plan["fits"]]
+    assert times == sorted(times)
+    assert picture.read_text().count("<rect") > len(plans)
+    assert run("--target", "4xA6000", "--search") == 0
+    assert "ESTIMATED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "4xB9000"], "kinds:"),
+        (["--target", "2xA6000"], "mesh: 4 devices"),
+        (["--target", "8xH100", "--mesh={tensor: 3}"], "mesh.tensor"),
+        (["--target", "4xA6000", "--model.path=nowhere/llama"], "--sizes"),
+    ],
+)
+def test_mistakes(capsys, arguments, message):
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", ["7b", "13b", "30b", "65b"])
+def test_sizes_are_those_of_the_releases(sizes, capsys):
+    """The parameters that the LLaMA paper and the files state."""
+    total = {"7b": 6_738_415_616, "13b": 13_015_864_320, "30b": 32_528_943_616, "65b": 65_285_660_672}[sizes]
+    assert run("--target", "v5p:4x4x8", "--json", "--sizes", sizes, "--mesh={fsdp: 128}", "--lora=null") == 0
+    arguments = json.loads(capsys.readouterr().out)["memory"]["arguments_by_kind"]
+    assert arguments["weights"] * 128 == pytest.approx(4 * total, rel=0.01)
+
+
+def test_real_data_are_counted(test_data, llama_tokenizer, story_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
+    records = [{"id": str(i), "conversations": [{"from": "human", "value": "one two " * (1 + i % 7)},
+               {"from": "gpt", "value": "three"}]} for i in range(64)]  # fmt: skip
+    data = tmp_path / "records.json"
+    data.write_text(json.dumps(records))
+    changes = [f"--model.path={story_llama}", f"--model.tokenizer={llama_tokenizer}", f"--data.sources.0.path={data}"]
+    changes += ["--data.sources.0.format=sharegpt", "--training.batch_size=16", "--training.warmup_steps=0"]
+    small = ["--data.max_length=128", "--mesh={fsdp: 4}", "--estimate", "--json"]
+    config = load_config(PAPER, changes)
+    assert config.data.sources[0].path == str(data)
+    assert run("--target", "4xA6000", *changes, *small) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert not document["data"]["assumed"]
+    assert document["steps"] == 4  # 64 examples, 16 a step

@@ -1,0 +1,124 @@
+"""Which layouts are considered, how they rank, and what `mesh: auto` and `remat: auto` become."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from flacuna_jax.config import LoraConfig, MeshConfig, RunConfig
+from flacuna_jax.errors import UserError
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.planning import search as search_module
+from flacuna_jax.planning.plans import estimated_plan
+from flacuna_jax.planning.search import candidates, choose_layout, nearest_fit, search
+from flacuna_jax.planning.targets import parse_target
+from flacuna_jax.planning.workload import Layout, assumed_statistics
+from tests.planning.conftest import make_workload
+
+PAPER = make_workload(LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128), LoraConfig(), 1280, 27)
+
+
+def test_candidates_use_every_device_and_cut_no_head():
+    workload = make_workload(LlamaConfig(512, 128, 352, 2, 6, 6, 16))
+    found = {layout.mesh for layout in candidates(workload, parse_target("2x4xA6000"))}
+    assert all(mesh.devices == 8 for mesh in found)
+    assert {mesh.tensor for mesh in found} == {1, 2}, "six heads are not divided by four"
+    assert MeshConfig(data=2, fsdp=4) in found
+
+
+def test_rows_are_divided_exactly_where_the_config_says_so():
+    training = PAPER.training.model_copy(update={"batch_unit": "rows", "batch_size": 24})
+    workload = dataclasses.replace(PAPER, training=training)
+    assert all(24 % (c.micro_batch * c.shards) == 0 for c in candidates(workload, parse_target("4xA6000")))
+
+
+def test_what_the_paper_s_machine_wants():
+    """On PCIe replicated weights beat sharded ones; full recomputation is never wanted where memory does not ask."""
+    ranking = search(PAPER, parse_target("4xA6000"), None)
+    best = ranking[0]
+    assert best.fits
+    assert best.layout.mesh == MeshConfig(data=4)
+    assert best.layout.remat != "full"
+    sharded = estimated_plan(PAPER, Layout(MeshConfig(fsdp=4), "dots", 2), parse_target("4xA6000"))
+    assert best.time.step < sharded.time.step
+    assert sharded.time.bound == "PCIe 4"
+    assert [plan.fits for plan in ranking] == sorted((plan.fits for plan in ranking), reverse=True)
+
+
+def test_faster_links_change_the_answer():
+    layout = Layout(MeshConfig(fsdp=8), "dots", 2)
+    assert estimated_plan(PAPER, layout, parse_target("8xH100")).time.bound == "arithmetic"
+
+
+def test_the_nearest_change_that_fits():
+    machine = parse_target("4x3090")
+    tight = estimated_plan(PAPER, Layout(MeshConfig(fsdp=4), "none", 2), machine)
+    assert not tight.fits
+    nearest = nearest_fit(tight, None)
+    assert nearest.fits
+    assert nearest.layout == Layout(MeshConfig(fsdp=4), "dots", 2), "one change is enough, and the mesh may stay"
+    single = estimated_plan(PAPER, Layout(MeshConfig(), "dots", 1), parse_target("3090"))
+    assert nearest_fit(single, None) is None
+
+
+def run_config(**changes) -> RunConfig:
+    tree = {"output_dir": "x", "model": {"path": "m"}, "data": {"sources": ({"path": "d", "format": "flan_mini"},)}}
+    return RunConfig.model_validate({**tree, **changes})
+
+
+def test_on_cpus_the_answer_is_immediate():
+    devices = jax.devices()[:4]
+    assert choose_layout(run_config(), PAPER.spec, devices) == (MeshConfig(fsdp=4), "dots")
+    kept = run_config(mesh={"data": 2}, training={"remat": "full"})
+    assert choose_layout(kept, PAPER.spec, devices) == (MeshConfig(data=2), "full")
+
+
+@dataclasses.dataclass
+class FakeGpu:
+    id: int
+    device_kind: str = "NVIDIA RTX A6000"
+    platform: str = "gpu"
+    process_index: int = 0
+
+
+def test_on_accelerators_four_are_compiled_at_most_and_the_answer_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
+    tried = []
+
+    def pretend(workload, layout, machine, devices):
+        tried.append(layout)
+        return estimated_plan(workload, layout, machine)
+
+    monkeypatch.setattr(search_module, "compiled_plan", pretend)
+    devices = [FakeGpu(i) for i in range(4)]
+    chosen = choose_layout(run_config(), PAPER.spec, devices)
+    assert chosen == (MeshConfig(data=4), "dots")
+    assert 1 <= len(tried) <= 4
+    assert {layout.micro_batch for layout in tried} == {2}
+    assert choose_layout(run_config(), PAPER.spec, devices) == chosen
+    assert len(tried) <= 4, "the second answer is remembered"
+    tried.clear()
+    mesh, _ = choose_layout(run_config(mesh={"fsdp": 4}), PAPER.spec, devices)
+    assert mesh == MeshConfig(fsdp=4)
+    assert {layout.mesh for layout in tried} == {mesh}
+
+
+def test_nothing_fits(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
+    monkeypatch.setattr(search_module, "compiled_plan", lambda w, layout, m, d: estimated_plan(w, layout, m))
+    config = run_config(lora=None)
+    spec = make_workload(PAPER.spec.config, None, 1280, 27).spec
+    with pytest.raises(UserError, match="micro_batch_size"):
+        choose_layout(config, spec, [FakeGpu(i) for i in range(2)])
+
+
+def test_assumed_statistics_follow_the_config():
+    config = run_config()
+    packed = assumed_statistics(config.data, config.training)
+    assert packed.assumed
+    assert packed.rows_per_step == 27  # 128 examples of 256 tokens in rows of 1280, nearly full
+    assert packed.steps == pytest.approx(1_340_153 / 128, rel=0.05)
+    unpacked = run_config(data={"sources": ({"path": "d"},), "packing": "none"}, training={"batch_unit": "rows"})
+    single = assumed_statistics(unpacked.data, unpacked.training)
+    assert (single.rows_per_step, single.steps) == (128, None)
+    assert assumed_statistics(unpacked.data, unpacked.training, examples=1280).steps == 10
