@@ -28,6 +28,7 @@ from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.data.pipeline import BatchStream, RunPlan, StepSource, check_batch_arithmetic, plan_run
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
+from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
@@ -159,7 +160,12 @@ def _build_data(
 ) -> tuple[TokenStore, DataReport, RunPlan]:
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
-    store, report = build_store(config.data, tokenizer)
+    try:
+        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
+        store, report = cached_store(config.data, tokenizer, tokenizer_hash, default_directory(), say)
+    except OSError as error:
+        say(f"tokenised data: no cache ({error}); built in memory")
+        store, report = build_store(config.data, tokenizer)
     for line in report.lines():
         say(line)
     return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards)

@@ -32,3 +32,11 @@ def story_llama(test_data: Path) -> Path:
 def llama_tokenizer(test_data: Path) -> Path:
     """Directory with the LLaMA SentencePiece model (32,000 pieces)."""
     return test_data / "llama_tokenizer"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenised corpora go to a directory of the test session, never to the user's own cache."""
+    directory = tmp_path_factory.mktemp("token_cache")
+    os.environ["FLACUNA_CACHE"] = str(directory)
+    return directory

@@ -65,16 +65,24 @@ class Loop:
           LossNotFinite: names the step; the checkpoints before it are intact.
         """
         in_flight: deque[tuple[int, StepMetrics]] = deque()
+
+        def wait_until(left: int) -> None:
+            while len(in_flight) > left:
+                self.observe(_finished(*in_flight.popleft()))
+
+        first = state.step
         while state.step < self.total_steps:
             batch = self._to_devices(next(self.batches))
+            saving = (state.step + 1) % self.save_every == 0 or state.step + 1 == self.total_steps
+            # Around the compiling step and around saves the device is idle, so that what an observer times is true.
+            alone = saving or state.step == first
+            wait_until(0 if alone else STEPS_IN_FLIGHT)
             trainable, opt_state, metrics = self.step(
                 state.trainable, state.opt_state, self.frozen, batch, np.int32(state.step)
             )
             state = TrainState(state.step + 1, trainable, opt_state)
             in_flight.append((state.step, metrics))
-            saving = state.step % self.save_every == 0 or state.step == self.total_steps
-            while len(in_flight) > (0 if saving else STEPS_IN_FLIGHT):
-                self.observe(_finished(*in_flight.popleft()))
+            wait_until(0 if alone else STEPS_IN_FLIGHT)
             if saving:
                 self.save(state)
         return state
