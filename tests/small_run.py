@@ -70,7 +70,7 @@ def write_run(directory: Path, count: int = 60, **sections) -> Path:
             "architecture": dict(SIZES),
         },
         "lora": {"rank": 2, "dropout": 0.05, "targets": ["q_proj", "v_proj"]},
-        "data": {"sources": [{"path": str(directory / "data.json")}], "max_length": 192},
+        "data": {"sources": [{"path": str(directory / "data.json")}], "max_length": 400},
         "training": {"learning_rate": 1e-2, "batch_size": 8, "micro_batch_size": 1, "epochs": 2, "remat": "none"},
         "mesh": {"fsdp": 1},
         "checkpoint": {"every_steps": 3},
