@@ -63,14 +63,14 @@ def test_documents_are_isolated_bit_for_bit() -> None:
 
 def test_padding_is_exactly_zero_and_finite() -> None:
     rows = segments(6)
-    rows[0] = 0
+    rows[0], rows[1], rows[1, :5] = 0, 1, 0  # nothing but padding; padding in front of a long document
     arrays = packings.inputs(0, ROWS, LENGTH, HEADS, KV_HEADS, DIM)
     huge = tuple(jnp.where((rows == 0)[..., None, None], x * 1e6, x) for x in arrays)
     packings.assert_padding_is_zero(kernels(), huge, rows, make_packed_mask(jnp.array(rows)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [None, 2, 140])
+@pytest.mark.parametrize("window", [None, 140])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1)])
 @pytest.mark.parametrize(("queries", "keys"), [(128, 128), (128, 256), (512, 256)])
 @pytest.mark.parametrize("length", [1, 250, 1024])

@@ -56,7 +56,7 @@ def test_documents_are_isolated_bit_for_bit() -> None:
 
 def test_padding_is_exactly_zero_and_finite() -> None:
     rows = segments(6)
-    rows[0] = 0
+    rows[0], rows[1], rows[1, :5] = 0, 1, 0  # nothing but padding; padding in front of a long document
     arrays = packings.inputs(0, ROWS, LENGTH, HEADS, KV_HEADS, DIM)
     huge = tuple(jnp.where((rows == 0)[..., None, None], x * 1e6, x) for x in arrays)
     packings.assert_padding_is_zero(path(), huge, rows, make_packed_mask(jnp.array(rows)))
