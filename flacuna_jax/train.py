@@ -39,16 +39,19 @@ from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params
 from flacuna_jax.model.sharding import batch_sharding, check_mesh, make_mesh, parameter_shardings
 from flacuna_jax.model_source import ModelSource, open_model
+from flacuna_jax.planning.search import choose_layout
+from flacuna_jax.planning.targets import TARGETS
 from flacuna_jax.training.checkpoint import Checkpointer
-from flacuna_jax.training.loop import Loop, StepRecord
-from flacuna_jax.training.metrics import Throughput, Tracker, TrainRecord, open_tracker, peak_memory_bytes
+from flacuna_jax.training.loop import Loop
+from flacuna_jax.training.metrics import Throughput, open_tracker
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from flacuna_jax.training.progress import Progress, open_progress
+from flacuna_jax.training.progress import open_progress
 from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
 from flacuna_jax.training.resume import require_same_run, rounding_changes
 from flacuna_jax.training.run_directory import RunDirectory, open_run_directory
 from flacuna_jax.training.state import StateLayout, TrainState
 from flacuna_jax.training.step import StepConfig, make_step, partition
+from flacuna_jax.training.step_log import StepLog
 from flacuna_jax.version import __version__
 
 
@@ -67,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def train(config: RunConfig) -> None:
     """Runs, or resumes, one training run. Raises `UserError` before anything is written if the input is wrong."""
     distributed.initialize(config.distributed)
-    config = resolve_auto(config)
-    mesh = make_mesh(config.mesh)
     source = open_model(config.model)
+    config = resolve_auto(config, source)
+    mesh = make_mesh(config.mesh)
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     check_batch_arithmetic(config.training, shards)
@@ -85,21 +88,36 @@ def train(config: RunConfig) -> None:
             _train(setup, directory, checkpointer, say)
 
 
-def resolve_auto(config: RunConfig) -> RunConfig:
-    """Decides what the config leaves to us; a resumed run keeps what it had decided, if the devices are the same.
+def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
+    """Decides what `mesh: auto` and `remat: auto` leave to us.
 
-    `mesh: auto` splits the weights over all devices; `remat: auto` keeps the results of matrix products and attention,
-    so that no weight is multiplied twice.
+    A resumed run keeps what it had decided, if the devices are as many. Else the planner compiles a few candidates; on
+    accelerators it has no facts of, weights are split over all devices and the results of matrix products kept.
     """
-    mesh, remat = config.mesh, config.training.remat
-    if mesh == "auto":
-        mesh = MeshConfig(fsdp=jax.device_count())
-        previous = config.directory / "config.yaml"
-        if previous.is_file():
-            decided = load_config(previous).mesh
-            mesh = decided if isinstance(decided, MeshConfig) and decided.devices == jax.device_count() else mesh
-    training = config.training.model_copy(update={"remat": "dots" if remat == "auto" else remat})
-    return config.model_copy(update={"mesh": mesh, "training": training})
+    if config.mesh != "auto" and config.training.remat != "auto":
+        return config
+    devices = jax.devices()
+    previous = config.directory / "config.yaml"
+    if previous.is_file() and (decided := load_config(previous)).mesh != "auto" and _uses(decided, len(devices)):
+        mesh, remat = decided.mesh, str(decided.training.remat)
+    elif devices[0].platform == "cpu" or any(t.device_kind == devices[0].device_kind for t in TARGETS.values()):
+        mesh, remat = choose_layout(config, model_spec(config, source), devices)
+    else:
+        mesh, remat = MeshConfig(fsdp=len(devices)), "dots"
+    chosen_mesh = mesh if config.mesh == "auto" else config.mesh
+    chosen_remat = remat if config.training.remat == "auto" else config.training.remat
+    training = config.training.model_copy(update={"remat": chosen_remat})
+    return config.model_copy(update={"mesh": chosen_mesh, "training": training})
+
+
+def _uses(config: RunConfig, devices: int) -> bool:
+    return isinstance(config.mesh, MeshConfig) and config.mesh.devices == devices
+
+
+def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
+    """LoRA: float32 adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
+    dtype = config.model.dtype
+    return ModelSpec(source.config, config.lora, dtype, dtype if config.lora else "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +133,7 @@ class Setup:
 
     @property
     def spec(self) -> ModelSpec:
-        """LoRA: float32 adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
-        dtype = self.config.model.dtype
-        return ModelSpec(self.source.config, self.config.lora, dtype, dtype if self.config.lora else "float32")
+        return model_spec(self.config, self.source)
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -215,7 +231,15 @@ def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, sa
             with throughput.paused():
                 checkpointer.save(state.step, state.trainable, state.opt_state, {**meta, "cursor": stream.cursor()})
 
-        log = StepLog(setup, source, tracker, progress, throughput)
+        log = StepLog(
+            total_steps=setup.plan.total_steps,
+            every_steps=config.logging.every_steps,
+            schedule=setup.schedule,
+            info=source.info,
+            tracker=tracker,
+            progress=progress,
+            throughput=throughput,
+        )
         step = make_step(
             StepConfig(setup.spec, config.seed, remat=config.training.remat),
             layout.optimizer,
@@ -286,46 +310,6 @@ def plan_lines(setup: Setup) -> list[str]:
         f"remat {config.training.remat}",
         *(f"warning    {warning}" for warning in plan.warnings),
     ]
-
-
-class StepLog:
-    """Turns finished steps into records, and sends every n-th to the trackers and the screen."""
-
-    def __init__(
-        self, setup: Setup, source: StepSource, tracker: Tracker, progress: Progress, throughput: Throughput
-    ) -> None:
-        self._setup, self._source = setup, source
-        self._tracker, self._progress, self._throughput = tracker, progress, throughput
-        self._schedule = jax.jit(setup.schedule)
-        self._compiled = False
-        self.last_loss: float | None = None
-
-    def __call__(self, result: StepRecord) -> None:
-        info = self._source.info(result.step - 1)
-        self.last_loss = result.loss
-        self._progress.advance(result.step)
-        self._throughput.add(info.tokens, info.supervised_tokens)
-        every, last = self._setup.config.logging.every_steps, self._setup.plan.total_steps
-        if result.step % every == 0 or result.step in (1, last):
-            record = TrainRecord(
-                step=result.step,
-                epoch=info.epoch,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                learning_rate=float(self._schedule(result.step - 1)),
-                examples=info.examples,
-                rows=info.rows,
-                tokens=info.tokens,
-                supervised_tokens=info.supervised_tokens,
-                fill=info.fill,
-                **dataclasses.asdict(self._throughput.lap()),
-                peak_memory_bytes=peak_memory_bytes(),
-            )
-            self._tracker.log(record.to_json())
-            self._progress.show(record)
-        if not self._compiled:
-            self._throughput.start()
-            self._compiled = True
 
 
 def deliver_result(

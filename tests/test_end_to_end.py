@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from flacuna_jax import train as train_verb
 from flacuna_jax.cli import main as flacuna
+from flacuna_jax.config import MeshConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
@@ -106,7 +107,11 @@ def test_running_a_finished_run_again_changes_nothing(finished):
 
 
 def test_four_devices_give_the_same_run(finished, tmp_path):
-    assert run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--mesh.fsdp=4") == 0
+    automatic = ["--mesh=auto", "--training.remat=auto"]
+    assert run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", *automatic) == 0
+    resolved = load_config(tmp_path / "run" / "config.yaml")
+    assert resolved.mesh == MeshConfig(fsdp=4)
+    assert resolved.training.remat == "dots"
     expected, actual = losses(finished / "run"), losses(tmp_path / "run")
     assert list(actual) == list(expected)
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
