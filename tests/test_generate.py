@@ -1,0 +1,128 @@
+"""`flacuna generate` from the outside: models, runs, templates, and what is refused."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from flacuna_jax import generate
+from flacuna_jax.cli import run_verb
+from flacuna_jax.config import LoraConfig
+from flacuna_jax.config_files import parse_config
+from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.deliver import write_adapter
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.model.parameters import lora_shapes
+
+LORA = LoraConfig(rank=2, alpha=4.0)
+STORY = "Once upon a time, there was a"
+# bfloat16 rounding may turn a near-tie; these tests compare words, so they compute in float32.
+PRECISE = ["--dtype", "float32", "--max-new-tokens", "12"]
+
+
+@pytest.fixture
+def run(story_llama: Path, tmp_path: Path) -> Path:
+    """A finished run: its config and an adapter that changes what the base says."""
+    path = tmp_path / "run"
+    path.mkdir()
+    config = read_architecture(story_llama)
+    tree = {
+        "output_dir": str(path),
+        "model": {"path": str(story_llama)},
+        "lora": LORA.model_dump(mode="json"),
+        "data": {"sources": [{"path": "data.json"}], "template": "vicuna_v0"},
+    }
+    (path / "config.yaml").write_text(parse_config(tree).to_yaml())
+    rng = np.random.default_rng(0)
+    params = {p: rng.standard_normal(s).astype(np.float32) * 0.2 for p, s in lora_shapes(config, LORA).items()}
+    write_adapter(path / "adapter", Adapter(LORA, params, str(story_llama)), config, trained=True)
+    return path
+
+
+def _say(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert run_verb(generate.main, list(arguments)) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_answers_are_transformers_answers(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way, from text to text, with the template and without."""
+    tokenizer = load_tokenizer(story_llama)
+    reference = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32)
+
+    def expected(text: str) -> str:
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
+        mask = torch.ones_like(ids)
+        new = reference.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(new[0, ids.shape[1] :].tolist())
+
+    model = ["--model", str(story_llama), *PRECISE]
+    assert _say(capsys, *model, "--raw", STORY) == [expected(STORY)]
+    prompt = f"{TEMPLATES['vicuna_v1.1'].system} USER: {STORY} ASSISTANT:"
+    assert "\n".join(_say(capsys, *model, STORY)) == expected(prompt)
+
+
+def test_a_run_brings_its_base_adapter_and_template(
+    run: Path, story_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spelled_out = ["--model", str(story_llama), "--adapter", str(run), "--template", "vicuna_v0"]
+    tuned = _say(capsys, "--run", str(run), *PRECISE, STORY)
+    assert tuned == _say(capsys, *spelled_out, *PRECISE, STORY)
+    assert tuned != _say(capsys, "--model", str(story_llama), "--template", "vicuna_v0", *PRECISE, STORY)
+    assert tuned != _say(capsys, "--run", str(run), "--template", "vicuna_v1.1", *PRECISE, STORY)
+
+
+def test_prompts_from_a_file_and_answers_as_json(
+    story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["Lily saw a", STORY]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    options = ["--model", str(story_llama), "--raw", "--json", *PRECISE]
+    records = [json.loads(line) for line in _say(capsys, *options, "--file", str(tmp_path / "prompts.txt"))]
+    assert [record["prompt"] for record in records] == prompts
+    assert records == [json.loads(line) for line in _say(capsys, *options, *prompts)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts)))
+    assert records == [json.loads(line) for line in _say(capsys, *options, "--file", "-")]
+
+
+def test_sampling_is_a_function_of_the_seed(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(story_llama), "--raw", *PRECISE, "--temperature", "1", "--top-k", "50", "--top-p", "0.95"]
+    first, again, other = (_say(capsys, *options, "--seed", seed, STORY) for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "MODEL"], "give prompts"),
+        (["--model", "MODEL", "--file", "x.txt", "hello"], "give prompts"),
+        (["--model", "MODEL", "--file", "absent.txt"], "prompt file absent.txt cannot be read"),
+        (["hello"], "say which model"),
+        (["--model", "MODEL", "--run", "RUN", "hello"], "say which model"),
+        (["--run", "absent", "hello"], "absent has no config.yaml"),
+        (["--model", "absent", "hello"], "absent"),
+        (["--model", "MODEL", "--temperature", "-1", "hello"], "temperature is -1.0"),
+        (["--model", "MODEL", "--max-new-tokens", "0", "hello"], "--max-new-tokens"),
+        (["--model", "MODEL", "--max-new-tokens", "600", "hello"], "exceeds the model's context of 512"),
+    ],
+)
+def test_mistakes_get_one_message(
+    arguments: list[str], message: str, story_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(story_llama) if argument == "MODEL" else argument for argument in arguments]
+    assert run_verb(generate.main, arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_an_unfinished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "adapter").rename(run / "elsewhere")
+    assert run_verb(generate.main, ["--run", str(run), "hello"]) == 2
+    assert "has no adapter/ yet" in capsys.readouterr().err
