@@ -1,9 +1,9 @@
 """Ten task families: how an item of each is drawn, how people chat about it, and how FLAN would ask for it.
 
 An `Item` is content without wording. The same kind of item is worded in three ways: in lessons (many statements in one
-long reply) and chats (friendly replies), from which the stand-in for Vicuna learns, and in instructions (many templates,
-short exact targets), from which Flacuna learns. Items are split by `Item.key` before anything is worded, so that
-held-out content is held out in every wording.
+long reply) and chats (friendly replies), from which the stand-in for Vicuna learns, and in instructions (many
+templates, short exact targets), from which Flacuna learns. Items are split by `Item.key` before anything is worded, so
+that held-out content is held out in every wording.
 """
 
 from collections.abc import Callable, Mapping
@@ -379,7 +379,8 @@ FAMILIES = (
             ),
             ("Input: {text}\nTask: write the name and the city, with a semicolon.\nOutput:", "{name}; {city}"),
             (
-                "Definition: you are given a sentence. Write the thing and the name, with a semicolon.\nInput: {text}\nOutput:",
+                "Definition: you are given a sentence. Write the thing and the name, with a semicolon.\n"
+                "Input: {text}\nOutput:",
                 "{thing}; {name}",
             ),
             ("Sentence: {text}\nTable row (name | city | thing):", "{name} | {city} | {thing}"),

@@ -55,8 +55,10 @@ def score(questions: Sequence[Question], replies: Sequence[str]) -> list[FamilyS
     scores = []
     for family in sorted({question.family for question in questions}):
         pairs = [(r, q.target) for q, r in zip(questions, replies, strict=True) if q.family == family]
-        exact, mentioned = (sum(right(*pair) for pair in pairs) / len(pairs) for right in (is_exact, is_mentioned))
-        scores.append(FamilyScore(family, len(pairs), 100 * exact, 100 * mentioned))
+        exact, mentioned = (
+            100 * sum(right(*pair) for pair in pairs) / len(pairs) for right in (is_exact, is_mentioned)
+        )
+        scores.append(FamilyScore(family, len(pairs), exact, mentioned))
     return scores
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
-VOCAB_SIZE = 1280
+VOCAB_SIZE = 1536
 
 
 def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
