@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import MeshConfig
@@ -144,7 +145,9 @@ def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = N
     if wanted < len(devices) and jax.process_count() > 1:
         raise UserError(f"mesh: names {wanted} of {len(devices)} devices; with several hosts all must be used")
     shape = (config.data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+    # An axis may end within a side of a TPU's torus: 32 × 16 on 8 × 8 × 8.
+    grid = create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_mesh(mesh: Mesh, num_heads: int, num_kv_heads: int, intermediate_size: int) -> None:

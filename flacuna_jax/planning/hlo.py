@@ -265,23 +265,30 @@ class Program:
 
 def replica_group(attributes: str) -> tuple[int, ...]:
     """The first group of partners, as positions in the mesh, from any of the forms that XLA writes."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))?\s*\{([^}]*)\}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        taken = re.findall(r"'(\w+)'", found[2])
-        positions = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        taken = re.findall(r"'(\w+)'", found[3])
+        positions = _positions(found[2], math.prod(axes.values())).reshape(tuple(axes.values()))
         index = tuple(slice(None) if name in taken else 0 for name in axes)
         return tuple(int(i) for i in np.ravel(positions[index]))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        sizes = tuple(int(size) for size in found[3].split(","))
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        if found[4]:
-            ids = ids.transpose(tuple(int(axis) for axis in found[4].split(",")))
-        return tuple(int(i) for i in ids.reshape(int(found[1]), int(found[2]))[0])
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        groups, size = int(found[1]), int(found[2])
+        return tuple(int(i) for i in _positions(found[3], groups * size).reshape(groups, size)[0])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(int(i) for i in found[1].split(","))
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return tuple(sorted({int(found[1]), int(found[2])}))
     return ()
+
+
+def _positions(order: str | None, count: int) -> np.ndarray:
+    """0, 1, 2, ... in the order written as `[16,8]T(1,0)` (reshaped, transposed), as a list, or not at all."""
+    if not order:
+        return np.arange(count)
+    if found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?", order):
+        ids = np.arange(count).reshape([int(size) for size in found[1].split(",")])
+        return ids.transpose([int(axis) for axis in found[2].split(",")]).ravel() if found[2] else ids.ravel()
+    return np.array([int(position) for position in re.findall(r"\d+", order)])
 
 
 def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:

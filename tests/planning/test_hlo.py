@@ -57,6 +57,9 @@ def test_traffic_takes_slices_of_stacks_for_slices(program):
         ("replica_groups=[4,2]<=[2,4]T(1,0), x", (0, 4)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4,'axis_2'=1] {'axis_1'}, x", (0, 1, 2, 3)),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", (0, 1, 4, 5)),
+        ("replica_groups=mesh['a'=1,'b'=8,'c'=1,'d'=16], device_ids=([16,8]T(1,0)) {'b'}, x", tuple(range(8))),
+        ("replica_groups=mesh['a'=8,'b'=16], device_ids=([16,8]T(1,0)) {'b'}, x", tuple(range(0, 128, 8))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}, x", (3, 1)),
         ("source_target_pairs={{3,1},{1,3}}, x", (1, 3)),
     ],
 )
