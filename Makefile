@@ -15,8 +15,10 @@ export JAX_PLATFORMS ?= cpu
 NEWEST_PYTHON ?= $(firstword $(foreach name,python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3), \
     $(shell $(name) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 NEWEST_VENV ?= .venv-newest
-# What the second interpreter runs: every room once, without torch.
-NEWEST_TESTS = tests/test_end_to_end.py tests/data tests/kernels tests/training tests/test_config.py
+# What the second interpreter runs, without torch: a run from end to end, and the rooms that lean on jax's newest corners.
+NEWEST_TESTS = tests/test_end_to_end.py tests/test_config.py tests/data/test_pipeline.py \
+    tests/kernels/test_cross_entropy.py tests/kernels/test_packed_mask.py tests/training/test_checkpoint.py \
+    tests/training/test_step_packing.py
 
 BIN = $(VENV)/bin
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
