@@ -55,9 +55,8 @@ def score(questions: Sequence[Question], replies: Sequence[str]) -> list[FamilyS
     scores = []
     for family in sorted({question.family for question in questions}):
         pairs = [(r, q.target) for q, r in zip(questions, replies, strict=True) if q.family == family]
-        exact, mentioned = (
-            100 * sum(right(*pair) for pair in pairs) / len(pairs) for right in (is_exact, is_mentioned)
-        )
+        exact = 100 * sum(is_exact(*pair) for pair in pairs) / len(pairs)
+        mentioned = 100 * sum(is_mentioned(*pair) for pair in pairs) / len(pairs)
         scores.append(FamilyScore(family, len(pairs), exact, mentioned))
     return scores
 
@@ -69,7 +68,7 @@ def average(scores: Sequence[FamilyScore]) -> FamilyScore:
 
 
 def result_table(base: Sequence[FamilyScore], tuned: Sequence[FamilyScore]) -> Table:
-    """Families in rows; exact match of base and tuned, and the difference, as the paper's tables give it in brackets."""
+    """Families in rows: exact match of base and tuned, and the difference in brackets as in the tables of the paper."""
     table = Table(title="Exact match on held-out items, greedy decoding (%)", title_justify="left")
     table.add_column("task family")
     for heading in ("items", "base", "Flacuna", "difference"):
