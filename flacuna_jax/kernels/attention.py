@@ -20,7 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from flacuna_jax.kernels import attention_gpu, attention_tpu, attention_xla
 from flacuna_jax.kernels.packed_mask import PackedMask
-from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_tiles, tpu_tiles
+from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, tpu_tiles
 
 Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
 OUTPUT_NAME = "attention_output"
@@ -58,10 +58,11 @@ def attention(
 
     Raises ValueError where shapes, dtypes or options do not fit together.
     """
-    _check(q_bthd, k_bthd, v_bthd, mask, scale, backend)
+    _check_arrays(q_bthd, k_bthd, v_bthd, mask)
+    _check_options(backend, scale, tiles)
     device_kind, platform = _ambient_device()
     plan = _Plan(
-        backend=_resolve(backend, platform, device_kind),
+        backend=_resolve(backend, platform, device_kind, gpu_holds(q_bthd.shape[-1], q_bthd.dtype)),
         device_kind=device_kind,
         scale=float(q_bthd.shape[-1] ** -0.5 if scale is None else scale),
         tiles=tiles,
@@ -121,7 +122,8 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
 
     def local(*args: Any) -> Any:
         if plan.backend == "auto":
-            return lax.platform_dependent(*args, cuda=of("pallas_gpu"), tpu=of("pallas_tpu"), default=of("xla"))
+            gpu: Backend = "pallas_gpu" if gpu_holds(q_bthd.shape[-1], q_bthd.dtype) else "xla"
+            return lax.platform_dependent(*args, cuda=of(gpu), tpu=of("pallas_tpu"), default=of("xla"))
         return of(plan.backend)(*args)
 
     axes = _auto_axes()
@@ -148,7 +150,7 @@ def _ambient_device() -> tuple[str | None, str | None]:
     return jax.devices()[0].device_kind, None
 
 
-def _resolve(backend: Backend, platform: str | None, device_kind: str | None) -> Backend:
+def _resolve(backend: Backend, platform: str | None, device_kind: str | None, gpu_holds_it: bool) -> Backend:
     if backend != "auto":
         return backend
     if platform is None:
@@ -156,7 +158,7 @@ def _resolve(backend: Backend, platform: str | None, device_kind: str | None) ->
         return "auto"
     if platform == "tpu":
         chosen: Backend = "pallas_tpu"
-    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA"):
+    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA") and gpu_holds_it:
         chosen = "pallas_gpu"
     else:
         chosen = "xla"
@@ -201,14 +203,7 @@ def _log_once(message: str) -> None:
     _logger.info(message)
 
 
-def _check(
-    q_bthd: jax.Array,
-    k_bthd: jax.Array,
-    v_bthd: jax.Array,
-    mask: PackedMask,
-    scale: float | None,
-    backend: str,
-) -> None:
+def _check_arrays(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: PackedMask) -> None:
     batch, length, heads, dim = q_bthd.shape
     kv_heads = k_bthd.shape[2]
     if k_bthd.shape != v_bthd.shape or k_bthd.shape != (batch, length, kv_heads, dim) or heads % kv_heads:
@@ -220,7 +215,13 @@ def _check(
         raise ValueError(f"the mask is for rows {mask.start_bt.shape}, the queries for {(batch, length)}")
     if not q_bthd.dtype == k_bthd.dtype == v_bthd.dtype:
         raise ValueError(f"q, k, v must share a dtype; got {q_bthd.dtype}, {k_bthd.dtype}, {v_bthd.dtype}")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale is {scale}, but must be above 0")
+
+
+def _check_options(backend: str, scale: float | None, tiles: GpuTiles | TpuTiles | None) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale is {scale}, but must be above 0")
+    kinds: dict[str, type] = {"pallas_gpu": GpuTiles, "pallas_tpu": TpuTiles}
+    if tiles is not None and not (backend in kinds and isinstance(tiles, kinds[backend])):
+        raise ValueError(f"{type(tiles).__name__} given with backend {backend}; tiles belong to one kernel's backend")

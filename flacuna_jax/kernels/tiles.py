@@ -71,14 +71,20 @@ _FLOAT32 = GpuTiles(forward=GpuTile(32, 32, 4, 1), dq=GpuTile(16, 16, 4, 1), dkv
 _HOPPER_NAMES = ("H100", "H200", "H800", "H20", "GH200")
 
 
+def gpu_holds(dim: int, dtype: DTypeLike) -> bool:
+    """Whether any tile of this head_dim fits into a GPU's registers and shared memory."""
+    return dim <= (256 if jnp.dtype(dtype).itemsize <= 2 else 128)
+
+
 def gpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> GpuTiles:
     """Tiles for a device (`jax.Device.device_kind`), head_dim and dtype; an unknown device gets what fits them all.
 
-    Raises ValueError for a head_dim above 256 (128 in float32), which no tile fits.
+    Raises ValueError for what no GPU holds.
     """
-    widest = 128 if jnp.dtype(dtype).itemsize > 2 else 256
-    if dim > widest:
-        raise ValueError(f"head_dim {dim} in {jnp.dtype(dtype).name} is more than the GPU kernels hold ({widest})")
+    if not gpu_holds(dim, dtype):
+        raise ValueError(
+            f"head_dim {dim} in {jnp.dtype(dtype).name} is more than the GPU kernels hold; use backend xla"
+        )
     if jnp.dtype(dtype).itemsize > 2:
         return _FLOAT32
     if dim > 128:

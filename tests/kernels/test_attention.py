@@ -68,6 +68,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         ({"mask": make_packed_mask(jnp.ones((4, 32), jnp.int32))}, "the mask is for rows"),
         ({"scale": 0.0}, "above 0"),
         ({"backend": "cudnn"}, "choose one of auto, xla, pallas_gpu, pallas_tpu"),
+        ({"tiles": GpuTiles(TILE, TILE, TILE)}, "GpuTiles given with backend auto"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -165,6 +166,14 @@ def test_auto_follows_the_platform_that_is_lowered_for() -> None:
     assert TPU_KERNEL in lowered_gradient("tpu")
     assert TPU_KERNEL not in lowered_gradient("cpu")
     assert GPU_KERNEL not in lowered_gradient("cpu")
+
+
+def test_a_head_that_no_gpu_holds_goes_another_way() -> None:
+    q, k, v, _ = packings.inputs(0, 1, 16, 2, 2, 320)
+    mask = make_packed_mask(jnp.ones((1, 16), jnp.int32))
+    assert jax.jit(attention)(q, k, v, mask).shape == q.shape
+    with pytest.raises(ValueError, match="head_dim 320 in float32"):
+        attention(q, k, v, mask, backend="pallas_gpu")
 
 
 def test_auto_takes_the_kernels_of_an_absent_gpu() -> None:
