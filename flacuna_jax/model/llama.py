@@ -67,6 +67,7 @@ class Embedding(nnx.Module):
         self.weight = BaseParam(base_matrix(rngs.params(), (vocab_size, size), param_dtype))
 
     def table(self, dtype: jnp.dtype) -> jax.Array:
+        # Not `gather_weight`: a lookup's gradient is best added up at home, and scattered as one table.
         return constrain(self.weight[...].astype(dtype), "vocab", None)
 
 

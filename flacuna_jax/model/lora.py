@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from flacuna_jax.config import LoraConfig
-from flacuna_jax.model.sharding import Axes, constrain
+from flacuna_jax.model.sharding import Axes, gather_weight
 
 OUTPUT_NAME = "projection"
 """Of every projection's output, adapter included, for `jax.checkpoint_policies.save_only_these_names`."""
@@ -54,7 +54,7 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
-        weight_oi = constrain(self.weight[...].astype(x_bti.dtype), *self.axes)
+        weight_oi = gather_weight(self.weight[...].astype(x_bti.dtype), *self.axes)
         y_bto = x_bti @ weight_oi.T
         if self.lora is not None:
             a_ri, b_or = self.lora_a[...].astype(x_bti.dtype), self.lora_b[...].astype(x_bti.dtype)

@@ -8,6 +8,7 @@ blocks one after the other. Split along the other, XLA:GPU first copies every st
 that gathers well and keeps the copies through the step (4.6 GB per device for 13B on four).
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -81,14 +82,17 @@ def _divides(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None, size
 
 
 def stored_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How a parameter lies between its uses: split over tensor and, if it is a base matrix, over fsdp as well.
-
-    `fsdp` takes the first dimension of the matrix that it divides together with what is there already.
-    """
+    """How a parameter lies between its uses: split over tensor and, if it is a base matrix, over fsdp as well."""
     axes = parameter_axes(name)
+    if name.endswith("_proj/weight") or "vocab" in axes:
+        return _matrix_spec(axes, shape, mesh)
+    return partition_spec(axes, shape, mesh)
+
+
+def _matrix_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """fsdp takes the first dimension of the matrix that it divides together with what is there already."""
     spec = partition_spec(axes, shape, mesh)
-    matrix_dims = (len(axes) - 2, len(axes) - 1) if name.endswith("_proj/weight") or "vocab" in axes else ()
-    for dim in matrix_dims:
+    for dim in (len(axes) - 2, len(axes) - 1):
         both = (spec[dim], "fsdp") if isinstance(spec[dim], str) else ("fsdp",)
         if _divides(mesh, both, shape[dim]):
             return PartitionSpec(*spec[:dim], both, *spec[dim + 1 :])
@@ -116,15 +120,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation or a weight to its layout on the ambient mesh (`jax.set_mesh`); without one, nothing.
-
-    Given a stored weight's own axes this is the all-gather of a layer over fsdp, said explicitly so that the compiler
-    cannot choose to move activations instead.
-    """
+    """Pins an activation to its layout on the ambient mesh (`jax.set_mesh`); without one, nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def gather_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """A stored matrix as the computation wants it: whole along fsdp, still split over tensor.
+
+    Said explicitly, so that the compiler cannot choose to move activations instead. Its gradient goes straight back to
+    where the matrix is stored: summed and scattered, never whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weight
+    return _relay(weight, partition_spec(axes, weight.shape, mesh), _matrix_spec(axes, weight.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relay(x: jax.Array, forward: PartitionSpec, backward: PartitionSpec) -> jax.Array:
+    """x, laid out one way; its gradient, laid out another."""
+    return jax.lax.with_sharding_constraint(x, forward)
+
+
+def _relay_forward(x: jax.Array, forward: PartitionSpec, backward: PartitionSpec) -> tuple[jax.Array, None]:
+    return _relay(x, forward, backward), None
+
+
+def _relay_backward(forward: PartitionSpec, backward: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, backward),)
+
+
+_relay.defvjp(_relay_forward, _relay_backward)
 
 
 def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
