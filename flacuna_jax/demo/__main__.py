@@ -201,7 +201,9 @@ def _show(paths: Paths, questions: Sequence[Question], base: Sequence[str], tune
         },
         "replies": [{**dataclasses.asdict(q), "base": b, "flacuna": t} for q, b, t in answers],
     }
-    paths.results.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial = paths.results.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(paths.results)
 
 
 def _farewell(paths: Paths, seconds: float) -> None:
@@ -217,7 +219,7 @@ def _farewell(paths: Paths, seconds: float) -> None:
         console.print(f"  {path!s:<32} {what}", soft_wrap=True)
     console.print(Text("\nTry next:", style="bold"))
     for command, what in (
-        (f'flacuna_jax.generate --run {paths.run} "Q: Which is larger, 27 or 72? A:"', "ask it yourself"),
+        (f'flacuna_jax.generate --run {paths.run} "Which word is the opposite of hot?"', "ask it yourself"),
         ("flacuna_jax.train --config configs/demo.yaml --output_dir=runs/rank2 --lora.rank=2", "change a setting"),
         ("flacuna_jax.train --config configs/flacuna_7b.yaml", "the real thing, on a GPU with Vicuna-7B"),
     ):

@@ -36,7 +36,7 @@ FEW_SHOT_PERCENT = 10
 class CorpusSizes:
     """How many records to make; `instructions` and `held_out` are per family."""
 
-    conversations: int = 12000
+    conversations: int = 24000
     instructions: int = 600
     held_out: int = 40
 
