@@ -7,6 +7,7 @@ grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/valu
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,18 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
 
+def _all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a result is worth keeping: gathered, transposed or converted weights are not.
+
+    Kept for every layer, gathered weights alone would be as large as a whole model on each device.
+    """
+    return primitive.name not in ("sharding_constraint", "custom_vjp_call", "transpose", "convert_element_type")
+
+
 # Remat policies: what a layer's forward pass leaves behind for its backward pass. `dots` keeps the sums of base and
 # adapter products, not the products: no weight is multiplied twice, and nothing is kept for the adapters' sake alone.
-REMAT_POLICIES: dict[str, Callable | None] = {
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "none": _all_but_moves,
     "dots": checkpoint_policies.save_only_these_names(PROJECTION_OUTPUT, *ATTENTION_SAVED),
     "full": checkpoint_policies.nothing_saveable,
 }
@@ -197,7 +207,7 @@ class Llama(nnx.Module):
           positions_bt: int32, restarting at 0 with each document.
           mask: which keys each query sees, built once for all layers.
           row_keys_b: adapter-dropout keys, one per row; None evaluates.
-          remat: "none", or a key of REMAT_POLICIES.
+          remat: a key of REMAT_POLICIES.
           attention_backend: see `kernels.attention`.
         """
         rope = Rope.at(positions_bt, self.config.head_dim, self.config.rope_theta)
@@ -212,8 +222,7 @@ class Llama(nnx.Module):
             keys_b = None if row_keys_b is None else fold_keys(row_keys_b, index)
             return nnx.merge(block_graph, state)(x_btd, rope, attend, keys_b), None
 
-        if remat != "none":
-            apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(self.config.num_layers), block_state))
         return self.norm(x_btd)
 

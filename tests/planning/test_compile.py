@@ -193,6 +193,15 @@ def test_13b_on_four_a6000(absent, paper, mesh, limit):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "micro_batch"), [(MeshConfig(fsdp=4), 2), (MeshConfig(data=4), 1)])
+def test_without_remat_no_gathered_weight_is_kept(absent, paper, mesh, micro_batch):
+    layout = Layout(mesh, "none", micro_batch)
+    step = compile_step(paper, layout, absent("4xA6000"))
+    assert step.peak == pytest.approx(estimated_plan(paper, layout, parse_target("4xA6000")).peak, rel=0.1)
+    assert step.peak <= 41e9, "a stack of gathered weights would be 25 GB more"
+
+
+@pytest.mark.slow
 def test_13b_on_a_tpu_slice(absent, paper):
     layout = Layout(MeshConfig(fsdp=16), "dots", 1)
     step = compile_step(paper, layout, absent("v5e:4x4"))
