@@ -19,7 +19,7 @@ def test_data() -> Path:
     directory = os.environ.get("FLACUNA_TEST_DATA", "")
     if not directory or not Path(directory).is_dir():
         pytest.skip("FLACUNA_TEST_DATA does not name a directory with the sample data")
-    return Path(directory)
+    return Path(directory).resolve()
 
 
 @pytest.fixture(scope="session")

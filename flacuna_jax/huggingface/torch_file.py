@@ -116,6 +116,8 @@ def _storages(state: Any) -> dict[str, Storage]:
 def _tensors(path: Path, state: Any, locate: Callable[[Storage], int]) -> dict[str, StoredTensor]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    if not state:
+        raise UserError(f"{path} holds an empty dictionary, no tensors; write or copy it again")
     offsets: dict[str, int] = {}
     result = {}
     file_size = path.stat().st_size
