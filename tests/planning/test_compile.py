@@ -208,4 +208,9 @@ def test_13b_on_a_tpu_slice(absent, paper):
     assert step.peak <= 9e9
     found = exchanged(step.work.collectives)
     assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
-    assert found["all-reduce", 4 * (6_553_600 + 1), 16] == 1
+    # At least effort the compiler does not join the arrays' reductions: each crosses once.
+    reductions = {key: times for key, times in found.items() if key[0] == "all-reduce"}
+    assert sum(nbytes * times for (_, nbytes, _), times in reductions.items()) == pytest.approx(4 * 6_553_600, abs=8)
+    per_pass = paper.micro_batches(layout) * LLAMA_13B.num_layers
+    assert found["all-gather", 2 * 5120 * 5120, 16] == 8 * per_pass
+    assert found["all-gather", 2 * 5120 * 13824, 16] == 6 * per_pass
