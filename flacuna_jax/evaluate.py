@@ -10,42 +10,26 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import TEMPLATES, Template
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation import bbh, crass, drop, hhh, humaneval, impact, mmlu
-from flacuna_jax.evaluation.benchmark import AnswerTask
+from flacuna_jax.evaluation import humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.flax_model import Placement
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
-from flacuna_jax.evaluation.language_model import LanguageModel
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_rows
 from flacuna_jax.evaluation.results import TaskResult, write_atomically, write_result
-from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_impact
+from flacuna_jax.evaluation.run import run_humaneval, run_impact
 from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
+from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
 from flacuna_jax.inference import ModelAddress, ModelLoader, eos_text
-
-ANSWER_TASKS: dict[str, tuple[Callable[[Path, int], AnswerTask], int]] = {
-    "mmlu": (mmlu.load, 5),
-    "bbh": (bbh.load, 3),
-    "drop": (drop.load, 3),
-    "crass": (crass.load, 3),
-}
-OTHER_TASKS = ("humaneval", "hhh", "impact")
-GROUPS = {
-    "few_shot": ("mmlu:5", "bbh:3", "drop:3", "crass:3", "humaneval"),
-    "zero_shot": ("mmlu:0", "bbh:0", "crass:0"),
-    "paper": ("mmlu:5", "bbh:3", "drop:3", "crass:3", "humaneval", "mmlu:0", "bbh:0", "crass:0", "hhh", "impact"),
-}
-
-Run = Callable[[LanguageModel], list[TaskResult]]
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -89,33 +73,14 @@ def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
 
 def _prepare(arguments: argparse.Namespace, output: Path) -> list[tuple[str, Run]]:
     """Every benchmark read and checked before a model is loaded."""
-    wanted = [part for task in arguments.tasks.split(",") for part in GROUPS.get(task.strip(), (task.strip(),))]
     data = Path(arguments.data)
-    prepared = []
-    for task in dict.fromkeys(wanted):
-        name, colon, shots = task.partition(":")
-        if name in ANSWER_TASKS:
-            load, default = ANSWER_TASKS[name]
-            if colon and not shots.isdigit():
-                raise UserError(f"--tasks {task}: the number of shots goes behind the colon, as in mmlu:5")
-            prepared.append((task, _answers(load(data, int(shots) if colon else default), arguments.limit)))
-        elif name in OTHER_TASKS and not colon:
-            prepared.append((task, _other(name, arguments, data, output)))
-        else:
-            known = ", ".join([*ANSWER_TASKS, *OTHER_TASKS, *GROUPS])
-            raise UserError(f"--tasks: no benchmark {task!r}; there are {known} (mmlu:0 asks for 0 shots)")
-    return prepared
-
-
-def _answers(task: AnswerTask, limit: int | None) -> Run:
-    if limit is not None:
-        kept, seen = [], dict.fromkeys((problem.group for problem in task.problems), 0)
-        for problem in task.problems:
-            seen[problem.group] += 1
-            if seen[problem.group] <= limit:
-                kept.append(problem)
-        task = dataclasses.replace(task, problems=tuple(kept))
-    return lambda model: [run_answers(task, model)]
+    return [
+        (
+            task,
+            _other(task, arguments, data, output) if task in OTHER_TASKS else answer_run(task, data, arguments.limit),
+        )
+        for task in named_tasks(arguments.tasks.split(","))
+    ]
 
 
 def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -> Run:
@@ -124,13 +89,7 @@ def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -
         problems = humaneval.load(data)[: arguments.limit]
         return lambda model: [run_humaneval(problems, model, arguments.samples, workers=os.cpu_count() or 1)]
     if name == "hhh":
-        comparisons = hhh.load(data)
-        if arguments.limit is not None:
-            comparisons = tuple(c for c in comparisons if int(c.id.split("/")[1]) < arguments.limit)
-        return lambda model: [
-            run_hhh(comparisons, model, "paper", arguments.repetitions),
-            run_hhh(comparisons, model, "current"),
-        ]
+        return hhh_run(data, arguments.limit, arguments.repetitions)
     prompts = impact.load(data)[: arguments.limit]
     judge, template = _judge(arguments, output), _template(arguments)
     styles: tuple[Any, ...] = ("raw", "output") if arguments.impact_prompt == "both" else (arguments.impact_prompt,)

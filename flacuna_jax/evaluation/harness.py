@@ -169,8 +169,6 @@ def run_tasks(
 ) -> dict[str, Any]:
     """The harness's results for its tasks, by name or from task files below `include`.
 
-    Serves periodic evaluation in training too: the model wraps the parameters of the moment.
-
     Raises:
       UserError: a task that the harness does not know.
     """
@@ -186,6 +184,11 @@ def run_tasks(
     )
     assert results is not None, "simple_evaluate returns None on ranks above 0 alone"
     return dict(results)
+
+
+def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
+    """Raises UserError for a task that the harness does not know."""
+    _task_manager(tasks, include)
 
 
 def _task_manager(tasks: Sequence[str], include: Path | None) -> TaskManager:
