@@ -160,15 +160,22 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """Devices per axis; their product is the number of devices used."""
+    """Devices per axis, slowest network first; their product is the number of devices used."""
 
+    replica: PositiveInt = 1
+    """Copies of all that follows, one per TPU slice or host: only gradients cross the network between them."""
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
     tensor: PositiveInt = 1
 
     @property
     def devices(self) -> int:
-        return math.prod((self.data, self.fsdp, self.tensor))
+        return math.prod((self.replica, self.data, self.fsdp, self.tensor))
+
+    @property
+    def row_shards(self) -> int:
+        """Parts that the rows of a batch are cut into."""
+        return self.replica * self.data * self.fsdp
 
 
 class CheckpointConfig(Section):

@@ -94,9 +94,14 @@ def _plan_as_configured(
     config: RunConfig, workload: Workload, machine: Machine, devices: Sequence[jax.Device] | None
 ) -> Plan:
     training = config.training
-    layout = default_layout(config.mesh, training.remat, training.micro_batch_size, machine.devices)
+    layout = default_layout(config.mesh, training.remat, training.micro_batch_size, machine)
     if layout.mesh.devices > machine.devices:
         raise UserError(f"mesh: {layout.mesh.devices} devices, but the target has {machine.devices}; say mesh: auto")
+    if layout.mesh.devices < machine.devices and (machine.hosts > 1 or machine.target.platform == "tpu"):
+        raise UserError(
+            f"mesh: {layout.mesh.devices} of the {machine.devices} devices of {machine.description}; several hosts or "
+            "a TPU slice run together or not at all: say --mesh=auto"
+        )
     sizes = workload.spec.config
     check_tensor_parallelism(layout.mesh.tensor, sizes.num_heads, sizes.num_kv_heads, sizes.intermediate_size)
     check_batch_arithmetic(training, layout.shards)

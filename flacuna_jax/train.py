@@ -37,7 +37,14 @@ from flacuna_jax.huggingface.probe import probe_ids
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params
-from flacuna_jax.model.sharding import batch_sharding, check_mesh, make_mesh, parameter_shardings
+from flacuna_jax.model.sharding import (
+    batch_sharding,
+    check_mesh,
+    make_mesh,
+    parameter_shardings,
+    row_shards,
+    split_everywhere,
+)
 from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import TARGETS
@@ -74,7 +81,7 @@ def train(config: RunConfig) -> None:
     config = resolve_auto(config, source)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     check_batch_arithmetic(config.training, shards)
 
     primary = jax.process_index() == 0

@@ -27,7 +27,7 @@ OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
 """For `jax.checkpoint_policies.save_only_these_names`: with both saved, the forward kernel runs once per step."""
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("replica", "data", "fsdp")
 HEAD_AXIS = "tensor"
 _logger = logging.getLogger(__name__)
 

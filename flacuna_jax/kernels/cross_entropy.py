@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 CHUNK = 1024
 """Positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("replica", "data", "fsdp")
 VOCAB_AXIS = "tensor"
 
 

@@ -1,7 +1,8 @@
 """How the network lies on a mesh: one table from logical axes to mesh axes, used by model, loader, trainer and tests.
 
-The mesh has three axes. `data` replicates the weights, `fsdp` splits them and gathers one layer at a time, `tensor`
-splits heads, feed-forward and vocabulary. Rows of a batch are spread over data × fsdp.
+The mesh has four axes, from the slowest network to the fastest. `replica` repeats the rest once per TPU slice or
+host, `data` replicates the weights, `fsdp` splits them and gathers one layer at a time, `tensor` splits heads,
+feed-forward and vocabulary. Rows of a batch are spread over replica × data × fsdp.
 
 `fsdp` splits a matrix along its first dimension, the one that varies slowest in memory: a gather then lays whole
 blocks one after the other. Split along the other, XLA:GPU first copies every stack of layers into a transposed layout
@@ -13,14 +14,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("replica", "data", "fsdp", "tensor")
+BATCH_AXES = ("replica", "data", "fsdp")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
@@ -57,13 +59,18 @@ def parameter_axes(name: str) -> Axes:
     """Logical axes of a base or adapter parameter.
 
     Adapters are replicated over fsdp (they are tiny, and a second set of gathers per layer is not) and follow their
-    projection over tensor: A [layers, rank, in] where `in` is split, B [layers, out, rank] where `out` is.
+    projection over tensor: A [layers, rank, in] where `in` is split, B [layers, out, rank] and DoRA's magnitude
+    [layers, out] where `out` is.
     """
     module, _, leaf = name.rpartition("/")
-    if leaf not in ("lora_a", "lora_b"):
+    if not leaf.startswith("lora_"):
         return BASE_AXES[name]
-    layers, out, into = BASE_AXES[f"{module}/weight"]
-    return (layers, "rank", into) if leaf == "lora_a" else (layers, out, "rank")
+    *layers, out, into = BASE_AXES[f"{module}/weight"]
+    return {
+        "lora_a": (*layers, "rank", into),
+        "lora_b": (*layers, out, "rank"),
+        "lora_magnitude": (*layers, out),
+    }[leaf]
 
 
 def partition_spec(
@@ -84,7 +91,7 @@ def _divides(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None, size
 def stored_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter lies between its uses: split over tensor and, if it is a base matrix, over fsdp as well."""
     axes = parameter_axes(name)
-    if name.endswith("_proj/weight") or "vocab" in axes:
+    if name.endswith(("_proj/weight", "embed_tokens/weight", "lm_head/weight")):
         return _matrix_spec(axes, shape, mesh)
     return partition_spec(axes, shape, mesh)
 
@@ -109,9 +116,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
 
 
-def row_shards() -> int:
-    """How many parts the ambient mesh cuts the rows of a batch into; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """How many parts a mesh, by default the ambient one, cuts the rows of a batch into; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -157,26 +164,58 @@ _relay.defvjp(_relay_forward, _relay_backward)
 
 
 def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh; `auto` splits the weights over every device there is.
+    """Builds the (replica, data, fsdp, tensor) mesh; `auto` splits the weights over every device of a slice.
+
+    Axes are laid out so that replicas are whole slices, or whole hosts where devices come in no slices; within, the
+    torus of a TPU is heeded.
 
     Raises:
-      UserError: the config asks for more devices than there are, or leaves some out where several hosts run together.
+      UserError: the config asks for more devices than there are, leaves some out where several hosts run together, or
+        lets fsdp or tensor cross the slow network between TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     if not isinstance(config, MeshConfig):
-        config = MeshConfig(fsdp=len(devices))
+        config = split_everywhere(devices)
     wanted = config.devices
     if wanted > len(devices):
+        asked = " × ".join(f"{axis} {getattr(config, axis)}" for axis in MESH_AXES)
         raise UserError(
-            f"mesh: data {config.data} × fsdp {config.fsdp} × tensor {config.tensor} needs {wanted} devices, "
-            f"{len(devices)} are here; lower an axis or say mesh: auto"
+            f"mesh: {asked} needs {wanted} devices, {len(devices)} are here; lower an axis or say mesh: auto"
         )
     if wanted < len(devices) and jax.process_count() > 1:
         raise UserError(f"mesh: names {wanted} of {len(devices)} devices; with several hosts all must be used")
-    shape = (config.data, config.fsdp, config.tensor)
+    return Mesh(_device_grid(config, devices[:wanted]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def split_everywhere(devices: Sequence[jax.Device]) -> MeshConfig:
+    """Weights split as far as they can be: over all devices, or all of a TPU slice."""
+    slices = _slices(devices)
+    return MeshConfig(replica=slices, fsdp=len(devices) // slices)
+
+
+def _device_grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    slices = _slices(devices)
+    copies = config.replica * config.data
+    if copies % slices:
+        raise UserError(
+            f"mesh: {slices} TPU slices, but replica {config.replica} × data {config.data} is not a multiple of them; "
+            f"say replica: {slices}, so that fsdp and tensor stay within a slice"
+        )
+    shape = (copies // slices, config.fsdp, config.tensor)
+    in_order = sorted(devices, key=lambda device: (_slice_index(device), device.process_index, device.id))
+    blocks = np.array_split(np.array(in_order), slices)
     # An axis may end within a side of a TPU's torus: 32 × 16 on 8 × 8 × 8.
-    grid = create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    grids = [create_device_mesh(shape, block.tolist(), allow_split_physical_axes=True) for block in blocks]
+    return np.stack(grids).reshape([getattr(config, axis) for axis in MESH_AXES])
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """TPU slices; GPUs and CPUs make one, in which hosts follow each other."""
+    return len({_slice_index(device) for device in devices})
+
+
+def _slice_index(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def check_mesh(mesh: Mesh, num_heads: int, num_kv_heads: int, intermediate_size: int) -> None:

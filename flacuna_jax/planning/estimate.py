@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.kernels.cross_entropy import CHUNK
 from flacuna_jax.model.parameters import Shapes, count
-from flacuna_jax.model.sharding import MESH_AXES, stored_spec
+from flacuna_jax.model.sharding import BATCH_AXES, MESH_AXES, stored_spec
 from flacuna_jax.planning.hlo import Collective
 from flacuna_jax.planning.workload import Layout, Workload
 
@@ -52,7 +53,7 @@ def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
 
 def _stored(shapes: Shapes, mesh: MeshConfig) -> int:
     """Numbers that one device holds."""
-    abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), MESH_AXES)
+    abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in MESH_AXES), MESH_AXES)
     return sum(
         math.prod(NamedSharding(abstract, stored_spec(name, shape, abstract)).shard_shape(shape))
         for name, shape in shapes.items()
@@ -133,7 +134,8 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
     micro_batches = workload.micro_batches(layout)
     layers = spec.config.num_layers
     groups = {axis: mesh_group(mesh, axis) for axis in MESH_AXES}
-    rows = mesh_group(mesh, "data", "fsdp")
+    rows = mesh_group(mesh, *BATCH_AXES)
+    copies = mesh_group(mesh, "replica", "data")
     found: list[Collective] = []
 
     def exchange(kind: str, nbytes: float, group: tuple[int, ...], times: float) -> None:
@@ -153,7 +155,7 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
     if spec.lora is None:
         for nbytes in per_layer:
             exchange("reduce-scatter", nbytes, groups["fsdp"], layers * micro_batches)
-            exchange("all-reduce", nbytes / mesh.fsdp, groups["data"], layers * micro_batches)
+            exchange("all-reduce", nbytes / mesh.fsdp, copies, layers * micro_batches)
         exchange("all-reduce", 2 * table, rows, 2 * micro_batches)
     else:
         exchange("all-reduce", 4 * _stored(spec.lora_shapes, mesh), rows, 1)
@@ -164,9 +166,5 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
 
 def mesh_group(mesh: MeshConfig, *axes: str) -> tuple[int, ...]:
     """Positions in the mesh of the devices that differ from the first along the given axes only."""
-    strides = {"tensor": 1, "fsdp": mesh.tensor, "data": mesh.tensor * mesh.fsdp}
-    positions = [0]
-    for axis in MESH_AXES:
-        if axis in axes:
-            positions = [p + i * strides[axis] for p in positions for i in range(getattr(mesh, axis))]
-    return tuple(positions)
+    grid = np.arange(mesh.devices).reshape([getattr(mesh, axis) for axis in MESH_AXES])
+    return tuple(int(i) for i in grid[tuple(slice(None) if axis in axes else 0 for axis in MESH_AXES)].ravel())

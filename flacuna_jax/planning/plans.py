@@ -145,7 +145,9 @@ def _with_the_rest(kinds: dict[str, int], total: int) -> dict[str, int]:
     return {**kinds, "other": rest} if rest > 0 else kinds
 
 
-def default_layout(mesh: MeshConfig | str, remat: str, micro_batch: int, devices: int) -> Layout:
+def default_layout(mesh: MeshConfig | str, remat: str, micro_batch: int, machine: Machine) -> Layout:
     """What the config says; `auto` as the trainer takes it where nothing was searched."""
-    mesh = mesh if isinstance(mesh, MeshConfig) else MeshConfig(fsdp=devices)
+    if not isinstance(mesh, MeshConfig):
+        replica = machine.hosts if machine.target.platform == "tpu" else 1
+        mesh = MeshConfig(replica=replica, fsdp=machine.devices // replica)
     return Layout(mesh, "dots" if remat == "auto" else remat, micro_batch)

@@ -13,6 +13,7 @@ from flacuna_jax.config import MeshConfig, RunConfig
 from flacuna_jax.data.store_cache import default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.sharding import split_everywhere
 from flacuna_jax.planning.plans import Plan, compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import Machine, present_machine
 from flacuna_jax.planning.workload import Layout, Statistics, Workload, assumed_statistics
@@ -45,16 +46,19 @@ def candidates(
 
 
 def _meshes(spec: ModelSpec, machine: Machine) -> list[MeshConfig]:
-    """(data, fsdp, tensor) with that many devices; tensor stays within a host and divides heads and feed-forward."""
+    """Meshes of that many devices, one replica per host unless fsdp needs more devices than a host has.
+
+    Tensor stays within a host and divides heads and feed-forward.
+    """
     config, devices, found = spec.config, machine.devices, []
     for tensor in (1, 2, 4, 8):
         divides = not any(n % tensor for n in (config.num_heads, config.num_kv_heads, config.intermediate_size))
         if devices % tensor or machine.devices_per_host % tensor or not divides:
             continue
         rest = devices // tensor
-        found += [
-            MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor) for fsdp in range(1, rest + 1) if rest % fsdp == 0
-        ]
+        for fsdp in (size for size in range(1, rest + 1) if rest % size == 0):
+            replica = machine.hosts if machine.devices_per_host % (fsdp * tensor) == 0 else 1
+            found.append(MeshConfig(replica=replica, data=rest // fsdp // replica, fsdp=fsdp, tensor=tensor))
     return found
 
 
@@ -134,7 +138,7 @@ def choose_layout(
       UserError: nothing that the config allows fits; the message says what would come nearest.
     """
     auto_mesh, auto_remat = not isinstance(config.mesh, MeshConfig), config.training.remat == "auto"
-    mesh = config.mesh if isinstance(config.mesh, MeshConfig) else MeshConfig(fsdp=len(devices))
+    mesh = config.mesh if isinstance(config.mesh, MeshConfig) else split_everywhere(devices)
     remat = "dots" if auto_remat else config.training.remat
     if not (auto_mesh or auto_remat) or devices[0].platform == "cpu":
         return mesh, remat

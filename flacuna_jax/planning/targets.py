@@ -5,7 +5,8 @@ bandwidths and dense bfloat16 rates with float32 accumulation; the CUDA C++ Prog
 Specifications per Compute Capability", for shared memory and threads; memory as the CUDA driver reports it (less than
 the name of the card says). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip. Networks
 between hosts: what vendors' reference systems have (DGX A100: a 200 Gb/s port per GPU, DGX H100/H200: 400 Gb/s), and
-one 100 Gb/s port shared by four cards for workstation and PCIe servers.
+one 100 Gb/s port shared by four cards for workstation and PCIe servers; between TPU slices the data-center bandwidth
+that those pages give per pod (v5e 6.4, v6e 25.6 Tb/s for 256 chips), for v4 and v5p a 200 Gb/s port per four chips.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ class Target:
     """To the other devices of its host (a TPU: of its slice), received, all links together."""
     link: Literal["PCIe 4", "NVLink 3", "NVLink 4", "ICI", "memory"]
     network_bandwidth: float = 0.0
-    """A device's share of what its host receives from other hosts. TPU slices have none: the torus spans the hosts."""
+    """A device's share of what its host (a TPU: its slice, whose torus spans the hosts) receives from others."""
     gpu: GpuFacts | None = None
     tpu_topology: str = ""
     """libtpu's name of the generation."""
@@ -87,8 +88,13 @@ def _hopper(kind: str, memory: int, bandwidth: float) -> Target:
     return Target(kind, "cuda", memory, bandwidth, 989.4e12, 450e9, "NVLink 4", 50e9, _HOPPER)
 
 
-def _tpu(kind: str, gib: int, bandwidth: float, flops: float, ici: float, name: str, dimensions: int = 2) -> Target:
-    return Target(kind, "tpu", gib * GIB, bandwidth, flops, ici, "ICI", tpu_topology=name, tpu_dimensions=dimensions)
+def _tpu(
+    kind: str, gib: int, bandwidth: float, flops: float, ici: float, network: float, name: str, dimensions: int = 2
+) -> Target:
+    memory = gib * GIB
+    return Target(
+        kind, "tpu", memory, bandwidth, flops, ici, "ICI", network, tpu_topology=name, tpu_dimensions=dimensions
+    )
 
 
 TARGETS = {
@@ -100,10 +106,10 @@ TARGETS = {
     "a100-80gb": _a100("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2039e9),
     "h100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072, 3352e9),
     "h200": _hopper("NVIDIA H200", int(139.8 * GIB), 4800e9),
-    "v4": _tpu("TPU v4", 32, 1228e9, 275e12, 300e9, "v4", 3),
-    "v5e": _tpu("TPU v5 lite", 16, 819e9, 197e12, 200e9, "v5e"),
-    "v5p": _tpu("TPU v5", 95, 2765e9, 459e12, 600e9, "v5p", 3),
-    "v6e": _tpu("TPU v6 lite", 32, 1638e9, 918e12, 448e9, "v6e"),
+    "v4": _tpu("TPU v4", 32, 1228e9, 275e12, 300e9, 6.25e9, "v4", 3),
+    "v5e": _tpu("TPU v5 lite", 16, 819e9, 197e12, 200e9, 3.125e9, "v5e"),
+    "v5p": _tpu("TPU v5", 95, 2765e9, 459e12, 600e9, 6.25e9, "v5p", 3),
+    "v6e": _tpu("TPU v6 lite", 32, 1638e9, 918e12, 448e9, 12.5e9, "v6e"),
 }
 _ALIASES = {"rtxa6000": "a6000", "rtx3090": "3090", "rtx4090": "4090", "a100": "a100-80gb", "v5lite": "v5e"}
 
@@ -114,7 +120,7 @@ class Machine:
 
     target: Target
     hosts: int = 1
-    """A TPU slice counts as one: its torus does not care for hosts."""
+    """Of a TPU: slices, since a torus does not care for hosts."""
     devices_per_host: int = 1
     torus: tuple[int, ...] = ()
     """Sides of a TPU slice, if the user named them."""
@@ -141,7 +147,7 @@ class Machine:
 
 
 def parse_target(text: str) -> Machine:
-    """`4xA6000`, `16x8xH100` (hosts × devices each × kind), `v5p:4x4x8` (a slice), `v5e` (one device).
+    """`4xA6000`, `16x8xH100` (hosts × devices each × kind), `v5p:4x4x8` (a slice), `2xv5e:16x16` (two), `v5e` (a chip).
 
     Raises UserError for a kind that is not in `TARGETS`, a count below 1, or sides that make no torus.
     """
@@ -151,8 +157,8 @@ def parse_target(text: str) -> Machine:
     counts = [int(count) for count in found.groups()[:2] if count] if found else []
     if not found or name not in TARGETS or 0 in counts:
         raise UserError(
-            f"target {text!r}: say COUNTxKIND (4xA6000), HOSTSxCOUNTxKIND (16x8xH100) or a TPU slice (v5p:4x4x8); "
-            f"kinds: {', '.join(TARGETS)}"
+            f"target {text!r}: say COUNTxKIND (4xA6000), HOSTSxCOUNTxKIND (16x8xH100), a TPU slice (v5p:4x4x8) or "
+            f"several (2xv5e:16x16); kinds: {', '.join(TARGETS)}"
         )
     target = TARGETS[name]
     if found[4] is None:
@@ -160,11 +166,11 @@ def parse_target(text: str) -> Machine:
         return Machine(target, 1, hosts * each) if target.platform == "tpu" else Machine(target, hosts, each)
     torus = tuple(int(side) for side in found[4].split("x"))
     # v4 and v5p are named by three sides, the others by two.
-    if target.platform != "tpu" or counts or len(torus) != target.tpu_dimensions or 0 in torus:
+    if target.platform != "tpu" or len(counts) > 1 or len(torus) != target.tpu_dimensions or 0 in torus:
         sides = "x".join("4" * target.tpu_dimensions)
         example = f"{name}:{sides}" if target.platform == "tpu" else f"4x{name}"
         raise UserError(f"target {text!r}: this kind is named as in {example}")
-    return Machine(target, 1, math.prod(torus), torus)
+    return Machine(target, counts[0] if counts else 1, math.prod(torus), torus)
 
 
 def present_machine(devices: Sequence[jax.Device]) -> Machine:
@@ -184,7 +190,7 @@ def present_machine(devices: Sequence[jax.Device]) -> Machine:
             raise UserError(f"no facts are known of {first.device_kind!r}; it can be added in planning/targets.py")
         target = known
     if target.platform == "tpu":
-        return Machine(target, 1, len(devices))
+        hosts = len({getattr(device, "slice_index", 0) for device in devices})
     return Machine(target, hosts, len(devices) // hosts)
 
 
@@ -219,10 +225,12 @@ def absent_devices(machine: Machine) -> list[jax.Device]:
         names = {"platform": "cuda", "topology": shape, "target_config": gpu_target_config(target)}
         plugins, extra = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12"
     else:
-        sides = machine.torus or _torus(machine.devices, target.tpu_dimensions)
+        sides = machine.torus or _torus(machine.devices_per_host, target.tpu_dimensions)
         shape = f"{target.tpu_topology}:{'x'.join(map(str, sides))}"
         # One device per chip on v4: its two cores work as one. Newer generations do so by default.
-        names = {"platform": "tpu"} | ({"chip_config_name": "megacore"} if target.tpu_topology == "v4" else {})
+        names = {"platform": "tpu", "num_slices": machine.hosts} | (
+            {"chip_config_name": "megacore"} if target.tpu_topology == "v4" else {}
+        )
         plugins, extra = ("libtpu",), "tpu"
         os.environ.update({key: os.environ.get(key, value) for key, value in _COMPILE_ONLY_TPU.items()})
     if not any(importlib.util.find_spec(plugin) for plugin in plugins):

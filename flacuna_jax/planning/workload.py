@@ -43,11 +43,11 @@ class Layout:
     mesh: MeshConfig
     remat: str
     micro_batch: int
-    """Rows per data×fsdp shard in one forward and backward pass."""
+    """Rows per shard (replica × data × fsdp) in one forward and backward pass."""
 
     @property
     def shards(self) -> int:
-        return self.mesh.data * self.mesh.fsdp
+        return self.mesh.row_shards
 
     def __str__(self) -> str:
         axes = [f"{axis} {size}" for axis, size in self.mesh.model_dump().items() if size > 1] or ["1 device"]

@@ -47,7 +47,7 @@ def test_search_ranks_and_draws(capsys, tmp_path):
     picture = tmp_path / "plan.html"
     assert run("--target", "4xA6000", "--search", "--json", "--html", str(picture)) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
-    assert plans[0]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert plans[0]["mesh"] == {"replica": 1, "data": 4, "fsdp": 1, "tensor": 1}
     times = [plan["seconds"]["step"] for plan in plans if plan["fits"]]
     assert times == sorted(times)
     assert picture.read_text().count("<rect") > len(plans)

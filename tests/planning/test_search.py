@@ -23,7 +23,8 @@ def test_candidates_use_every_device_and_cut_no_head():
     found = {layout.mesh for layout in candidates(workload, parse_target("2x4xA6000"))}
     assert all(mesh.devices == 8 for mesh in found)
     assert {mesh.tensor for mesh in found} == {1, 2}, "six heads are not divided by four"
-    assert MeshConfig(data=2, fsdp=4) in found
+    assert MeshConfig(replica=2, fsdp=4) in found, "a copy of the weights per host"
+    assert MeshConfig(fsdp=8) in found
 
 
 def test_rows_are_divided_exactly_where_the_config_says_so():

@@ -14,6 +14,7 @@ from flacuna_jax.planning.targets import TARGETS, gpu_target_config, parse_targe
         ("a100", "NVIDIA A100-SXM4-80GB", 1, 1, ()),
         ("v5p:4x4x8", "TPU v5", 1, 128, (4, 4, 8)),
         ("v5e:16x16", "TPU v5 lite", 1, 256, (16, 16)),
+        ("2xv5e:16x16", "TPU v5 lite", 2, 256, (16, 16)),
         ("8 x v6e", "TPU v6 lite", 1, 8, ()),
     ],
 )
@@ -23,7 +24,7 @@ def test_targets_are_read(text, kind, hosts, per_host, torus):
     assert machine.torus == torus
 
 
-@pytest.mark.parametrize("text", ["4xA7000", "0xH100", "v5p:4x4", "h100:4x4", "2xv5p:4x4x4", "", "4x"])
+@pytest.mark.parametrize("text", ["4xA7000", "0xH100", "v5p:4x4", "h100:4x4", "2x2xv5p:4x4x4", "", "4x"])
 def test_mistakes_name_what_was_said(text):
     with pytest.raises(UserError, match="target"):
         parse_target(text)

@@ -24,6 +24,7 @@ LAYOUTS = {
     "fsdp 4": (MeshConfig(fsdp=4), 2),
     "fsdp 2 × tensor 2": (MeshConfig(fsdp=2, tensor=2), 2),
     "data 2 × tensor 2": (MeshConfig(data=2, tensor=2), 1),
+    "replica 2 × fsdp 2": (MeshConfig(replica=2, fsdp=2), 1),
 }
 
 
@@ -50,7 +51,7 @@ def run(spec: ModelSpec, layout: tuple[MeshConfig, int], remat: str = "none"):
     opt_state = jax.device_put(opt_state, opt_shardings)
     step = make_step(StepConfig(spec, seed=0, remat=remat), optimizer, mesh, (shardings, opt_shardings))
 
-    batch = in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), micro_batch * mesh_config.data * mesh_config.fsdp)
+    batch = in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), micro_batch * mesh_config.row_shards)
     batch = {name: jax.device_put(leaf, batch_sharding(mesh)) for name, leaf in batch.items()}
     losses = []
     for index in range(STEPS):
