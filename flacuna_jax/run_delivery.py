@@ -1,0 +1,104 @@
+"""The end of a training run: an adapter or a model in Hugging Face form, written and verified."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flacuna_jax.config import RunConfig
+from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.huggingface import deliver
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.probe import probe_ids
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.model.parameters import Params
+from flacuna_jax.model.sharding import (
+    parameter_shardings,
+)
+from flacuna_jax.run_setup import Setup
+from flacuna_jax.training.run_directory import RunDirectory
+from flacuna_jax.training.state import TrainState
+
+
+def deliver_result(
+    setup: Setup, directory: RunDirectory, state: TrainState, base: Params, last_loss: float | None
+) -> str:
+    """Writes and verifies `adapter/` (or `model/` after full fine-tuning); returns a line that says so."""
+    config = setup.config
+    trained = _on_every_host(state.trainable)
+    if jax.process_index() != 0:
+        return ""
+    if config.lora is None:
+        delivery = deliver.write_model(
+            directory.path / "model",
+            trained,
+            setup.source.config,
+            _companions(config),
+            dtype=jnp.dtype(config.model.dtype),
+            model_source=Path(config.model.path) if config.model.path else None,
+            replace=True,
+        )
+    else:
+        facts = {
+            "data": ", ".join(source.path for source in config.data.sources),
+            "examples": f"{setup.plan.examples:,} per epoch, {len(setup.plan.epochs)} epoch(s)",
+            "optimizer steps": f"{state.step:,} of {setup.plan.examples_per_step:.0f} examples",
+            "learning rate": f"{config.training.learning_rate:g}, {config.training.schedule}, "
+            f"{config.training.warmup_steps} warm-up steps",
+            "template": config.data.template,
+        }
+        if last_loss is not None:
+            facts["last training loss"] = f"{last_loss:.4f}"
+        adapter = Adapter(
+            config.lora.model_copy(update={"init_from": None}),
+            {name: np.asarray(value, np.float32) for name, value in trained.items()},
+            config.model.name or config.model.path,
+        )
+        alone = jax.process_count() == 1
+        delivery = deliver.write_adapter(
+            directory.path / "adapter",
+            adapter,
+            setup.source.config,
+            trained=state.step > 1,
+            facts=facts,
+            logits=_logits_on_run(setup, base) if alone else None,
+            replace=True,
+        )
+    return f"{delivery.directory}: {delivery.nbytes / 1e6:.1f} MB, read back and verified against the run"
+
+
+def _companions(config: RunConfig) -> deliver.Companions:
+    directory = Path(config.model.tokenizer_path)
+    tokenizer = load_tokenizer(directory)
+    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return deliver.Companions(directory, TEMPLATES[config.data.template].jinja, token_ids)
+
+
+def _on_every_host(params: Params) -> dict[str, Any]:
+    """Arrays that this process can read whole."""
+    if jax.process_count() == 1:
+        return dict(params)
+    return {name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()}
+
+
+def _logits_on_run(setup: Setup, base: Params) -> Callable[[Adapter], np.ndarray]:
+    """Logits of fixed ids by the run's own base and compiled network, for an adapter read back from its files."""
+    shardings = parameter_shardings(setup.spec.lora_shapes, setup.mesh)
+    ids_t = probe_ids(setup.source.config)
+
+    def forward(params: Params, tokens_bt: jax.Array) -> jax.Array:
+        model = setup.spec.merge(params)
+        mask = make_packed_mask(jnp.ones_like(tokens_bt))
+        return model.logits(model(tokens_bt, jnp.arange(tokens_bt.shape[1])[None], mask))[0]
+
+    def logits(adapter: Adapter) -> np.ndarray:
+        placed = jax.device_put({name: adapter.params[name] for name in shardings}, shardings)
+        with jax.set_mesh(setup.mesh):
+            return np.asarray(jax.jit(forward)({**base, **placed}, jnp.asarray(ids_t)[None]))
+
+    return logits
