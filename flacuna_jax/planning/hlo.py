@@ -183,6 +183,13 @@ class Program:
         found: dict[str, Collective] = {}
         for use in self.uses:
             instruction = use.instruction
+            if between := _between_slices(instruction):
+                kind, group = between
+                dtype, dims = instruction.arrays[0]
+                found[instruction.name] = Collective(
+                    kind, _nbytes(dtype, dims), group, use.times, True, instruction.op_name
+                )
+                continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -261,6 +268,19 @@ class Program:
                 elif user.opcode not in ("dynamic-update-slice", "tuple") or name in user.operands[1:]:
                     return nbytes
         return min(total, nbytes)
+
+
+def _between_slices(instruction: Instruction) -> tuple[str, tuple[int, ...]] | None:
+    """What a TPU program sends to other slices: the kind of exchange, and the first device of each slice in it.
+
+    After an exchange within the slice, every device hands its share to the runtime of the network between slices.
+    """
+    kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}"', instruction.attributes)
+    if instruction.opcode != "send" or kind is None or target is None:
+        return None
+    slices, size = len(target[1].split(",")), int(target[3]) - int(target[2]) + 1
+    return kind.lower().replace("_", "-"), tuple(index * size for index in range(slices))
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:

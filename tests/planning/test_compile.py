@@ -214,3 +214,15 @@ def test_13b_on_a_tpu_slice(absent, paper):
     per_pass = paper.micro_batches(layout) * LLAMA_13B.num_layers
     assert found["all-gather", 2 * 5120 * 5120, 16] == 8 * per_pass
     assert found["all-gather", 2 * 5120 * 13824, 16] == 6 * per_pass
+
+
+@pytest.mark.slow
+def test_only_adapter_gradients_cross_tpu_slices(absent, paper):
+    layout = Layout(MeshConfig(replica=2, fsdp=16), "dots", 1)
+    step = compile_step(paper, layout, absent("2xv5e:4x4"))
+    between = [collective for collective in step.work.collectives if collective.group == (0, 16)]
+    assert {collective.kind for collective in between} == {"all-reduce"}
+    sent = sum(collective.nbytes * collective.times for collective in between)
+    # Each of a slice's 16 devices sends its sixteenth; small arrays (the loss, its count) are padded to a tile.
+    assert sent == pytest.approx(4 * 6_553_600 / 16, rel=0.02)
+    assert all(max(collective.group) < 16 for collective in step.work.collectives if collective not in between)

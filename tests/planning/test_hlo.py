@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.planning.hlo import Program, replica_group
+from flacuna_jax.planning.roofline import LATENCY, NETWORK_SHARE, exchange_time
+from flacuna_jax.planning.targets import parse_target
 
 LAYERS, ROWS, WIDTH = 5, 64, 128
 
@@ -96,3 +98,25 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
     assert program.matrix_flops == 3 * 2 * 8 * 8 * 16
     copy = next(use for use in program.uses if use.instruction.opcode == "copy")
     assert program._traffic(copy) == 256, "what lies on chip is not traffic"
+
+
+def test_exchanges_between_tpu_slices_are_what_devices_send():
+    """A piece of a two-slice program: an all-reduce within each slice, then each of 16 devices sends its sixteenth."""
+    attributes = (
+        '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",'
+        '_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    )
+    text = f"""HloModule jit_step
+
+ENTRY %main (share: f32[5,8,128]) -> f32[5,8,128] {{
+  %share = f32[5,8,128]{{2,1,0}} parameter(0)
+  %first = token[] after-all()
+  %sent = (f32[5,8,128]{{2,1,0}}, u32[], token[]) send(%share, %first), channel_id=6, frontend_attributes={{{attributes}}}
+  ROOT %copy = f32[5,8,128]{{2,1,0}} copy(%share)
+}}
+"""
+    (between,) = Program(text).collectives
+    assert (between.kind, between.nbytes, between.group) == ("all-reduce", 5 * 8 * 128 * 4, (0, 16))
+    link, seconds = exchange_time(between, parse_target("2xv5e:4x4"))
+    assert link == "network"
+    assert seconds == pytest.approx(between.nbytes / (NETWORK_SHARE * 3.125e9), abs=1.1 * LATENCY)
