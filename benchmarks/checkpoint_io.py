@@ -88,8 +88,8 @@ def make_checkpoint(path: Path, config: LlamaConfig) -> int:
     path.mkdir()
     noise = (np.random.default_rng(0).standard_normal(1 << 24) * 0.02).astype(HALF)
 
-    def filled(shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-        return lambda: np.resize(noise, shape)
+    def filled(shape: tuple[int, ...]) -> Callable[[slice], np.ndarray]:
+        return lambda rows: np.resize(noise, (rows.stop - rows.start, *shape[1:]))
 
     tensors = []
     for parameter, shape in base_shapes(config).items():

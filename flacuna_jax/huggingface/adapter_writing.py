@@ -1,5 +1,6 @@
 """PEFT adapter directories as every release of PEFT, and vLLM, read them."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_adapter_files(
     }
     ordered = sorted(tensors)
     described = [(name, tensors[name].shape, stored) for name in ordered]
-    write_file(directory / WEIGHTS_FILE, described, (tensors[name] for name in ordered))
+    write_file(directory / WEIGHTS_FILE, described, (functools.partial(tensors.__getitem__, name) for name in ordered))
     (directory / "README.md").write_text(model_card(adapter, facts or {}), encoding="utf-8")
 
 

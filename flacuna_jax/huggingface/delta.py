@@ -14,7 +14,7 @@ import numpy as np
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.tensors import TensorReader, cast, host_device
+from flacuna_jax.huggingface.tensors import ALL_ROWS, TensorReader, cast, host_device
 
 HALF = np.dtype(np.float16)
 
@@ -66,9 +66,12 @@ class DeltaReader:
     def dtype(self, name: str) -> np.dtype:
         return HALF
 
-    def read(self, name: str) -> np.ndarray:
-        """The sum, in memory."""
-        base, delta = _half(self.base.read(name)), _half(self.delta.read(name))
+    def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
+        """The sum, or some rows of it, in memory."""
+        start, stop, _ = rows.indices(self.shape(name)[0])
+        known = min(stop, self.base.shape(name)[0])
+        delta = _half(self.delta.read(name, slice(start, stop)))
+        base = _half(self.base.read(name, slice(min(start, known), known)))
         if base.shape != delta.shape:
             padded = np.zeros(delta.shape, HALF)
             padded[: len(base)] = base

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,7 +14,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.tensors import TensorReader, as_bytes, cast
+from flacuna_jax.huggingface.tensors import ALL_ROWS, TensorReader, as_bytes, cast, row_blocks
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
 
@@ -80,7 +81,7 @@ def _tied_source(reader: TensorReader) -> str:
         return names.EMBEDDING
     if names.EMBEDDING not in reader:
         return names.HEAD
-    if not _equal(reader.read(names.EMBEDDING), reader.read(names.HEAD)):
+    if not _equal(reader, names.EMBEDDING, names.HEAD):
         raise UserError(
             f"{reader.directory}: config.json ties the embeddings (tie_word_embeddings), but {names.EMBEDDING} and "
             f"{names.HEAD} differ; set it to false if the checkpoint has a head of its own"
@@ -88,10 +89,11 @@ def _tied_source(reader: TensorReader) -> str:
     return names.EMBEDDING
 
 
-def _equal(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> bool:
-    if a.shape != b.shape:
+def _equal(reader: TensorReader, a: str, b: str) -> bool:
+    if reader.shape(a) != reader.shape(b):
         return False
-    return all(np.array_equal(a[start : start + rows], b[start : start + rows]) for start in range(0, len(a), rows))
+    blocks = row_blocks(reader.shape(a), reader.dtype(a).itemsize)
+    return all(np.array_equal(reader.read(a, rows), reader.read(b, rows)) for rows in blocks)
 
 
 def _accounting(missing: list[str], extra: list[str]) -> str:
@@ -127,14 +129,14 @@ def _load_leaf(
     dtype: jnp.dtype,
 ) -> jax.Array:
     if not names.is_stacked(path):
-        return _place(shape, sharding, dtype, reader.read(sources[0]).__getitem__)
+        return _place(shape, sharding, dtype, functools.partial(_read_slice, reader, sources[0]))
     axes = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
     if axes[0] is not None:
         return _place(shape, sharding, dtype, functools.partial(_read_stacked, reader, sources))
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*axes[1:]))
     leaf = _allocator(shape, dtype, sharding)()
     for index, name in enumerate(sources):
-        layer = _place(shape[1:], layer_sharding, dtype, reader.read(name).__getitem__)
+        layer = _place(shape[1:], layer_sharding, dtype, functools.partial(_read_slice, reader, name))
         leaf = _set_layer(leaf, layer, np.int32(index))
         # Waiting keeps the host's copies to one layer; disks and conversion, not transfers, set the pace.
         leaf.block_until_ready()
@@ -148,12 +150,17 @@ def _place(
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
     """An array on the devices from a function that reads a slice. Always copied: jax on CPU would alias the file."""
-    return jax.make_array_from_callback(shape, sharding, lambda index: cast(read(index or ()), dtype))
+    return jax.make_array_from_callback(shape, sharding, lambda index: cast(read(index or (ALL_ROWS,)), dtype))
+
+
+def _read_slice(reader: TensorReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    rows, *rest = index
+    return reader.read(name, rows)[(slice(None), *rest)]
 
 
 def _read_stacked(reader: TensorReader, sources: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
     layers, *rest = index
-    return np.stack([reader.read(name)[tuple(rest)] for name in sources[layers]])
+    return np.stack([_read_slice(reader, name, tuple(rest)) for name in sources[layers]])
 
 
 @functools.lru_cache(maxsize=64)
@@ -175,7 +182,15 @@ def fingerprint(reader: TensorReader, config: LlamaConfig) -> str:
     for path, sources in sorted(match_tensors(reader, config).items()):
         for name in sources:
             digest.update(f"{path} {reader.shape(name)} {reader.dtype(name).name}".encode())
-            flat = as_bytes(reader.read(name))
-            for start in (0, len(flat) // 2, max(len(flat) - _SAMPLE, 0)):
-                digest.update(flat[start : start + _SAMPLE])
+            size = math.prod(reader.shape(name)) * reader.dtype(name).itemsize
+            for start in (0, size // 2, max(size - _SAMPLE, 0)):
+                digest.update(_sample(reader, name, start))
     return digest.hexdigest()
+
+
+def _sample(reader: TensorReader, name: str, start: int) -> memoryview:
+    """Bytes of a tensor, in row-major order, from `start` on; reads only the rows that hold them."""
+    row_bytes = math.prod(reader.shape(name)[1:]) * reader.dtype(name).itemsize
+    first, last = start // row_bytes, -(-(start + _SAMPLE) // row_bytes)
+    begin = start - first * row_bytes
+    return as_bytes(reader.read(name, slice(first, last)))[begin : begin + _SAMPLE]

@@ -1,6 +1,7 @@
 """Whole models in Hugging Face's layout, written tensor by tensor: base plus adapter, or trained weights."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from flacuna_jax.huggingface.architecture import generation_config, hugging_face
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.safetensors_file import write_file
-from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite
+from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite, row_blocks
 from flacuna_jax.huggingface.tokenizer import SETTINGS, tokenizer_files
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
@@ -28,12 +29,12 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class PendingTensor:
-    """A tensor that is made when its turn to be written comes."""
+    """A tensor whose rows are made when their turn to be written comes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[], np.ndarray]
+    make: Callable[[slice], np.ndarray]
 
     @property
     def nbytes(self) -> int:
@@ -63,24 +64,24 @@ def merged_tensors(
 
 def _merger(
     reader: TensorReader, source: str, dtype: np.dtype, adapter: Adapter | None, path: str, layer: int
-) -> Callable[[], np.ndarray]:
+) -> Callable[[slice], np.ndarray]:
     module = path.removesuffix("/weight")
     targeted = adapter is not None and f"{module}/lora_a" in adapter.params
 
-    def make() -> np.ndarray:
-        weight = reader.read(source)
+    def make(rows: slice) -> np.ndarray:
+        weight = reader.read(source, rows)
         if adapter is None or not targeted:
             return weight if weight.dtype == dtype else cast(weight, dtype)
         a, b = adapter.params[f"{module}/lora_a"][layer], adapter.params[f"{module}/lora_b"][layer]
         total = cast(weight, np.dtype(np.float32))
-        total += np.float32(adapter.lora.scale) * (b @ a)
+        total += np.float32(adapter.lora.scale) * (b[rows] @ a)
         return cast(total, dtype)
 
     return make
 
 
 def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> list[PendingTensor]:
-    """The tensors of a trained model, one layer at a time from the devices, rounded to `dtype`."""
+    """The tensors of a trained model, some rows at a time from the devices, rounded to `dtype`."""
     pending = []
     for path, shape in base_shapes(config).items():
         if not names.is_stacked(path):
@@ -93,8 +94,8 @@ def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: n
     return sorted(pending, key=lambda tensor: _natural(tensor.name))
 
 
-def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[], np.ndarray]:
-    return lambda: cast(np.asarray(array if layer is None else array[layer]), dtype)
+def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[slice], np.ndarray]:
+    return lambda rows: cast(np.asarray(array[rows] if layer is None else array[layer, rows]), dtype)
 
 
 def _natural(name: str) -> tuple[str | int, ...]:
@@ -102,7 +103,7 @@ def _natural(name: str) -> tuple[str | int, ...]:
 
 
 def write_shards(directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Writes the tensors into one file, or into shards with an index; returns file → sha256.
+    """Writes the tensors into one file, or into shards with an index; returns file → digest.
 
     Raises:
       UserError: a tensor is not finite (the base is damaged, or training diverged).
@@ -133,11 +134,16 @@ def _plan_shards(tensors: Sequence[PendingTensor], shard_bytes: int) -> list[lis
 
 def _write_shard(path: Path, tensors: Sequence[PendingTensor]) -> str:
     described = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
-    return write_file(path, described, (_checked(tensor) for tensor in tensors))
+    makers = (
+        functools.partial(_checked, tensor, rows)
+        for tensor in tensors
+        for rows in row_blocks(tensor.shape, tensor.dtype.itemsize)
+    )
+    return write_file(path, described, makers)
 
 
-def _checked(tensor: PendingTensor) -> np.ndarray:
-    value = tensor.make()
+def _checked(tensor: PendingTensor, rows: slice) -> np.ndarray:
+    value = tensor.make(rows)
     if not is_finite(value):
         raise UserError(f"{tensor.name} holds infinities or NaNs; the base is damaged, or training diverged")
     return value

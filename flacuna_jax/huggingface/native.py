@@ -1,10 +1,11 @@
 """The converted form: one safetensors file per stacked parameter, and a manifest that is written last.
 
 `params/layers.q_proj.weight.safetensors` holds [L, out, in] in one run of bytes, so any slice of any layer is a window
-of a file: a process reads exactly what its devices hold, and writing needs one layer in memory, not a leaf (5.3 GiB at
+of a file: a process reads exactly what its devices hold, and writing needs some rows in memory, not a leaf (5.3 GiB at
 13B). config.json and the tokenizer files lie beside it unchanged. A directory without a manifest is not a checkpoint.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,11 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header, write_file
-from flacuna_jax.huggingface.tensors import StoredTensor, TensorReader, cast, common_dtype, is_finite
+from flacuna_jax.huggingface.tensors import StoredTensor, TensorReader, cast, common_dtype, is_finite, row_blocks
 
 MANIFEST = "flacuna.json"
 FORMAT = "flacuna_jax checkpoint"
-VERSION = 1
+VERSION = 2
 PARAMS = "params"
 
 
@@ -47,12 +48,17 @@ def write_parameter(
     shape = (*((len(sources),) if names.is_stacked(path) else ()), *reader.shape(sources[0]))
     file = f"{PARAMS}/{path.replace('/', '.')}.safetensors"
     (directory / PARAMS).mkdir(exist_ok=True)
-    digest = write_file(directory / file, [(path, shape, dtype)], (_layer(reader, name, dtype) for name in sources))
-    return {"file": file, "shape": list(shape), "dtype": dtype.name, "sha256": digest}
+    makers = (
+        functools.partial(_read, reader, name, rows, dtype)
+        for name in sources
+        for rows in row_blocks(reader.shape(name), reader.dtype(name).itemsize)
+    )
+    digest = write_file(directory / file, [(path, shape, dtype)], makers)
+    return {"file": file, "shape": list(shape), "dtype": dtype.name, "digest": digest}
 
 
-def _layer(reader: TensorReader, name: str, dtype: np.dtype) -> np.ndarray:
-    value = reader.read(name)
+def _read(reader: TensorReader, name: str, rows: slice, dtype: np.dtype) -> np.ndarray:
+    value = reader.read(name, rows)
     value = value if value.dtype == dtype else cast(value, dtype)
     if not is_finite(value):
         raise UserError(f"{reader.directory}: {name} holds infinities or NaNs (as {dtype.name}); it is damaged")
@@ -84,7 +90,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and {"file", "shape", "dtype", "sha256"} <= set(entry)
+    return isinstance(entry, dict) and {"file", "shape", "dtype", "digest"} <= set(entry)
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -121,5 +127,5 @@ def _read_leaf(directory: Path, path: str, entry: Mapping[str, Any]) -> StoredTe
 
 
 def leaf_digests(directory: Path) -> dict[str, str]:
-    """File → sha256 of every parameter file, as the manifest states them."""
-    return {entry["file"]: entry["sha256"] for entry in read_manifest(directory)["parameters"].values()}
+    """File → digest of every parameter file, as the manifest states them."""
+    return {entry["file"]: entry["digest"] for entry in read_manifest(directory)["parameters"].values()}

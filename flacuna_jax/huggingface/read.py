@@ -11,7 +11,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.architecture import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor
+from flacuna_jax.huggingface.tensors import ALL_ROWS, MappedFiles, StoredTensor
 from flacuna_jax.huggingface.torch_file import read_torch_file
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,13 +46,13 @@ class CheckpointReader:
     def dtype(self, name: str) -> np.dtype:
         return self.tensors[name].dtype
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
         """A read-only view of the file's pages; slicing it reads only what the slice covers.
 
         Raises:
           UserError: the file became shorter, or vanished, since it was opened.
         """
-        return self._files.view(self.tensors[name])
+        return self._files.view(self.tensors[name])[rows]
 
 
 def open_checkpoint(directory: str | Path) -> CheckpointReader:

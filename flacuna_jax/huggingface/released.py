@@ -14,6 +14,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter, read_training_checkpoint
 from flacuna_jax.huggingface.read import CheckpointReader
+from flacuna_jax.huggingface.tensors import ALL_ROWS
 from flacuna_jax.model.llama import LlamaConfig
 
 BASE = "TheBloke/vicuna-13B-1.1-HF"
@@ -74,17 +75,17 @@ class DequantisedBase:
     def dtype(self, name: str) -> np.dtype:
         return HALF
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in float16, dequantised where it holds codes.
+    def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
+        """The tensor in float16, or some of its rows, dequantised where it holds codes.
 
         Raises:
           UserError: codes without scales that fit them.
         """
-        stored = self.checkpoint.read(names.PEFT_PREFIX + name)
+        stored = self.checkpoint.read(names.PEFT_PREFIX + name, rows)
         if stored.dtype != np.int8:
             return stored.astype(HALF)
         scales_name = f"{names.PEFT_PREFIX}{name.removesuffix('.weight')}.SCB"
-        if scales_name not in self.checkpoint or self.checkpoint.shape(scales_name) != stored.shape[:1]:
+        if scales_name not in self.checkpoint or self.checkpoint.shape(scales_name) != self.shape(name)[:1]:
             raise UserError(f"{self.directory}: {name} holds int8 codes, but {scales_name} is missing or misshapen")
-        scales = self.checkpoint.read(scales_name).astype(np.float32)
+        scales = self.checkpoint.read(scales_name, rows).astype(np.float32)
         return (stored.astype(np.float32) * (scales[:, None] / _CODES)).astype(HALF)

@@ -4,19 +4,18 @@ Read here rather than through the library because views over a memory map, bfloa
 needs; written here because a checkpoint is written tensor by tensor, never gathered first.
 """
 
-import hashlib
-import io
+import itertools
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.tensors import BFLOAT16, StoredTensor, as_bytes
+from flacuna_jax.huggingface.pieces import Maker, write_pieces
+from flacuna_jax.huggingface.tensors import BFLOAT16, StoredTensor
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -32,7 +31,6 @@ DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
-_CHUNK = 1 << 24
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -118,40 +116,18 @@ def make_header(tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]]) -> byt
     return struct.pack("<Q", len(raw)) + raw
 
 
-def write_file(
-    path: Path, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], values: Iterable[np.ndarray]
-) -> str:
-    """Writes one file, taking its values one at a time, and returns the sha256 of what was written.
+def write_file(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], makers: Iterable[Maker]) -> str:
+    """Writes one file from values that are made when their turn comes, and returns its digest (`pieces.file_digest`).
 
     Args:
       path: file to create.
       tensors: (name, shape, dtype) in file order.
-      values: the bytes, in that order; an array may be any contiguous piece of the running tensor (one layer of a
-        stacked one), so long as the pieces add up.
+      makers: give the values in that order; an array may be any contiguous piece of the running tensor (some rows, one
+        layer of a stacked one), so long as the pieces add up.
+
+    Raises:
+      UserError: the file cannot be written; also whatever the makers raise.
     """
-    digest = hashlib.sha256()
-    expected = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, shape, dtype in tensors)
-    # Hashing runs beside writing: both leave the interpreter to the other.
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        _write(file, memoryview(make_header(tensors)), digest, hasher)
-        for value in values:
-            _write(file, as_bytes(value), digest, hasher)
-            expected -= value.nbytes
-    assert expected == 0, f"{path}: {expected} bytes fewer came than the header promises"
-    return digest.hexdigest()
-
-
-def _write(file: io.RawIOBase, data: memoryview, digest: "hashlib._Hash", hasher: ThreadPoolExecutor) -> None:
-    for start in range(0, len(data), _CHUNK):
-        piece = data[start : start + _CHUNK]
-        hashed = hasher.submit(digest.update, piece)
-        rest = piece
-        while len(rest):
-            rest = rest[file.write(rest) :]
-        hashed.result()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    header = np.frombuffer(make_header(tensors), np.uint8)
+    size = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, shape, dtype in tensors)
+    return write_pieces(path, len(header) + size, itertools.chain([lambda: header], makers))

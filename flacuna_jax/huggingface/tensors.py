@@ -14,6 +14,7 @@ import numpy as np
 from flacuna_jax.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+ALL_ROWS = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,8 @@ class TensorReader(Protocol):
 
     def dtype(self, name: str) -> np.dtype: ...
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, read-only."""
+    def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
+        """The tensor, or some of its rows (its first axis), read-only; what other rows hold is not read."""
         ...
 
 
@@ -123,12 +124,34 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
+BLOCK_BYTES = 1 << 22
+"""What is converted at a time: larger arrays would come as fresh pages from the kernel, each of them cleared first."""
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int, nbytes: int = BLOCK_BYTES) -> list[slice]:
+    """Cuts a tensor along its first axis into blocks of about `nbytes`, at least one row each."""
+    rows = max(1, nbytes // max(1, math.prod(shape[1:]) * itemsize))
+    return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
+
+
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The values in `dtype` as a fresh contiguous array, rounded once to nearest even."""
     if array.dtype == BFLOAT16 and dtype == np.float32:
         # A bfloat16 is the upper half of a float32; shifting is five times as fast as the generic loop.
         return (np.ascontiguousarray(array).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if array.dtype == np.float16 and dtype == np.float32 and is_finite(array):
+        return _widened(np.ascontiguousarray(array))
     return np.array(array, dtype=dtype, order="C")
+
+
+def _widened(half: np.ndarray) -> np.ndarray:
+    """Finite halves as float32: exponent and fraction moved to their places and the bias corrected by a product, which
+    is exact; four times as fast as the generic loop."""
+    bits = np.left_shift(half.view(np.int16), 13, dtype=np.int32)
+    bits &= np.int32(-0x70002000)  # 0x8FFFE000: the sign that the shift has spread stays in the highest bit alone
+    values = bits.view(np.float32)
+    values *= np.float32(2.0**112)
+    return values
 
 
 def is_finite(array: np.ndarray, rows: int = 1 << 20) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -12,13 +11,12 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.merged import PendingTensor
+from flacuna_jax.huggingface.pieces import file_digest
 from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.safetensors_file import file_digest
 from flacuna_jax.huggingface.tensors import cast
 from flacuna_jax.model.llama import LlamaConfig
 
 LOGIT_TOLERANCE = 1e-4
-_READERS = 4
 
 
 class VerificationError(RuntimeError):
@@ -101,11 +99,7 @@ def verify_model(
 
 
 def verify_digests(directory: Path, digests: Mapping[str, str]) -> None:
-    """Compares files with the sha256 taken while they were written."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda file: file_digest(directory / file), digests)
-        for (file, digest), again in zip(digests.items(), found, strict=True):
-            if again != digest:
-                raise VerificationError(
-                    f"{directory / file}: its bytes are not those that were written; check the disk"
-                )
+    """Reads files again and compares them with the digests taken while they were written."""
+    for file, digest in digests.items():
+        if file_digest(directory / file) != digest:
+            raise VerificationError(f"{directory / file}: its bytes are not those that were written; check the disk")

@@ -261,7 +261,7 @@ def rename_parameter(path: Path) -> None:
         (lambda path: (path / MANIFEST).write_text("{"), "not valid JSON"),
         (
             lambda path: (path / MANIFEST).write_text('{"format": "other"}'),
-            "expected 'flacuna_jax checkpoint' version 1",
+            "expected 'flacuna_jax checkpoint' version 2",
         ),
         (damage_shape, "is not what flacuna.json says"),
         (rename_parameter, "which a LLaMA does not have"),
