@@ -65,7 +65,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 # torch first: a later resolution must not replace its CPU build.
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[test,parity]"
+	$(BIN)/python -m pip install --quiet -e ".[test,parity,eval,hub]"
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-newest: pyproject.toml | $(VENV)/bin/python

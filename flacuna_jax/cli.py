@@ -1,6 +1,8 @@
 """`flacuna VERB ...`: finds the verb's module and runs it; `run_verb` gives every verb the same exit statuses."""
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,9 +33,23 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads our output any more (`flacuna ... | head`); then what is left of it goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def usage() -> str:

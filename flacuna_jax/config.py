@@ -122,7 +122,7 @@ class LoraConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """A .json, .jsonl, .jsonl.gz or .parquet file, or a directory of them."""
+    """A .json, .jsonl, .jsonl.gz or .parquet file, a directory of them, or hf:NAME[:CONFIG[:SPLIT]], fetched once."""
     format: Literal["auto", "flan_mini", "sharegpt", "alpaca", "messages", "prompt_completion"] = "auto"
     weight: PositiveFloat = 1.0
     """Passes over the source per epoch; a fraction is a subset drawn from (seed, epoch)."""

@@ -7,6 +7,7 @@ with `data` is a training run's: its sources are tokenised, packed and reported,
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from flacuna_jax.config_files import load_config, top_level_keys
 from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
+from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_run
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         epilog="Any setting of the config can be overridden: --seed=7 --sources.0.examples=1000",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="configs/flan_mini.yaml, or a training config")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N examples per source, loss coloured")
+    parser.add_argument(
+        "--show", type=_count, default=0, metavar="N", help="print N examples per source, with loss in green"
+    )
     parser.add_argument("--output", metavar="DIR", help="where the collection and the report go")
     parser.add_argument("--scale", type=float, metavar="S", help="a proportional sample: 0.01 is one per cent")
     parser.add_argument("--rebuild", action="store_true", help="build again even if nothing has changed")
@@ -80,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of examples")
+    return int(text)
+
+
 def _benchmarks(pairs: Sequence[str]) -> dict[str, str]:
     benchmarks = {}
     for pair in pairs:
@@ -92,6 +102,8 @@ def _benchmarks(pairs: Sequence[str]) -> dict[str, str]:
 
 def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool = False, say: Say = print) -> Built:
     """Builds (or finds) the collection in `config.directory`, with manifest and report; returns what is there."""
+    _make_directory(config.directory, "output_dir")
+    scan = _leakage_scan(config.leakage)
     tokenizer = load_tokenizer(config.tokenizer)
     inputs = find_inputs(config, tokenizer_fingerprint(config.tokenizer), say)
     found = find_built(config, inputs)
@@ -102,7 +114,7 @@ def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool =
         say("building again, as asked" if found.built is not None else f"miss: building, {found.why}")
         built = build(config, inputs, partial(load_tokenizer, config.tokenizer), say)
         write_manifest(config, inputs, built)
-    leakage = _leakage(config.leakage, _record_texts(built.path), say)
+    leakage = _leakage(scan, _record_texts(built.path), say)
     document = mixture_document(config, built.accounts, built.statistics, leakage)
     _write_report(config.directory, document, say)
     say(f"{built.records:,} records in {built.path} (sha256 {built.sha256[:16]}…)")
@@ -115,6 +127,11 @@ def prepare_run(
     config: RunConfig, cache: Path, output: str | None, show: int, benchmarks: dict[str, str], say: Say = print
 ) -> None:
     """Tokenises (or finds in the cache), packs and reports the data of a training config."""
+    _make_directory(cache, "--cache")
+    if output is not None:
+        _make_directory(Path(output), "--output")
+    scan = _leakage_scan(LeakageConfig(files=benchmarks) if benchmarks else None)
+    config = config.model_copy(update={"data": local_sources(config.data, cache / "downloads")})
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
     store, report = cached_store(config.data, tokenizer, fingerprint, cache, say)
@@ -137,7 +154,7 @@ def prepare_run(
         ("examples per step", f"{plan.examples_per_step:.1f}"),
         ("optimizer steps", f"{plan.total_steps:,}"),
     ]
-    leakage = _leakage(LeakageConfig(files=benchmarks) if benchmarks else None, _source_texts(config), say)
+    leakage = _leakage(scan, _source_texts(config), say)
     document = run_document(store, report, weights, epoch, packing, batch, leakage)
     for line in report.lines():
         say(line)
@@ -151,14 +168,28 @@ def prepare_run(
         _show_store(store, tokenizer, show)
 
 
+def _make_directory(directory: Path, setting: str) -> None:
+    """Raises UserError, before anything long begins, where nothing can be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix="."):
+            pass
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({error.strerror}); name another one ({setting})") from None
+
+
 Texts = Iterator[tuple[str, list[str], list[str]]]
 """Task, prompts and answers of each training record."""
 
 
-def _leakage(config: LeakageConfig | None, records: Texts, say: Say) -> list[BenchmarkLeakage]:
-    if config is None:
+def _leakage_scan(config: LeakageConfig | None) -> LeakageScan | None:
+    """Reads the evaluation files, before anything long begins."""
+    return None if config is None else LeakageScan(config.files, config.ngram)
+
+
+def _leakage(scan: LeakageScan | None, records: Texts, say: Say) -> list[BenchmarkLeakage]:
+    if scan is None:
         return []
-    scan = LeakageScan(config.files, config.ngram)
     for task, prompts, answers in records:
         scan.add(task, prompts, answers)
     results = scan.finish()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from flacuna_jax.config import DistributedConfig, MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.data.build import build_store
+from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.pipeline import RunPlan, plan_run
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
@@ -120,10 +121,11 @@ def build_data(
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
     try:
         tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
-        store, report = cached_store(config.data, tokenizer, tokenizer_hash, default_directory(), say)
+        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say)
+    data = local_sources(config.data, default_directory() / "downloads")
     except OSError as error:
         say(f"tokenised data: no cache ({error}); built in memory")
-        store, report = build_store(config.data, tokenizer)
+        store, report = build_store(data, tokenizer)
     for line in report.lines():
         say(line)
     return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards)

@@ -50,17 +50,20 @@ class DataFiles(NamedTuple):
     ignored: tuple[str, ...]
 
 
-def find_files(path: Path) -> DataFiles:
+def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
     """The data files of a source: itself, or every data file below a directory, sorted by path.
 
-    Hidden files are no part of a source. Raises UserError for a path that is missing or holds no data file.
+    Hidden files are no part of a source. Raises UserError for a path that is missing or holds no data file; `setting`
+    is where the path comes from.
     """
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: the name does not end in one of {', '.join(SUFFIXES)}")
         return DataFiles((path,), ())
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or directory (data.sources)")
+        looks_like_hub = not path.is_absolute() and len(path.parts) == 2 and not path.suffix
+        hint = f"; a dataset of the hub is written hf:{path}" if looks_like_hub else ""
+        raise UserError(f"{path}: no such file or directory ({setting}){hint}")
     everything = sorted(
         file
         for file in path.rglob("*")

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.hub import local_path
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.account import SourceAccount, Statistics
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
 from flacuna_jax.flan_mini.draw import Candidates, accepted, gather, next_draw, targets
-from flacuna_jax.flan_mini.hub import resolve
 from flacuna_jax.flan_mini.identity import build_key, code_hash, file_hash, settings_that_count
 from flacuna_jax.flan_mini.merge import Part, merge
 from flacuna_jax.flan_mini.readers import READERS
@@ -68,7 +68,8 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
     sources = []
     hashes: dict[str, dict[str, str]] = {}
     for source in config.sources:
-        source = resolve(source, config.directory)
+        path = local_path(source.path, config.directory / "downloads", f"sources.{source.name}")
+        source = source.model_copy(update={"path": path})
         found = READERS[source.kind].find(source)
         files = SourceFiles(source, _units(found.files), found.ignored)
         sources.append(files)

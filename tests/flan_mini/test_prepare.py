@@ -87,7 +87,10 @@ def test_scale_output_and_leakage_from_the_command_line(collection: Path, capsys
     [
         (["--sources.0.exampels=3"], "did you mean sources.0.examples?"),
         (["--sources.0.examples=101"], "flan2021: 100 of 101 records"),
-        (["--sources.0.path=/nowhere"], "/nowhere: no such file"),
+        (["--sources.0.path=/nowhere"], "/nowhere: no such file or directory (sources.flan2021)"),
+        (["--sources.0.path=SirNeural/flan_v2"], "a dataset of the hub is written hf:SirNeural/flan_v2"),
+        (["--leakage", "x=/nowhere"], "/nowhere: no such file"),
+        (["--output_dir=/dev/null/out"], "/dev/null/out: cannot be written to"),
         (["--leakage", "x"], "write NAME=PATH"),
         (["--tokenizer=/nowhere"], "/nowhere has no tokenizer"),
     ],
@@ -98,6 +101,13 @@ def test_mistakes_exit_with_status_2(
     assert run_verb(main, ["--config", str(collection), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (collection.parent / "out/flan_mini.json").exists()
+
+
+@pytest.mark.parametrize("count", ["-1", "two"])
+def test_show_wants_a_number(collection: Path, capsys: pytest.CaptureFixture[str], count: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", str(collection), f"--show={count}"])
+    assert f"{count} is no number of examples" in capsys.readouterr().err
 
 
 def test_a_training_config_is_tokenised_packed_and_reported(
@@ -122,3 +132,5 @@ def test_a_training_config_is_tokenised_packed_and_reported(
     assert run_verb(main, command) == 0
     assert "tokenised data: hit" in capsys.readouterr().out
     assert run_verb(main, [*command, "--scale", "0.5"]) == 2
+    assert run_verb(main, [*command, "--cache", "/dev/null/cache"]) == 2
+    assert "/dev/null/cache: cannot be written to" in capsys.readouterr().err

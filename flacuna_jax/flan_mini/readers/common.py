@@ -42,14 +42,14 @@ class Reader:
 
 def find_all(source: MixtureSource) -> DataFiles:
     """Every data file of the source."""
-    return find_files(Path(source.path))
+    return find_files(Path(source.path), f"sources.{source.name}")
 
 
 def find_training(source: MixtureSource) -> DataFiles:
     """The data files of the source that are not of a held-out split by name ("x_valid_0.jsonl", "test/..."); those
     are listed as ignored."""
     root = Path(source.path)
-    found = find_files(root)
+    found = find_files(root, f"sources.{source.name}")
     training = tuple(file for file in found.files if file == root or not _is_held_out(file.relative_to(root)))
     if not training:
         raise UserError(f"{root}: all of its data files are of held-out splits by name (valid, test, ...)")

@@ -1,0 +1,65 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.data.build import build_store
+from flacuna_jax.data.hub import HubName, local_path, local_sources
+from flacuna_jax.errors import UserError
+from tests.data.conftest import Characters
+
+
+def test_names() -> None:
+    assert HubName.parse("hf:codeparrot/apps") == HubName("codeparrot/apps", None, "train")
+    assert HubName.parse("hf:a/b:c:validation") == HubName("a/b", "c", "validation")
+    assert HubName.parse("hf:a/b::test").file == "a--b-test.parquet"
+
+
+def test_local_paths_are_left_alone(tmp_path: Path) -> None:
+    assert local_path("data/apps", tmp_path, "sources.apps") == "data/apps"
+
+
+def test_a_hub_dataset_is_fetched_once_and_read_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+    calls = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        calls.append((arguments, options))
+        return datasets.Dataset.from_list([{"instruction": f"Double {i}.", "output": str(2 * i)} for i in range(3)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    sources = (SourceConfig(path="hf:tatsu-lab/alpaca"), SourceConfig(path=str(tmp_path / "own.jsonl")))
+    for _ in range(2):
+        config = local_sources(DataConfig(sources=sources), tmp_path / "downloads")
+        _, report = build_store(config, Characters())
+        assert [source.kept for source in report.sources] == [3, 1]
+    assert calls == [(("tatsu-lab/alpaca", None), {"split": "train"})]
+
+
+def test_an_unreachable_hub_is_an_error_that_names_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+
+    def load(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    config = DataConfig(sources=(SourceConfig(path="hf:a/b"),))
+    with pytest.raises(UserError, match=r"data\.sources\.0: hf:a/b could not be fetched .*no network"):
+        local_sources(config, tmp_path)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_without_the_client_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"flacuna-jax\[hub\]"):
+        local_path("hf:a/b", tmp_path, "data.sources.0")
+
+
+@pytest.mark.parametrize("path", ["hf:", "hf::main"])
+def test_a_name_of_nothing(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match="names no dataset"):
+        local_path(path, tmp_path, "data.sources.0")

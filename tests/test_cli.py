@@ -1,0 +1,39 @@
+"""What every verb gets from `flacuna`: exit statuses, and quiet ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flacuna_jax.cli import run_verb
+from flacuna_jax.errors import UserError
+
+LISTING = (
+    "from flacuna_jax.cli import run_verb\nraise SystemExit(run_verb(lambda _: [print(n) for n in range(10**6)] and 0))"
+)
+
+
+def test_a_reader_that_leaves_ends_a_verb_without_a_traceback() -> None:
+    with subprocess.Popen([sys.executable, "-c", LISTING], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_any_other_broken_pipe_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    def verb(_: object) -> int:
+        raise BrokenPipeError("a judge hung up")
+
+    with pytest.raises(BrokenPipeError, match="a judge hung up"):
+        run_verb(verb, [])
+
+
+def test_user_errors_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def verb(_: object) -> int:
+        raise UserError("x.yaml:3: no")
+
+    assert run_verb(verb, []) == 2
+    assert capsys.readouterr().err == "error: x.yaml:3: no\n"
