@@ -1,4 +1,4 @@
-"""`flacuna convert MODEL OUT`: a Hugging Face LLaMA checkpoint into the native sharded form, verified."""
+"""`flacuna convert MODEL OUT`: a LLaMA checkpoint, Hugging Face's or Meta's, into the native sharded form, verified."""
 
 import argparse
 import time
@@ -14,6 +14,7 @@ from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.delta import DeltaReader
 from flacuna_jax.huggingface.directories import check_target
+from flacuna_jax.huggingface.meta import is_meta
 from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
 from flacuna_jax.huggingface.released import BASE, DequantisedBase, released_adapter
 from flacuna_jax.huggingface.tensors import TensorReader
@@ -24,18 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     check_target(Path(arguments.out))
     model = open_checkpoint(arguments.model)
-    released = names.is_training_checkpoint(model)
-    if released and arguments.delta is not None:
-        raise UserError(f"--delta: {arguments.model} is a training checkpoint, not the base of a delta")
-    if not released and (arguments.base or arguments.alpha is not None):
+    if isinstance(model, CheckpointReader) and names.is_training_checkpoint(model):
+        if arguments.delta is not None:
+            raise UserError(f"--delta: {arguments.model} is a training checkpoint, not the base of a delta")
+        if arguments.base:
+            _convert_model(arguments, DequantisedBase(model))
+        else:
+            _extract_adapter(arguments, model)
+        return None
+    if arguments.base or arguments.alpha is not None:
         raise UserError(f"--base and --alpha are for the released Flacuna, which {arguments.model} is not")
-    if not released:
-        delta = None if arguments.delta is None else open_checkpoint(arguments.delta)
-        _convert_model(arguments, model if delta is None else DeltaReader(model, delta))
-    elif arguments.base:
-        _convert_model(arguments, DequantisedBase(model))
-    else:
-        _extract_adapter(arguments, model)
+    delta = None if arguments.delta is None else open_checkpoint(arguments.delta)
+    _convert_model(arguments, model if delta is None else DeltaReader(model, delta))
     return None
 
 
@@ -69,10 +70,16 @@ def _extract_adapter(arguments: argparse.Namespace, model: CheckpointReader) -> 
 
 
 def _tokenizer_source(arguments: argparse.Namespace, reader: TensorReader) -> Path:
-    """A delta brings its tokenizer; the first publications of v1.1 left it out, its vocabulary being the base's."""
-    if not tokenizer_files(reader.directory):
-        return Path(arguments.model)
-    return reader.directory
+    """A delta brings its tokenizer; the first publications of v1.1 left it out, its vocabulary being the base's. Meta
+    put one tokenizer.model beside the directories of all sizes."""
+    if arguments.tokenizer is not None:
+        if not tokenizer_files(arguments.tokenizer):
+            raise UserError(f"--tokenizer {arguments.tokenizer}: no tokenizer.model or tokenizer.json is there")
+        return Path(arguments.tokenizer)
+    places = [reader.directory, Path(arguments.model)]
+    if is_meta(places[1]):
+        places.append(places[1].resolve().parent)
+    return next((place for place in places if tokenizer_files(place)), reader.directory)
 
 
 STORED_DTYPES = {**DTYPES, "float16": np.dtype(np.float16)}
@@ -80,17 +87,19 @@ STORED_DTYPES = {**DTYPES, "float16": np.dtype(np.float16)}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flacuna convert", description="Converts a Hugging Face LLaMA checkpoint into the native sharded form."
+        prog="flacuna convert",
+        description="Converts a LLaMA checkpoint, Hugging Face's or Meta's, into the native one.",
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="directory with safetensors or .bin files; the released Flacuna gives its adapter",
+        help="directory with safetensors, .bin or consolidated.*.pth files; the released Flacuna gives its adapter",
     )
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--delta", metavar="DIR", help="a published delta that is added to MODEL, its base")
     parser.add_argument("--base", action="store_true", help="of the released Flacuna: its int8 base, not its adapter")
     parser.add_argument("--alpha", type=float, help="of a training checkpoint like that one, but of another rank")
+    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not in MODEL")
     parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="store in this dtype; default: as in MODEL")
     return parser
 

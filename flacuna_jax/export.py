@@ -19,7 +19,8 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
-from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
@@ -66,7 +67,7 @@ def _adapter(
     settings: RunConfig,
     lora: LoraConfig,
     config: LlamaConfig,
-    reader: CheckpointReader,
+    reader: TensorReader,
 ) -> tuple[Adapter, bool]:
     """The run's adapter, and whether it has been trained: the final one, else that of a checkpoint."""
     if step is None and (run / "adapter").is_dir():

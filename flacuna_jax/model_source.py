@@ -4,7 +4,8 @@ import dataclasses
 
 from flacuna_jax.config import ArchitectureConfig, ModelConfig
 from flacuna_jax.huggingface.architecture import read_architecture
-from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.llama import LlamaConfig
 
@@ -14,7 +15,7 @@ class ModelSource:
     """Sizes, and the files that hold the weights; without files the weights are drawn at random."""
 
     config: LlamaConfig
-    reader: CheckpointReader | None
+    reader: TensorReader | None
 
 
 def open_model(model: ModelConfig) -> ModelSource:

@@ -1,6 +1,5 @@
 """config.json of Hugging Face ↔ `LlamaConfig`, as transformers 4 (`rope_theta`) and 5 (`rope_parameters`) write it."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, meta_settings
 from flacuna_jax.model.llama import LlamaConfig
 
 CONFIG_FILE = "config.json"
@@ -32,31 +33,28 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Key → (does this value change the network beyond what we compute?, what to say)."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` where it is missing, torn or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, where an object is expected")
-    return value
+def read_settings(directory: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint's config.json; for Meta's files, of the one that they stand for.
+
+    Raises:
+      UserError: there is neither config.json nor params.json, or it cannot be read.
+    """
+    directory = Path(directory)
+    if (directory / CONFIG_FILE).is_file():
+        return read_json(directory / CONFIG_FILE)
+    if is_meta(directory):
+        return meta_settings(directory)
+    raise UserError(f"{directory} has no {CONFIG_FILE}; a checkpoint directory is expected")
 
 
 def read_architecture(directory: str | Path) -> LlamaConfig:
-    """Sizes of the LLaMA in a Hugging Face directory or a converted one.
+    """Sizes of the LLaMA in a directory of Hugging Face's, Meta's or our own form.
 
     Raises:
       UserError: config.json is missing, incomplete, or asks for something this project does not compute.
     """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{directory} has no {CONFIG_FILE}; a checkpoint directory is expected")
-    return parse_architecture(read_json(path), str(path))
+    file = PARAMS_FILE if is_meta(Path(directory)) else CONFIG_FILE
+    return parse_architecture(read_settings(directory), str(Path(directory) / file))
 
 
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
@@ -143,10 +141,10 @@ def hugging_face_config(
       config: sizes.
       dtype: dtype of the stored weights.
       source: the base's config.json; what it says beyond the network (token ids, initializer_range) is kept.
-      token_ids: bos_token_id, eos_token_id, pad_token_id where there is no source.
+      token_ids: bos_token_id, eos_token_id, pad_token_id where the source does not state them.
     """
-    written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1} | token_ids)
-    return written | {
+    written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1})
+    return (token_ids | written) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,

@@ -1,8 +1,10 @@
 """Everything that leaves: written beside its target, re-opened, compared, and only then given its name."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from flacuna_jax.huggingface import native
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
+from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_config, read_settings
 from flacuna_jax.huggingface.directories import check_target, whole_directory
 from flacuna_jax.huggingface.load import fingerprint, match_tensors
 from flacuna_jax.huggingface.merged import (
@@ -218,7 +221,7 @@ def convert(
     check_target(Path(target))
     with whole_directory(target) as partial:
         leaves = {path: native.write_parameter(partial, reader, path, names, dtype) for path, names in sources.items()}
-        (partial / "config.json").write_bytes((reader.directory / "config.json").read_bytes())
+        _write_config(partial, reader, config, leaves)
         copy_tokenizer(tokenizer_source, partial, None)
         native.write_manifest(partial, leaves, base_fingerprint=fingerprint(reader, config))
         written = open_checkpoint(partial)
@@ -226,3 +229,16 @@ def convert(
         verify_digests(partial, native.leaf_digests(partial))
     nbytes = sum((Path(target) / entry["file"]).stat().st_size for entry in leaves.values())
     return Delivery(Path(target), tuple(entry["file"] for entry in leaves.values()), nbytes, None)
+
+
+def _write_config(
+    partial: Path, reader: TensorReader, config: LlamaConfig, leaves: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The source's config.json unchanged; Meta's files have none."""
+    source, target = reader.directory / CONFIG_FILE, partial / CONFIG_FILE
+    if source.is_file():
+        target.write_bytes(source.read_bytes())
+        return
+    stored = common_dtype(np.dtype(entry["dtype"]) for entry in leaves.values())
+    written = hugging_face_config(config, stored, read_settings(reader.directory))
+    target.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,8 @@ import numpy as np
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
-from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_json
+from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_settings
+from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.safetensors_file import write_file
@@ -170,7 +171,7 @@ def write_settings(
       chat_template: jinja text that tokenizer_config.json gets; its other keys stay.
       token_ids: bos_token_id and eos_token_id of the tokenizer, for a config.json that does not state them.
     """
-    source = read_json(model_source / "config.json") if model_source else None
+    source = read_settings(model_source) if model_source else None
     written = hugging_face_config(config, common_dtype(dtypes), source, **token_ids)
     _write_json(directory / "config.json", written)
     _write_json(directory / "generation_config.json", generation_config(written))

@@ -15,7 +15,7 @@ import numpy as np
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.architecture import read_json
+from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header, write_file
 from flacuna_jax.huggingface.tensors import StoredTensor, TensorReader, cast, common_dtype, is_finite, row_blocks
 

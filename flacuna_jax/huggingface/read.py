@@ -9,7 +9,8 @@ import numpy as np
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names, native
-from flacuna_jax.huggingface.architecture import read_json
+from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.meta import PARAMS_FILE, MetaReader, is_meta, open_meta
 from flacuna_jax.huggingface.safetensors_file import read_header
 from flacuna_jax.huggingface.tensors import ALL_ROWS, MappedFiles, StoredTensor
 from flacuna_jax.huggingface.torch_file import read_torch_file
@@ -55,8 +56,8 @@ class CheckpointReader:
         return self._files.view(self.tensors[name])[rows]
 
 
-def open_checkpoint(directory: str | Path) -> CheckpointReader:
-    """Opens a Hugging Face LLaMA directory (safetensors or legacy .bin, sharded or not) or a converted one.
+def open_checkpoint(directory: str | Path) -> CheckpointReader | MetaReader:
+    """Opens a LLaMA directory: Hugging Face's (safetensors or legacy .bin, sharded or not), Meta's, or a converted one.
 
     Headers and pickles are read and checked against each other and against file sizes; weights are not touched.
 
@@ -77,6 +78,8 @@ def open_checkpoint(directory: str | Path) -> CheckpointReader:
             return CheckpointReader(directory, read_file(directory / file_name))
         if (directory / index_name).is_file():
             return CheckpointReader(directory, _read_shards(directory / index_name, read_file))
+    if is_meta(directory):
+        return open_meta(directory)
     raise UserError(f"{directory} holds no checkpoint: {_what_is_there(directory)}")
 
 
@@ -89,6 +92,8 @@ def _what_is_there(directory: Path) -> str:
         return "it is a PEFT adapter, which needs its base model; give the base's directory here"
     if any(directory.glob("model-*.safetensors")) or any(directory.glob("pytorch_model-*.bin")):
         return f"there are shards, but no {SAFETENSORS_INDEX} or {LEGACY_INDEX} that says what is in them"
+    if (directory / PARAMS_FILE).is_file() or any(directory.glob("consolidated.*")):
+        return f"Meta's files are {PARAMS_FILE} and consolidated.00.pth, ...; one of them is missing"
     return f"none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY}, {LEGACY_INDEX} or {native.MANIFEST} is in it"
 
 

@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.architecture import read_json
+from flacuna_jax.huggingface.json_file import read_json
 
 SENTENCEPIECE, FAST = "tokenizer.model", "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
