@@ -1,12 +1,18 @@
 """Several hosts as one JAX program: who they are, and proof that they are about to run the same thing.
 
-JAX's own multi-controller runtime does the work. Under Slurm, Open MPI, Kubernetes and TPU pods it finds coordinator
-and ranks by itself; elsewhere `distributed.coordinator`, `num_processes` and `process_id` say them.
+JAX's own multi-controller runtime does the work. Under Slurm, Open MPI 4, on TPU pods, and in Kubernetes where the
+`kubernetes` package is installed, it finds coordinator and ranks by itself. Elsewhere `distributed.coordinator` names
+process 0; number and rank come from `distributed.num_processes` and `process_id` or from what the launcher says.
 """
 
 import hashlib
+import importlib.util
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,41 +21,151 @@ from jax.experimental import multihost_utils
 from flacuna_jax.config import DistributedConfig
 from flacuna_jax.errors import UserError
 
-# Each launcher sets these for every process it starts; more than one process is a cluster.
-_PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-_CLUSTER_MARKS = ("JOB_COMPLETION_INDEX", "JAX_COORDINATOR_ADDRESS")
+Environment = Mapping[str, str]
 
 
-def initialize(config: DistributedConfig, environment: Mapping[str, str] = os.environ) -> None:
+@dataclass(frozen=True)
+class Launcher:
+    """Variables that a launcher sets for every process it starts."""
+
+    name: str
+    count: str
+    rank: str
+    local_rank: str = ""
+
+
+LAUNCHERS = (
+    Launcher("Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher("Kubernetes", "", "JOB_COMPLETION_INDEX"),
+)
+
+
+def initialize(config: DistributedConfig, environment: Environment = os.environ) -> None:
     """Joins the cluster this process was started in, if there is one; call before anything touches a device.
 
     Raises:
       UserError: the settings are incomplete, or the coordinator does not answer in time.
     """
-    if jax.distributed.is_initialized() or not (config.is_explicit or _in_cluster(environment)):
+    if jax.distributed.is_initialized() or config.num_processes == 1:
         return
-    if config.is_explicit and None in (config.coordinator, config.num_processes, config.process_id):
-        raise UserError("distributed: coordinator, num_processes and process_id go together; one is missing")
+    if not (config.is_explicit or _in_cluster(environment)):
+        return
+    coordinator, processes, rank = membership(config, environment)
     try:
         jax.distributed.initialize(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
+            coordinator,
+            processes,
+            rank,
+            local_devices(environment),
             initialization_timeout=config.join_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
             shutdown_timeout_seconds=config.heartbeat_seconds,
         )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
-        where = config.coordinator or "the cluster's coordinator"
+        where = coordinator or "the cluster's coordinator"
         raise UserError(f"distributed: joining {where} failed: {first_line}") from None
 
 
-def _in_cluster(environment: Mapping[str, str]) -> bool:
-    if any(int(environment.get(name) or 1) > 1 for name in _PROCESS_COUNTS):
+def _in_cluster(environment: Environment) -> bool:
+    """Whether a launcher started several processes. (Each sets its variables for a single one, too.)"""
+    if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
-    several_workers = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    return several_workers or any(name in environment for name in _CLUSTER_MARKS)
+    if "TPU_WORKER_HOSTNAMES" in environment:
+        return _many_tpu_hosts(environment)
+    return any(
+        int(environment.get(launcher.count) or 1) > 1 if launcher.count else launcher.rank in environment
+        for launcher in LAUNCHERS
+    )
+
+
+def _many_tpu_hosts(environment: Environment) -> bool:
+    hosts, slices = environment.get("TPU_WORKER_HOSTNAMES", ""), environment.get("MEGASCALE_NUM_SLICES", "1")
+    return "," in hosts or int(slices) > 1
+
+
+def membership(config: DistributedConfig, environment: Environment) -> tuple[str | None, int | None, int | None]:
+    """(coordinator, number of processes, rank of this one); all None where JAX finds them out by itself.
+
+    Raises UserError if the coordinator, the number or the rank is said by neither config nor launcher.
+    """
+    coordinator = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator is None and not config.is_explicit and not _needs_a_coordinator(environment):
+        return None, None, None
+    processes, rank = config.num_processes, config.process_id
+    for launcher in LAUNCHERS:
+        if launcher.rank in environment:
+            rank = int(environment[launcher.rank]) if rank is None else rank
+            said = environment.get(launcher.count)
+            processes = int(said) if processes is None and said else processes
+    settings = {"coordinator": coordinator, "num_processes": processes, "process_id": rank}
+    missing = [f"distributed.{name}" for name, value in settings.items() if value is None]
+    if missing:
+        raise UserError(
+            f"distributed: {' and '.join(missing)} must be said, here the launcher does not (scripts/ has launchers); "
+            "a process that works alone says --distributed.num_processes=1"
+        )
+    return coordinator, processes, rank
+
+
+def _needs_a_coordinator(environment: Environment) -> bool:
+    """Launchers whose coordinator JAX does not find: Open MPI 5, and Kubernetes without the package that asks it."""
+    if _many_tpu_hosts(environment):
+        return False
+    if "OMPI_COMM_WORLD_RANK" in environment and "SLURM_PROCID" not in environment:
+        return "OMPI_MCA_orte_hnp_uri" not in environment
+    return "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes") is None
+
+
+def local_devices(environment: Environment, device_files: Path = Path("/dev")) -> list[int] | None:
+    """Which of the GPUs that a process sees are its own; None: all, or there are none.
+
+    One process per host has all of them; several share them evenly, unless the launcher already gave each its own.
+    (Left to itself, JAX takes one GPU per process under Slurm and Open MPI.) `JAX_LOCAL_DEVICE_IDS` overrules.
+
+    Raises UserError if the processes of a host cannot share its GPUs evenly.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = sum(1 for file in device_files.glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name))
+    else:
+        gpus = len([name for name in visible.split(",") if name.strip()])
+    launcher = next((one for one in LAUNCHERS if one.local_rank and one.local_rank in environment), None)
+    if not gpus or launcher is None:
+        return None
+    processes, rank = _on_this_host(environment), int(environment[launcher.local_rank])
+    own = bool(environment.keys() & {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"}) or gpus < processes
+    if own or processes == 1:
+        return list(range(gpus))
+    if gpus % processes:
+        raise UserError(
+            f"distributed: {processes} processes on this host cannot share its {gpus} GPUs evenly; start one per host"
+        )
+    share = gpus // processes
+    return list(range(rank * share, (rank + 1) * share))
+
+
+def _on_this_host(environment: Environment) -> int:
+    """Processes that the launcher started here. Slurm writes 2(x3),1 for three nodes with two and one with one."""
+    if "SLURM_STEP_TASKS_PER_NODE" not in environment:
+        return int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+    per_node: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
+        per_node += [int(count)] * int(times or 1)
+    return per_node[int(environment.get("SLURM_NODEID", 0))]
+
+
+@cache
+def code_fingerprint() -> str:
+    """A digest of every source file of this package: hosts must run the same."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:

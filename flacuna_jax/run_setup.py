@@ -17,6 +17,7 @@ from flacuna_jax.data.pipeline import RunPlan, plan_run
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.distributed import code_fingerprint
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
@@ -28,7 +29,6 @@ from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import TARGETS
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from flacuna_jax.training.state import StateLayout
-from flacuna_jax.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Setup:
         config = self.config.model_copy(update={"distributed": DistributedConfig()})
         return {
             "the config": config.to_yaml(),
-            "the version of flacuna_jax": __version__,
+            "the code of flacuna_jax": code_fingerprint(),
             "the version of jax": jax.__version__,
             "the data": self.meta["fingerprints"]["data"],
             "the base model": self.meta["fingerprints"]["base"],
