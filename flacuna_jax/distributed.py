@@ -62,7 +62,7 @@ def initialize(config: DistributedConfig, environment: Environment = os.environ)
             heartbeat_timeout_seconds=config.heartbeat_seconds,
             shutdown_timeout_seconds=config.heartbeat_seconds,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         first_line = str(error).splitlines()[0]
         where = coordinator or "the cluster's coordinator"
         raise UserError(f"distributed: joining {where} failed: {first_line}") from None
@@ -74,7 +74,7 @@ def _in_cluster(environment: Environment) -> bool:
         return True
     if "TPU_WORKER_HOSTNAMES" in environment:
         return _many_tpu_hosts(environment)
-    return any(
+    return _on_a_tpu_vm(environment) or any(
         int(environment.get(launcher.count) or 1) > 1 if launcher.count else launcher.rank in environment
         for launcher in LAUNCHERS
     )
@@ -83,6 +83,14 @@ def _in_cluster(environment: Environment) -> bool:
 def _many_tpu_hosts(environment: Environment) -> bool:
     hosts, slices = environment.get("TPU_WORKER_HOSTNAMES", ""), environment.get("MEGASCALE_NUM_SLICES", "1")
     return "," in hosts or int(slices) > 1
+
+
+def _on_a_tpu_vm(environment: Environment) -> bool:
+    """Whether this host has TPUs and JAX may ask its metadata server who the others are; alone is fine, too.
+
+    On import JAX looks for chips, and sets the variable where there are none.
+    """
+    return importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in environment
 
 
 def membership(config: DistributedConfig, environment: Environment) -> tuple[str | None, int | None, int | None]:

@@ -23,7 +23,7 @@ from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params
-from flacuna_jax.model.sharding import parameter_shardings
+from flacuna_jax.model.sharding import parameter_shardings, split_everywhere
 from flacuna_jax.model_source import ModelSource
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import TARGETS
@@ -97,7 +97,7 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     elif devices[0].platform == "cpu" or any(t.device_kind == devices[0].device_kind for t in TARGETS.values()):
         mesh, remat = choose_layout(config, model_spec(config, source), devices)
     else:
-        mesh, remat = MeshConfig(fsdp=len(devices)), "dots"
+        mesh, remat = split_everywhere(devices), "dots"
     chosen_mesh = mesh if config.mesh == "auto" else config.mesh
     chosen_remat = remat if config.training.remat == "auto" else config.training.remat
     training = config.training.model_copy(update={"remat": chosen_remat})
@@ -119,10 +119,10 @@ def build_data(
 ) -> tuple[TokenStore, DataReport, RunPlan]:
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
+    data = local_sources(config.data, default_directory() / "downloads")
     try:
         tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
         store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say)
-    data = local_sources(config.data, default_directory() / "downloads")
     except OSError as error:
         say(f"tokenised data: no cache ({error}); built in memory")
         store, report = build_store(data, tokenizer)

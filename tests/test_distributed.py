@@ -46,7 +46,14 @@ JOB_SET = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
     ],
 )
 def test_a_launcher_with_several_processes_is_noticed(environment, together):
-    assert distributed._in_cluster(environment) == together
+    assert distributed._in_cluster({"TPU_SKIP_MDS_QUERY": "1", **environment}) == together
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_tpu_vm_asks_its_metadata_server(installed, monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: installed or None)
+    assert distributed._in_cluster({}) == installed
+    assert not distributed._in_cluster({"TPU_SKIP_MDS_QUERY": "1"})
 
 
 @pytest.mark.parametrize("environment", [SLURM, OPEN_MPI_4, {"TPU_WORKER_HOSTNAMES": "t-0,t-1"}])
