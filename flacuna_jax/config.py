@@ -7,14 +7,25 @@ directory and is itself a valid config.
 
 import difflib
 import math
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+HEAD = "lm_head"
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+ALL_LINEAR = "all-linear"
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -99,25 +110,87 @@ class ModelConfig(Section):
         return path
 
 
+def _expand_all_linear(value: Any) -> Any:
+    listed = (value,) if value == ALL_LINEAR else value
+    if not isinstance(listed, tuple):
+        return value
+    return tuple(name for item in listed for name in (PROJECTIONS if item == ALL_LINEAR else (item,)))
+
+
+def _as_pairs(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
+def _are_expressions(pairs: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    for pattern, _ in pairs:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pairs
+
+
+def _in_order(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(layers)))
+
+
+Layers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_in_order)]
+_Patterns = (BeforeValidator(_as_pairs), AfterValidator(_are_expressions), PlainSerializer(dict))
+RankPattern = Annotated[tuple[tuple[str, PositiveInt], ...], *_Patterns]
+AlphaPattern = Annotated[tuple[tuple[str, PositiveFloat], ...], *_Patterns]
+"""A mapping in YAML; pairs here, so that a config can be hashed."""
+
+
+def by_pattern(patterns: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
+    """PEFT's rule: the value of the first pattern that matches the module's whole name or a dotted end of it."""
+    matches = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matches, default)
+
+
 class LoraConfig(Section):
     """LoRA (Hu et al., 2021) with the paper's values as defaults: y = W x + alpha/rank · B A dropout(x)."""
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     dropout: Fraction = 0.05
-    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = ("q_proj", "v_proj")
+    targets: Annotated[tuple[Target, ...], BeforeValidator(_expand_all_linear), Field(min_length=1)] = (
+        "q_proj",
+        "v_proj",
+    )
+    """Any of the seven projections of a layer, which all-linear names together, and the head, lm_head."""
+    layers_to_transform: (
+        Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_in_order)] | None
+    ) = None
+    """Layers that get adapters, counted from 0; null is all of them."""
+    rank_pattern: RankPattern = ()
+    """Other ranks by module: a regular expression for the end of a name such as model.layers.3.self_attn.q_proj."""
+    alpha_pattern: AlphaPattern = ()
+    """Other alphas by module, like `rank_pattern`."""
+    use_rslora: bool = False
+    """alpha/√rank instead of alpha/rank (Kalajdzievski, 2023)."""
+    use_dora: bool = False
+    """Trains the length of each row of W + B A apart from its direction (Liu et al., 2024)."""
     init_from: str | None = None
-    """A PEFT adapter directory of the same rank, alpha and targets to go on from, instead of a fresh one."""
+    """A PEFT adapter directory of the same settings to go on from, instead of a fresh one."""
 
     @model_validator(mode="after")
-    def targets_are_distinct(self) -> "LoraConfig":
+    def targets_fit_together(self) -> "LoraConfig":
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets names a projection twice: {list(self.targets)}")
+        if self.layers_to_transform is not None and HEAD in self.targets:
+            raise ValueError(f"layers_to_transform selects layers, and {HEAD} in targets is in none of them")
+        if self.use_dora and HEAD in self.targets:
+            raise ValueError(f"use_dora is for projections; take {HEAD} out of targets")
         return self
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def rank_of(self, module: str) -> int:
+        """Rank of a module by its Hugging Face name, for example model.layers.0.self_attn.q_proj."""
+        return by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What B A is multiplied by in a module of that name."""
+        rank = self.rank_of(module)
+        return by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class SourceConfig(Section):

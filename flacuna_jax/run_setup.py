@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flacuna_jax.config import DistributedConfig, MeshConfig, RunConfig
+from flacuna_jax.config import DistributedConfig, LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.hub import local_sources
@@ -139,12 +139,14 @@ def load_weights(setup: Setup) -> Params:
     return load_base(path, setup.source.config, parameter_shardings(shapes, mesh), setup.spec.param_dtype)
 
 
-def first_adapters(setup: Setup) -> Params:
+def first_adapters(setup: Setup, base: Params) -> Params:
     lora = setup.config.lora
-    if lora is None or lora.init_from is None:
-        return setup.layout.fresh_adapters(setup.config.seed)
+    if lora is None:
+        return {}
+    if lora.init_from is None:
+        return setup.layout.fresh_adapters(setup.config.seed, base)
     adapter = read_adapter(lora.init_from, setup.source.config)
-    for name in ("rank", "alpha", "targets"):
+    for name in LoraConfig.model_fields.keys() - {"dropout", "init_from"}:
         wanted, found = getattr(lora, name), getattr(adapter.lora, name)
         if (set(wanted) != set(found)) if name == "targets" else (wanted != found):
             raise UserError(f"lora.{name} is {wanted}, the adapter in lora.init_from ({lora.init_from}) has {found}")
@@ -154,7 +156,7 @@ def first_adapters(setup: Setup) -> Params:
 def plan_lines(setup: Setup) -> list[str]:
     """The exact plan, printed before the first step."""
     config, plan, spec = setup.config, setup.plan, setup.spec
-    trainable, total = count(spec.lora_shapes) or count(spec.base_shapes), count(spec.base_shapes)
+    trainable, total = spec.trainable_count, count(spec.base_shapes)
     axes = " × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     kind = setup.mesh.devices.flat[0].device_kind
     epochs = f"{len(plan.epochs)} epoch" + ("s" if len(plan.epochs) > 1 else "")

@@ -86,7 +86,7 @@ def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, sa
         base = load_weights(setup) if config.lora else {}
     else:
         base = load_weights(setup)
-        trainable, base = partition(setup.spec, base, first_adapters(setup))
+        trainable, base = partition(setup.spec, base, first_adapters(setup, base))
         state = layout.begin(trainable)
     if primary:
         directory.write_config(config.to_yaml())

@@ -1,4 +1,4 @@
-"""Adapters, and how they are read: PEFT's, by anyone, as stacked arrays of one rank and one scale."""
+"""Adapters, and how they are read: PEFT's, by anyone, as stacked arrays that follow the adapter's own settings."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from flacuna_jax.config import LoraConfig, Projection
+from flacuna_jax.config import HEAD, LoraConfig, Target, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
@@ -19,19 +19,19 @@ from flacuna_jax.huggingface.safetensors_file import read_header
 from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor
 from flacuna_jax.huggingface.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.lora import adapter_ranks, peft_module
 from flacuna_jax.model.parameters import lora_shapes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE, LEGACY_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
 
 Module = tuple[str, int]
-"""Projection and layer."""
+"""Module ("layers/q_proj", "lm_head") and layer."""
 
 _REFUSED = {
-    "use_dora": "DoRA's magnitudes have no place in a LoRA adapter",
     "modules_to_save": "it replaces whole modules of the base",
     "lora_bias": "its factors have biases",
-    "target_parameters": "it targets parameters other than the seven projections",
+    "target_parameters": "it targets parameters other than projections and head",
     "trainable_token_indices": "it trains rows of the embedding",
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "it is active for some tokens only",
@@ -50,13 +50,51 @@ class Adapter:
 
     Attributes:
       lora: rank, alpha, dropout, targets.
-      params: float32 arrays under our paths, A [layers, rank, in] and B [layers, out, rank].
+      params: float32 arrays under our paths, A [layers, rank, in], B [layers, out, rank] and, with DoRA, magnitudes
+        [layers, out]; zeros beyond a layer's own rank. Those of the head have no layers.
       base_name: the base model as the adapter's author names it.
     """
 
     lora: LoraConfig
     params: dict[str, np.ndarray]
     base_name: str | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules with adapters, "layers/q_proj" or "lm_head"."""
+        return [path.removesuffix("/lora_a") for path in self.params if path.endswith("/lora_a")]
+
+    def layers_of(self, module: str) -> list[int]:
+        """Layers in which a module has an adapter; [0] for the head."""
+        chosen = self.lora.layers_to_transform
+        return list(chosen or range(len(self.params[f"{module}/lora_a"]))) if names.is_stacked(module) else [0]
+
+    def factor(self, path: str, layer: int) -> np.ndarray:
+        """One layer of the parameter at `path`, without what pads it to the largest rank of all layers."""
+        module, _, leaf = path.rpartition("/")
+        value = self.params[path][layer] if names.is_stacked(path) else self.params[path]
+        rank = self.lora.rank_of(peft_module(module, layer))
+        return {"lora_a": value[:rank], "lora_b": value[..., :rank], "lora_magnitude": value}[leaf]
+
+    def merge(self, weight_oi: np.ndarray, module: str, layer: int, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a weight with the module's adapter in it, all in float32.
+
+        W + scale · B A; with DoRA every row then has its magnitude.
+
+        Args:
+          weight_oi: these rows of W.
+          module, layer: which adapter; where there is none, the weight comes back.
+          rows: of the whole matrix.
+        """
+        total = weight_oi.astype(np.float32)
+        if f"{module}/lora_a" not in self.params or layer not in self.layers_of(module):
+            return total
+        a, b = self.factor(f"{module}/lora_a", layer), self.factor(f"{module}/lora_b", layer)[rows]
+        total += np.float32(self.lora.scale_of(peft_module(module, layer))) * (b @ a)
+        if self.lora.use_dora:
+            norms = np.maximum(np.linalg.norm(total, axis=-1), np.float32(1e-15))
+            total *= (self.factor(f"{module}/lora_magnitude", layer)[rows] / norms)[:, None]
+        return total
 
 
 def host_adapter(lora: LoraConfig, params: Mapping[str, jax.Array], base_name: str | None = None) -> Adapter:
@@ -67,9 +105,9 @@ def host_adapter(lora: LoraConfig, params: Mapping[str, jax.Array], base_name: s
 def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
     """A PEFT LoRA adapter by anyone, as stacked float32 arrays for a model of the given sizes.
 
-    Ranks and alphas that differ between modules (rank_pattern, alpha_pattern), rank-stabilised scaling and layers
-    without adapter are brought to one rank and one scale: factors are padded with zeros, which training leaves at
-    zero, and B takes up the ratio of scales.
+    Ranks and alphas that differ between modules (rank_pattern, alpha_pattern), rank-stabilised scaling, DoRA and
+    layers without adapter stay as they are. Where an expression picks single modules, the others of the same names get
+    factors of zeros, which training leaves at zero.
 
     Raises:
       UserError: files are missing or damaged, a tensor is left over, missing or misshapen, or a setting changes the
@@ -78,11 +116,15 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
     directory = Path(directory)
     settings = _read_settings(directory)
     source, tensors = _open_weights(directory)
-    pairs = _pair_factors(source, tensors)
-    scales = {module: _scale(settings, module, pair["lora_a"].shape[0], directory) for module, pair in pairs.items()}
-    targets = _targets(directory, settings, {module for module, _ in pairs})
-    lora, params = _stack(source, pairs, scales, config, _dropout(directory, settings), targets)
-    return Adapter(lora, params, settings.get("base_model_name_or_path"))
+    modules = _group(source, tensors, config)
+    lora = _lora_config(directory, settings, modules)
+    for (module, layer), parts in modules.items():
+        name, rank = peft_module(module, layer), parts["lora_a"].shape[0]
+        if lora.rank_of(name) != rank:
+            raise UserError(
+                f"{directory / CONFIG_FILE} gives {name} rank {lora.rank_of(name)}, its tensors have rank {rank}"
+            )
+    return Adapter(lora, _stack(source, modules, lora, config), settings.get("base_model_name_or_path"))
 
 
 def read_training_checkpoint(
@@ -100,33 +142,52 @@ def read_training_checkpoint(
     Raises:
       UserError: a factor is missing, misshapen or not finite.
     """
-    pairs = _pair_factors(reader.directory, {n: t for n, t in reader.tensors.items() if ".lora_" in n})
-    scales = {module: alpha / pair["lora_a"].shape[0] for module, pair in pairs.items()}
-    targets = _targets(reader.directory, {}, {module for module, _ in pairs})
-    lora, params = _stack(reader.directory, pairs, scales, config, dropout, targets)
-    return Adapter(lora, params, base_name)
+    modules = _group(reader.directory, {n: t for n, t in reader.tensors.items() if ".lora_" in n}, config)
+    ranks = {peft_module(*module): parts["lora_a"].shape[0] for module, parts in modules.items()}
+    rank = max(ranks.values())
+    lora = LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=_targets(reader.directory, {}, modules),
+        rank_pattern=tuple((re.escape(name), other) for name, other in ranks.items() if other != rank),
+    )
+    return Adapter(lora, _stack(reader.directory, modules, lora, config), base_name)
+
+
+Parts = dict[str, StoredTensor]
+"""lora_a, lora_b and perhaps lora_magnitude of one module in one layer."""
 
 
 def _stack(
-    source: Path,
-    pairs: Mapping[Module, Mapping[str, StoredTensor]],
-    scales: Mapping[Module, float],
-    config: LlamaConfig,
-    dropout: float,
-    targets: tuple[Projection, ...],
-) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Brings all modules to the largest rank and the first module's scale."""
-    rank = max(pair["lora_a"].shape[0] for pair in pairs.values())
-    scale = next(iter(scales.values()))
-    # Dividing by the rank and multiplying again may cost the last bit; alphas are short decimals.
-    lora = LoraConfig(rank=rank, alpha=float(f"{scale * rank:.12g}"), dropout=dropout, targets=targets)
+    source: Path, modules: Mapping[Module, Parts], lora: LoraConfig, config: LlamaConfig
+) -> dict[str, np.ndarray]:
+    _check_layers(source, modules, config)
     params = {path: np.zeros(shape, np.float32) for path, shape in lora_shapes(config, lora).items()}
     files = MappedFiles()
-    for (module, layer), pair in pairs.items():
-        for leaf, stored in pair.items():
-            ratio = scales[module, layer] / scale if leaf == "lora_b" else 1.0
-            _place_factor(source, params, f"layers/{module}/{leaf}", layer, files.view(stored), ratio)
-    return lora, params
+    for (module, layer), parts in modules.items():
+        for leaf, stored in parts.items():
+            _place(source, params, f"{module}/{leaf}", layer, files.view(stored))
+    if lora.use_dora:
+        _require_everywhere(source, modules, lora, config)
+    return params
+
+
+def _check_layers(source: Path, modules: Mapping[Module, Parts], config: LlamaConfig) -> None:
+    last = max(layer for _, layer in modules)
+    if last >= config.num_layers:
+        raise UserError(f"{source} has an adapter in layer {last}; the base has {config.num_layers} layers")
+
+
+def _require_everywhere(source: Path, modules: Mapping[Module, Parts], lora: LoraConfig, config: LlamaConfig) -> None:
+    """A module without adapter is one with factors of zeros, but not one with a magnitude of zero."""
+    for module, (ranks, _) in adapter_ranks(lora, config.num_layers).items():
+        for layer in np.flatnonzero(ranks):
+            if (module, int(layer)) not in modules:
+                raise UserError(
+                    f"{source}: {peft_module(module, int(layer))} has no adapter, while others of its name or layer "
+                    f"have; with DoRA (use_dora) that cannot be represented"
+                )
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
@@ -160,60 +221,88 @@ def _open_weights(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
     raise UserError(f"{directory} has neither {WEIGHTS_FILE} nor {LEGACY_WEIGHTS_FILE}")
 
 
-def _pair_factors(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[Module, dict[str, StoredTensor]]:
-    """(projection, layer) → its two factors."""
-    pairs: dict[Module, dict[str, StoredTensor]] = {}
+def _group(source: Path, tensors: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[Module, Parts]:
+    """(module, layer) → its tensors."""
+    modules: dict[Module, Parts] = {}
     unknown = []
     for name, tensor in tensors.items():
+        if _repeats_the_base(name, tensor, config):
+            continue
         place = names.parse_adapter_name(name)
         if place is None or tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
             unknown.append(name)
             continue
         path, layer = place
-        _, module, leaf = path.split("/")
-        if leaf in pairs.setdefault((module, layer), {}):
-            raise UserError(f"{source} holds {leaf} of {module} in layer {layer} twice, as {name} and another name")
-        pairs[module, layer][leaf] = tensor
+        module, _, leaf = path.rpartition("/")
+        if leaf in modules.setdefault((module, layer), {}):
+            raise UserError(f"{source} holds {leaf} of {peft_module(module, layer)} twice, as {name} and another name")
+        modules[module, layer][leaf] = tensor
     if unknown:
         raise UserError(f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}")
-    if not pairs:
+    if not modules:
         raise UserError(f"{source} holds no LoRA factors; the adapter was saved empty")
-    for (module, layer), pair in pairs.items():
-        if set(pair) != {"lora_a", "lora_b"}:
-            lacking = "lora_B" if "lora_a" in pair else "lora_A"
-            raise UserError(f"{source}: {module} of layer {layer} has no {lacking}")
-        a, b = pair["lora_a"].shape, pair["lora_b"].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
-            raise UserError(
-                f"{source}: {module} of layer {layer} has lora_A {list(a)} and lora_B {list(b)}; "
-                f"[rank, in] and [out, rank] are expected"
-            )
-    return dict(sorted(pairs.items()))
+    for (module, layer), parts in modules.items():
+        _check_factors(source, f"{module.removeprefix('layers/')} of layer {layer}", parts)
+    return dict(sorted(modules.items()))
 
 
-def _scale(settings: Mapping[str, Any], module: Module, rank: int, directory: Path) -> float:
-    """alpha / rank (or / √rank) of one module, after PEFT's patterns; the rank in the files must be the one stated."""
-    projection, layer = module
-    name = names.tensor_name(f"layers/{projection}/weight", layer).removesuffix(".weight")
-    stated = _pattern_value(settings.get("rank_pattern"), name, settings["r"])
-    if stated != rank:
-        raise UserError(f"{directory / CONFIG_FILE} gives {name} rank {stated}, its tensors have rank {rank}")
-    alpha = float(_pattern_value(settings.get("alpha_pattern"), name, settings["lora_alpha"]))
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+def _repeats_the_base(name: str, tensor: StoredTensor, config: LlamaConfig) -> bool:
+    """Whether a tensor is the base's own table, which PEFT saves with adapters of the head; of its size, so that a
+    vocabulary that was made larger is not taken for it."""
+    return names.parse_table_in_adapter(name) is not None and tensor.shape == (config.vocab_size, config.hidden_size)
 
 
-def _pattern_value(patterns: Any, name: str, default: float) -> float:
-    """PEFT's rule: the first pattern that matches the whole name, or a dotted end of it."""
-    for pattern, value in (patterns or {}).items():
+def _check_factors(source: Path, where: str, parts: Parts) -> None:
+    for leaf, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+        if leaf not in parts:
+            raise UserError(f"{source}: {where} has no {theirs}")
+    a, b = parts["lora_a"].shape, parts["lora_b"].shape
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
+        raise UserError(
+            f"{source}: {where} has lora_A {list(a)} and lora_B {list(b)}; [rank, in] and [out, rank] are expected"
+        )
+
+
+def _lora_config(directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> LoraConfig:
+    file = directory / CONFIG_FILE
+    dora = bool(settings.get("use_dora"))
+    if any(("lora_magnitude" in parts) != dora for parts in modules.values()):
+        raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'there'}")
+    if dora and (HEAD, 0) in modules:
+        raise UserError(f"{file}: use_dora with {HEAD} among its targets is not implemented")
+    ranks = _patterns(file, settings, "rank_pattern")
+    return LoraConfig(
+        rank=int(settings["r"]),
+        alpha=float(settings["lora_alpha"]),
+        dropout=_dropout(directory, settings),
+        targets=_targets(directory, settings, modules),
+        layers_to_transform=_layers(settings, modules),
+        rank_pattern=tuple((pattern, int(value)) for pattern, value in ranks),
+        alpha_pattern=_patterns(file, settings, "alpha_pattern"),
+        use_rslora=bool(settings.get("use_rslora")),
+        use_dora=dora,
+    )
+
+
+def _layers(settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tuple[int, ...] | None:
+    """The layers that have adapters, where the settings select some."""
+    if settings.get("layers_to_transform") in (None, []):
+        return None
+    return tuple(sorted({layer for _, layer in modules}))
+
+
+def _patterns(file: Path, settings: Mapping[str, Any], key: str) -> tuple[tuple[str, float], ...]:
+    patterns = settings.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{file}: {key} is {patterns!r}, not an object")
+    for pattern, value in patterns.items():
         try:
-            matches = re.match(rf"(.*\.)?({pattern})$", name)
+            by_pattern(((pattern, value),), "", None)
         except re.error:
-            raise UserError(f"{CONFIG_FILE}: the pattern {pattern!r} is not a regular expression") from None
-        if matches:
-            if not _is_positive(value):
-                raise UserError(f"{CONFIG_FILE}: the pattern {pattern!r} gives {value!r}, not a positive number")
-            return value
-    return default
+            raise UserError(f"{file}: the pattern {pattern!r} is not a regular expression") from None
+        if not _is_positive(value):
+            raise UserError(f"{file}: the pattern {pattern!r} gives {value!r}, not a positive number")
+    return tuple((pattern, float(value)) for pattern, value in patterns.items())
 
 
 def _is_positive(value: Any) -> bool:
@@ -227,30 +316,32 @@ def _dropout(directory: Path, settings: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _targets(directory: Path, settings: Mapping[str, Any], found: set[str]) -> tuple[Projection, ...]:
-    """The projections that the tensors are of, in the order of the settings where those list them."""
+def _targets(directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tuple[Target, ...]:
+    """The modules that the tensors are of, in the order of the settings where those list them."""
+    found = {module.removeprefix("layers/") for module, _ in modules}
     stated = settings.get("target_modules")
     order = [str(name).rsplit(".", 1)[-1] for name in stated] if isinstance(stated, list) else []
     absent = sorted(set(order) - found)
     if absent:
         raise UserError(f"{directory / CONFIG_FILE} targets {', '.join(absent)}, but the weights have none of it")
-    known: tuple[Projection, ...] = get_args(Projection)
+    known: tuple[Target, ...] = get_args(Target)
     return tuple(sorted((name for name in known if name in found), key=[*order, *known].index))
 
 
-def _place_factor(
-    source: Path, params: Mapping[str, np.ndarray], path: str, layer: int, factor: np.ndarray, ratio: float
-) -> None:
-    stacked = params[path]
-    rank_axis = 0 if path.endswith("lora_a") else 1
-    if layer >= len(stacked):
-        raise UserError(f"{source} has an adapter in layer {layer}; the base has {len(stacked)} layers")
-    if factor.shape[1 - rank_axis] != stacked.shape[1:][1 - rank_axis]:
+def _place(source: Path, params: Mapping[str, np.ndarray], path: str, layer: int, factor: np.ndarray) -> None:
+    """Writes one layer of a parameter; what lies beyond its rank stays zero."""
+    target = params[path][layer] if names.is_stacked(path) else params[path]
+    wrong = {
+        "lora_a": factor.shape[1:] != target.shape[1:],
+        "lora_b": factor.shape[:1] != target.shape[:1],
+        "lora_magnitude": factor.shape != target.shape,
+    }
+    if wrong[path.rpartition("/")[2]]:
         raise UserError(
             f"{source}: {names.adapter_name(path, layer)} has shape {list(factor.shape)}; the base needs "
-            f"{list(stacked.shape[1:])} at rank {stacked.shape[1:][rank_axis]}. It belongs to another model"
+            f"{list(target.shape)} at the largest rank. It belongs to another model"
         )
-    values = factor.astype(np.float32) * np.float32(ratio)
+    values = factor.astype(np.float32)
     if not np.isfinite(values).all():
         raise UserError(f"{source}: {names.adapter_name(path, layer)} is not finite")
-    stacked[layer, : factor.shape[0], : factor.shape[1]] = values
+    target[tuple(slice(size) for size in values.shape)] = values

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flacuna_jax.config import LoraConfig
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from flacuna_jax.huggingface.safetensors_file import write_file
@@ -36,9 +37,9 @@ def write_adapter_files(
     (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     stored = DTYPES[dtype]
     tensors = {
-        names.adapter_name(path, layer): cast(factor, stored)
-        for path, stacked in adapter.params.items()
-        for layer, factor in enumerate(stacked)
+        names.adapter_name(path, layer): cast(adapter.factor(path, layer), stored)
+        for path in adapter.params
+        for layer in adapter.layers_of(path.rpartition("/")[0])
     }
     ordered = sorted(tensors)
     described = [(name, tensors[name].shape, stored) for name in ordered]
@@ -49,7 +50,6 @@ def write_adapter_files(
 def adapter_config(adapter: Adapter) -> dict[str, Any]:
     """The settings that every PEFT release since 0.5 understands, and vLLM's; newer ones would only make it warn."""
     lora = adapter.lora
-    alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -58,20 +58,24 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
         "auto_mapping": None,
         "r": lora.rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _short(lora.alpha),
         "lora_dropout": lora.dropout,
         "target_modules": list(lora.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "layers_to_transform": None,
+        "layers_to_transform": None if lora.layers_to_transform is None else list(lora.layers_to_transform),
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": {pattern: _short(alpha) for pattern, alpha in lora.alpha_pattern},
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
     }
+
+
+def _short(alpha: float) -> int | float:
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def model_card(adapter: Adapter, facts: Mapping[str, str]) -> str:
@@ -83,7 +87,7 @@ def model_card(adapter: Adapter, facts: Mapping[str, str]) -> str:
         head.append(f"base_model: {json.dumps(adapter.base_name)}")
     rows = {
         "base model": base,
-        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {', '.join(lora.targets)}",
+        "DoRA" if lora.use_dora else "LoRA": _described(lora),
     } | dict(facts)
     return "\n".join(
         [
@@ -106,3 +110,12 @@ def model_card(adapter: Adapter, facts: Mapping[str, str]) -> str:
             "",
         ]
     )
+
+
+def _described(lora: LoraConfig) -> str:
+    text = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {', '.join(lora.targets)}"
+    if lora.layers_to_transform is not None:
+        text += f" of layers {', '.join(map(str, lora.layers_to_transform))}"
+    for name, pattern in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
+        text += "".join(f"; {name} {value:g} in {module}" for module, value in pattern)
+    return text + ("; rank-stabilised" if lora.use_rslora else "")

@@ -71,12 +71,9 @@ def _merger(
 
     def make(rows: slice) -> np.ndarray:
         weight = reader.read(source, rows)
-        if adapter is None or not targeted:
-            return weight if weight.dtype == dtype else cast(weight, dtype)
-        a, b = adapter.params[f"{module}/lora_a"][layer], adapter.params[f"{module}/lora_b"][layer]
-        total = cast(weight, np.dtype(np.float32))
-        total += np.float32(adapter.lora.scale) * (b[rows] @ a)
-        return cast(total, dtype)
+        if adapter is not None and targeted:
+            weight = adapter.merge(cast(weight, np.dtype(np.float32)), module, layer, rows)
+        return weight if weight.dtype == dtype else cast(weight, dtype)
 
     return make
 

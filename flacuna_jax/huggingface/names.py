@@ -34,7 +34,9 @@ PEFT_PREFIX = "base_model.model."
 _OUR_MODULE = {theirs: ours for ours, theirs in MODULES.items()}
 _OUR_PATH = {theirs: ours for ours, theirs in UNSTACKED.items()}
 _LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)")
-_ADAPTER = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_ADAPTER = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)")
+# With the head among its targets PEFT saves, beside the factors, the frozen tables that it might have resized.
+_ADAPTER_BASE = re.compile(r"(model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 
 # Rotary frequencies are a function of the config; files that carry them round them to half precision.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
@@ -79,24 +81,33 @@ def parse_tensor_name(name: str) -> tuple[str, int | None] | None:
 
 
 def adapter_name(path: str, layer: int) -> str:
-    """PEFT's name of one layer of the adapter parameter at `path` ("layers/q_proj/lora_a")."""
+    """PEFT's name of one layer of the adapter parameter at `path` ("layers/q_proj/lora_a", "lm_head/lora_b")."""
     module, _, leaf = path.rpartition("/")
-    kernel = tensor_name(f"{module}/weight", layer).removesuffix(".weight")
+    kernel = tensor_name(f"{module}/weight", layer if is_stacked(path) else None).removesuffix(".weight")
+    if leaf == "lora_magnitude":
+        return f"{PEFT_PREFIX}{kernel}.lora_magnitude_vector"
     return f"{PEFT_PREFIX}{kernel}.lora_{leaf[-1].upper()}.weight"
 
 
 def parse_adapter_name(name: str) -> tuple[str, int] | None:
-    """(path, layer) of a PEFT adapter name, None where it is not a LoRA factor of one of the seven projections.
+    """(path, layer) of a PEFT adapter name, None where it is not an adapter's part of a projection or of the head.
 
-    The infix ".default" that training checkpoints carry is accepted.
+    The infix ".default" that training checkpoints carry is accepted. The head's layer is 0.
     """
     match = _ADAPTER.fullmatch(name)
     if match is None or not name.startswith(PEFT_PREFIX):
         return None
     kernel = parse_tensor_name(f"{match[1].removeprefix(PEFT_PREFIX)}.weight")
-    if kernel is None or kernel[1] is None or kernel[0].endswith("layernorm/weight"):
+    if kernel is None or not kernel[0].endswith(("_proj/weight", "lm_head/weight")):
         return None
-    return f"{kernel[0].removesuffix('/weight')}/lora_{match[2].lower()}", kernel[1]
+    leaf = f"lora_{match[2].lower()}" if match[2] else "lora_magnitude"
+    return f"{kernel[0].removesuffix('/weight')}/{leaf}", kernel[1] or 0
+
+
+def parse_table_in_adapter(name: str) -> str | None:
+    """Path of the base's table that an adapter's file repeats under `name`, None where it is something else."""
+    match = _ADAPTER_BASE.fullmatch(name.removeprefix(PEFT_PREFIX))
+    return None if match is None else _OUR_PATH[f"{match[1]}.weight"]
 
 
 def is_training_checkpoint(tensors: Iterable[str]) -> bool:

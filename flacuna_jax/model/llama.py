@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.config import HEAD, LoraConfig
+from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.attention import SAVED_NAMES as ATTENTION_SAVED
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.model.lora import MODULE_IDS, BaseParam, LoRAHead, LoRALinear, adapter_ranks, base_matrix, fold_keys
 from flacuna_jax.model.lora import OUTPUT_NAME as PROJECTION_OUTPUT
-from flacuna_jax.model.lora import BaseParam, LoRALinear, base_matrix, fold_keys
 from flacuna_jax.model.sharding import Axes, constrain
 
 
@@ -71,7 +72,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The table [vocab, model]; also the language-model head, alone or tied."""
+    """The table [vocab, model]; also the language-model head where that is tied to it."""
 
     def __init__(self, vocab_size: int, size: int, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.weight = BaseParam(base_matrix(rngs.params(), (vocab_size, size), param_dtype))
@@ -109,14 +110,16 @@ class Block(nnx.Module):
         self.config = config
         d, f = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        ranks = {} if lora is None else adapter_ranks(lora, config.num_layers)
 
         def project(name: str, into: int, out: int, axes: Axes) -> LoRALinear:
             return LoRALinear(
                 into,
                 out,
                 axes=axes,
-                lora=lora if lora is not None and name in lora.targets else None,
-                module_id=PROJECTIONS.index(name),
+                lora=lora,
+                ranks=ranks.get(f"layers/{name}"),
+                module_id=MODULE_IDS[name],
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
@@ -183,12 +186,26 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.dtype = config, dtype
+        ranks = {} if lora is None else adapter_ranks(lora, config.num_layers)
+        if HEAD in ranks and config.tie_word_embeddings:
+            raise UserError(f"lora.targets: {HEAD} of this model is its embedding table (tie_word_embeddings)")
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, param_dtype, rngs)
         make_blocks = nnx.vmap(lambda rngs: Block(config, lora, param_dtype, rngs))
         self.layers = make_blocks(rngs.split(config.num_layers))
+        for module in ranks.keys() - {HEAD}:
+            getattr(self.layers, module.removeprefix("layers/")).set_ranks(ranks[module])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = Embedding(config.vocab_size, config.hidden_size, param_dtype, rngs)
+            self.lm_head = LoRAHead(
+                config.hidden_size,
+                config.vocab_size,
+                axes=("vocab", None),
+                lora=lora,
+                ranks=ranks.get(HEAD),
+                module_id=MODULE_IDS[HEAD],
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
     def __call__(
         self,
@@ -230,10 +247,18 @@ class Llama(nnx.Module):
         return constrain(jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0), "batch", None, None)
 
     def head(self) -> jax.Array:
-        """The language-model head [vocab, model] in the compute dtype."""
+        """The language-model head [vocab, model] in the compute dtype, wider by the rank of its adapter if it has one.
+
+        Logits are its product with `before_head` of the hidden states.
+        """
         module = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return module.table(self.dtype)
 
+    def before_head(self, hidden_btd: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
+        """Hidden states as wide as the head; `row_keys_b` as in a call."""
+        return hidden_btd if self.config.tie_word_embeddings else self.lm_head.widen(hidden_btd, row_keys_b)
+
     def logits(self, hidden_btd: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab]; for decoding and tests, training never holds them whole."""
-        return jnp.einsum("btd,vd->btv", hidden_btd, self.head(), preferred_element_type=jnp.float32)
+        wide_btd = self.before_head(hidden_btd)
+        return jnp.einsum("btd,vd->btv", wide_btd, self.head(), preferred_element_type=jnp.float32)

@@ -1,16 +1,23 @@
 """LoRA as a partition of the parameters: `BaseParam` and `LoRAParam` are separate variable types of one module.
 
-Hu et al., 2021 (arXiv:2106.09685), with PEFT's conventions: y = W x + (alpha / rank) · B A dropout(x), A drawn from
-U(±1/√in), B zero.
+Hu et al., 2021 (arXiv:2106.09685), with PEFT's conventions: y = W x + scale · B A dropout(x), A drawn from U(±1/√in),
+B zero. Layers are stacked, so a projection has one rank: the largest that any layer has. A layer of lower rank, or
+without an adapter, has zeros beyond its own in A and in B. Then neither has a gradient there, and no optimizer moves
+them: what is trained, counted and exported is exactly each layer's own.
 """
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flacuna_jax.config import LoraConfig
-from flacuna_jax.model.sharding import Axes, gather_weight
+from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig
+from flacuna_jax.errors import UserError
+from flacuna_jax.model.sharding import Axes, constrain, gather_weight
 
 OUTPUT_NAME = "projection"
 """Of every projection's output, adapter included, for `jax.checkpoint_policies.save_only_these_names`."""
@@ -24,12 +31,59 @@ class LoRAParam(nnx.Variable):
     """An adapter weight, always float32."""
 
 
+class LoRAScale(nnx.Variable):
+    """What B A is multiplied by, float32, 0 where a layer has no adapter. Follows from the config; never stored."""
+
+
+class Ranks(NamedTuple):
+    """The adapters of one module, layer by layer; a single entry for the head."""
+
+    ranks: np.ndarray
+    """int, 0 where there is none."""
+    scales: np.ndarray
+    """float32, 0 where there is none."""
+
+    @property
+    def largest(self) -> int:
+        return int(self.ranks.max())
+
+
+def adapter_ranks(lora: LoraConfig, num_layers: int) -> dict[str, Ranks]:
+    """Rank and scale in each layer, by module ("layers/q_proj", "lm_head").
+
+    Raises:
+      UserError: the config selects a layer that the model does not have, or none for a module.
+    """
+    beyond = [layer for layer in lora.layers_to_transform or () if layer >= num_layers]
+    if beyond:
+        raise UserError(f"lora.layers_to_transform: there is no layer {beyond[0]}, the model has {num_layers} layers")
+    chosen = range(num_layers) if lora.layers_to_transform is None else lora.layers_to_transform
+    found = {}
+    for target in lora.targets:
+        path, count = (HEAD, 1) if target == HEAD else (f"layers/{target}", num_layers)
+        ranks, scales = np.zeros(count, int), np.zeros(count, np.float32)
+        for layer in (0,) if target == HEAD else chosen:
+            name = peft_module(path, layer)
+            ranks[layer], scales[layer] = lora.rank_of(name), lora.scale_of(name)
+        found[path] = Ranks(ranks, scales)
+    return found
+
+
+def peft_module(path: str, layer: int) -> str:
+    """The name that PEFT's patterns are matched with: ("layers/q_proj", 3) → "model.layers.3.self_attn.q_proj"."""
+    if path == HEAD:
+        return path
+    module = path.removeprefix("layers/")
+    return f"model.layers.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
+
+
 class LoRALinear(nnx.Module):
     """A projection [out, in] with an optional low-rank adapter beside it.
 
     Args:
       axes: logical axes (out, in) of the kernel, see `sharding.RULES`.
       lora: the adapter's settings, None for a plain projection.
+      ranks: its rank and scale; where layers differ, `set_ranks` on the stack of them tells it each layer's own.
       module_id: distinguishes the dropout of this projection from its neighbours'.
     """
 
@@ -40,28 +94,116 @@ class LoRALinear(nnx.Module):
         *,
         axes: Axes,
         lora: LoraConfig | None,
+        ranks: Ranks | None,
         module_id: int,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.axes, self.lora, self.module_id = axes, lora, module_id
+        self.axes, self.module_id = axes, module_id
+        self.lora = lora if ranks is not None else None
         self.weight = BaseParam(base_matrix(rngs.params(), (out_features, in_features), param_dtype))
-        if lora is not None:
+        if lora is not None and ranks is not None:
             bound = in_features**-0.5
-            shape_a = (lora.rank, in_features)
+            shape_a = (ranks.largest, in_features)
             self.lora_a = LoRAParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
-            self.lora_b = LoRAParam(jnp.zeros((out_features, lora.rank), jnp.float32))
+            self.lora_b = LoRAParam(jnp.zeros((out_features, ranks.largest), jnp.float32))
+            self.lora_scale = LoRAScale(jnp.float32(ranks.scales[0]))
+            if lora.use_dora:
+                self.lora_magnitude = LoRAParam(jnp.linalg.norm(self.weight[...].astype(jnp.float32), axis=-1))
+
+    def set_ranks(self, ranks: Ranks) -> None:
+        """On stacked layers: zeros beyond each layer's own rank, each layer's own scale."""
+        within_lr = jnp.arange(ranks.largest) < jnp.asarray(ranks.ranks)[:, None]
+        self.lora_a[...] = jnp.where(within_lr[:, :, None], self.lora_a[...], 0)
+        self.lora_scale[...] = jnp.asarray(ranks.scales)
+        if hasattr(self, "lora_magnitude"):
+            self.lora_magnitude[...] = jnp.where(within_lr[:, :1], self.lora_magnitude[...], 0)
 
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
         weight_oi = gather_weight(self.weight[...].astype(x_bti.dtype), *self.axes)
         y_bto = x_bti @ weight_oi.T
+        if self.lora is None:
+            return checkpoint_name(y_bto, OUTPUT_NAME)
+        a_ri, b_or = self.factors()
+        x_bti = self.dropped(x_bti, row_keys_b)
+        y_bto += _by_group(_by_group(x_bti, a_ri.astype(x_bti.dtype)), b_or.astype(x_bti.dtype))
+        y_bto = checkpoint_name(y_bto, OUTPUT_NAME)
+        return self._rescaled(y_bto, weight_oi, a_ri, b_or) if self.lora.use_dora else y_bto
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """A and scale · B in float32: no compute dtype rounds the scale."""
+        return self.lora_a[...], self.lora_b[...] * self.lora_scale[...]
+
+    def dropped(self, x_bti: jax.Array, row_keys_b: jax.Array | None) -> jax.Array:
+        assert self.lora is not None
+        if row_keys_b is None or self.lora.dropout == 0:
+            return x_bti
+        return dropout_rows(x_bti, fold_keys(row_keys_b, self.module_id), self.lora.dropout)
+
+    def _rescaled(self, y_bto: jax.Array, weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Array:
+        """DoRA (Liu et al., 2024, arXiv:2402.09353): each output times magnitude / ‖row of W + scale · B A‖.
+
+        As in the paper's section 4.3 and in PEFT the norm has no gradient. PEFT's dropout also falls on the input of
+        magnitude · W x; here it falls on the input of B A alone, and no weight is multiplied twice.
+        """
+        norm_o = jax.lax.stop_gradient(row_norms(weight_oi, a_ri, b_or))
+        ratio_o = jnp.where(self.lora_scale[...] != 0, self.lora_magnitude[...] / norm_o, 1.0)
+        ratio_go = ratio_o.reshape(-1, ratio_o.shape[-1])
+        y_gbto = y_bto.reshape(ratio_go.shape[0], -1, *y_bto.shape[1:])
+        return (y_gbto * ratio_go[:, None, None, :]).astype(y_bto.dtype).reshape(y_bto.shape)
+
+
+class LoRAHead(LoRALinear):
+    """The language-model head [vocab, model]: used as a table, because the loss never holds its output whole.
+
+    An adapter makes table and hidden states wider by its rank, h W + (A h) (scale · B), so that no weight is rounded
+    after the adapter has been added to it.
+    """
+
+    def table(self, dtype: jnp.dtype) -> jax.Array:
+        weight_vd = self.weight[...].astype(dtype)
         if self.lora is not None:
-            a_ri, b_or = self.lora_a[...].astype(x_bti.dtype), self.lora_b[...].astype(x_bti.dtype)
-            if row_keys_b is not None and self.lora.dropout > 0:
-                x_bti = dropout_rows(x_bti, fold_keys(row_keys_b, self.module_id), self.lora.dropout)
-            y_bto += _by_group(_by_group(x_bti, a_ri), b_or) * self.lora.scale
-        return checkpoint_name(y_bto, OUTPUT_NAME)
+            weight_vd = jnp.concatenate([weight_vd, self.factors()[1].astype(dtype)], axis=1)
+        return constrain(weight_vd, "vocab", None)
+
+    def widen(self, hidden_btd: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
+        """Hidden states as `table` meets them."""
+        if self.lora is None:
+            return hidden_btd
+        low_btr = self.dropped(hidden_btd, row_keys_b) @ self.factors()[0].astype(hidden_btd.dtype).T
+        return jnp.concatenate([hidden_btd, low_btr], axis=-1)
+
+
+def row_norms(weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Array:
+    """‖W + B A‖ of each row, float32 [out], or [groups, out] for adapters [groups, ...], without making the sum.
+
+    ‖w + b A‖² = ‖w‖² + 2 b·(A w) + b·(A Aᵀ) b. At least 1e-30, so that a row of zeros is no division by zero.
+    """
+    squares_o = jnp.sum(jnp.square(weight_oi.astype(jnp.float32)), axis=-1)
+    products_or = jnp.einsum(
+        "oi,...ri->...or", weight_oi, a_ri.astype(weight_oi.dtype), preferred_element_type=jnp.float32
+    )
+    gram_rs = jnp.einsum("...ri,...si->...rs", a_ri, a_ri)
+    added_o = jnp.sum(b_or * (2 * products_or + jnp.einsum("...or,...rs->...os", b_or, gram_rs)), axis=-1)
+    return jnp.sqrt(jnp.maximum(squares_o + added_o, 1e-30))
+
+
+def initial_magnitudes(weights: Mapping[str, jax.Array], ranks: Mapping[str, Ranks]) -> dict[str, jax.Array]:
+    """DoRA's magnitudes before training, [layers, out]: row norms of W, zero in layers without an adapter.
+
+    Args:
+      weights: float kernels [layers, out, in] by module ("layers/q_proj").
+      ranks: of `adapter_ranks`.
+    """
+
+    def norms(weight_oi: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(weight_oi.astype(jnp.float32), axis=-1)
+
+    return {
+        f"{module}/lora_magnitude": jnp.where(ranks[module].ranks[:, None] > 0, jax.lax.map(norms, weight), 0)
+        for module, weight in weights.items()
+    }
 
 
 def _by_group(x_bti: jax.Array, weight: jax.Array) -> jax.Array:
@@ -90,3 +232,7 @@ def dropout_rows(x_bti: jax.Array, keys_b: jax.Array, rate: float) -> jax.Array:
     """Inverted dropout with one key per row, so that no partition of a batch over devices or steps changes it."""
     keep_bti = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_bti.shape[1:]))(keys_b)
     return jnp.where(keep_bti, x_bti / (1 - rate), jnp.zeros((), x_bti.dtype))
+
+
+MODULE_IDS = {name: index for index, name in enumerate((*PROJECTIONS, HEAD))}
+"""What the dropout keys of a module are folded with."""

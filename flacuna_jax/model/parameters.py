@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from flacuna_jax.config import LoraConfig
 from flacuna_jax.model.llama import Llama, LlamaConfig
-from flacuna_jax.model.lora import BaseParam, LoRAParam
+from flacuna_jax.model.lora import BaseParam, LoRAParam, LoRAScale, Ranks, adapter_ranks, initial_magnitudes
 from flacuna_jax.model.sharding import parameter_shardings
 
 Params = dict[str, jax.Array]
@@ -51,12 +52,39 @@ class ModelSpec:
         leaves = nnx.to_flat_state(self.abstract[1])
         return {_name(path): tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, kind)}
 
+    @property
+    def ranks(self) -> dict[str, Ranks]:
+        """Each module's ranks and scales by layer; empty without LoRA."""
+        return {} if self.lora is None else adapter_ranks(self.lora, self.config.num_layers)
+
+    @property
+    def trainable_count(self) -> int:
+        """Scalars that training moves: those of `lora_shapes` less the zeros beyond each layer's own rank."""
+        if self.lora is None:
+            return count(self.base_shapes)
+        shapes, total = self.lora_shapes, 0
+        for module, (ranks, _) in self.ranks.items():
+            into, out = shapes[f"{module}/lora_a"][-1], shapes[f"{module}/lora_b"][-2]
+            total += int(ranks.sum()) * (into + out) + self.lora.use_dora * int((ranks > 0).sum()) * out
+        return total
+
+    @functools.cached_property
+    def scales(self) -> dict[str, np.ndarray]:
+        """The values of `LoRAScale` variables: [layers], or a scalar for the head."""
+        return {
+            f"{module}/lora_scale": ranks.scales if module.startswith("layers/") else ranks.scales[0]
+            for module, ranks in self.ranks.items()
+        }
+
     def merge(self, params: Mapping[str, jax.Array]) -> Llama:
         """The network with the given base and adapter arrays; names must be exactly those of the spec."""
         graph, state = self.abstract
-        return nnx.merge(
-            graph, nnx.from_flat_state([(p, v.replace(params[_name(p)])) for p, v in nnx.to_flat_state(state)])
-        )
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            name = _name(path)
+            value = jnp.asarray(self.scales[name]) if isinstance(variable, LoRAScale) else params[name]
+            filled.append((path, variable.replace(value)))
+        return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -91,3 +119,22 @@ def init_params(spec: ModelSpec, shapes: Shapes, seed: int, mesh: Mesh) -> Param
 
     with jax.set_mesh(mesh):
         return jax.jit(draw, out_shardings=parameter_shardings(shapes, mesh))(jnp.uint32(seed))
+
+
+def fresh_adapters(spec: ModelSpec, base: Mapping[str, jax.Array], seed: int, mesh: Mesh) -> Params:
+    """PEFT's initialisation, the same numbers on any mesh: A uniform, B zero, DoRA's magnitudes the row norms of W.
+
+    `base` is read only for DoRA.
+    """
+    shapes = spec.lora_shapes
+    drawn = {name: shape for name, shape in shapes.items() if not name.endswith("lora_magnitude")}
+    adapters = init_params(spec, drawn, seed, mesh)
+    measured = {name: shape for name, shape in shapes.items() if name not in drawn}
+    if not measured:
+        return adapters
+    weights = {module: base[f"{module}/weight"] for module in spec.ranks}
+    with jax.set_mesh(mesh):
+        measure = jax.jit(
+            lambda weights: initial_magnitudes(weights, spec.ranks), out_shardings=parameter_shardings(measured, mesh)
+        )
+        return {**adapters, **measure(weights)}

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flacuna_jax.model.parameters import ModelSpec, Params, init_params
+from flacuna_jax.model.parameters import ModelSpec, Params, fresh_adapters
 from flacuna_jax.model.sharding import parameter_shardings
 from flacuna_jax.training.optimizer import optimizer_state_shardings
 
@@ -55,6 +55,6 @@ class StateLayout:
         opt_state = jax.jit(self.optimizer.init, out_shardings=self.shardings[1])(trainable)
         return TrainState(0, trainable, opt_state)
 
-    def fresh_adapters(self, seed: int) -> Params:
-        """PEFT's initialisation: A uniform, B zero; the same numbers on any mesh."""
-        return init_params(self.spec, self.spec.lora_shapes, seed, self.mesh)
+    def fresh_adapters(self, seed: int, base: Params | None = None) -> Params:
+        """See `model.parameters.fresh_adapters`; `base` is needed with DoRA."""
+        return fresh_adapters(self.spec, base or {}, seed, self.mesh)

@@ -63,7 +63,8 @@ def micro_batch_losses(
         remat=config.remat,
         attention_backend=config.attention_backend,
     )
-    return token_losses(hidden_btd, model.head(), batch["targets"], batch["loss_mask"])
+    wide_btd = model.before_head(hidden_btd, row_keys_b)
+    return token_losses(wide_btd, model.head(), batch["targets"], batch["loss_mask"])
 
 
 def loss_and_gradients(
@@ -96,7 +97,9 @@ def loss_and_gradients(
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, differentiated))
     loss, gradients = jax.lax.fori_loop(0, micro_batches, accumulate, zeros)
     if config.spec.lora is not None:
-        gradients = {name: jnp.sum(gradient, axis=1) for name, gradient in gradients.items()}
+        gradients = {
+            name: jnp.sum(gradient, axis=1) if _is_copied(name) else gradient for name, gradient in gradients.items()
+        }
     supervised = jnp.maximum(jnp.sum(batch["loss_mask"]), 1).astype(jnp.float32)
     return loss / supervised, jax.tree.map(lambda gradient: gradient / supervised, gradients)
 
@@ -110,10 +113,18 @@ def _copy_per_shard(adapters: Params) -> Params:
     shards = row_shards()
     copies = {}
     for name, value in adapters.items():
+        if not _is_copied(name):
+            copies[name] = value
+            continue
         layers, *axes = parameter_axes(name)
         repeated = jnp.broadcast_to(value[:, None], (value.shape[0], shards, *value.shape[1:]))
         copies[name] = constrain(repeated, layers, "batch", *axes)
     return copies
+
+
+def _is_copied(name: str) -> bool:
+    """The head's adapter is not: the loss adds up its gradient over devices itself."""
+    return name.startswith("layers/")
 
 
 Step = Callable[[Params, Any, Params, Batch, Any], tuple[Params, Any, StepMetrics]]

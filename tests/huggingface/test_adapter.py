@@ -19,6 +19,7 @@ from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.lora import adapter_ranks, peft_module
 from flacuna_jax.model.parameters import ModelSpec, lora_shapes
 from tests.huggingface.checkpoints import GROUPED, SMALL, Written
 from tests.torch_models import from_torch, torch, torch_llama
@@ -29,9 +30,18 @@ TOKENS = np.arange(2 * 11).reshape(2, 11) * 7 % 61
 
 
 def random_adapter(config: LlamaConfig, lora: LoraConfig, base_name: str | None = None) -> Adapter:
+    """Random numbers within each layer's rank; magnitudes around the norms of the test models' rows."""
     rng = np.random.default_rng(0)
-    params = {path: 0.3 * rng.standard_normal(shape) for path, shape in lora_shapes(config, lora).items()}
-    return Adapter(lora, {path: value.astype(np.float32) for path, value in params.items()}, base_name)
+    params = {}
+    for path, shape in lora_shapes(config, lora).items():
+        params[path] = (0.3 * rng.standard_normal(shape) + path.endswith("magnitude")).astype(np.float32)
+    for module, (ranks, _) in adapter_ranks(lora, config.num_layers).items():
+        for layer, rank in enumerate(ranks if module != "lm_head" else ()):
+            params[f"{module}/lora_a"][layer, rank:] = 0
+            params[f"{module}/lora_b"][layer, :, rank:] = 0
+            if lora.use_dora and not rank:
+                params[f"{module}/lora_magnitude"][layer] = 0
+    return Adapter(lora, params, base_name)
 
 
 def our_logits(written: Written, adapter: Adapter | None) -> np.ndarray:
@@ -65,11 +75,23 @@ LORAS = {
     "paper": LoraConfig(),
     "all, odd rank": LoraConfig(rank=3, alpha=7.0, dropout=0.0, targets=PROJECTIONS),
     "feed-forward": LoraConfig(rank=4, alpha=2.5, dropout=0.1, targets=("down_proj", "gate_proj")),
+    "head": LoraConfig(rank=4, targets=("v_proj", "lm_head")),
+    "patterns": LoraConfig(
+        rank=4,
+        use_rslora=True,
+        layers_to_transform=(0, 2),
+        rank_pattern={"2.self_attn.q_proj": 6, "k_proj": 1},
+        alpha_pattern={r"layers\.0\..*": 2.5},
+        targets=("q_proj", "k_proj", "up_proj"),
+    ),
+    "DoRA": LoraConfig(rank=3, use_dora=True, targets="all-linear", layers_to_transform=(0, 1)),
 }
 
 
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
 def test_peft_computes_our_logits(lora: LoraConfig, written: Written, tmp_path: Path) -> None:
+    if "lm_head" in lora.targets and written.config.tie_word_embeddings:
+        pytest.skip("a tied head has no adapter of its own")
     adapter = random_adapter(written.config, lora, "some/base")
     report = write_adapter(
         tmp_path / "adapter", adapter, written.config, trained=True, logits=lambda a: our_logits(written, a)
@@ -80,6 +102,28 @@ def test_peft_computes_our_logits(lora: LoraConfig, written: Written, tmp_path: 
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert report.logit_shift == 0
     assert report.directory == tmp_path / "adapter"
+    found = read_adapter(tmp_path / "adapter", written.config)
+    assert found.lora == lora
+    assert all(np.array_equal(found.params[path], value) for path, value in adapter.params.items())
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_merging_gives_pefts_weights(lora: LoraConfig, tmp_path: Path) -> None:
+    adapter = random_adapter(SMALL, lora)
+    write_adapter(tmp_path / "a", adapter, SMALL, trained=True)
+    merged = peft.PeftModel.from_pretrained(torch_llama(SMALL), tmp_path / "a").merge_and_unload().state_dict()
+    base = torch_llama(SMALL).state_dict()
+    changed = set()
+    for module in (*(f"layers/{name}" for name in PROJECTIONS), "lm_head"):
+        for layer in range(SMALL.num_layers if module != "lm_head" else 1):
+            name = f"{peft_module(module, layer)}.weight"
+            ours = adapter.merge(base[name].numpy(), module, layer)
+            np.testing.assert_allclose(ours, merged[name].numpy(), atol=2e-6)
+            rows = slice(5, 9)
+            piece = adapter.merge(base[name].numpy()[rows], module, layer, rows)
+            np.testing.assert_allclose(piece, ours[rows], atol=1e-6)  # another order of sums
+            changed |= {name} if np.abs(ours - base[name].numpy()).max() > 0.01 else set()
+    assert len(changed) == sum(int((ranks > 0).sum()) for ranks, _ in adapter_ranks(lora, SMALL.num_layers).values())
 
 
 def test_the_directory_is_what_peft_and_vllm_expect(tmp_path: Path) -> None:
@@ -174,6 +218,9 @@ PEFT_VARIANTS = {
     "alpha pattern": {"alpha_pattern": {"v_proj": 3}, "target_modules": ["q_proj", "v_proj", "up_proj"]},
     "both and rank-stabilised": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}, "use_rslora": True},
     "some layers": {"layers_to_transform": [0, 2]},
+    "DoRA": {"use_dora": True, "rank_pattern": {"q_proj": 2}, "target_modules": list(PROJECTIONS)},
+    "DoRA in some layers": {"use_dora": True, "layers_to_transform": [2, 0]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
     "by expression": {"target_modules": r".*\.[01]\.(self_attn\.k_proj|mlp\.down_proj)"},
 }
 
@@ -186,6 +233,8 @@ def by_peft(path: Path, config: LlamaConfig, **settings: object) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+        if "magnitude" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(path)
 
 
@@ -211,11 +260,12 @@ def test_a_legacy_bin_adapter_with_default_infix_reads_alike(tmp_path: Path) -> 
 
 
 REFUSED = {
-    "use_dora": {"use_dora": True},
+    "use_dora": {"use_dora": True, "target_modules": r".*\.[01]\.self_attn\.q_proj|.*\.1\.mlp\.up_proj"},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
-    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
 }
 
 

@@ -53,8 +53,8 @@ def test_other_names_have_no_place(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
-        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_bias_vector",
+        "base_model.model.model.embed_tokens.lora_A.weight",
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "base_model.model.model.layers.0.input_layernorm.lora_A.weight",
         "model.layers.0.self_attn.q_proj.lora_A.weight",

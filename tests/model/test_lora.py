@@ -1,0 +1,184 @@
+"""LoRA's variants against PEFT, float32: logits and gradients of patterns, layer subsets, rsLoRA, DoRA, the head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig, TrainingConfig
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import names
+from flacuna_jax.model.lora import adapter_ranks, peft_module, row_norms
+from flacuna_jax.model.parameters import ModelSpec, Params, count
+from flacuna_jax.model.sharding import make_mesh, parameter_shardings
+from flacuna_jax.training.optimizer import make_optimizer
+from flacuna_jax.training.state import StateLayout
+from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step
+from tests.tiny import SMALL, in_steps, packed_batch, to_device
+from tests.torch_models import from_torch, torch, torch_llama
+
+peft = pytest.importorskip("peft")
+
+LENGTH = 24
+RNG = np.random.default_rng(7)
+DOCUMENTS = [RNG.integers(1, SMALL.vocab_size, size).tolist() for size in (9, 14, 5, 20)]
+ROWS = [[0, 1], [2], [3], []]
+VARIANTS = {
+    "all-linear": LoraConfig(rank=4, alpha=12.0, targets="all-linear"),
+    "head": LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "lm_head")),
+    "rank-stabilised": LoraConfig(rank=5, use_rslora=True),
+    "rank pattern": LoraConfig(rank=4, rank_pattern={"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6}),
+    "alpha pattern": LoraConfig(rank=4, alpha_pattern={r"[02]\.self_attn\.v_proj": 3.0}, targets=PROJECTIONS),
+    "some layers": LoraConfig(rank=4, layers_to_transform=(0, 2), targets=("k_proj", "down_proj")),
+    "DoRA": LoraConfig(rank=4, alpha=3.0, use_dora=True, targets=PROJECTIONS),
+    "DoRA, patterns, rank-stabilised, some layers": LoraConfig(
+        rank=3,
+        use_dora=True,
+        use_rslora=True,
+        layers_to_transform=(1, 2),
+        rank_pattern={"2.self_attn.q_proj": 5},
+        alpha_pattern={"v_proj": 7.0},
+    ),
+}
+
+
+def spec_of(lora: LoraConfig) -> ModelSpec:
+    return ModelSpec(SMALL, lora.model_copy(update={"dropout": 0.0}), "float32", "float32")
+
+
+def by_peft(lora: LoraConfig) -> Any:
+    """PEFT's model of the same settings, its adapters moved away from where they start."""
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=list(lora.targets),
+        layers_to_transform=None if lora.layers_to_transform is None else list(lora.layers_to_transform),
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(torch_llama(SMALL), settings)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def adapters_of(model: Any, spec: ModelSpec, gradients: bool = False) -> Params:
+    """PEFT's tensors in our layout: stacked, with zeros where a layer has a lower rank or no adapter."""
+    params = {path: np.zeros(shape, np.float32) for path, shape in spec.lora_shapes.items()}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        path, layer = names.parse_adapter_name(name)  # type: ignore[misc]
+        value = (parameter.grad if gradients else parameter.detach()).numpy()
+        target = params[path][layer] if names.is_stacked(path) else params[path]
+        target[tuple(map(slice, value.shape))] = value
+    return {path: jnp.asarray(value) for path, value in params.items()}
+
+
+def torch_loss(model: Any) -> Any:
+    total, supervised = torch.zeros(()), 0
+    for ids in DOCUMENTS:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        supervised += len(ids) - 1
+    return total / supervised
+
+
+def our_gradients(spec: ModelSpec, adapters: Params, base: Params, mesh: MeshConfig) -> tuple[jax.Array, Params]:
+    batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 4))
+    with jax.set_mesh(make_mesh(mesh)):
+        return jax.jit(loss_and_gradients, static_argnums=0)(StepConfig(spec, 0), adapters, base, batch, jnp.int32(0))
+
+
+@pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
+def test_loss_gradients_and_count_equal_pefts(lora: LoraConfig) -> None:
+    reference, spec = by_peft(lora), spec_of(lora)
+    base = from_torch(torch_llama(SMALL), SMALL)
+    expected = torch_loss(reference)
+    expected.backward()
+    loss, gradients = our_gradients(spec, adapters_of(reference, spec), base, MeshConfig(fsdp=2, tensor=2))
+
+    assert float(loss) == pytest.approx(expected.item(), abs=1e-5)
+    for path, value in adapters_of(reference, spec, gradients=True).items():
+        # Padding included: where PEFT has no parameter, the gradient is exactly zero.
+        assert np.all(np.asarray(gradients[path])[np.asarray(value) == 0] == 0), path
+        error = np.linalg.norm(gradients[path] - value) / np.linalg.norm(value)
+        assert error < 1e-4, (path, error)  # float32 sums in another order
+    trained = sum(parameter.numel() for name, parameter in reference.named_parameters() if "lora_" in name)
+    assert spec.trainable_count == trained
+
+
+def test_dora_begins_as_the_base_itself() -> None:
+    spec = spec_of(LoraConfig(rank=4, use_dora=True, layers_to_transform=(0, 2)))
+    mesh = make_mesh(MeshConfig())
+    base = from_torch(torch_llama(SMALL), SMALL)
+    adapters = StateLayout(spec, optax.identity(), mesh).fresh_adapters(0, base)
+    assert adapters.keys() == spec.lora_shapes.keys()
+    magnitude = np.asarray(adapters["layers/q_proj/lora_magnitude"])
+    np.testing.assert_allclose(
+        magnitude[[0, 2]], np.linalg.norm(base["layers/q_proj/weight"], axis=-1)[[0, 2]], rtol=1e-6
+    )
+    assert not magnitude[1].any()
+    plain, _ = our_gradients(spec_of(LoraConfig(rank=4)), _zeros(spec_of(LoraConfig(rank=4))), base, MeshConfig())
+    loss, _ = our_gradients(spec, adapters, base, MeshConfig())
+    assert float(loss) == pytest.approx(float(plain), abs=1e-6)
+
+
+def _zeros(spec: ModelSpec) -> Params:
+    return {path: jnp.zeros(shape) for path, shape in spec.lora_shapes.items()}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_training_never_moves_what_lies_beyond_a_layers_rank(decay: float) -> None:
+    spec = spec_of(VARIANTS["DoRA, patterns, rank-stabilised, some layers"])
+    mesh = make_mesh(MeshConfig())
+    layout = StateLayout(spec, make_optimizer(TrainingConfig(learning_rate=1e-2, weight_decay=decay), 5), mesh)
+    base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base_shapes, mesh))
+    state = layout.begin(layout.fresh_adapters(0, base))
+    batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 2))
+    step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
+    trainable, opt_state = state.trainable, state.opt_state
+    for index in range(3):
+        trainable, opt_state, _ = step(trainable, opt_state, base, batch, index)
+    live = sum(int(np.count_nonzero(value)) for value in trainable.values())
+    assert live == spec.trainable_count < count(spec.lora_shapes)
+
+
+def test_names_for_patterns_are_those_of_the_files() -> None:
+    for module in PROJECTIONS:
+        assert f"{peft_module(f'layers/{module}', 7)}.weight" == names.tensor_name(f"layers/{module}/weight", 7)
+    assert f"{peft_module('lm_head', 0)}.weight" == names.tensor_name("lm_head/weight")
+
+
+def test_row_norms_are_those_of_the_sum() -> None:
+    rng = np.random.default_rng(0)
+    w, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 12), (3, 12), (7, 3)))
+    np.testing.assert_allclose(row_norms(w, a, b), np.linalg.norm(w + b @ a, axis=-1), rtol=1e-5)
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="there is no layer 3, the model has 3 layers"):
+        adapter_ranks(LoraConfig(layers_to_transform=(1, 3)), SMALL.num_layers)
+
+
+def test_dropout_reaches_the_heads_adapter() -> None:
+    spec = ModelSpec(SMALL, LoraConfig(rank=3, dropout=0.5, targets=("lm_head",)), "float32", "float32")
+    reference = by_peft(spec.lora)
+    base = from_torch(torch_llama(SMALL), SMALL)
+    adapters = adapters_of(reference, spec)
+    batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 4))
+    losses = [
+        float(loss_and_gradients(StepConfig(spec, 0), adapters, base, batch, jnp.int32(index))[0])
+        for index in (0, 1, 0)
+    ]
+    assert losses[0] == losses[2] != losses[1]
