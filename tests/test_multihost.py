@@ -1,6 +1,8 @@
 """Several hosts as real processes on loopback, two devices each."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,23 +50,62 @@ def finish(processes: list[subprocess.Popen], seconds: int = 280) -> list[tuple[
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in one process with four devices."""
     directory = tmp_path_factory.mktemp("alone")
-    config = write_run(directory, training={"max_steps": MAX_STEPS}, mesh={"fsdp": 4}, checkpoint={"every_steps": 2})
+    checkpoint = {"every_steps": 2, "keep": 9}
+    config = write_run(directory, training={"max_steps": MAX_STEPS}, mesh={"fsdp": 4}, checkpoint=checkpoint)
     assert run(config) == 0
     return directory
 
 
-def test_two_hosts_train_what_one_trains(alone, tmp_path):
-    results = finish(start_hosts(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}"))
+@pytest.fixture(scope="module")
+def two_hosts(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same run on two hosts with two devices each."""
+    directory = tmp_path_factory.mktemp("two") / "run"
+    results = finish(start_hosts(alone / "config.yaml", f"--output_dir={directory}"))
     assert [status for status, _ in results] == [0, 0], results
-    expected, actual = losses(alone / "run"), losses(tmp_path / "run")
-    assert list(actual) == list(expected)
-    np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    return directory
+
+
+def assert_same_run(expected: Path, actual: Path) -> None:
+    """The same batches in the same order, and losses that differ by rounding only."""
+    records = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (expected, actual)]
+    for name in ("step", "epoch", "examples", "rows", "tokens", "supervised_tokens"):
+        assert [record[name] for record in records[1]] == [record[name] for record in records[0]], name
+    np.testing.assert_allclose(*([record["loss"] for record in run] for run in records[::-1]), atol=1e-5)
+
+
+def test_two_hosts_train_what_one_trains(alone, two_hosts):
+    assert_same_run(alone / "run", two_hosts)
+    assert (two_hosts / "adapter" / "adapter_model.safetensors").is_file()
 
     # One host continues what two have written, and finds nothing left to do.
-    before = adapter_bytes(tmp_path / "run")
-    assert run(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}") == 0
-    assert adapter_bytes(tmp_path / "run") == before
+    before = adapter_bytes(two_hosts)
+    assert run(alone / "config.yaml", f"--output_dir={two_hosts}") == 0
+    assert adapter_bytes(two_hosts) == before
+
+
+def back_at(step: int, run_directory: Path, copy: Path) -> str:
+    """A copy of a run as it was when the checkpoint of `step` was its newest; the option that continues it."""
+    shutil.copytree(run_directory, copy, ignore=shutil.ignore_patterns("adapter"))
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name.isdigit() and int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    return f"--output_dir={copy}"
+
+
+@pytest.mark.parametrize(
+    "mesh", ["{fsdp: 1}", "{data: 2, tensor: 2}", "{replica: 2, fsdp: 2}"], ids=["1 device", "data × tensor", "replica"]
+)
+def test_one_process_continues_what_two_began_on_any_mesh(alone, two_hosts, tmp_path, mesh):
+    assert run(alone / "config.yaml", back_at(2, two_hosts, tmp_path / "run"), f"--mesh={mesh}") == 0
+    assert_same_run(alone / "run", tmp_path / "run")
+
+
+def test_two_processes_continue_what_one_began(alone, tmp_path):
+    out = back_at(4, alone / "run", tmp_path / "run")
+    results = finish(start_hosts(alone / "config.yaml", out, "--mesh={data: 2, fsdp: 2}"))
+    assert [status for status, _ in results] == [0, 0], results
+    assert "resuming after step 4" in results[0][1]
+    assert_same_run(alone / "run", tmp_path / "run")
 
 
 def test_hosts_with_different_settings_refuse_to_start(alone, tmp_path):
