@@ -4,7 +4,8 @@
     <cache>/<key>.parts/      while it is being built: finished parts, from which an interrupted build continues
 
 The key is a hash of the bytes of the data files and of the tokenizer, of the settings that shape an example, and of the
-code of this package. A miss says what is different from the most similar corpus in the cache.
+code of this package. A miss says what is different from the most similar corpus in the cache. A corpus that nobody has
+opened for a month is removed when another one is built.
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,9 @@ from flacuna_jax.errors import UserError
 
 PART_EXAMPLES = 32_768
 """Examples per part; a build that is killed loses no more work than that."""
+
+UNUSED_DAYS = 30
+"""Days after which a corpus that nobody opened, or a build that nobody went on with, is removed."""
 
 _SHAPING = ("max_length", "over_length", "on_bad_record", "train_on")
 _FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
@@ -64,17 +70,32 @@ def cached_store(
     with _locked(directory / f"{key}.lock"):
         found = _open(place)
         if found is not None:
+            with suppress(OSError):  # a cache of somebody else's, to read only
+                os.utime(place)
             say(f"tokenised data: hit {place} (same files, tokenizer, settings and code)")
             return _renamed(found, [source.path for source in config.sources])
         say(f"tokenised data: miss, {_why(directory, parts)}; building {place}")
+        _remove_unused(directory, place, say)
         return _build(config, tokenizer, parts, place, say)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Raises BlockingIOError if somebody else has the lock and this is not to wait."""
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def _remove_unused(directory: Path, place: Path, say: Say) -> None:
+    """Removes what nobody has opened for long, but for the corpus at `place`. Whoever still maps a file keeps it."""
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for path in sorted(directory.iterdir()):
+        key = path.name.removesuffix(".parts")
+        if re.fullmatch(r"[0-9a-f]{32}", key) and key != place.name and path.stat().st_mtime < oldest:
+            with suppress(OSError), _locked(directory / f"{key}.lock", wait=False):
+                shutil.rmtree(path)
+                say(f"tokenised data: {path} removed, unused for {UNUSED_DAYS} days")
 
 
 def _renamed(found: tuple[TokenStore, DataReport], paths: Sequence[str]) -> tuple[TokenStore, DataReport]:

@@ -1,8 +1,10 @@
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -109,6 +111,26 @@ def test_a_damaged_corpus_is_built_again(config: DataConfig, tmp_path: Path, dam
     store, _, said = look(config, cache)
     assert "miss" in said
     assert np.array_equal(store.tokens, expected_tokens)
+
+
+def test_what_nobody_opened_for_a_month_goes(config: DataConfig, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for length in (310, 320, 330, 340):
+        look(config.model_copy(update={"max_length": length}), cache)
+    kept, opened, locked, unused = sorted((p for p in cache.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    (cache / "0123.parts").mkdir()  # nothing of ours
+    unfinished = cache / f"{'ab' * 16}.parts"
+    unfinished.mkdir()
+    old = time.time() - (store_cache.UNUSED_DAYS + 1) * 86400
+    for path in (opened, locked, unused, unfinished, cache / "0123.parts"):
+        os.utime(path, (old, old))
+    assert "hit" in look(config.model_copy(update={"max_length": 320}), cache)[2]
+    with (cache / f"{locked.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # somebody is at it
+        said = look(config, cache)[2]
+    assert said.count("removed, unused for 30 days") == 2
+    assert [path.exists() for path in (kept, opened, locked, unused, unfinished)] == [True, True, True, False, False]
+    assert (cache / "0123.parts").exists()
 
 
 _KILLED = """

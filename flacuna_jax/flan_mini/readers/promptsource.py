@@ -52,9 +52,12 @@ class PromptTemplate:
     choices: jinja2.Template | None
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
-        """(input, target) for a row, None if the template has none for it. Raises jinja2.TemplateError."""
-        values = dict(_hide_bars(row))
-        pick = _Pick(hash64(self.task, str(sorted(row.items(), key=lambda pair: pair[0]))))
+        """(input, target) for a row whose bars are hidden, None if the template has none for it.
+
+        Raises jinja2.TemplateError.
+        """
+        values = dict(row)
+        pick = _Pick(self.task, row)
         if self.choices is not None:
             # A row cannot hold ||| here (it is hidden), so every bar separates choices.
             values["answer_choices"] = [part.strip() for part in self.choices.render(**values).split(_BAR)]
@@ -66,10 +69,12 @@ class PromptTemplate:
 class _Pick:
     """promptsource's `choice`, decided by template and row instead of by chance."""
 
-    def __init__(self, key: int) -> None:
-        self._key = key
+    def __init__(self, task: str, row: Mapping[str, Any]) -> None:
+        self._task, self._row, self._key = task, row, 0
 
     def __call__(self, options: Sequence[Any]) -> Any:
+        if not self._key:
+            self._key = hash64(self._task, str(sorted(self._row.items(), key=lambda pair: pair[0])))
         self._key = hash64(str(self._key))
         return list(options)[self._key % len(options)]
 
@@ -155,9 +160,10 @@ _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, Arithmeti
 
 def _convert(templates: Sequence[PromptTemplate], record: Mapping[str, Any]) -> list[Item]:
     items = []
+    row = _hide_bars(record)
     for template in templates:
         try:
-            rendered = template.render(record)
+            rendered = template.render(row)
         except _FAILURES as error:
             raise BadRecord("a template fails on the record", f"template {template.task!r}: {error}") from None
         if rendered is not None:
