@@ -76,7 +76,10 @@ def load_jinja_template(path: Path) -> Template:
 
     def layout(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
         try:
-            yield from (_marked if marks_answers else _by_prefix)(compiled, system, turns)
+            segments = (_marked if marks_answers else _by_prefix)(compiled, system, turns)
+            yield from _with_spaces_in_answers(
+                [segment for segment in segments if segment.kind != "text" or segment.text]
+            )
         except jinja2.TemplateError as error:
             raise UserError(f"{path}: the template fails: {error}") from None
         except _Unclear as error:
@@ -142,6 +145,19 @@ def _marked(compiled: jinja2.Template, system: str, turns: Sequence[Turn]) -> It
             yield from _segments(answer, bool(turns[index].text), index)
         following = min(answers[number] - 1, len(turns) - 1) if number < len(answers) else len(turns) - 1
         yield from _segments(rest, False, following)
+
+
+def _with_spaces_in_answers(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """A space that the template writes before an answer is the beginning of the answer's first token, to SentencePiece:
+    it carries loss with it, and a prompt that waits for an answer ends before it."""
+    held = ""
+    for index, segment in enumerate(segments):
+        text, held = held + segment.text, ""
+        ends_prompt = segment.kind == "text" and not segment.supervised and re.search(r"(?<! ) $", text)
+        is_last = index == len(segments) - 1
+        if ends_prompt and (is_last or (segments[index + 1].kind == "text" and segments[index + 1].supervised)):
+            text, held = text[:-1], " "
+        yield segment._replace(text=text)
 
 
 def _segments(text: str, supervised: bool, turn: int) -> Iterator[Segment]:

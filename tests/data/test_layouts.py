@@ -94,6 +94,13 @@ MARKED = """{{ bos_token }}{% for message in messages %}{% if message.role == 'u
 {% else %}A:{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}A:{% endif %}"""
 
+SPACED = """{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}
+{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}[assistant] {% endif %}"""
+SPACED_MARKED = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}\
+USER: {{ message.content }} {% else %}ASSISTANT: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}ASSISTANT: {% endif %}"""
+
 
 def write(directory: Path, text: str) -> str:
     path = directory / "mine.jinja"
@@ -104,6 +111,8 @@ def write(directory: Path, text: str) -> str:
 @pytest.mark.parametrize(("source", "text"), [
     (PREFIX, "<s><u>\nHi\n<a>\nYo</s><u>\n</s>\n<a>\nOk</s>"),
     (MARKED, "<s>Q: Hi\nA: Yo</s>Q: </s>\nA: Ok</s>"),
+    (SPACED, "<s>[user] Hi\n[assistant] Yo\n</s>[user] </s>\n[assistant] Ok\n</s>"),
+    (SPACED_MARKED, "<s>USER: Hi ASSISTANT: Yo</s>USER: </s> ASSISTANT: Ok</s>"),
 ])  # fmt: skip
 def test_a_template_of_ones_own(tmp_path: Path, llama: SentencePiece, source: str, text: str) -> None:
     template = TEMPLATES[write(tmp_path, source)]
@@ -111,13 +120,22 @@ def test_a_template_of_ones_own(tmp_path: Path, llama: SentencePiece, source: st
     segments = render(conversation, template)
     assert render_text(segments) == text
     supervised = render_text([segment for segment in segments if segment.supervised])
-    assert supervised.replace(" ", "") == "Yo</s>Ok</s>"
+    assert supervised.replace(" ", "").replace("\n", "") == "Yo</s>Ok</s>"
     example = tokenize(conversation, template, llama)
     assert (example.ids == 2).sum() == 2  # the user's "</s>" is text
     last = tokenize(conversation, template, llama, "last")
-    assert llama.decode(last.ids[last.loss_mask].tolist()) == "Ok"
+    assert llama.decode(last.ids[last.loss_mask].tolist()).strip() == "Ok"
     prompt = tokenize_prompt(conversation.turns[:3], template, llama)
     assert example.ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("source", [SPACED, SPACED_MARKED])
+def test_a_space_before_an_answer_belongs_to_its_first_token(tmp_path: Path, llama: SentencePiece, source: str) -> None:
+    template = TEMPLATES[write(tmp_path, source)]
+    example = tokenize(Conversation("", "", turns("Hi", "Yes")), template, llama)
+    assert example.ids[example.loss_mask][0] == llama.model.piece_to_id("▁Yes")
+    open_prompt = render_text(list(template.layout("", turns("Hi"))))
+    assert open_prompt.endswith((":", "]"))
 
 
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
