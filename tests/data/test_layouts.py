@@ -98,7 +98,8 @@ SPACED = """{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ 
 {% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}[assistant] {% endif %}"""
 SPACED_MARKED = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}\
-USER: {{ message.content }} {% else %}ASSISTANT: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}\
+USER: {{ message.content }} {% else %}\
+ASSISTANT: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}ASSISTANT: {% endif %}"""
 
 
