@@ -25,13 +25,15 @@ ROWS = {
         f"--target 8xH100 --sizes 13b --mesh={{fsdp:8}} {FULL} --training.micro_batch_size=1",
         "--target 8xH100 --sizes 65b --mesh={fsdp:8}",
         f"--target 8xH100 --sizes 65b --mesh={{fsdp:8}} {FULL} --training.micro_batch_size=1",
-        f"--target 16x8xH100 --sizes 13b --mesh={{data:16,fsdp:8}} {MANY}",
-        f"--target 16x8xH100 --sizes 13b --mesh={{data:16,fsdp:8}} {FULL} {MANY}",
-        f"--target 16x8xH100 --sizes 65b --mesh={{data:16,fsdp:8}} {MANY}",
+        f"--target 16x8xH100 --sizes 13b --mesh={{replica:16,fsdp:8}} {MANY}",
+        f"--target 16x8xH100 --sizes 13b --mesh={{replica:16,fsdp:8}} {FULL} {MANY}",
+        f"--target 16x8xH100 --sizes 65b --mesh={{replica:16,fsdp:8}} {MANY}",
         f"--target 16x8xH100 --sizes 65b --mesh={{fsdp:128}} {FULL} {MANY}",
     ],
     "tpu": [
         f"--target v5e:16x16 --sizes 13b --mesh={{data:16,fsdp:16}} --training.micro_batch_size=1 {MANY}",
+        "--target 2xv5e:16x16 --sizes 13b --mesh={replica:2,data:16,fsdp:16} --training.micro_batch_size=1 "
+        "--training.batch_size=4096",
         f"--target v5e:16x16 --sizes 13b --mesh={{fsdp:256}} --training.micro_batch_size=1 {FULL} {MANY}",
         "--target v5e:16x16 --sizes 65b --mesh={data:4,fsdp:64} --training.micro_batch_size=1 --training.remat=full "
         + MANY,
