@@ -218,10 +218,21 @@ class TrainingConfig(Section):
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     """A run ends at `epochs` or `max_steps`, whichever comes first."""
+    optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
+    betas: tuple[Fraction, Fraction] | None = None
+    """Decay rates of the moments; (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion where they are not given."""
     learning_rate: PositiveFloat = 2e-5
+    lora_plus_ratio: PositiveFloat = 1.0
+    """LoRA+ (Hayou et al., 2024): learning rate of B, and of DoRA's magnitudes, as a multiple of that of A."""
     warmup_steps: NonNegativeInt = 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
+    decay_steps: PositiveInt | None = None
+    """Of warmup_stable_decay: how many of the last steps the rate falls in, along a cosine."""
+    final_ratio: Fraction = 0.0
+    """What cosine, linear and warmup_stable_decay end at, as a fraction of `learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    no_decay: tuple[str, ...] = ("norm", "bias", "embed_tokens", "lora_magnitude")
+    """Parameters whose names hold one of these words do not decay."""
     max_grad_norm: PositiveFloat | None = 1.0
     batch_size: PositiveInt = 128
     """Examples or packed rows per optimizer step, see `batch_unit`."""
@@ -230,6 +241,16 @@ class TrainingConfig(Section):
     """Rows per data×fsdp shard in one forward and backward pass."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass computes again: nothing, all but matrix products and attention, or each whole layer."""
+
+    @model_validator(mode="after")
+    def schedule_is_whole(self) -> "TrainingConfig":
+        if (self.schedule == "warmup_stable_decay") != (self.decay_steps is not None):
+            raise ValueError("decay_steps belongs to schedule: warmup_stable_decay, which needs it")
+        if self.final_ratio and self.schedule in ("constant", "inverse_sqrt"):
+            raise ValueError(f"final_ratio has no meaning with schedule: {self.schedule}")
+        if self.betas is not None and self.optimizer == "adafactor":
+            raise ValueError("betas are AdamW's and Lion's; Adafactor has a schedule of its own for them")
+        return self
 
 
 class MeshConfig(Section):
@@ -294,6 +315,12 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="after")
+    def methods_fit_together(self) -> "RunConfig":
+        if self.lora is None and self.training.lora_plus_ratio != 1:
+            raise ValueError("training.lora_plus_ratio is for adapters; with lora: null there are none")
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

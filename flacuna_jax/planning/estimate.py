@@ -41,14 +41,20 @@ def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
     rows = workload.micro_batches(layout) * layout.micro_batch
     batch = rows * workload.length * (4 * 4 + 1)  # tokens, targets, segments, positions; one mask
     if spec.lora is None:
-        return {"weights": 4 * base, "optimizer state": 8 * base, "batch": batch}
+        return {"weights": 4 * base, "optimizer state": _state_bytes(workload) * base, "batch": batch}
     adapters = _stored(spec.lora_shapes, mesh)
     return {
         "base weights": workload.compute_bytes * base,
         "adapters": 4 * adapters,
-        "optimizer state": 8 * adapters,
+        "optimizer state": _state_bytes(workload) * adapters,
         "batch": batch,
     }
+
+
+def _state_bytes(workload: Workload) -> int:
+    """Of the optimizer, per trained number: two moments, one, or (of matrices that are not thin) none to speak of."""
+    adafactor = 4 if workload.spec.lora is not None else 0
+    return {"adamw": 8, "lion": 4, "adafactor": adafactor}[workload.training.optimizer]
 
 
 def _stored(shapes: Shapes, mesh: MeshConfig) -> int:

@@ -1,9 +1,10 @@
-"""AdamW as torch and transformers run it: schedule, clipping by global norm, decay on matrices only.
+"""Optimizers by name: schedule, clipping by global norm, decay and learning rates by the names of parameters.
 
 Parameters, gradients and moments are flat dicts `{"layers/q_proj/lora_a": array, ...}`. Everything here computes in
 float32, whatever the dtype of the parameters.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,27 +18,35 @@ Params = dict[str, jax.Array]
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
+LION_BETAS = (0.9, 0.99)
 # torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6), so that a gradient at the limit shrinks by a millionth.
 CLIP_EPSILON = 1e-6
+INVERSE_SQRT_STEPS = 10_000
+"""Where the rate of inverse_sqrt begins to fall in earnest if there is no warm-up, as in transformers."""
 
 
 def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of each step, float32: the schedules of the same names in transformers.
 
     Step s = 0 is the first update. Warm-up is linear and begins at exactly 0: with `warmup_steps` = w, step s < w has
-    s / w of the peak. Cosine and linear reach 0 at `total_steps`, one step after the last update.
+    s / w of the peak. Cosine and linear reach `final_ratio` at `total_steps`, one step after the last update, and so
+    does warmup_stable_decay, which leaves the peak `decay_steps` earlier.
     """
-    warmup = training.warmup_steps
-    decay_steps = max(1, total_steps - warmup)
+    warmup, final = training.warmup_steps, training.final_ratio
+    falling = max(1, min(training.decay_steps or total_steps, total_steps - warmup))
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        left = (total_steps - step) / decay_steps
+        left = jnp.minimum((total_steps - step) / falling, 1.0)
+        # (1 + cos(pi (1 - left))) / 2, in the form that loses no digits where the rate is near 0.
+        cosine = final + (1 - final) * jnp.sin(0.5 * jnp.pi * left) ** 2
+        scale = warmup or INVERSE_SQRT_STEPS
         factor = {
-            # (1 + cos(pi (1 - left))) / 2, in the form that loses no digits where the rate is near 0.
-            "cosine": jnp.sin(0.5 * jnp.pi * left) ** 2,
-            "linear": jnp.maximum(0.0, left),
+            "cosine": cosine,
+            "warmup_stable_decay": cosine,
+            "linear": final + (1 - final) * jnp.maximum(0.0, left),
             "constant": jnp.float32(1.0),
+            "inverse_sqrt": jax.lax.rsqrt((step + scale - warmup) / scale),
         }[training.schedule]
         return training.learning_rate * jnp.where(step < warmup, step / max(1, warmup), factor)
 
@@ -45,22 +54,85 @@ def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.
 
 
 def make_optimizer(training: TrainingConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW (0.9, 0.999, eps 1e-8) with decoupled decay times the learning rate.
+    """Clips by global norm, then AdamW, Adafactor or Lion with decoupled decay times the learning rate.
 
-    Equals `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.AdamW` with a transformers schedule. Decay touches
-    matrices only (`is_decayed`). The moments are float32 of their parameter's shape; the norm before clipping is
-    `optax.tree.norm(gradients)`, for whoever logs it.
+    AdamW (eps 1e-8) equals `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.AdamW` with a transformers
+    schedule. Decay spares `training.no_decay`; `training.lora_plus_ratio` multiplies the rate of B. Moments are
+    float32; the norm before clipping is `optax.tree.norm(gradients)`, for whoever logs it.
     """
-    b1, b2 = ADAM_BETAS
     clip = optax.identity() if training.max_grad_norm is None else clip_by_global_norm(training.max_grad_norm)
+
+    def decayed(params: Params) -> dict[str, bool]:
+        return {path: is_decayed(path, training.no_decay) for path in params}
+
     return _in_float32(
         optax.chain(
             clip,
-            optax.scale_by_adam(b1, b2, ADAM_EPSILON),
-            optax.add_decayed_weights(training.weight_decay, mask=_decay_mask),
+            _CORES[training.optimizer](training),
+            optax.add_decayed_weights(training.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(learning_rate_schedule(training, total_steps)),
+            _lora_plus(training.lora_plus_ratio),
         )
     )
+
+
+def _adam(training: TrainingConfig) -> optax.GradientTransformation:
+    """Kingma & Ba, 2015 (arXiv:1412.6980)."""
+    return optax.scale_by_adam(*(training.betas or ADAM_BETAS), ADAM_EPSILON)
+
+
+def _lion(training: TrainingConfig) -> optax.GradientTransformation:
+    """Chen et al., 2023 (arXiv:2302.06675)."""
+    return optax.scale_by_lion(*(training.betas or LION_BETAS))
+
+
+def _adafactor(training: TrainingConfig) -> optax.GradientTransformation:
+    """Shazeer & Stern, 2018 (arXiv:1804.04235), with an external learning rate and no momentum.
+
+    Matrices of 128 and more in both directions keep row and column means of their second moments, others all of them.
+    """
+    del training
+    return _by_layer(lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
+
+
+_CORES: dict[str, Callable[[TrainingConfig], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}
+
+
+def _by_layer(make: Callable[[], optax.GradientTransformation]) -> optax.GradientTransformation:
+    """Applies what looks at a matrix as a whole to each layer of a stack on its own."""
+    inner = make()
+    stacked = optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
+
+    def kinds(params: Params) -> dict[str, str]:
+        return {path: "layers" if path.startswith("layers/") else "single" for path in params}
+
+    return optax.partition({"layers": _unless_empty(stacked), "single": inner}, kinds)
+
+
+def _unless_empty(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`jax.vmap` refuses a tree without arrays."""
+
+    def init(params: Any) -> Any:
+        return inner.init(params) if jax.tree.leaves(params) else ()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(updates, state, params) if jax.tree.leaves(updates) else (updates, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _lora_plus(ratio: float) -> optax.GradientTransformation:
+    """PEFT's groups: B and the vectors (DoRA's magnitudes) learn `ratio` times as fast as A."""
+
+    def rescale(updates: Params, params: Any = None) -> Params:
+        del params
+        return {path: u * ratio if path.endswith(("lora_b", "lora_magnitude")) else u for path, u in updates.items()}
+
+    return optax.identity() if ratio == 1 else optax.stateless(rescale)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -73,13 +145,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def is_decayed(path: str) -> bool:
-    """Whether weight decay applies to a parameter: matrices and adapters yes; norms and biases no.
+def is_decayed(path: str, no_decay: tuple[str, ...] = TrainingConfig().no_decay) -> bool:
+    """Whether weight decay applies to a parameter.
 
     Decided by name: in stacked layers a norm's weight is a two-dimensional [layers, width] array.
     """
-    module, _, leaf = path.rpartition("/")
-    return leaf != "bias" and not module.endswith("norm")
+    return not any(word in path for word in no_decay)
 
 
 def optimizer_state_shardings(
@@ -90,22 +161,30 @@ def optimizer_state_shardings(
 ) -> Any:
     """Shardings for `optimizer.init(params)`: each moment lies as its parameter does, counters are replicated.
 
-    Given to `jax.jit(optimizer.init, out_shardings=...)`. Left to itself jit replicates the moments, which costs
-    memory and a second compilation of the step once the first update has resharded them.
+    Of a moment with fewer dimensions (Adafactor's means) each lies as the first dimension of the parameter that is
+    equal to it. Given to `jax.jit(optimizer.init, out_shardings=...)`. Left to itself jit replicates the moments,
+    which costs memory and a second compilation of the step once the first update has resharded them.
     """
-    state_abstract = jax.eval_shape(optimizer.init, params_abstract)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state_abstract,
-        param_shardings,
-        transform_non_params=lambda _: replicated,
-    )
+
+    def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = next((key.key for key in path if getattr(key, "key", None) in params_abstract), None)
+        if name is None:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, _spec_of_moment(leaf.shape, params_abstract[name].shape, param_shardings[name].spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params_abstract))
 
 
-def _decay_mask(params: Params) -> dict[str, bool]:
-    return {path: is_decayed(path) for path in params}
+def _spec_of_moment(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    if shape == param_shape:
+        return spec
+    axes = [*spec, *(None,) * (len(param_shape) - len(spec))]
+    chosen, begin = [], 0
+    for size in shape:
+        found = next((i for i in range(begin, len(param_shape)) if param_shape[i] == size), None)
+        chosen.append(None if found is None else axes[found])
+        begin = begin if found is None else found + 1
+    return PartitionSpec(*chosen)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

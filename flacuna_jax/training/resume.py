@@ -83,8 +83,8 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _tolerated(key: str, saved: dict[str, Any]) -> bool:
-    constant = saved.get("config", {}).get("training", {}).get("schedule") == "constant"
-    return _under(key, _FREE + _ROUNDING + (_LENGTH if constant else ()))
+    endless = saved.get("config", {}).get("training", {}).get("schedule") in ("constant", "inverse_sqrt")
+    return _under(key, _FREE + _ROUNDING + (_LENGTH if endless else ()))
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -9,13 +9,17 @@ import torch
 import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flacuna_jax.config import TrainingConfig
+from flacuna_jax.config import MeshConfig, TrainingConfig
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec, base_shapes, init_params
+from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.training.optimizer import (
     is_decayed,
     learning_rate_schedule,
     make_optimizer,
     optimizer_state_shardings,
 )
+from flacuna_jax.training.state import StateLayout
 
 SHAPES = {
     "layers/q_proj/lora_a": (2, 4, 16),
@@ -62,8 +66,8 @@ def test_trajectory_equals_torch_adamw_with_clipping(max_grad_norm, weight_decay
     start = random_arrays(0)
     tensors = {path: torch.nn.Parameter(torch.from_numpy(array.copy())) for path, array in start.items()}
     groups = [
-        {"params": [t for path, t in tensors.items() if "norm" not in path], "weight_decay": weight_decay},
-        {"params": [t for path, t in tensors.items() if "norm" in path], "weight_decay": 0.0},
+        {"params": [t for path, t in tensors.items() if is_decayed(path)], "weight_decay": weight_decay},
+        {"params": [t for path, t in tensors.items() if not is_decayed(path)], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     scheduler = transformers.get_cosine_schedule_with_warmup(reference, 3, steps)
@@ -108,10 +112,146 @@ def test_clipping_follows_torch_at_the_limit():
     np.testing.assert_allclose(first_moment, 0.1 * tensor.grad.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings_of_schedule", "make"),
+    [
+        ({"schedule": "cosine", "final_ratio": 0.1}, "get_cosine_with_min_lr_schedule_with_warmup"),
+        ({"schedule": "warmup_stable_decay", "decay_steps": 6, "final_ratio": 0.2}, "get_wsd_schedule"),
+        ({"schedule": "inverse_sqrt"}, "get_inverse_sqrt_schedule"),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_other_schedules_equal_transformers(settings_of_schedule, make, warmup):
+    total = 20
+    training = settings(warmup_steps=warmup, **settings_of_schedule)
+    lengths = {
+        "get_cosine_with_min_lr_schedule_with_warmup": {"num_training_steps": total, "min_lr_rate": 0.1},
+        "get_wsd_schedule": {"num_training_steps": total, "num_decay_steps": 6, "min_lr_ratio": 0.2},
+        "get_inverse_sqrt_schedule": {},
+    }[make]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    schedule = getattr(transformers.optimization, make)(optimizer, num_warmup_steps=warmup, **lengths)
+    factor = schedule.lr_lambdas[0]
+    # transformers' warmup_stable_decay warms up from its final ratio; all of ours do from 0.
+    steps = np.arange(warmup if "wsd" in make else 0, total)
+    ours = np.asarray(jax.vmap(learning_rate_schedule(training, total))(jnp.asarray(steps)))
+    np.testing.assert_allclose(ours, [training.learning_rate * factor(int(step)) for step in steps], rtol=2e-6)
+
+
+def run(training: TrainingConfig, start: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]]):
+    optimizer = make_optimizer(training, len(gradients))
+    params = {path: jnp.asarray(array) for path, array in start.items()}
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = jax.jit(optimizer.update)(
+            {path: jnp.asarray(gradient[path]) for path in params}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_adafactor_equals_transformers_layer_by_layer():
+    """transformers' Adafactor with an external rate; a stack of layers is as many separate matrices."""
+    shapes = {
+        "layers/q_proj/weight": (2, 128, 160),
+        "layers/k_proj/weight": (2, 130, 128),
+        "layers/input_layernorm/weight": (2, 160),
+        "lm_head/weight": (144, 128),
+    }
+    rng = np.random.default_rng(0)
+    start = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+    gradients = [
+        {path: (scale * rng.standard_normal(shape)).astype(np.float32) for path, shape in shapes.items()}
+        for scale in (1.0, 10.0, 0.01, 1.0)
+    ]
+    training = settings(optimizer="adafactor", schedule="constant", max_grad_norm=None, weight_decay=0.0)
+    ours = run(training, start, gradients)
+    for path in shapes:
+        for layer in range(2) if path.startswith("layers/") else (...,):
+            tensor = torch.nn.Parameter(torch.from_numpy(start[path][layer].copy()))
+            reference = transformers.Adafactor(
+                [tensor], lr=training.learning_rate, scale_parameter=False, relative_step=False
+            )
+            for gradient in gradients:
+                tensor.grad = torch.from_numpy(gradient[path][layer].copy())
+                reference.step()
+            # Their order of products and roots differs; updates are 1e-2.
+            np.testing.assert_allclose(ours[path][layer], tensor.detach().numpy(), atol=2e-6, err_msg=path)
+
+
+def test_lion_follows_its_paper():
+    """Algorithm 2 of arXiv:2302.06675, written out."""
+    b1, b2 = 0.95, 0.98
+    training = settings(
+        optimizer="lion", betas=(b1, b2), schedule="constant", max_grad_norm=None, weight_decay=0.1, no_decay=("norm",)
+    )
+    start, gradients = random_arrays(0), [random_arrays(step) for step in (1, 2, 3)]
+    ours = run(training, start, gradients)
+    for path, value in start.items():
+        momentum = np.zeros_like(value)
+        for gradient in gradients:
+            update = np.sign(b1 * momentum + (1 - b1) * gradient[path])
+            momentum = b2 * momentum + (1 - b2) * gradient[path]
+            value = value - training.learning_rate * (update + (0.0 if "norm" in path else 0.1) * value)
+        np.testing.assert_allclose(ours[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_lora_plus_equals_pefts_groups():
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    ratio, decay = 8.0, 0.05
+    torch.manual_seed(0)
+    holder = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 12, bias=False)})
+    model = peft.get_peft_model(holder, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
+    )
+    named = {
+        ("lora_a" if "lora_A" in name else "lora_b" if "lora_B" in name else "lora_magnitude"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    start = {f"layers/q_proj/{leaf}": p.detach().numpy()[None].copy() for leaf, p in named.items()}
+    rng = np.random.default_rng(1)
+    gradients = [{p: rng.standard_normal(v.shape).astype(np.float32) for p, v in start.items()} for _ in range(4)]
+    for gradient in gradients:
+        for leaf, parameter in named.items():
+            parameter.grad = torch.from_numpy(gradient[f"layers/q_proj/{leaf}"][0].copy())
+        optimizer.step()
+    training = settings(
+        lora_plus_ratio=ratio, schedule="constant", max_grad_norm=None, weight_decay=decay, no_decay=("norm",)
+    )
+    ours = run(training, start, gradients)
+    for leaf, parameter in named.items():
+        np.testing.assert_allclose(ours[f"layers/q_proj/{leaf}"][0], parameter.detach().numpy(), rtol=2e-5, atol=2e-6)
+
+
 def test_decay_applies_to_matrices_and_adapters_only():
-    assert {path for path in SHAPES if not is_decayed(path)} == {"layers/input_layernorm/weight", "norm/weight"}
+    exempt = {path for path in SHAPES if not is_decayed(path)}
+    assert exempt == {"layers/input_layernorm/weight", "norm/weight", "embed_tokens/weight"}
     assert not is_decayed("layers/q_proj/bias")
+    assert not is_decayed("layers/q_proj/lora_magnitude")
     assert is_decayed("lm_head/weight")
+    assert is_decayed("embed_tokens/weight", no_decay=("norm",))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_state_is_sharded_like_the_weights_in_full_fine_tuning(name):
+    """On 4 devices each holds a quarter of every large moment, and master weights are float32."""
+    config = LlamaConfig(256, 128, 384, 2, 4, 4, 32)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    layout = StateLayout(ModelSpec(config, None), make_optimizer(settings(optimizer=name), 10), mesh)
+    state = layout.begin(init_params(ModelSpec(config, None, "bfloat16", "float32"), base_shapes(config), 0, mesh))
+    assert {leaf.dtype.name for leaf in state.trainable.values()} == {"float32"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        assert leaf.dtype.name in ("float32", "int32")
+        if leaf.ndim == 3 or leaf.shape == (256, 128):  # a moment of the weight's own shape
+            assert leaf.addressable_shards[0].data.size == leaf.size // 4, jax.tree_util.keystr(path)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.trainable))
+    low, high = {"adamw": (2.0, 2.05), "lion": (1.0, 1.05), "adafactor": (0, 0.1)}[name]
+    assert low <= held / weights <= high
 
 
 def test_moments_are_float32_for_bfloat16_parameters():
