@@ -1,11 +1,13 @@
 """Memory and speed of the crossings at the size of Vicuna-13B, against `cp` of the same bytes in the same run.
 
     python benchmarks/checkpoint_io.py --directory /scratch            # 26 GB, needs 55 GB of disk
-    python benchmarks/checkpoint_io.py --directory /scratch --layers 6 # real widths, 4.5 GB
+    python benchmarks/checkpoint_io.py --directory /scratch --layers 6 --peft   # real widths, 4.5 GB
 
 Writes a synthetic checkpoint (random half-precision weights, real shapes, 5 GB shards), then copies, converts and
-merges it, one crossing at a time, deleting behind itself. Every crossing ends with its data on the disk (sync). Prints
-one JSON object per line; peak_anonymous_gib leaves out mapped file pages, which the kernel can take back.
+merges it, one crossing at a time, deleting behind itself; with --peft also loads, merges and saves it as PEFT's users
+do (merge_and_unload, save_pretrained), in memory. Every crossing ends with its data on the disk (sync); convert and
+merge include reading everything back, merge also the logits of both sides. Prints one JSON object per line;
+peak_anonymous_gib leaves out mapped file pages, which the kernel can take back.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from flacuna_jax.config import LoraConfig
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import hugging_face_config
-from flacuna_jax.huggingface.deliver import Companions, convert, write_merged
+from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
 from flacuna_jax.huggingface.merged import PendingTensor, write_shards
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
@@ -46,15 +48,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="where there is room for two copies")
     parser.add_argument("--layers", type=int, default=VICUNA_13B.num_layers)
+    parser.add_argument("--peft", action="store_true", help="compare with PEFT; the model must fit into memory twice")
     arguments = parser.parse_args()
     config = dataclasses.replace(VICUNA_13B, num_layers=arguments.layers)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        run(Path(scratch), config)
+        run(Path(scratch), config, arguments.peft)
 
 
-def run(scratch: Path, config: LlamaConfig) -> None:
+def run(scratch: Path, config: LlamaConfig, with_peft: bool) -> None:
     source = scratch / "source"
     nbytes = make_checkpoint(source, config)
+    adapter = random_adapter(config)
 
     def copy() -> None:
         subprocess.run(["cp", "-r", source, scratch / "copy"], check=True)
@@ -63,12 +67,24 @@ def run(scratch: Path, config: LlamaConfig) -> None:
         convert(scratch / "native", open_checkpoint(source), config, tokenizer_source=source)
 
     def merged() -> None:
-        write_merged(
-            scratch / "merged", open_checkpoint(source), config, random_adapter(config), Companions(source, None, {})
-        )
+        write_merged(scratch / "merged", open_checkpoint(source), config, adapter, Companions(source, None, {}))
+
+    def merged_by_peft() -> None:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+        PeftModel.from_pretrained(model, scratch / "adapter").merge_and_unload().save_pretrained(scratch / "peft")
+
+    crossings: list[tuple[str, Callable[[], None], str]]
+    crossings = [("cp", copy, "copy"), ("convert", converted, "native"), ("merge", merged, "merged")]
+    if with_peft:
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        write_adapter(scratch / "adapter", adapter, config, trained=True)
+        crossings.append(("merge by PEFT", merged_by_peft, "peft"))
 
     baseline = None
-    for name, crossing, output in (("cp", copy, "copy"), ("convert", converted, "native"), ("merge", merged, "merged")):
+    for name, crossing, output in crossings:
         seconds, peak = measure(crossing)
         shutil.rmtree(scratch / output)
         baseline = baseline or seconds

@@ -1,6 +1,7 @@
 """Adapters, and how they are read: PEFT's, by anyone, as stacked arrays that follow the adapter's own settings."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flacuna_jax.config import HEAD, LoraConfig, Target, by_pattern
@@ -16,7 +18,7 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
 from flacuna_jax.huggingface.read import CheckpointReader
 from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor
+from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor, cast, host_device
 from flacuna_jax.huggingface.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.lora import adapter_ranks, peft_module
@@ -24,6 +26,8 @@ from flacuna_jax.model.parameters import lora_shapes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE, LEGACY_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
+
+_FLOAT = np.dtype(np.float32)
 
 Module = tuple[str, int]
 """Module ("layers/q_proj", "lm_head") and layer."""
@@ -76,25 +80,43 @@ class Adapter:
         rank = self.lora.rank_of(peft_module(module, layer))
         return {"lora_a": value[:rank], "lora_b": value[..., :rank], "lora_magnitude": value}[leaf]
 
-    def merge(self, weight_oi: np.ndarray, module: str, layer: int, rows: slice = slice(None)) -> np.ndarray:
-        """Some rows of a weight with the module's adapter in it, all in float32.
-
-        W + scale · B A; with DoRA every row then has its magnitude.
+    def merge(
+        self,
+        weight_oi: np.ndarray,
+        module: str,
+        layer: int,
+        rows: slice = slice(None),
+        dtype: np.dtype = _FLOAT,
+    ) -> np.ndarray:
+        """Some rows of a weight with the module's adapter in it: W + scale · B A; with DoRA every row then has its
+        magnitude. Computed in float32, rounded once.
 
         Args:
           weight_oi: these rows of W.
           module, layer: which adapter; where there is none, the weight comes back.
           rows: of the whole matrix.
+          dtype: of the result.
         """
-        total = weight_oi.astype(np.float32)
         if f"{module}/lora_a" not in self.params or layer not in self.layers_of(module):
-            return total
-        a, b = self.factor(f"{module}/lora_a", layer), self.factor(f"{module}/lora_b", layer)[rows]
-        total += np.float32(self.lora.scale_of(peft_module(module, layer))) * (b @ a)
-        if self.lora.use_dora:
-            norms = np.maximum(np.linalg.norm(total, axis=-1), np.float32(1e-15))
-            total *= (self.factor(f"{module}/lora_magnitude", layer)[rows] / norms)[:, None]
-        return total
+            return weight_oi if weight_oi.dtype == dtype else cast(weight_oi, dtype)
+        a_ri = self.factor(f"{module}/lora_a", layer)
+        scale = np.float32(self.lora.scale_of(peft_module(module, layer)))
+        b_or = self.factor(f"{module}/lora_b", layer)[rows] * scale
+        magnitude_o = self.factor(f"{module}/lora_magnitude", layer)[rows] if self.lora.use_dora else None
+        with jax.default_device(host_device()):
+            return np.asarray(_merged(weight_oi, a_ri, b_or, magnitude_o, dtype.name)).astype(dtype, copy=False)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _merged(
+    weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array, magnitude_o: jax.Array | None, dtype: str
+) -> jax.Array:
+    """Compiled, because NumPy rounds to half precision several times slower than memory gives the weights."""
+    total_oi = weight_oi.astype(jnp.float32) + jnp.dot(b_or, a_ri, precision="highest")
+    if magnitude_o is not None:
+        norms_o = jnp.maximum(jnp.linalg.norm(total_oi, axis=-1), 1e-15)
+        total_oi *= (magnitude_o / norms_o)[:, None]
+    return total_oi.astype(jnp.float32 if dtype == "float64" else dtype)
 
 
 def host_adapter(lora: LoraConfig, params: Mapping[str, jax.Array], base_name: str | None = None) -> Adapter:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flacuna_jax.huggingface import native
+from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
 from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_config, read_settings
@@ -167,9 +167,9 @@ def write_model(
 def _device_weights(params: Mapping[str, jax.Array], dtype: np.dtype) -> Weights:
     """The run's arrays by our own paths: a mix-up of file names shows in the logits."""
 
-    def weights(path: str, layer: int | None) -> np.ndarray:
+    def weights(path: str, layer: int, rows: slice) -> np.ndarray:
         array = params[path]
-        return np.asarray(array if layer is None else array[layer]).astype(dtype)
+        return np.asarray(array[layer, rows] if names.is_stacked(path) else array[rows]).astype(dtype)
 
     return weights
 
@@ -220,7 +220,9 @@ def convert(
     sources = match_tensors(reader, config)
     check_target(Path(target))
     with whole_directory(target) as partial:
-        leaves = {path: native.write_parameter(partial, reader, path, names, dtype) for path, names in sources.items()}
+        leaves = {
+            path: native.write_parameter(partial, reader, path, tensors, dtype) for path, tensors in sources.items()
+        }
         _write_config(partial, reader, config, leaves)
         copy_tokenizer(tokenizer_source, partial, None)
         native.write_manifest(partial, leaves, base_fingerprint=fingerprint(reader, config))

@@ -66,13 +66,10 @@ def merged_tensors(
 def _merger(
     reader: TensorReader, source: str, dtype: np.dtype, adapter: Adapter | None, path: str, layer: int
 ) -> Callable[[slice], np.ndarray]:
-    module = path.removesuffix("/weight")
-    targeted = adapter is not None and f"{module}/lora_a" in adapter.params
-
     def make(rows: slice) -> np.ndarray:
         weight = reader.read(source, rows)
-        if adapter is not None and targeted:
-            weight = adapter.merge(cast(weight, np.dtype(np.float32)), module, layer, rows)
+        if adapter is not None:
+            return adapter.merge(weight, path.removesuffix("/weight"), layer, rows, dtype)
         return weight if weight.dtype == dtype else cast(weight, dtype)
 
     return make
