@@ -105,7 +105,7 @@ class StreamedModel:
         with jax.default_device(host_device()), jax.default_matmul_precision("highest"):
             slots_t = self._filled + np.arange(tokens_bt.shape[1])
             positions_bt = np.maximum(slots_t - self._first_b[:, None], 0)
-            rope = Rope.at(jnp.asarray(positions_bt), self._config.rope_frequencies)
+            rope = Rope.at(jnp.asarray(positions_bt), self._config.head_dim, self._config.rope_theta)
             x_btd = jnp.asarray(self._embed(tokens_bt))
             for layer in range(self._config.num_layers):
                 attend = functools.partial(self._attend, layer, slots_t)
@@ -122,7 +122,7 @@ class StreamedModel:
 
     def _block(self, layer: int) -> Any:
         """What `Block` has in its place: sizes, and things to call under the names of its modules."""
-        modules = {name: functools.partial(self._linear, f"layers/{name}", layer) for name in PROJECTIONS}
+        modules = {name: functools.partial(self._project, f"layers/{name}/weight", layer) for name in PROJECTIONS}
         norms = ("input_layernorm", "post_attention_layernorm")
         return SimpleNamespace(
             config=self._config, **modules, **{name: self._norm(f"layers/{name}/weight", layer) for name in norms}
@@ -133,11 +133,7 @@ class StreamedModel:
         norm.weight[...] = jnp.asarray(cast(self._weights(path, layer, slice(None)), FLOAT))
         return norm
 
-    def _linear(self, module: str, layer: int, x_bti: jax.Array, _: Any = None) -> jax.Array:
-        y_bto, bias = self._project(f"{module}/weight", layer, x_bti), f"{module}/bias"
-        return y_bto + cast(self._weights(bias, layer, slice(None)), FLOAT) if bias in self._shapes else y_bto
-
-    def _project(self, path: str, layer: int, x_bti: jax.Array) -> jax.Array:
+    def _project(self, path: str, layer: int, x_bti: jax.Array, _: Any = None) -> jax.Array:
         """x times a matrix, with its adapter if it has one."""
         module, adapter = path.removesuffix("/weight"), self._adapter
         shape = self._shapes[path][1:] if names.is_stacked(path) else self._shapes[path]
@@ -163,8 +159,6 @@ class StreamedModel:
             kept[layer][:, slots_t] = np.asarray(new)
         slots_s = np.arange(self._kept.shape[3])
         visible_bts = (slots_s >= self._first_b[:, None, None]) & (slots_s <= slots_t[:, None])
-        if self._config.sliding_window is not None:
-            visible_bts &= slots_s > slots_t[:, None] - self._config.sliding_window
         return _attention(q_bthn, *self._kept[:, layer], visible_bts)
 
 
