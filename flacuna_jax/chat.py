@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import TEMPLATES, Template, Turn
+from flacuna_jax.data.conversation import Template, Turn, named_template
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     address = ModelAddress(Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None)
     settings = Settings(
-        TEMPLATES[arguments.template],
+        named_template(arguments.template),
         arguments.max_new_tokens,
         arguments.temperature,
         arguments.top_k,
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--beside-base", action="store_true", help="answer with the base too")
     add("--system", help="system text instead of the template's")
     add("--task", help="definition of a task: questions go into the paper's prompt for writing")
-    add("--template", choices=tuple(TEMPLATES), default="vicuna_v1.1")
+    add("--template", metavar="NAME", default="vicuna_v1.1", help="a name or a .jinja file (default: vicuna_v1.1)")
     add("--max-new-tokens", type=int, default=512)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int)

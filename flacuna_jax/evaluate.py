@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import TEMPLATES, Template
+from flacuna_jax.data.conversation import TEMPLATES, Template, named_template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation import humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
@@ -99,7 +99,7 @@ def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -
 
 
 def _template(arguments: argparse.Namespace) -> Template | None:
-    return None if arguments.template == "none" else TEMPLATES[arguments.template]
+    return None if arguments.template == "none" else named_template(arguments.template)
 
 
 def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")
     add("--samples", type=_positive, default=1, help="humaneval: samples per problem (1, 10 or 100)")
     add("--repetitions", type=_positive, default=1, help="hhh: how often the paper's protocol places answers anew")
-    add("--template", choices=("none", *TEMPLATES), default="none", help="impact and lm_eval: as a user's turn of it")
+    add("--template", metavar="NAME", default="none", help="impact and lm_eval: as a user's turn of it (a .jinja too)")
     add("--impact-prompt", choices=("raw", "output", "both"), default="raw", help="output: the paper's prompt")
     add("--impact-temperature", type=float, default=0.0, help="the card says 1; LLaMA models were run greedily")
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")

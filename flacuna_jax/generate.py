@@ -1,4 +1,8 @@
-"""`flacuna generate --model M [--adapter A] PROMPT ...`: completes prompts with exactly the template of training."""
+"""`flacuna generate --model M [--adapter A] PROMPT ...`: completes prompts with exactly the template of training.
+
+Prompts are arguments, or lines of a file or of standard input; a .jsonl file holds {"prompt": ...} objects, so that a
+prompt can have several lines.
+"""
 
 import argparse
 import dataclasses
@@ -7,17 +11,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config_files import load_config
-from flacuna_jax.data.conversation import TEMPLATES, Template, Turn
+from flacuna_jax.data.conversation import TEMPLATES, Template, Turn, named_template
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
+from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
+from flacuna_jax.evaluation.impact import writing_prompt
+from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, encode_prompt
 from flacuna_jax.inference import ModelAddress, ModelLoader
-from flacuna_jax.model import decode
-from flacuna_jax.model.decode import Sampling
+from flacuna_jax.model.decode import GREEDY, Sampling
 
 DEFAULT_TEMPLATE = "vicuna_v1.1"
 
@@ -28,10 +31,15 @@ class Settings:
 
     template: Template | None = TEMPLATES[DEFAULT_TEMPLATE]
     """None takes the prompt as it is, after BOS."""
+    task: str | None = None
+    """Definition of a task: prompts go into the paper's prompt for writing."""
+    system: str | None = None
+    """Replaces the template's system text."""
     max_new_tokens: int = 256
-    sampling: Sampling = decode.GREEDY
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, besides those of the template."""
+    sampling: Sampling = GREEDY
     seed: int = 0
-    batch_size: int = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -41,64 +49,87 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
         raise UserError("--max-new-tokens and --batch-size are at least 1")
     settings = Settings(
-        None if arguments.raw else TEMPLATES[arguments.template or run_template],
+        None if arguments.raw else named_template(arguments.template or run_template),
+        arguments.task,
+        arguments.system,
         arguments.max_new_tokens,
+        tuple(arguments.stop),
         Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
         arguments.seed,
-        arguments.batch_size,
     )
-    answers = complete(ModelLoader(arguments.dtype).load(address), prompts, settings)
+    loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.batch_size))
+    answers = complete(loader.load(address), prompts, settings)
     for prompt, answer in zip(prompts, answers, strict=True):
-        print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if arguments.json else answer)
+        record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+        print(json.dumps(record, ensure_ascii=False) if arguments.json else answer.text)
     return None
 
 
-def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[str]:
-    """The model's answers, in the order of the prompts.
+def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[Generation]:
+    """The model's answers, in the order of the prompts; equal prompts are sampled apart.
 
     Raises:
-      UserError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context.
+      UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
     """
-    tokenizer = model.tokenizer
-    with jax.set_mesh(model.mesh):
-        continuations = decode.generate(
-            model.spec,
-            model.params,
-            [_encode(prompt, settings.template, tokenizer) for prompt in prompts],
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids={tokenizer.eos_id},
-            sampling=settings.sampling,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
+    stop = (*settings.stop, *(settings.template.stop_strings if settings.template else ()))
+    requests = []
+    for index, prompt in enumerate(prompts):
+        ids = _encode(prompt, settings, model.tokenizer)
+        if len(ids) + settings.max_new_tokens > model.context_length:
+            raise UserError(
+                f"prompt {index + 1} has {len(ids)} tokens; with {settings.max_new_tokens} new ones it exceeds the "
+                f"model's context of {model.context_length}: shorten the prompt or ask for fewer new tokens"
+            )
+        requests.append(
+            GenerationRequest(
+                ids,
+                settings.max_new_tokens,
+                stop,
+                settings.sampling.temperature,
+                settings.sampling.top_k,
+                settings.sampling.top_p,
+                settings.seed + index,
+            )
         )
-    stop_strings = settings.template.stop_strings if settings.template else ()
-    return [_before_stop(tokenizer.decode(tokens), stop_strings) for tokens in continuations]
+    return model.generate(requests)
 
 
-def _encode(prompt: str, template: Template | None, tokenizer: Tokenizer) -> list[int]:
-    if template is None:
-        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    return tokenize_prompt((Turn("user", prompt),), template, tokenizer)
-
-
-def _before_stop(text: str, stop_strings: Sequence[str]) -> str:
-    ends = [at for at in (text.find(stop) for stop in stop_strings) if at >= 0]
-    return text[: min(ends)] if ends else text
+def _encode(prompt: str, settings: Settings, tokenizer: Tokenizer) -> tuple[int, ...]:
+    text = prompt if settings.task is None else writing_prompt(settings.task, prompt)
+    if settings.template is None:
+        return encode_prompt(tokenizer, text)
+    return tuple(tokenize_prompt((Turn("user", text),), settings.template, tokenizer, settings.system))
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if bool(arguments.prompts) == (arguments.file is not None):
-        raise UserError("give prompts as arguments or in a --file (one per line), one of the two")
-    if arguments.file is None:
+    file = arguments.file
+    if not arguments.prompts and file is None and not sys.stdin.isatty():
+        file = "-"
+    if bool(arguments.prompts) == (file is not None):
+        raise UserError("give prompts as arguments, in a --file (one per line) or on standard input: one of the three")
+    if file is None:
         return list(arguments.prompts)
+    name = "standard input" if file == "-" else f"prompt file {file}"
     try:
-        text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {arguments.file} cannot be read: {error}") from None
-    prompts = [line for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"prompt file {arguments.file} holds no prompt; write one per line")
-    return prompts
+        raise UserError(f"{name} cannot be read: {error}") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{name} holds no prompt; write one per line")
+    if file.endswith(".jsonl"):
+        return [_prompt_of(line, f"{file}, line {number}") for number, line in lines]
+    return [line for _, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, TypeError, KeyError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f'{where}: a line of prompts is an object like {{"prompt": "Why?"}}')
+    return prompt
 
 
 def _model(arguments: argparse.Namespace) -> tuple[ModelAddress, str]:
@@ -128,26 +159,29 @@ def _finished(run: Path, product: str) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flacuna generate", description="Completes prompts with exactly the template of training."
+        prog="flacuna generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the user says")
-    parser.add_argument("--file", metavar="TXT", help="prompts, one per line; - reads standard input")
+    parser.add_argument("--file", metavar="TXT", help="prompts, one per line, or .jsonl; - is standard input")
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face directory or a converted one")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter on that model, or the run that made one")
     parser.add_argument("--run", metavar="DIR", help="a training run: its base, its adapter and its template")
     wording = parser.add_mutually_exclusive_group()
-    wording.add_argument("--template", choices=sorted(TEMPLATES), help=f"default: the run's, or {DEFAULT_TEMPLATE}")
+    wording.add_argument(
+        "--template", metavar="NAME", help=f"a name or a .jinja file; default: the run's, or {DEFAULT_TEMPLATE}"
+    )
     wording.add_argument("--raw", action="store_true", help="no template: continue the text itself")
+    parser.add_argument("--task", metavar="TEXT", help="definition of a task: the paper's prompt for writing")
+    parser.add_argument("--system", metavar="TEXT", help="system text instead of the template's")
     parser.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--batch-size", type=int, default=Settings.batch_size, metavar="N", help="prompts decoded together"
-    )
+    parser.add_argument("--batch-size", type=int, default=Placement.rows, metavar="N", help="prompts decoded together")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line: prompt and answer")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line: prompt, answer, tokens, finish")
     return parser
 
 

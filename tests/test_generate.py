@@ -86,8 +86,42 @@ def test_prompts_from_a_file_and_answers_as_json(
     records = [json.loads(line) for line in _say(capsys, *options, "--file", str(tmp_path / "prompts.txt"))]
     assert [record["prompt"] for record in records] == prompts
     assert records == [json.loads(line) for line in _say(capsys, *options, *prompts)]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts)))
-    assert records == [json.loads(line) for line in _say(capsys, *options, "--file", "-")]
+    assert all(record["tokens"] == 12 and record["finish"] == "length" for record in records)
+    for stdin in (["--file", "-"], []):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts)))
+        assert records == [json.loads(line) for line in _say(capsys, *options, *stdin)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    assert records == [json.loads(line) for line in _say(capsys, *options, "--file", str(tmp_path / "prompts.jsonl"))]
+
+
+def test_a_task_words_prompts_as_the_paper_does(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(story_llama), *PRECISE]
+    worded = _say(capsys, *options, "Write a story.\n\nAbout Lily\nOutput:")
+    assert _say(capsys, *options, "--task", "Write a story", "About Lily") == worded
+    assert _say(capsys, *options, "About Lily") != worded
+
+
+def test_a_template_file_system_text_and_stops(
+    story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["vicuna_v1.1"].jinja)
+    system = TEMPLATES["vicuna_v1.1"].system
+
+    def say(*arguments: str) -> str:
+        return "\n".join(_say(capsys, "--model", str(story_llama), *PRECISE, *arguments))
+
+    answer = say(STORY)
+    assert say("--system", system, STORY) == answer
+    assert say("--raw", f"{system} USER: {STORY} ASSISTANT:") == answer
+    assert say("--template", str(tmp_path / "mine.jinja"), STORY) == answer  # the file holds the system text
+    assert say("--system", "Be brief.", STORY) != answer
+    stop = answer[4:7]
+    assert say("--stop", stop, STORY) == answer[: answer.index(stop)]
+
+
+def test_equal_prompts_are_sampled_apart(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(story_llama), "--raw", *PRECISE, "--temperature", "1"]
+    assert len(set(_say(capsys, *options, STORY, STORY, STORY))) > 1
 
 
 def test_sampling_is_a_function_of_the_seed(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,13 +133,15 @@ def test_sampling_is_a_function_of_the_seed(story_llama: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "MODEL"], "give prompts"),
+        (["--model", "MODEL"], "standard input cannot be read"),
         (["--model", "MODEL", "--file", "x.txt", "hello"], "give prompts"),
         (["--model", "MODEL", "--file", "absent.txt"], "prompt file absent.txt cannot be read"),
         (["hello"], "say which model"),
         (["--model", "MODEL", "--run", "RUN", "hello"], "say which model"),
         (["--run", "absent", "hello"], "absent has no config.yaml"),
         (["--model", "absent", "hello"], "absent"),
+        (["--model", "MODEL", "--template", "vicunia", "hello"], "'vicunia' is none of"),
+        (["--model", "MODEL", "--template", "none.jinja", "hello"], "none.jinja: the template cannot be read"),
         (["--model", "MODEL", "--temperature", "-1", "hello"], "temperature is -1.0"),
         (["--model", "MODEL", "--max-new-tokens", "0", "hello"], "--max-new-tokens"),
         (["--model", "MODEL", "--max-new-tokens", "600", "hello"], "exceeds the model's context of 512"),

@@ -4,6 +4,7 @@ A template is a function from turns to segments (`segments.py`); `layouts.py` ha
 `jinja_template.py` makes one of a file.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from flacuna_jax.data.jinja_template import load_jinja_template
 from flacuna_jax.data.layouts import LAYOUTS
 from flacuna_jax.data.segments import Layout, Role, Segment, Template, Turn, join_segments
+from flacuna_jax.errors import UserError
 
 __all__ = [
     "TEMPLATES",
@@ -22,6 +24,7 @@ __all__ = [
     "Template",
     "Turn",
     "join_segments",
+    "named_template",
     "render",
     "render_prompt",
     "render_text",
@@ -44,6 +47,15 @@ class _Templates(Mapping[str, Template]):
 
 
 TEMPLATES: Mapping[str, Template] = _Templates()
+
+
+def named_template(name: str) -> Template:
+    """One of ours, or that of a .jinja file. Raises UserError for a name of neither."""
+    if not name.endswith(".jinja") and name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"template {name!r} is none of {', '.join(TEMPLATES)}, nor a .jinja file{hint}")
+    return TEMPLATES[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,25 @@
 """Scores and generations against transformers, request by request, however they are packed, grouped and refilled."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flacuna_jax.config import LoraConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.flax_model import padded_size
+from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement, padded_size
 from flacuna_jax.evaluation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.evaluation.prefixes import plan_prefixes
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.model import shared_prefix
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.sharding import make_mesh
 from tests.evaluation.models import story_model
+from tests.tiny import SMALL, random_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -92,6 +102,68 @@ def test_generations_equal_transformers_whatever_runs_beside_them(
         assert generation.text == model.tokenizer.decode(new)
         assert generation.tokens == len(new)
         assert generation.finish == ("eos" if 2 in output else "length")
+
+
+class _Numbers:
+    """Text is the ids themselves, so that generations tell their tokens."""
+
+    bos_id, eos_id, vocab_size = 1, SMALL.vocab_size, SMALL.vocab_size + 1
+
+    def encode(self, text: str) -> list[int]:
+        return [int(number) for number in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def _small(spec: ModelSpec, **placement: int) -> LlamaLanguageModel:
+    """Random weights; its EOS is no token, so that nothing ends early."""
+    params = random_params(spec.base_shapes | spec.lora_shapes, 0.2)
+    mesh = make_mesh("auto", jax.devices()[:1])
+    return LlamaLanguageModel(spec, params, _Numbers(), mesh, placement=Placement(**placement))
+
+
+def _is_greedy(model: LlamaLanguageModel, prompt: Sequence[int], new: list[int]) -> bool:
+    """Whether each new token is the most likely one when the whole sequence is run at once, without a cache."""
+    ids = jnp.array([[*prompt, *new]])
+    network = model.spec.merge(model.params)
+    logits_btv = network.logits(network(ids, jnp.arange(ids.shape[1])[None], make_packed_mask(jnp.ones_like(ids))))
+    return jnp.argmax(logits_btv[0], -1)[len(prompt) - 1 : -1].tolist() == new
+
+
+def _prompts(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(3)
+    return [tuple(rng.integers(3, SMALL.vocab_size, length).tolist()) for length in lengths]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_the_cache_equals_running_everything_again(kv_heads: int) -> None:
+    config = dataclasses.replace(SMALL, num_kv_heads=kv_heads)
+    model = _small(ModelSpec(config, None, "float32", "float32"))
+    prompts = _prompts([1, 5, 33])
+    for prompt, answer in zip(prompts, model.generate([GenerationRequest(p, 8) for p in prompts]), strict=True):
+        assert answer.tokens == 8
+        assert _is_greedy(model, prompt, model.tokenizer.encode(answer.text))
+
+
+def test_adapters_take_part() -> None:
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
+    model = _small(ModelSpec(SMALL, lora, "float32", "float32"))
+    (prompt,) = _prompts([7])
+    new = model.tokenizer.encode(model.generate([GenerationRequest(prompt, 12)])[0].text)
+    assert _is_greedy(model, prompt, new)
+    assert not _is_greedy(model, prompt, new[::-1])
+    zeroed = {name: jnp.zeros_like(leaf) if "lora_b" in name else leaf for name, leaf in model.params.items()}
+    base = dataclasses.replace(model, params=zeroed)
+    assert model.tokenizer.encode(base.generate([GenerationRequest(prompt, 12)])[0].text) != new
+
+
+def test_similar_lengths_need_no_further_compilation() -> None:
+    model = _small(ModelSpec(SMALL, None, "float32", "float32"), rows=2)
+    model.generate([GenerationRequest(p, 4) for p in _prompts([3, 9, 20, 31, 7])])
+    before = shared_prefix.begin._cache_size(), shared_prefix.advance._cache_size()
+    model.generate([GenerationRequest(p, 4) for p in _prompts([4, 4, 50])])
+    assert (shared_prefix.begin._cache_size(), shared_prefix.advance._cache_size()) == before
 
 
 def test_stop_strings_cut_and_free_their_row(story_llama: Path) -> None:

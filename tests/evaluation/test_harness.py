@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 
 from flacuna_jax.evaluation.harness import HarnessModel, metrics, run_tasks  # noqa: E402
 
-# float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless it
-# is told otherwise: a sum of 1600 is then a multiple of 1.2e-4, which hides what is compared. Both add up in float64.
+# float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless
+# it is told otherwise: a sum of 1600 is then a multiple of 1.2e-4, which hides what is compared. Both use float64 here.
 TOLERANCE = 1e-4
 
 STORIES = [
