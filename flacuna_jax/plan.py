@@ -7,6 +7,7 @@ whether it fits.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.sharding import check_tensor_parallelism
-from flacuna_jax.model_source import architecture_sizes
+from flacuna_jax.model_source import architecture_sizes, with_rope_scaling
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
 from flacuna_jax.planning.search import nearest_fit, search
@@ -62,13 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
-    console, notes = Console(), Console(stderr=True)
+    # Piped output has no width of its own; tables want this much.
+    console, notes = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True, soft_wrap=True)
 
     def note(text: str) -> None:
         notes.print(text, style="dim", markup=False, highlight=False)
 
     machine, devices = _machine(arguments.target, arguments.estimate, note)
     architecture = LLAMA_SIZES[arguments.sizes] if arguments.sizes else _architecture(config, note)
+    architecture = with_rope_scaling(architecture, config.model, config.data.max_length)
     workload = Workload.of(config, architecture, _statistics(config, arguments.examples, note))
     if arguments.search:
         plans = search(workload, machine, devices, notify=note)

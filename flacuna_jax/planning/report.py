@@ -1,7 +1,8 @@
 """Plans for people: tables for a terminal, and one HTML file with the memory of each layout as a picture."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -90,9 +91,10 @@ def _size(nbytes: float | str) -> str:
 def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
     """A line per plan, the best first."""
     machine = plans[0].machine
-    table = Table(title=f"{machine.description}, {machine.usable_memory / GB:.1f} GB usable per device")
-    for name in ("layout", "remat", "micro-batch", "peak GB", "fits", "s/step", "exposed s", "bound by", "hours"):
-        table.add_column(name, justify="left" if name in ("layout", "remat", "bound by") else "right")
+    title = Text(f"{machine.description}, {machine.usable_memory / GB:.1f} GB usable per device", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("layout", "remat", "rows", "peak GB", "fits", "s/step", "exposed", "bound by", "hours"):
+        table.add_column(name, justify="left" if name in ("layout", "remat", "bound by") else "right", no_wrap=True)
     if price is not None:
         table.add_column("cost", justify="right")
     for plan in plans:
@@ -108,7 +110,11 @@ def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
             cells.append("?" if cost is None else f"{cost:,.0f}")
         table.add_row(*cells, style=None if plan.fits else "dim")
     sources = {"compiled" if plan.compiled else "ESTIMATED from the sizes, not compiled" for plan in plans}
-    return Group(table, Text(f"all {' and '.join(sorted(sources))}; {_assumption(plans[0])}"))
+    note = (
+        f"all {' and '.join(sorted(sources))}; {_assumption(plans[0])}; rows: per device and pass; exposed: seconds of "
+        "exchanges with nothing else going on"
+    )
+    return Group(title, table, Text(note, style="dim"), Text())
 
 
 def _assumption(plan: Plan) -> str:
@@ -116,41 +122,76 @@ def _assumption(plan: Plan) -> str:
 
 
 def write_html(path: Path, plans: Sequence[Plan]) -> None:
-    """Bars of memory by kind against what is usable, a bar per plan, as one self-contained file."""
-    machine = plans[0].machine
-    widest = max(machine.usable_memory, *(plan.peak for plan in plans)) * 1.02
-    width, height, left = 900, 26, 330
-    scale = (width - left - 90) / widest
-    parts = []
-    for line, plan in enumerate(plans):
-        top = 30 + line * height
-        parts.append(f'<text x="{left - 8}" y="{top + 14}" text-anchor="end">{html.escape(str(plan.layout))}</text>')
-        x = float(left)
-        for kind, nbytes in {**plan.arguments, "temporaries": plan.temporaries}.items():
-            title = f"{kind}: {_size(nbytes)}"
-            parts.append(
-                f'<rect x="{x:.1f}" y="{top}" width="{max(0.0, nbytes * scale):.1f}" height="18" '
-                f'fill="{_COLOURS[kind]}"><title>{title}</title></rect>'
-            )
-            x += nbytes * scale
-        parts.append(f'<text x="{x + 6:.1f}" y="{top + 14}">{plan.peak / GB:.1f} GB, {plan.time.step:.2f} s</text>')
-    bottom = 30 + len(plans) * height
-    limit = left + machine.usable_memory * scale
-    parts.append(f'<line x1="{limit:.1f}" y1="20" x2="{limit:.1f}" y2="{bottom}" stroke="#e15759" stroke-width="2"/>')
+    """Memory by kind against what is usable, and seconds per step, a line per plan, as one self-contained file."""
+    machine, best = plans[0].machine, plans[0]
+    kinds = _worth_showing(plans)
+    line, top = 26, 44
+    bottom = top + len(plans) * line
+    memory = _Axis(330, 400, max(machine.usable_memory, *(plan.peak for plan in plans)))
+    seconds = _Axis(820, 200, max(plan.time.step for plan in plans))
+    parts = [_text(memory.left, 14, "memory per device"), _text(seconds.left, 14, "seconds per step")]
+    for number, plan in enumerate(plans):
+        y = top + number * line
+        parts.append(_text(memory.left - 8, y + 14, str(plan.layout), "end"))
+        x = 0.0
+        for kind, nbytes in kinds(plan).items():
+            parts.append(memory.bar(x, nbytes, y, _COLOURS[kind], f"{kind}: {_size(nbytes)}"))
+            x += nbytes
+        parts.append(_text(memory.at(x) + 6, y + 14, f"{plan.peak / GB:.1f} GB"))
+        colour = "#4e79a7" if plan.fits else "#d0d0d0"
+        parts.append(seconds.bar(0, plan.time.step, y, colour, f"bound by {plan.time.bound}"))
+        parts.append(_text(seconds.at(plan.time.step) + 6, y + 14, f"{plan.time.step:.2f} s"))
+    limit = memory.at(machine.usable_memory)
     parts.append(
-        f'<text x="{limit:.1f}" y="14" text-anchor="middle" fill="#e15759">{machine.usable_memory / GB:.1f} GB</text>'
+        f'<line x1="{limit:.1f}" y1="{top - 8}" x2="{limit:.1f}" y2="{bottom}" stroke="#e15759" stroke-width="2"/>'
+        + _text(limit, top - 13, f"usable: {machine.usable_memory / GB:.1f} GB", "middle")
     )
-    kinds = dict.fromkeys(kind for plan in plans for kind in (*plan.arguments, "temporaries"))
-    for number, kind in enumerate(kinds):
-        x = left + number * 110
-        parts.append(f'<rect x="{x}" y="{bottom + 12}" width="12" height="12" fill="{_COLOURS[kind]}"/>')
-        parts.append(f'<text x="{x + 16}" y="{bottom + 22}">{kind}</text>')
-    source = "compiled" if all(plan.compiled for plan in plans) else "estimated from the sizes, not compiled"
-    title = html.escape(f"Memory per device on {machine.description}")
-    path.write_text(
-        f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
-        f"<h1 style='font:20px sans-serif'>{title}</h1><p style='font:13px sans-serif'>{source}; "
-        f"{html.escape(_assumption(plans[0]))}; seconds are of one optimizer step, by roofline</p>"
-        f'<svg width="{width}" height="{bottom + 40}" style="font:12px sans-serif">{"".join(parts)}</svg>\n',
-        encoding="utf-8",
+    shown = list(dict.fromkeys(kind for plan in plans for kind in kinds(plan)))
+    for number, kind in enumerate(shown):
+        x = memory.left + number * 130
+        parts.append(f'<rect x="{x}" y="{bottom + 14}" width="12" height="12" fill="{_COLOURS[kind]}"/>')
+        parts.append(_text(x + 18, bottom + 24, kind))
+    how = "compiled" if all(plan.compiled for plan in plans) else "not all compiled"
+    note = f"{how}; {_assumption(best)}; seconds by roofline; grey does not fit; kinds below 1 % are left out"
+    document = (
+        f"<!doctype html><meta charset=utf-8><title>Plan for {html.escape(machine.description)}</title>"
+        "<style>body{font:14px system-ui,sans-serif;margin:2em}text{font-size:13px}</style>"
+        f"<h2>{html.escape(machine.description)}</h2><p>{html.escape(note)}</p>"
+        f'<svg width="1120" height="{bottom + 40}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(document)
+    beside.replace(path)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Bars from `left` on, `width` pixels for the largest value."""
+
+    left: int
+    width: int
+    largest: float
+
+    def at(self, value: float) -> float:
+        return self.left + self.width * value / self.largest
+
+    def bar(self, start: float, value: float, y: int, colour: str, title: str) -> str:
+        return (
+            f'<rect x="{self.at(start):.1f}" y="{y}" width="{self.width * value / self.largest:.1f}" height="18" '
+            f'fill="{colour}"><title>{html.escape(title)}</title></rect>'
+        )
+
+
+def _worth_showing(plans: Sequence[Plan]) -> Callable[[Plan], dict[str, float]]:
+    """Bytes by kind; what never reaches a hundredth of the largest peak is left out."""
+    least = max(plan.peak for plan in plans) / 100
+
+    def every(plan: Plan) -> dict[str, float]:
+        return {**plan.arguments, "temporaries": plan.temporaries}
+
+    kept = {kind for plan in plans for kind, nbytes in every(plan).items() if nbytes >= least}
+    return lambda plan: {kind: nbytes for kind, nbytes in every(plan).items() if kind in kept}
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>'
