@@ -2,11 +2,15 @@
 
 The evidence so far is what the real compilers say of each kernel at [4, 1280, 40, head_dim]: shared memory in bytes and
 registers (ptxas), no spills, within the limits of every card of the architecture. Smaller tiles visit less of other
-documents, larger ones load less per product; which wins is a matter of measurement, and the entries are replaced by
-measured ones as hardware is met.
+documents, larger ones load less per product; which wins is a matter of measurement: `benchmarks/tune_attention.py`
+writes what it finds on a device to `tiles_measured.json`, and an entry there is preferred to these.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -85,6 +89,8 @@ def gpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> GpuTiles:
         raise ValueError(
             f"head_dim {dim} in {jnp.dtype(dtype).name} is more than the GPU kernels hold; use backend xla"
         )
+    if measured := _measured(GpuTiles, GpuTile, device_kind, dim, dtype):
+        return measured
     if jnp.dtype(dtype).itemsize > 2:
         return _FLOAT32
     if dim > 128:
@@ -100,6 +106,27 @@ _TPU = TpuTiles(forward=TpuTile(256, 256), dq=TpuTile(256, 256), dkv=TpuTile(256
 
 
 def tpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> TpuTiles:
-    """Tiles for a TPU. One entry so far: v4, v5e, v5p and v6e all compile it, at every head_dim up to 256."""
-    del device_kind, dim, dtype
-    return _TPU
+    """Tiles for a TPU. Unless measured, one entry: v4, v5e, v5p and v6e all compile it, at every head_dim up to 256."""
+    return _measured(TpuTiles, TpuTile, device_kind, dim, dtype) or _TPU
+
+
+MEASURED = Path(__file__).with_name("tiles_measured.json")
+"""{device kind: {head_dim: {kernel: tile}}}, bfloat16. An entry serves head_dims up to its own and above half of it."""
+
+Tiles = TypeVar("Tiles", GpuTiles, TpuTiles)
+
+
+@cache
+def _measured_table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    return json.loads(MEASURED.read_text(encoding="utf-8"))
+
+
+def _measured(
+    kind: type[Tiles], tile: type[GpuTile] | type[TpuTile], device_kind: str | None, dim: int, dtype: DTypeLike
+) -> Tiles | None:
+    if jnp.dtype(dtype).itemsize > 2:
+        return None
+    for of_dim, kernels in _measured_table().get(device_kind or "", {}).items():
+        if int(of_dim) // 2 < dim <= int(of_dim):
+            return kind(**{kernel: tile(**sizes) for kernel, sizes in kernels.items()})
+    return None

@@ -1,0 +1,55 @@
+"""Lets the benchmarks run on machines that have jax, flax and optax but not pydantic, which the config is written in.
+
+Importing this module makes `import pydantic` work where it is not installed, and does nothing where it is. Only
+construction, defaults and attributes are stood in for: nothing is validated, so nothing here is fit for a run.
+"""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+
+class _Model:
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(self.__dict__.items())))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def model_copy(self, update: dict[str, Any]) -> Any:
+        return type(self)(**{**self.__dict__, **update})
+
+    def model_dump(self, **_: Any) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for kind in type(self).__mro__ for name in getattr(kind, "__annotations__", {})
+        }
+
+
+def _ignored(*_: Any, **__: Any) -> Any:
+    return None
+
+
+def _decorator(*_: Any, **__: Any) -> Callable[[Any], Any]:
+    return lambda function: function
+
+
+def _install() -> None:
+    module: Any = types.ModuleType("pydantic")
+    module.BaseModel = _Model
+    module.ValidationError = type("ValidationError", (ValueError,), {})
+    module.ConfigDict = dict
+    module.Field = module.AfterValidator = module.BeforeValidator = _ignored
+    module.model_validator = module.field_validator = _decorator
+    sys.modules["pydantic"] = module
+
+
+if importlib.util.find_spec("pydantic") is None:
+    _install()

@@ -1,0 +1,165 @@
+"""Finds the fastest tiles of the attention kernels on the device that is here, and fills the table with them.
+
+    python benchmarks/tune_attention.py                       # prints the best, and what the table has
+    python benchmarks/tune_attention.py --write               # and puts it into the package's tiles_measured.json
+    python benchmarks/tune_attention.py --accept benchmarks/results/nvidia-h200-2026-01-01.json   # of another machine
+
+Forward, dq and dk/dv are timed apart, on packed rows [4, 1280, 40, head_dim] in bfloat16 with documents of 200 tokens
+on average. Candidates that the compiler refuses (shared memory) are left out and counted. On a CPU the kernels run
+interpreted, on a tiny shape with two candidates: that shows that the tuner works, not which tile is fast.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import stand_in  # noqa: F401  # before flacuna_jax
+from attention import packed_segments, queued_seconds
+from measure import environment_here, print_table, write_json
+
+from flacuna_jax.kernels import attention_gpu, attention_tpu
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.kernels.tiles import MEASURED, GpuTile, TpuTile, gpu_tiles, tpu_tiles
+
+KERNELS = ("forward", "dq", "dkv")
+MEAN_DOCUMENT = 200
+COMPILING_THREADS = 8
+
+
+def candidates(platform: str, kernel: str) -> Iterator[GpuTile | TpuTile]:
+    if platform == "tpu":
+        yield from (TpuTile(queries, keys) for queries, keys in itertools.product((128, 256, 512), repeat=2))
+    elif platform == "cpu":
+        yield from (GpuTile(16, 16, 4, 1), GpuTile(32, 16, 4, 1))
+    else:
+        sides = {"forward": ((64, 128), (32, 64, 128)), "dq": ((64, 128), (32, 64)), "dkv": ((32, 64), (64, 128))}
+        for (queries, keys), warps, stages in itertools.product(itertools.product(*sides[kernel]), (4, 8), (2, 3)):
+            if queries * keys <= 8192 or warps == 8:  # four warps have no registers for more scores
+                yield GpuTile(queries, keys, warps, stages)
+
+
+class Tuner:
+    """Inputs of one head_dim, and the time of a kernel with a given tile."""
+
+    def __init__(self, dim: int, budget: float) -> None:
+        self.platform, self.budget = jax.devices()[0].platform, budget
+        cpu = self.platform == "cpu"
+        batch, length, heads = (1, 64, 2) if cpu else (4, 1280, 40)
+        self.start: Any = (tpu_tiles if self.platform == "tpu" else gpu_tiles)(
+            jax.devices()[0].device_kind, dim, "bfloat16"
+        )
+        self.module: Any = attention_tpu if self.platform == "tpu" else attention_gpu
+        if cpu:
+            self.start = type(self.start)(*[GpuTile(16, 16, 4, 1)] * 3)
+        shape = (batch, length, heads, dim)
+        q, k, v, do = (jax.random.normal(jax.random.key(i), shape, jnp.float32).astype("bfloat16") for i in range(4))
+        mask = make_packed_mask(jnp.asarray(packed_segments(batch, length, MEAN_DOCUMENT)))
+        self.options = {"scale": dim**-0.5, "interpret": cpu}
+        o, lse = self.module.forward(q, k, v, mask, tiles=self.start, **self.options)
+        self.forward_inputs, self.backward_inputs = (q, k, v, mask), (q, k, v, mask, o, lse, do)
+
+    def compiled(self, kernel: str, tile: Any) -> Callable[[], Any] | None:
+        """The kernel's direction with this tile, the others' as in the table; None where it does not compile.
+
+        The kernel that is not meant is dropped as dead code: dk and dv are not asked for where dq is tuned.
+        """
+        tiles = dataclasses.replace(self.start, **{kernel: tile})
+
+        def call(*inputs: Any) -> Any:
+            direction = self.module.forward if kernel == "forward" else self.module.backward
+            results = direction(*inputs, tiles=tiles, **self.options)
+            return {"forward": results, "dq": results[0], "dkv": results[1:]}[kernel]
+
+        inputs = self.forward_inputs if kernel == "forward" else self.backward_inputs
+        try:
+            return partial(jax.jit(call).lower(*inputs).compile(), *inputs)
+        except Exception as error:
+            if not any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "hared memory", "vmem", "registers")):
+                raise
+            return None
+
+    def times(self, kernel: str) -> dict[Any, float | None]:
+        """Seconds of every candidate; None for those that the hardware does not hold."""
+        tiles = list(dict.fromkeys([getattr(self.start, kernel), *candidates(self.platform, kernel)]))
+        with ThreadPoolExecutor(COMPILING_THREADS) as pool:
+            calls = list(pool.map(partial(self.compiled, kernel), tiles))
+        return {
+            tile: None if call is None else queued_seconds(call, self.budget)
+            for tile, call in zip(tiles, calls, strict=True)
+        }
+
+
+def tune(dims: tuple[int, ...], budget: float, deadline: float = math.inf) -> dict[str, Any]:
+    """The best tile of each kernel, by head_dim, and all that was timed."""
+    found: dict[str, Any] = {"device_kind": jax.devices()[0].device_kind, "dims": {}}
+    for dim in dims:
+        if time.monotonic() > deadline:
+            break
+        tuner, best, timed = Tuner(dim, budget), {}, []
+        for kernel in KERNELS:
+            times = tuner.times(kernel)
+            held = {tile: seconds for tile, seconds in times.items() if seconds is not None}
+            best[kernel] = dataclasses.asdict(min(held, key=lambda tile: held[tile]))
+            start = getattr(tuner.start, kernel)
+            timed += [
+                {"kernel": kernel, "tile": dataclasses.asdict(tile), "seconds": seconds, "in_table": tile == start}
+                for tile, seconds in times.items()
+            ]
+        found["dims"][str(dim)] = {"best": best, "timed": timed}
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    rows = []
+    for dim, of_dim in found["dims"].items():
+        for kernel in KERNELS:
+            timed = [entry for entry in of_dim["timed"] if entry["kernel"] == kernel]
+            held = sorted((entry for entry in timed if entry["seconds"]), key=lambda entry: entry["seconds"])
+            now = next(entry["seconds"] for entry in timed if entry["in_table"])
+            tile = " ".join(f"{name} {value}" for name, value in held[0]["tile"].items())
+            rows.append(
+                [dim, kernel, tile, 1e6 * held[0]["seconds"], now and 1e6 * now, len(timed), len(timed) - len(held)]
+            )
+    print_table(("head_dim", "kernel", "best", "µs", "table's µs", "tried", "refused"), rows)
+
+
+def accept(found: dict[str, Any]) -> None:
+    """Puts the best tiles into the table that the package reads."""
+    table = json.loads(MEASURED.read_text(encoding="utf-8"))
+    entry = table.setdefault(found["device_kind"], {})
+    entry |= {dim: of_dim["best"] for dim, of_dim in found["dims"].items()}
+    write_json(MEASURED, table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=int, nargs="+", default=[128, 64], help="head_dims to tune for")
+    parser.add_argument("--budget", type=float, default=0.15, help="seconds of measurement per candidate")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begins no further head_dim after this long")
+    parser.add_argument("--write", action="store_true", help="fill the table of this package")
+    parser.add_argument("--accept", type=Path, help="fill it from a result of another machine; times nothing")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    arguments = parser.parse_args()
+    if arguments.accept:
+        accept(json.loads(arguments.accept.read_text(encoding="utf-8"))["tiles"])
+        return
+    found = tune(tuple(arguments.dims), arguments.budget, time.monotonic() + arguments.seconds)
+    show(found)
+    if arguments.write:
+        accept(found)
+    if arguments.json:
+        write_json(arguments.json, {"environment": environment_here(), "tiles": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Proves the kernels and measures the step on the device that is here, in one command and within 9 minutes:
+#
+#   scripts/gpu_check.sh [DIRECTORY]         # DIRECTORY: where the result goes, default benchmarks/results
+#
+# Tunes the attention tiles (and uses them from then on), checks the kernels' numbers against a float32 oracle, times
+# attention against cuDNN and XLA, and the whole step of LLaMA 13B and 7B against transformers + PEFT. Prints the tables
+# and writes DIRECTORY/DEVICE-DATE.json; a log and profiles of our step lie beside it. Status 1 if a number is wrong or a
+# part failed.
+#
+# Needs python with jax, flax, optax and pyyaml; torch, transformers and peft for the comparison. Without an accelerator
+# everything runs on a tiny preset, which shows that the command works.
+#
+# PYTHON: the interpreter (python3). SECONDS_IN_ALL: the time limit (530).
+# Afterwards, to keep the tiles:  python benchmarks/tune_attention.py --accept DIRECTORY/DEVICE-DATE.json
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+results=${1:-benchmarks/results}
+limit=${SECONDS_IN_ALL:-530}
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+mkdir -p "$results"
+status=0
+
+left() { echo $((limit - SECONDS)); }
+
+part() { # NAME SECONDS COMMAND...: one part, at most this long; a failure is noted, the other parts still run
+    local name=$1 at_most=$2
+    shift 2
+    [ "$at_most" -gt "$(left)" ] && at_most=$(left)
+    echo "== $name ($SECONDS s)"
+    if [ "$at_most" -lt 5 ]; then
+        echo "left out: no time"
+        status=1
+        return
+    fi
+    timeout "$at_most" "$python" "$@" --json "$parts/$name.json" || { echo "$name: status $?"; status=1; }
+}
+
+"$python" benchmarks/measure.py > "$parts/environment.json" || exit 1
+if grep -q '"platform": "cpu"' "$parts/environment.json"; then
+    echo "no accelerator: tiny presets, interpreted kernels"
+    tuning=(--dims 16 --budget 0.01) shape=tiny preset=tiny
+else
+    tuning=(--write) shape=13b preset=gpu
+fi
+
+{
+    part tiles 120 benchmarks/tune_attention.py "${tuning[@]}" --seconds 60
+    part numerics 90 benchmarks/numerics.py
+    part attention 90 benchmarks/attention.py --shape "$shape" --budget 0.3 --seconds 60
+    part train_step "$(left)" benchmarks/train_step.py --preset "$preset" --seconds $(($(left) - 15)) \
+        --profile "$results/profile"
+    "$python" benchmarks/collect.py "$parts" "$results" || status=1
+    echo "== $SECONDS s, status $status"
+    exit "$status"
+} 2>&1 | tee "$results/gpu_check.log"
