@@ -21,6 +21,8 @@ VERBS = {
 }
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
+EXIT_STOPPED = 75
+"""A signal ended a training run and its state is saved: the same command continues it. EX_TEMPFAIL of sysexits.h."""
 
 
 def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

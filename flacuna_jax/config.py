@@ -241,6 +241,13 @@ class TrainingConfig(Section):
     """Rows per data×fsdp shard in one forward and backward pass."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass computes again: nothing, all but matrix products and attention, or each whole layer."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite, or leaps, changes nothing. stop: the run ends there; skip: it goes
+    on with the next batch. The batch is kept in bad_steps/ either way."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A leap is a loss or gradient norm above this many times its mean over the last steps; null looks for none."""
+    max_bad_steps: PositiveInt = 10
+    """With on_bad_step: skip, so many in a row end the run all the same."""
 
     @model_validator(mode="after")
     def schedule_is_whole(self) -> "TrainingConfig":
@@ -275,8 +282,71 @@ class MeshConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     keep: PositiveInt = 3
+    """The last so many stay."""
+    keep_best: NonNegativeInt = 1
+    """And so many more, the best by evaluation.metric; each is saved when it is measured. Without evaluation, none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one; never: refuse a used output_dir."""
+    allow_changes: tuple[str, ...] = ()
+    """What may differ from the run that is continued: settings or sections by name (training.learning_rate), or data,
+    tokenizer, base, code."""
+
+
+class TasksConfig(Section):
+    """Benchmarks of `flacuna evaluate` that are run on the model in training."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """As in `flacuna evaluate --tasks`: mmlu:5, bbh, hhh, ..., or the harness's tasks."""
+    data: str
+    """Directory of the benchmarks' files, or of the harness's task files."""
+    protocol: Literal["instructeval", "lm_eval"] = "instructeval"
+    limit: PositiveInt | None = 20
+    """Problems per subject or task."""
+    every_steps: PositiveInt | None = None
+    """Null: with every evaluation."""
+
+
+class EvaluationConfig(Section):
+    """What is measured while a run goes on, on records that it does not learn from."""
+
+    every_steps: PositiveInt = 500
+    """Besides that the start and the end are measured."""
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training records to hold out, chosen by the hash of their question: records with the same question
+    are on the same side, whatever their order or number."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Or records of their own."""
+    max_examples: PositiveInt | None = None
+    """Measure only so many of the held-out records, those with the lowest hashes."""
+    metric: str = "eval/loss"
+    """Which number tells the best checkpoint, and when to stop. Losses and perplexities want to be low, others high."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a new best."""
+    deliver: Literal["last", "best"] = "last"
+    """Which checkpoint becomes adapter/ (or model/)."""
+    samples: NonNegativeInt = 4
+    """Held-out questions that are answered at every evaluation, for people to read."""
+    prompts: tuple[str, ...] = ()
+    """Questions of one's own to answer besides."""
+    sample_tokens: PositiveInt = 128
+    """The longest answer."""
+    tasks: TasksConfig | None = None
+
+    @model_validator(mode="after")
+    def measures_something(self) -> "EvaluationConfig":
+        if self.fraction is not None and self.sources:
+            raise ValueError("fraction and sources are two ways to say the same; set one of them")
+        if self.fraction is None and not self.sources and self.tasks is None:
+            raise ValueError("fraction, sources or tasks is missing: there is nothing to measure")
+        if self.metric.startswith("eval/") and self.fraction is None and not self.sources:
+            raise ValueError(f"metric {self.metric} is of held-out records; set fraction or sources, or name a task's")
+        if any(source.weight != 1 for source in self.sources):
+            raise ValueError("sources: weight is for training; what is measured is read once")
+        return self
+
+    @property
+    def lower_is_better(self) -> bool:
+        return "loss" in self.metric or "perplexity" in self.metric
 
 
 class LoggingConfig(Section):
@@ -313,6 +383,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig | Literal["auto"] = "auto"
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
     logging: LoggingConfig = LoggingConfig()
     distributed: DistributedConfig = DistributedConfig()
 

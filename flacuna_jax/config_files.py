@@ -66,6 +66,16 @@ def top_level_keys(path: str | Path) -> frozenset[str]:
     return frozenset(map(str, _read_yaml(Path(path))[0]))
 
 
+def require_settings(names: Sequence[str], words: Sequence[str], key: str) -> None:
+    """Raises `UserError` for a name in the list `key` that is no setting or section of a run, nor one of `words`."""
+    known = [*words, *_all_keys(RunConfig)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; besides settings there are {', '.join(words)}"
+            raise UserError(f"{key}: {name!r} is no setting{hint}")
+
+
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> RunConfig:
     """Validates an already parsed config; raises `UserError` like `load_config`."""
     return _validate(tree, overrides, lambda _: origin, RunConfig)

@@ -3,32 +3,52 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flacuna_jax.config import DistributedConfig, LoraConfig, MeshConfig, RunConfig
+from flacuna_jax import distributed
+from flacuna_jax.config import DataConfig, DistributedConfig, LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.data.build import build_store
+from flacuna_jax.data.held_out import keys, lowest, select, split
 from flacuna_jax.data.hub import local_sources
-from flacuna_jax.data.pipeline import RunPlan, plan_run
+from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_run
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.distributed import code_fingerprint
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params
-from flacuna_jax.model.sharding import parameter_shardings, split_everywhere
-from flacuna_jax.model_source import ModelSource
+from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings, row_shards, split_everywhere
+from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import TARGETS
+from flacuna_jax.training.code_version import code_fingerprints, library_versions
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from flacuna_jax.training.state import StateLayout
+
+Say = Callable[[str], None]
+"""Tells the person who watches; hosts other than the first say nothing."""
+
+
+def say_nothing(text: str) -> None:
+    del text
+
+
+class Parts(NamedTuple):
+    """A run before its data: the config with every choice made, the model's sizes and files, devices."""
+
+    config: RunConfig
+    source: ModelSource
+    mesh: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +61,8 @@ class Setup:
     store: TokenStore
     report: DataReport
     plan: RunPlan
+    held_out: TokenStore | None = None
+    """Records that are measured and not learned from."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -63,7 +85,9 @@ class Setup:
                 "data": self.store.fingerprint(),
                 "tokenizer": tokenizer_fingerprint(self.config.model.tokenizer_path),
                 "base": fingerprint(self.source.reader, self.source.config) if self.source.reader else "random",
+                "code": code_fingerprints(),
             },
+            "libraries": library_versions(),
             "rows_per_step": self.plan.rows_per_step,
             "total_steps": self.plan.total_steps,
         }
@@ -114,12 +138,68 @@ def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
     return ModelSpec(source.config, config.lora, dtype, dtype if config.lora else "float32")
 
 
+def open_parts(config: RunConfig) -> Parts:
+    """Raises UserError for a model that is not there, or devices that do not go with it or with the batch."""
+    source = open_model(config.model)
+    config = resolve_auto(config, source)
+    mesh = make_mesh(config.mesh)
+    check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
+    check_batch_arithmetic(config.training, row_shards(mesh))
+    return Parts(config, source, mesh)
+
+
+def set_up(parts: Parts, say: Say) -> Setup:
+    """Adds data and plan; the same on all hosts. Raises UserError for what is wrong with them."""
+    config, source, mesh = parts
+    setup = Setup(config, mesh, source, *build_data(config, source, row_shards(mesh), say))
+    distributed.require_agreement(setup.shared_facts)
+    return setup
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of all devices together; None for a chip that no data sheet is kept of."""
+    devices = jax.devices()
+    target = next((t for t in TARGETS.values() if t.device_kind == devices[0].device_kind), None)
+    return None if target is None else target.bf16_flops * len(devices)
+
+
 def build_data(
-    config: RunConfig, source: ModelSource, shards: int, say: Callable[[str], None]
-) -> tuple[TokenStore, DataReport, RunPlan]:
+    config: RunConfig, source: ModelSource, shards: int, say: Say
+) -> tuple[TokenStore, DataReport, RunPlan, TokenStore | None]:
+    """The tokenised corpus, what became of every record, the plan of the run, and what is held out of it.
+
+    Raises:
+      UserError: the data, the tokenizer or the numbers of the config are not as they should be.
+    """
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
-    data = local_sources(config.data, default_directory() / "downloads")
+    store, report = _tokenised(config, config.data, tokenizer, say)
+    held_out = None
+    settings = config.evaluation
+    if settings is not None and settings.fraction is not None:
+        store, held_out = split(store, settings.fraction, settings.max_examples)
+    elif settings is not None and settings.sources:
+        measured, _ = _tokenised(config, evaluation_data(config), tokenizer, say)
+        found = keys(measured)
+        held_out = select(measured, lowest(found, np.arange(len(measured)), settings.max_examples))
+        common = int(np.isin(found, keys(store)).sum())
+        if common:
+            say(
+                f"warning    {common:,} of {len(found):,} questions in evaluation.sources are also in the training data"
+            )
+    if held_out is not None:
+        say(f"held out   {len(held_out):,} examples, {int(held_out.supervised.sum()):,} supervised tokens")
+    return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards), held_out
+
+
+def evaluation_data(config: RunConfig) -> DataConfig:
+    """The settings that held-out records are read by: the training data's, but for `evaluation.sources`."""
+    assert config.evaluation is not None, "asked for with evaluation alone"
+    return config.data.model_copy(update={"sources": config.evaluation.sources or config.data.sources})
+
+
+def _tokenised(config: RunConfig, data: DataConfig, tokenizer: Tokenizer, say: Say) -> tuple[TokenStore, DataReport]:
+    data = local_sources(data, default_directory() / "downloads")
     try:
         tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
         store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say)
@@ -128,7 +208,7 @@ def build_data(
         store, report = build_store(data, tokenizer)
     for line in report.lines():
         say(line)
-    return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+    return store, report
 
 
 def load_weights(setup: Setup) -> Params:

@@ -5,149 +5,186 @@ them together.
 """
 
 import argparse
+import functools
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 from flacuna_jax import distributed
-from flacuna_jax.cli import run_verb
+from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, run_verb
 from flacuna_jax.config import RunConfig
-from flacuna_jax.config_files import load_config
-from flacuna_jax.data.pipeline import BatchStream, StepSource, check_batch_arithmetic
-from flacuna_jax.model.sharding import batch_sharding, check_mesh, make_mesh, row_shards
-from flacuna_jax.model_source import open_model
+from flacuna_jax.config_files import load_config, require_settings
+from flacuna_jax.data.pipeline import BatchStream, StepSource
+from flacuna_jax.evaluation.suite import Evaluator
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.model.sharding import batch_sharding
 from flacuna_jax.run_delivery import deliver_result
-from flacuna_jax.run_setup import Setup, build_data, first_adapters, load_weights, plan_lines, resolve_auto
+from flacuna_jax.run_evaluation import make_measurement, read_tasks
+from flacuna_jax.run_setup import Say, Setup, open_parts, peak_flops, plan_lines, say_nothing, set_up
+from flacuna_jax.run_state import chosen_state, fresh_state, starting_point
+from flacuna_jax.run_watch import Watch, report_on
+from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
 from flacuna_jax.training.checkpoint import Checkpointer
+from flacuna_jax.training.determinism import Beginning, NotDeterministic, check_determinism
+from flacuna_jax.training.flops import StepFlops, flops_of_step
+from flacuna_jax.training.live_report import LiveReport
 from flacuna_jax.training.loop import Loop
-from flacuna_jax.training.metrics import Throughput, open_tracker
+from flacuna_jax.training.metrics import open_tracker
+from flacuna_jax.training.profile import PROFILE, traced
 from flacuna_jax.training.progress import open_progress
-from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
-from flacuna_jax.training.resume import require_same_run, rounding_changes
+from flacuna_jax.training.resume import WORDS
 from flacuna_jax.training.run_directory import RunDirectory, open_run_directory
-from flacuna_jax.training.state import TrainState
-from flacuna_jax.training.step import StepConfig, make_step, partition
+from flacuna_jax.training.step import StepConfig, make_step
 from flacuna_jax.training.step_log import StepLog
+from flacuna_jax.training.stop import Stopped, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(
         prog="flacuna train",
         description="Fine-tunes a LLaMA: LoRA adapters, or every weight with lora: null.",
-        epilog="Any setting of the config can be overridden: --training.epochs=2 --data.sources.0.path=my.jsonl",
+        epilog="Any setting of the config can be overridden: --training.epochs=2 --data.sources.0.path=my.jsonl. "
+        f"Exit status: 0 done; 2 the input is wrong; {EXIT_STOPPED} a signal (SIGTERM, SIGINT, SIGUSR1) ended the run, "
+        "its state is saved, the same command continues it; 1 anything else.",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
+    parser.add_argument("--profile", action="store_true", help="trace a few steps into output_dir/profile")
+    parser.add_argument(
+        "--check_determinism", action="store_true", help="only prove, on 3 steps, that a seed gives the same bytes"
+    )
     arguments, overrides = parser.parse_known_args(argv)
-    train(load_config(arguments.config, overrides))
-    return None
+    config = load_config(arguments.config, overrides)
+    with StopRequest() as stop:
+        try:
+            if arguments.check_determinism:
+                return prove_determinism(config)
+            return train(config, stop, profile=arguments.profile)
+        except Stopped as reason:
+            print(f"stopped: {reason}", file=sys.stderr)
+            return EXIT_STOPPED
+        except (BadStep, NotDeterministic) as reason:
+            print(f"error: {reason}", file=sys.stderr)
+            return EXIT_FAILURE
 
 
-def train(config: RunConfig) -> None:
-    """Runs, or resumes, one training run. Raises `UserError` before anything is written if the input is wrong."""
+def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int:
+    """Runs, or resumes, one training run; returns the exit status.
+
+    Raises:
+      UserError: before anything is written if the input is wrong; later, if the output directory fails.
+      Stopped: a signal came; what there was to save is saved.
+      BadStep: the loss is not finite, or leapt, and the settings say to stop.
+    """
+    require_settings(config.checkpoint.allow_changes, tuple(WORDS), "checkpoint.allow_changes")
     distributed.initialize(config.distributed)
-    source = open_model(config.model)
-    config = resolve_auto(config, source)
-    mesh = make_mesh(config.mesh)
-    check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
-    shards = row_shards(mesh)
-    check_batch_arithmetic(config.training, shards)
-
+    tasks = read_tasks(config)
+    model = open_parts(config)
     primary = jax.process_index() == 0
+    say: Say = print if primary else say_nothing
     with open_run_directory(config.directory, resume=config.checkpoint.resume, primary=primary) as directory:
-        say: Callable[[str], None] = print if primary else lambda _: None
-        setup = Setup(config, mesh, source, *build_data(config, source, shards, say))
-        distributed.require_agreement(setup.shared_facts)
+        setup = set_up(model, say)
         with Checkpointer(
             directory.path, keep=config.checkpoint.keep, asynchronous=config.lora is None
         ) as checkpointer:
-            _train(setup, directory, checkpointer, say)
+            run(setup, directory, checkpointer, stop, tasks, say, profile)
+    return EXIT_OK
 
 
-def _train(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
-    config, layout, meta = setup.config, setup.layout, setup.meta
+def run(
+    setup: Setup,
+    directory: RunDirectory,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    tasks: Evaluator | None,
+    say: Say,
+    profile: bool,
+) -> None:
+    """From the starting state to the delivered result."""
+    config, plan = setup.config, setup.plan
     primary = jax.process_index() == 0
     for line in plan_lines(setup):
         say(line)
-
-    # Where the run starts: the newest intact checkpoint > the adapter of lora.init_from > fresh adapters. Without LoRA:
-    # the newest checkpoint > the base's weights, or random ones.
-    restored = checkpointer.restore(
-        layout.trainable,
-        layout.opt_state,
-        check=lambda saved: require_same_run(saved, meta, directory.path),
-        notify=say,
-    )
-    if restored:
-        say(f"resuming after step {restored.step}")
-        for change in rounding_changes(restored.meta, meta):
-            say(f"note: equal to rounding only, not bit for bit: {change}")
-        state = TrainState(restored.step, restored.trainable, restored.opt_state)
-        base = load_weights(setup) if config.lora else {}
-    else:
-        base = load_weights(setup)
-        trainable, base = partition(setup.spec, base, first_adapters(setup, base))
-        state = layout.begin(trainable)
+    state, base, history = starting_point(setup, directory, checkpointer, say)
     if primary:
         directory.write_config(config.to_yaml())
-        directory.cut_metrics_back(state.step)
+        directory.cut_back(state.step)
 
-    source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
+    report = LiveReport(functools.partial(report_on, setup, directory) if primary else say_nothing, say)
+    source = StepSource(setup.store, plan, jax.process_index(), jax.process_count())
     stream = BatchStream(source, start_step=state.step, threads=2, ahead=4)
-    throughput = Throughput()
+    step_config = StepConfig(setup.spec, config.seed, remat=config.training.remat)
+    step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
+    rows = batch_sharding(setup.mesh)
     started = time.monotonic()
     with (
+        stop.deferred(),
         open_tracker(
-            config.logging, directory.path, config=meta["config"], after_step=state.step, primary=primary
+            config.logging, directory.path, config=setup.meta["config"], after_step=state.step, primary=primary
         ) as tracker,
-        open_progress(setup.plan.total_steps, state.step, primary=primary) as progress,
+        open_progress(plan.total_steps, state.step, primary=primary) as progress,
     ):
-
-        def save(state: TrainState) -> None:
-            tracker.sync()
-            with throughput.paused():
-                checkpointer.save(state.step, state.trainable, state.opt_state, {**meta, "cursor": stream.cursor()})
-
+        measurement = make_measurement(
+            setup, step_config, base, history, tasks, tracker, directory, progress.say, stop.poll
+        )
         log = StepLog(
-            total_steps=setup.plan.total_steps,
+            total_steps=plan.total_steps,
             every_steps=config.logging.every_steps,
             schedule=setup.schedule,
             info=source.info,
             tracker=tracker,
             progress=progress,
-            throughput=throughput,
+            flops=functools.partial(flops_of_step, StepFlops.of(setup.spec), setup.store.lengths),
+            peak_flops=peak_flops(),
         )
-        step = make_step(
-            StepConfig(setup.spec, config.seed, remat=config.training.remat),
-            layout.optimizer,
-            setup.mesh,
-            layout.shardings,
-        )
+        watch = Watch(setup, checkpointer, stream, tracker, history, log, measurement, report)
+        inspector = BatchInspector(setup.store, source, step_config, rows, load_tokenizer(config.model.tokenizer_path))
         loop = Loop(
-            step=step,
+            step=traced(step, directory.path / PROFILE, progress.say) if profile else step,
             frozen=base,
             batches=stream,
-            batch_sharding=batch_sharding(setup.mesh),
-            total_steps=setup.plan.total_steps,
-            observe=log,
-            save=save,
+            batch_sharding=rows,
+            total_steps=plan.total_steps,
+            observe=watch.observe,
+            on_bad=BadStepPolicy(config.training, inspector, base, directory.path if primary else None, progress.say),
+            save=watch.save,
             save_every=config.checkpoint.every_steps,
+            evaluate=watch.evaluate,
+            evaluate_every=config.evaluation.every_steps if config.evaluation else None,
+            stop=stop.poll,
         )
-        state = loop.run(state)
+        watch.evaluate_if_due(state)
+        state, end = (state, "enough") if watch.has_enough else loop.run(state)
         stream.close()
     checkpointer.wait()
+
+    if end == "stopped":
+        report.finish(f"stopped by {stop.received or 'another host'} after step {state.step}")
+        raise Stopped(f"{stop.received or 'another host'}: saved after step {state.step}; start again to continue")
     say(f"{state.step} steps done in {time.monotonic() - started:.1f} s")
+    if end == "enough":
+        say(f"stopped early: no new best in {history.since_best} evaluations")
+    state = chosen_state(setup, checkpointer, history, state, say)
     say(deliver_result(setup, directory, state, base, log.last_loss))
-    if primary:
-        write_report(
-            directory.report,
-            title=directory.path.name,
-            records=read_metrics(directory.metrics),
-            facts={line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in plan_lines(setup)},
-            mixture=mixture_rows(setup.report),
-            config_yaml=config.to_yaml(),
-            environment=environment(),
-        )
+    report.finish("finished" if end == "finished" else f"finished early, after step {log.last_step}")
+
+
+def prove_determinism(config: RunConfig) -> int:
+    """Begins the run twice and compares bytes; writes nothing. Raises NotDeterministic; UserError for wrong input."""
+    distributed.initialize(config.distributed)
+    say: Say = print if jax.process_index() == 0 else say_nothing
+    setup = set_up(open_parts(config), say)
+
+    def begin() -> Beginning:
+        step_config = StepConfig(setup.spec, setup.config.seed, remat=setup.config.training.remat)
+        source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
+        state, base = fresh_state(setup)
+        step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
+        return Beginning(state, base, step, BatchStream(source, start_step=0, threads=2, ahead=2))
+
+    check_determinism(begin, batch_sharding(setup.mesh), setup.plan.total_steps, say)
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -224,6 +224,18 @@ class StepSource:
         first = step_in_epoch * self._plan.rows_per_step
         return [packed.row(row) for row in range(first, min(first + self._plan.rows_per_step, packed.rows))]
 
+    def labelled(self, step: int, label_of_example: NDArray[np.integer[Any]]) -> Batch:
+        """The batch of a step and one leaf more, `labels`: int32, on every token its example's label, -1 on padding."""
+        batch = self[step]
+        labels = np.full(batch["segment_ids"].shape, -1, np.int32)
+        for number, examples in enumerate(self.rows(step)):
+            micro_batch, row = divmod(number, self._plan.micro_rows)
+            row -= self._first_row
+            if 0 <= row < self._local_rows:
+                of_segment = np.concatenate([[-1], label_of_example[examples]])
+                labels[micro_batch, row] = of_segment[batch["segment_ids"][micro_batch, row]]
+        return {**batch, "labels": labels}
+
     def info(self, step: int) -> StepInfo:
         """The counts of a step, and which examples it holds."""
         rows = self.rows(step)

@@ -47,6 +47,21 @@ def token_losses(
     return _token_losses(hidden_btd, head_vd, targets_bt, loss_mask_bt, chunk)
 
 
+def token_scores(
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    targets_bt: jax.Array,
+    loss_mask_bt: jax.Array,
+    *,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """What `token_losses` gives, and whether each supervised target is the most likely token, bool [b, t].
+
+    For measuring: it has no gradient.
+    """
+    return _on_mesh(_scores, chunk, head_vd, ("rows", "rows"))(hidden_btd, head_vd, targets_bt, loss_mask_bt)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _token_losses(
     hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int
@@ -125,10 +140,17 @@ def _put_back(x_n: jax.Array, positions: _Positions, shape: tuple[int, ...]) -> 
     return rows.at[positions.order_n].set(x_n, mode="drop", unique_indices=True).reshape(shape)
 
 
-def _chunk_statistics(
-    hidden_cd: jax.Array, head_vd: jax.Array, here: _Positions, layout: _Layout
-) -> tuple[jax.Array, jax.Array]:
-    """Losses [c] and d loss / d logits [c, v] of one chunk, zero beyond its supervised positions."""
+class _ChunkStatistics(NamedTuple):
+    """Of one chunk; zero beyond its supervised positions."""
+
+    loss_c: jax.Array
+    is_likeliest_c: jax.Array
+    """Whether no token is more likely than the target."""
+    gradient_cv: jax.Array
+    """d loss / d logits."""
+
+
+def _chunk_statistics(hidden_cd: jax.Array, head_vd: jax.Array, here: _Positions, layout: _Layout) -> _ChunkStatistics:
     logits_cv = jnp.einsum("cd,vd->cv", hidden_cd, head_vd, preferred_element_type=jnp.float32)
     vocab_start = jnp.int32(0)
     highest_c = jnp.max(logits_cv, axis=-1)
@@ -144,7 +166,7 @@ def _chunk_statistics(
     live_c = jnp.arange(layout.chunk) < here.supervised
     loss_c = jnp.where(live_c, jnp.log(normalizer_c) + highest_c - target_logit_c, 0.0)
     gradient_cv = jnp.where(live_c[:, None], exponentials_cv / normalizer_c[:, None] - is_target_cv, 0.0)
-    return loss_c, gradient_cv
+    return _ChunkStatistics(loss_c, live_c & (target_logit_c >= highest_c), gradient_cv)
 
 
 def _through_head(gradient_cv: jax.Array, head_vd: jax.Array, layout: _Layout) -> jax.Array:
@@ -162,11 +184,29 @@ def _losses(
 
     def body(index: jax.Array, losses_n: jax.Array) -> jax.Array:
         here = positions.at(index, layout.chunk)
-        loss_c, _ = _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout)
-        return _put(losses_n, index, loss_c)
+        return _put(losses_n, index, _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout).loss_c)
 
     losses_n = _loop(positions, layout, body, jnp.zeros(positions.order_n.shape, jnp.float32))
     return _put_back(losses_n, positions, targets_bt.shape)
+
+
+def _scores(
+    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, *, layout: _Layout
+) -> tuple[jax.Array, jax.Array]:
+    """Losses, and whether each target is the most likely token."""
+    hidden_nd = hidden_btd.reshape(-1, hidden_btd.shape[-1])
+    positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
+
+    def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        losses_n, is_likeliest_n = carry
+        here = positions.at(index, layout.chunk)
+        found = _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout)
+        return _put(losses_n, index, found.loss_c), _put(is_likeliest_n, index, found.is_likeliest_c)
+
+    shape = positions.order_n.shape
+    losses_n, is_likeliest_n = _loop(positions, layout, body, (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)))
+    losses_bt = _put_back(losses_n, positions, targets_bt.shape)
+    return losses_bt, _put_back(is_likeliest_n, positions, targets_bt.shape)
 
 
 def _losses_and_gradients(
@@ -179,7 +219,7 @@ def _losses_and_gradients(
     def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         losses_n, gradients_nd = carry
         here = positions.at(index, layout.chunk)
-        loss_c, gradient_cv = _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout)
+        loss_c, _, gradient_cv = _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout)
         gradient_cd = _through_head(gradient_cv, head_vd, layout)
         return _put(losses_n, index, loss_c), _put(gradients_nd, index, gradient_cd)
 
@@ -207,7 +247,9 @@ def _all_gradients(
         gradients_nd, head_gradient_vd = carry
         here = positions.at(index, layout.chunk)
         hidden_cd = hidden_nd[here.order_n]
-        gradient_cv = _chunk_statistics(hidden_cd, head_vd, here, layout)[1] * cotangent_n[here.order_n][:, None]
+        gradient_cv = (
+            _chunk_statistics(hidden_cd, head_vd, here, layout).gradient_cv * cotangent_n[here.order_n][:, None]
+        )
         through_cd = _through_head(gradient_cv, head_vd, layout)
         head_gradient_vd += jnp.einsum(
             "cv,cd->vd", gradient_cv.astype(hidden_cd.dtype), hidden_cd, preferred_element_type=jnp.float32

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Checkpointer:
 
     Args:
       run_dir: the run's output directory.
-      keep: how many checkpoints stay, by step number. An old one is deleted only after the new one is on the disk.
+      keep: how many checkpoints stay, the last by step number, besides those that `save` is told are the best. An old
+        one is deleted only after the new one is on the disk.
       asynchronous: `save` returns once the arrays are copied off the devices. Worth it for full tuning; adapters are
         small.
     """
@@ -62,6 +63,7 @@ class Checkpointer:
         self._keep = keep
         self._asynchronous = asynchronous
         self._unsettled: int | None = None
+        self._best: frozenset[int] = frozenset()
         with _write_errors(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
@@ -79,15 +81,18 @@ class Checkpointer:
         """Steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, trainable: dict[str, jax.Array], opt_state: Any, meta: Meta) -> None:
+    def save(
+        self, step: int, trainable: dict[str, jax.Array], opt_state: Any, meta: Meta, best: Collection[int] = ()
+    ) -> None:
         """Writes the state after `step` updates; a step that is already there is left as it is.
 
-        The arrays may be donated as soon as this returns.
+        The arrays may be donated as soon as this returns. Checkpoints of the steps `best` are not deleted this time.
 
         Raises:
           UserError: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
         """
         self.wait()
+        self._best = frozenset(best)
         if step in self.steps():
             return
         leaves = {**_describe("trainable", trainable), **_describe("optimizer", opt_state)}
@@ -111,7 +116,8 @@ class Checkpointer:
             self._manager.wait_until_finished()
             _force_to_disk(self._directory / str(step))
             for old in self.steps()[: -self._keep]:
-                self._manager.delete(old)
+                if old not in self._best:
+                    self._manager.delete(old)
 
     def close(self) -> None:
         try:
@@ -156,6 +162,16 @@ class Checkpointer:
                 "move that directory away to begin again, or choose another output_dir"
             )
         return None
+
+    def read_trainable(self, step: int, trainable: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The trained arrays of one checkpoint, with the shardings wanted. Raises UserError if it is damaged."""
+        self.wait()
+        try:
+            restored = _read(self._manager, step, {"trainable": trainable}, check=lambda _: None)
+        except UnreadableCheckpoint as error:
+            raise UserError(f"checkpoint {self._directory / str(step)} is damaged: {error}") from None
+        found: dict[str, jax.Array] = restored["trainable"]
+        return found
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:

@@ -51,8 +51,13 @@ class TrainRecord:
     """Null until one step after the compiling one is finished."""
     supervised_tokens_per_second: float | None = None
     seconds_per_step: float | None = None
+    mfu: float | None = None
+    """Share of the devices' dense peak that the model's own arithmetic took (training/flops.py); null where it is not
+    known."""
     peak_memory_bytes: int | None = None
     """Largest of the local devices; null where the backend does not tell."""
+    skipped: int = 0
+    """Bad steps so far, which changed nothing."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -65,6 +70,7 @@ class Rates:
     tokens_per_second: float | None = None
     supervised_tokens_per_second: float | None = None
     seconds_per_step: float | None = None
+    flops_per_second: float | None = None
 
 
 class Throughput:
@@ -78,16 +84,19 @@ class Throughput:
         self._clock = clock
         self._since: float | None = None
         self._steps = self._tokens = self._supervised_tokens = 0
+        self._flops = 0.0
 
     def start(self) -> None:
         self._since = self._clock()
         self._steps = self._tokens = self._supervised_tokens = 0
+        self._flops = 0.0
 
-    def add(self, tokens: int, supervised_tokens: int) -> None:
+    def add(self, tokens: int, supervised_tokens: int, flops: float = 0.0) -> None:
         """Counts one step; before `start` it counts for nothing."""
         self._steps += 1
         self._tokens += tokens
         self._supervised_tokens += supervised_tokens
+        self._flops += flops
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,7 +111,9 @@ class Throughput:
         if self._since is None or not self._steps:
             return Rates()
         seconds = self._clock() - self._since
-        rates = Rates(self._tokens / seconds, self._supervised_tokens / seconds, seconds / self._steps)
+        rates = Rates(
+            self._tokens / seconds, self._supervised_tokens / seconds, seconds / self._steps, self._flops / seconds
+        )
         self.start()
         return rates
 
@@ -146,7 +157,7 @@ def open_tracker(
         trackers: list[Tracker] = []
 
         def add(tracker: Tracker) -> None:
-            stack.callback(tracker.close)
+            stack.callback(_close, tracker)
             trackers.append(tracker)
 
         if primary:
@@ -159,21 +170,34 @@ def open_tracker(
 
 
 class Several:
-    """Passes everything on to each of its trackers; closing them is up to whoever opened them."""
+    """Passes everything on to each of its trackers; closing them is up to whoever opened them.
 
-    def __init__(self, trackers: list[Tracker]) -> None:
+    metrics.jsonl comes first, and what it cannot write ends the run. A tracker after it that fails is left out from
+    then on, with a word: a dashboard that is out of reach is no reason to lose a run.
+    """
+
+    def __init__(self, trackers: list[Tracker], say: Callable[[str], None] = print) -> None:
         self._trackers = trackers
+        self._say = say
 
     def log(self, record: Record) -> None:
-        for tracker in self._trackers:
-            tracker.log(record)
+        self._each(lambda tracker: tracker.log(record))
 
     def sync(self) -> None:
-        for tracker in self._trackers:
-            tracker.sync()
+        self._each(lambda tracker: tracker.sync())
 
     def close(self) -> None:
         pass
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                if isinstance(tracker, JsonLines):
+                    raise
+                self._trackers.remove(tracker)
+                self._say(f"warning: {type(tracker).__name__} is left out from now on: {error}")
 
 
 class JsonLines:
@@ -193,13 +217,28 @@ class JsonLines:
         with self._writing():
             while line:
                 line = line[os.write(self._descriptor, line) :]
+            self._require_present()
+
+    @classmethod
+    def append(cls, path: Path, record: Record) -> None:
+        """One line for a file that is seldom written."""
+        with contextlib.closing(cls(path)) as lines:
+            lines.log(record)
 
     def sync(self) -> None:
         with self._writing():
             os.fsync(self._descriptor)
+            self._require_present()
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _require_present(self) -> None:
+        """A file that was deleted, or whose directory was moved, still takes what is written, and nobody reads it."""
+        if not (self._path.exists() and os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))):
+            raise UserError(
+                f"{self._path} is gone: its directory was removed, moved or unmounted while the run was going on"
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -242,15 +281,19 @@ class WeightsAndBiases:
                 f"logging.wandb is {project!r} but the wandb package is not installed: "
                 "pip install 'flacuna-jax[wandb]', or set logging.wandb: null"
             ) from None
+        settings: dict[str, Any] = {
+            "project": project,
+            "dir": str(run_dir),
+            "name": run_dir.name,
+            "id": _kept_id(run_dir / WANDB / "flacuna_run_id"),
+            "resume": "allow",
+            "config": dict(config),
+        }
         try:
-            self._run = wandb.init(
-                project=project,
-                dir=str(run_dir),
-                name=run_dir.name,
-                id=_kept_id(run_dir / WANDB / "flacuna_run_id"),
-                resume="allow",
-                config=dict(config),
-            )
+            self._run = wandb.init(**settings)
+        except wandb.errors.CommError as error:  # no network: what is logged is kept, for `wandb sync` later
+            print(f"warning: logging.wandb: {error}; logging offline, below {run_dir / WANDB}")
+            self._run = wandb.init(**settings, mode="offline")
         except wandb.Error as error:
             raise UserError(
                 f"logging.wandb: {error}; WANDB_MODE=offline logs without a network, logging.wandb: null does without"
@@ -264,6 +307,13 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _close(tracker: Tracker) -> None:
+    try:
+        tracker.close()
+    except Exception as error:
+        print(f"warning: {type(tracker).__name__} could not be closed: {error}")
 
 
 def _scalars(record: Record) -> dict[str, float]:

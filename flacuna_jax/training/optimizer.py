@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import TrainingConfig
+from flacuna_jax.training.guard import guarded
 
 Params = dict[str, jax.Array]
 
@@ -53,8 +54,9 @@ def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.
     return schedule
 
 
-def make_optimizer(training: TrainingConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW, Adafactor or Lion with decoupled decay times the learning rate.
+def make_optimizer(training: TrainingConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clips by global norm, then AdamW, Adafactor or Lion with decoupled decay times the learning rate; all of it under
+    the guard against bad steps.
 
     AdamW (eps 1e-8) equals `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.AdamW` with a transformers
     schedule. Decay spares `training.no_decay`; `training.lora_plus_ratio` multiplies the rate of B. Moments are
@@ -65,15 +67,14 @@ def make_optimizer(training: TrainingConfig, total_steps: int) -> optax.Gradient
     def decayed(params: Params) -> dict[str, bool]:
         return {path: is_decayed(path, training.no_decay) for path in params}
 
-    return _in_float32(
-        optax.chain(
-            clip,
-            _CORES[training.optimizer](training),
-            optax.add_decayed_weights(training.weight_decay, mask=decayed),
-            optax.scale_by_learning_rate(learning_rate_schedule(training, total_steps)),
-            _lora_plus(training.lora_plus_ratio),
-        )
+    named = optax.chain(
+        clip,
+        _CORES[training.optimizer](training),
+        optax.add_decayed_weights(training.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(learning_rate_schedule(training, total_steps)),
+        _lora_plus(training.lora_plus_ratio),
     )
+    return guarded(_in_float32(named), training.spike_factor)
 
 
 def _adam(training: TrainingConfig) -> optax.GradientTransformation:

@@ -125,6 +125,10 @@ def _figures(record: TrainRecord) -> list[str]:
     if record.supervised_tokens_per_second is not None:
         figures.append(f"{record.supervised_tokens_per_second:,.0f} supervised tok/s")
     figures.append(f"fill {100 * record.fill:.1f} %")
+    if record.mfu is not None:
+        figures.append(f"MFU {100 * record.mfu:.1f} %")
     if record.peak_memory_bytes is not None:
         figures.append(f"memory {record.peak_memory_bytes / 2**30:.1f} GiB")
+    if record.skipped:
+        figures.append(f"skipped {record.skipped}")
     return figures

@@ -35,37 +35,49 @@ def write_report(
     mixture: Sequence[Row],
     config_yaml: str,
     environment: Mapping[str, str],
+    samples: Sequence[Row] = (),
+    status: str = "finished",
 ) -> None:
-    """Writes the report of a run.
+    """Writes the report of a run, at its end or while it runs.
 
     Args:
       path: report.html.
       title: the run's name.
-      records: the lines of metrics.jsonl; those with a loss are drawn.
+      records: the lines of metrics.jsonl; training steps and evaluations are drawn.
       facts: short label → value pairs that head the page beside those taken from the records (rows, parameters, ...).
       mixture: a row per data source with the same keys in each; `mixture_rows` makes them.
       config_yaml: the resolved config.
       environment: see `environment`.
+      samples: the lines of samples.jsonl; each question's first and last answer are set side by side.
+      status: how the run stands; as long as it is "running" the page loads itself anew.
 
     Raises:
       UserError: the file cannot be written.
     """
     steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    tasks = dict.fromkeys(key for record in evaluations for key in record if key.startswith("tasks/"))
     curves = (
         _chart(steps, "loss", "Loss", "mean over a step's supervised tokens", smooth=True),
         _chart(steps, "learning_rate", "Learning rate", ""),
         _chart(steps, "grad_norm", "Gradient norm", "before clipping", smooth=True),
         _chart(steps, "supervised_tokens_per_second", "Throughput", "supervised tokens per second", smooth=True),
+        _chart(evaluations, "eval/loss", "Held-out loss", "mean over supervised tokens"),
+        _chart(evaluations, "eval/token_accuracy", "Held-out token accuracy", "share of most likely tokens"),
+        *(_chart(evaluations, task, task.removeprefix("tasks/"), "benchmark") for task in tasks),
     )
     page = _PAGE.substitute(
         title=escape(title),
-        subtitle=escape(f"flacuna_jax {environment.get('flacuna_jax', __version__)}"),
+        subtitle=escape(f"{status} · flacuna_jax {environment.get('flacuna_jax', __version__)}"),
+        refresh="<meta http-equiv=refresh content=60>" if status == "running" else "",
         tiles="".join(
             f"<div class=tile><span>{escape(label)}</span><b>{escape(value)}</b></div>"
             for label, value in {**_summary(steps), **facts}.items()
         ),
         charts="".join(curves) or "<p>No step was logged.</p>",
         mixture=_table(mixture),
+        held_out=_section("Held-out records by source", _table(_by_source(evaluations))) if evaluations else "",
+        samples=_section("Answers, before and after", _table(_before_and_after(samples))) if samples else "",
         config=escape(config_yaml),
         environment=_table([{"": name, "value": value} for name, value in environment.items()], header=False),
     )
@@ -73,8 +85,10 @@ def write_report(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl that its run has closed."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The records of a metrics.jsonl or samples.jsonl; none if the file is not there. A line that is still
+    being written is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def mixture_rows(report: DataReport) -> list[Row]:
@@ -119,7 +133,7 @@ def _summary(steps: Sequence[Row]) -> dict[str, str]:
         [record[key] for record in steps if record.get(key) is not None]
         for key in ("loss", "supervised_tokens_per_second", "peak_memory_bytes")
     )
-    summary = {"steps": f"{steps[-1]['step']:,}"}
+    summary = {"steps done": f"{steps[-1]['step']:,}"}
     if losses:
         window = max(1, min(10, len(losses) // 4))
         summary["loss, first → last"] = f"{_mean(losses[:window]):.3f} → {_mean(losses[-window:]):.3f}"
@@ -127,9 +141,56 @@ def _summary(steps: Sequence[Row]) -> dict[str, str]:
         summary["supervised tokens/s"] = f"{statistics.median(rates):,.0f}"
     if fills := [record["fill"] for record in steps if record.get("fill") is not None]:
         summary["fill"] = f"{100 * _mean(fills):.1f} %"
+    if shares := [record["mfu"] for record in steps if record.get("mfu") is not None]:
+        summary["MFU"] = f"{100 * statistics.median(shares):.1f} %"
     if peaks:
         summary["peak memory"] = f"{max(peaks) / 2**30:.1f} GiB"
+    if skipped := steps[-1].get("skipped"):
+        summary["bad steps skipped"] = f"{skipped:,}"
     return summary
+
+
+def _by_source(evaluations: Sequence[Row]) -> list[Row]:
+    """First and last measured, of all held-out records and of each source."""
+    if not evaluations or "eval/loss" not in evaluations[-1]:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    suffixes = [key.removeprefix("eval/loss") for key in last if key.startswith("eval/loss")]
+
+    def change(key: str, form: str) -> str:
+        before = format(first[key], form) if isinstance(first.get(key), float) else "–"
+        return f"{before} → {format(last[key], form)}" if isinstance(last.get(key), float) else before
+
+    return [
+        {
+            "source": suffix.removeprefix("/") or "all",
+            "supervised tokens": last[f"eval/tokens{suffix}"],
+            "loss": change(f"eval/loss{suffix}", ".4f"),
+            "perplexity": change(f"eval/perplexity{suffix}", ".2f"),
+            "token accuracy": change(f"eval/token_accuracy{suffix}", ".1%"),
+        }
+        for suffix in suffixes
+    ]
+
+
+def _before_and_after(samples: Sequence[Row]) -> list[Row]:
+    by_id: dict[Any, list[Row]] = {}
+    for sample in samples:
+        by_id.setdefault((sample["id"], sample["question"]), []).append(sample)
+    first, last = (min(s["step"] for s in samples), max(s["step"] for s in samples))
+    return [
+        {
+            "question": answers[0]["question"],
+            f"after step {first}": answers[0]["answer"],
+            **({f"after step {last}": answers[-1]["answer"]} if last > first else {}),
+            "expected": answers[0]["expected"] or "",
+        }
+        for answers in by_id.values()
+    ]
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>{content}"
 
 
 def _chart(records: Sequence[Row], key: str, title: str, note: str, smooth: bool = False) -> str:
@@ -237,7 +298,7 @@ def _table(rows: Sequence[Row], header: bool = True) -> str:
 
 
 _PAGE = Template("""<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<html lang=en><meta charset=utf-8>$refresh<meta name=viewport content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
 :root { color-scheme: light dark; --ink: light-dark(#1c2330, #e6e9ef); --dim: light-dark(#667085, #98a2b3);
@@ -260,7 +321,8 @@ polyline { fill: none; stroke: var(--main); stroke-linejoin: round; stroke-linec
 .main { stroke-width: 2; } .raw { stroke-width: 1; opacity: .35; } .grid { stroke: var(--rule); }
 .mark line { stroke: var(--dim); stroke-dasharray: 3 3; } .mark circle { fill: var(--main); }
 .scroll { overflow-x: auto; padding: 4px 0; } table { border-collapse: collapse; width: 100%; }
-th, td { padding: 7px 16px; text-align: left; } th { font-weight: 500; font-size: 13px; }
+th, td { padding: 7px 16px; text-align: left; vertical-align: top; }
+td { white-space: pre-wrap; overflow-wrap: anywhere; } th { font-weight: 500; font-size: 13px; }
 tr + tr td { border-top: 1px solid var(--rule); } .n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { padding: 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px;
@@ -269,6 +331,8 @@ pre { padding: 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 <header><h1>$title</h1><p>$subtitle</p></header>
 <div class=tiles>$tiles</div>
 <h2>Curves</h2><div class=charts>$charts</div>
+$held_out
+$samples
 <h2>Data</h2>$mixture
 <div class=two><section><h2>Settings</h2><pre>$config</pre></section>
 <section><h2>Environment</h2>$environment</section></div>

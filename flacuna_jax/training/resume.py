@@ -1,5 +1,6 @@
 """What may change between the two halves of an interrupted run, and what would make it a different run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,75 @@ _FREE = (
     "model.name",
     "model.tokenizer",
     "lora.init_from",
+    # How the run is watched, and what happens to a step that would have ruined it.
+    "evaluation",
+    "training.on_bad_step",
+    "training.spike_factor",
+    "training.max_bad_steps",
 )
 # The same sums in another order: results agree to rounding.
-_ROUNDING = ("mesh", "training.remat", "training.micro_batch_size")
+_ROUNDING = ("mesh", "training.remat", "training.micro_batch_size", "libraries")
 # Without a decaying schedule the length of the run has no influence on the steps before its end.
 _LENGTH = ("training.epochs", "training.max_steps", "total_steps")
+# Numbers that follow from settings and data; if those may change, so may these.
+_DERIVED = ("rows_per_step", "total_steps")
+
+# What `checkpoint.allow_changes` may name besides settings, and the fingerprints that go by it.
+WORDS = {
+    "data": ("fingerprints.data", "held_out_fraction"),
+    "tokenizer": ("fingerprints.tokenizer",),
+    "base": ("fingerprints.base",),
+    "code": ("fingerprints.code",),
+}
 
 
-def compare_meta(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def compare_meta(saved: dict[str, Any], current: dict[str, Any], allowed: Sequence[str] = ()) -> list[str]:
     """Settings that would bend the trajectory if the run went on, one readable line each; empty if it may go on.
 
     Both arguments are checkpoint metas: `config` (the resolved config as JSON), `fingerprints` (data, tokenizer, base,
     ...) and plain numbers such as `rows_per_step` or `total_steps`. Compared are `config`, `fingerprints` and every
-    number that both have, except `cursor` and `counters`, which move as the run goes on.
+    number that both have, except `cursor` and `counters`, which move as the run goes on. `allowed` are settings,
+    sections or `WORDS` that may differ.
     """
-    return [_line(*change) for change in _changes(saved, current) if not _tolerated(change[0], saved)]
+    return [_line(*change) for change in _refused(saved, current, allowed)]
 
 
-def require_same_run(saved: dict[str, Any], current: dict[str, Any], run_dir: Path) -> None:
+def require_same_run(
+    saved: dict[str, Any], current: dict[str, Any], run_dir: Path, allowed: Sequence[str] = ()
+) -> None:
     """Raises `UserError` with every difference that `compare_meta` finds."""
-    differences = compare_meta(saved, current)
-    if differences:
+    refused = _refused(saved, current, allowed)
+    if refused:
+        names = ", ".join(dict.fromkeys(_name_to_allow(key) for key, _, _ in refused if key not in _DERIVED))
         raise UserError(
             "\n".join(
                 (
                     f"{run_dir} holds a run that cannot be continued with these settings:",
-                    *(f"  {difference}" for difference in differences),
-                    "set them back, or choose another output_dir",
+                    *(f"  {_line(*change)}" for change in refused),
+                    "set them back, choose another output_dir, or go on as another run would: "
+                    f"--checkpoint.allow_changes=[{names}]",
                 )
             )
         )
+
+
+def allowed_changes(saved: dict[str, Any], current: dict[str, Any], allowed: Sequence[str]) -> list[str]:
+    """Differences that only `allowed` lets pass, for a notice."""
+    refused = _refused(saved, current, allowed)
+    return [_line(*change) for change in _refused(saved, current, ()) if change not in refused]
+
+
+def _refused(saved: dict[str, Any], current: dict[str, Any], allowed: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    refused = [change for change in _changes(saved, current) if not _tolerated(change[0], saved)]
+    prefixes = tuple(prefix for name in allowed for prefix in (name, *WORDS.get(name, ())))
+    left = [change for change in refused if not _under(change[0], prefixes)]
+    if len(left) < len(refused) and all(key in _DERIVED for key, _, _ in left):
+        return []
+    return left
+
+
+def _name_to_allow(key: str) -> str:
+    return next((word for word, keys in WORDS.items() if _under(key, keys)), key)
 
 
 def rounding_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -69,6 +109,7 @@ def _comparable(meta: dict[str, Any]) -> dict[str, Any]:
     data = dict(config.get("data", {}))
     data["sources"] = [{k: v for k, v in source.items() if k != "path"} for source in data.get("sources", ())]
     rest = {key: value for key, value in meta.items() if key not in ("config", "fingerprints", "cursor", "counters")}
+    rest["held_out_fraction"] = (config.get("evaluation") or {}).get("fraction")
     return {**config, "data": data, **rest, "fingerprints": meta.get("fingerprints", {})}
 
 

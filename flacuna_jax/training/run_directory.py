@@ -1,12 +1,13 @@
 """A run's output directory: locked by one run at a time, its files written whole or not at all.
 
-config.yaml  metrics.jsonl  checkpoints/  adapter/ or model/  report.html  TensorBoard events
+config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  bad_steps/  adapter/ or model/  report.html  TensorBoard events
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from typing import Literal
 from flacuna_jax.errors import UserError
 
 LOCK = ".lock"
+BUCKET = re.compile(r"[a-z][a-z0-9]+:/")
+"""gs://..., s3://...; a path swallows the second slash."""
 # What a run leaves behind; any of these makes a directory a used one.
 PRODUCTS = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html")
 
 
 @dataclass(frozen=True)
 class CutBack:
-    """What `RunDirectory.cut_metrics_back` did: records kept, records removed as later, lines removed as unreadable."""
+    """What `RunDirectory.cut_back` did to metrics.jsonl: records kept, removed as later, and lines removed
+    as unreadable."""
 
     kept: int
     later: int
@@ -44,6 +48,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """Sample answers of evaluations, a JSON object per line."""
+        return self.path / "samples.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -55,24 +64,32 @@ class RunDirectory:
         """
         write_atomically(self.config, text)
 
-    def cut_metrics_back(self, step: int) -> CutBack:
-        """Leaves in metrics.jsonl what was known at the checkpoint of `step`; at step 0 the file becomes empty.
+    def cut_back(self, step: int) -> CutBack:
+        """Leaves in metrics.jsonl and samples.jsonl what was known at the checkpoint of `step`; at step 0, nothing.
 
         A run killed after a checkpoint has logged steps that the resumed run will log again. Records without a step
         stay. Lines that are no JSON object (the torn last one, or what a power cut made of it) are removed.
 
+        Returns:
+          What became of metrics.jsonl.
+
         Raises:
-          UserError: the file cannot be read or written.
+          UserError: a file cannot be read or written.
         """
-        with _as_user_error(self.metrics):
-            raw = self.metrics.read_bytes() if self.metrics.exists() else b""
-        records = [(line, _json_object(line)) for line in raw.split(b"\n") if line.strip()]
-        kept = [line for line, record in records if step and record is not None and _step_of(record) <= step]
-        torn = sum(record is None for _, record in records)
-        content = b"".join(line + b"\n" for line in kept)
-        if content != raw:
-            write_atomically(self.metrics, content.decode())
-        return CutBack(len(kept), len(records) - len(kept) - torn, torn)
+        _cut_back(self.samples, step)
+        return _cut_back(self.metrics, step)
+
+
+def _cut_back(path: Path, step: int) -> CutBack:
+    with _as_user_error(path):
+        raw = path.read_bytes() if path.exists() else b""
+    records = [(line, _json_object(line)) for line in raw.split(b"\n") if line.strip()]
+    kept = [line for line, record in records if step and record is not None and _step_of(record) <= step]
+    torn = sum(record is None for _, record in records)
+    content = b"".join(line + b"\n" for line in kept)
+    if content != raw:
+        write_atomically(path, content.decode())
+    return CutBack(len(kept), len(records) - len(kept) - torn, torn)
 
 
 @contextlib.contextmanager
@@ -85,13 +102,18 @@ def open_run_directory(
     lock to clean up.
 
     Args:
-      path: the output directory; parents are created.
+      path: the output directory, on a file system; parents are created.
       resume: `never` refuses a directory that a run has used.
       primary: whether this host is the one that writes; the others of a multi-host run share the directory unlocked.
 
     Raises:
       UserError: the directory cannot be created, is in use by another run, or is used and `resume` is `never`.
     """
+    if BUCKET.match(str(path)):
+        raise UserError(
+            f"output_dir {path} lies in a bucket, which has neither locks nor atomic renames: take a local directory "
+            "(a mounted bucket will do), and copy it with the bucket's own tool"
+        )
     if not primary:
         yield RunDirectory(path)
         return

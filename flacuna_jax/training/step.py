@@ -21,18 +21,23 @@ from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import constrain, parameter_axes, row_shards
+from flacuna_jax.training.guard import skips
 
 Batch = Mapping[str, jax.Array]
 """tokens, targets, segment_ids, positions int32 and loss_mask bool, each [accumulation, batch, length]."""
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step, before its update."""
+    """Scalars of one step, before its update; float32 where nothing else is said."""
 
     loss: jax.Array
     """Mean over the step's supervised tokens."""
     grad_norm: jax.Array
     """Global norm of the gradient of `loss`, before clipping."""
+    skipped: jax.Array
+    """Bad steps so far, this one included; they changed nothing (training/guard.py). Int32, as is the next."""
+    in_a_row: jax.Array
+    """How many of them came one after the other up to this one; 0 where this step is good."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +56,17 @@ def partition(spec: ModelSpec, base: Params, adapters: Params) -> tuple[Params, 
 
 
 def micro_batch_losses(
-    config: StepConfig, params: Params, batch: Batch, row_keys_b: jax.Array | None = None
-) -> jax.Array:
-    """Losses of the supervised tokens of one micro-batch (leaves [batch, length]), float32, zero elsewhere."""
+    config: StepConfig,
+    params: Params,
+    batch: Batch,
+    row_keys_b: jax.Array | None = None,
+    score: Callable[..., Any] = token_losses,
+) -> Any:
+    """Losses of the supervised tokens of one micro-batch (leaves [batch, length]), float32, zero elsewhere.
+
+    `score` is what is done with hidden states, head, targets and mask: `kernels.cross_entropy.token_scores` tells
+    more about each token.
+    """
     model = config.spec.merge(params)
     hidden_btd = model(
         batch["tokens"],
@@ -64,7 +77,7 @@ def micro_batch_losses(
         attention_backend=config.attention_backend,
     )
     wide_btd = model.before_head(hidden_btd, row_keys_b)
-    return token_losses(wide_btd, model.head(), batch["targets"], batch["loss_mask"])
+    return score(wide_btd, model.head(), batch["targets"], batch["loss_mask"])
 
 
 def loss_and_gradients(
@@ -142,12 +155,14 @@ def make_step(config: StepConfig, optimizer: optax.GradientTransformation, mesh:
     `trainable` and `opt_state` are donated; `frozen` is an argument, never copied into the program.
     """
 
+    update = optax.with_extra_args_support(optimizer).update
+
     def step(
         trainable: Params, opt_state: Any, frozen: Params, batch: Batch, index: jax.Array
     ) -> tuple[Params, Any, StepMetrics]:
         loss, gradients = loss_and_gradients(config, trainable, frozen, batch, index)
-        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-        metrics = StepMetrics(loss, optax.tree.norm(gradients))
+        updates, opt_state = update(gradients, opt_state, trainable, loss=loss)
+        metrics = StepMetrics(loss, optax.tree.norm(gradients), *skips(opt_state))
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))

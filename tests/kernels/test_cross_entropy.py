@@ -1,12 +1,14 @@
 """Chunked cross-entropy against the plain one that holds all logits."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flacuna_jax.config import MeshConfig
-from flacuna_jax.kernels.cross_entropy import token_losses
+from flacuna_jax.kernels.cross_entropy import token_losses, token_scores
 from flacuna_jax.model.sharding import make_mesh
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 21, 16, 52
@@ -44,6 +46,19 @@ def test_losses_and_gradients_are_exact(supervised, chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
     frozen_head = jax.grad(lambda h: weighted(token_losses(h, head, targets, mask, chunk=chunk)))(hidden)
     np.testing.assert_allclose(frozen_head, theirs[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh_config", [None, MeshConfig(fsdp=2, tensor=2)])
+def test_scores_tell_which_targets_are_the_most_likely_tokens(mesh_config):
+    hidden, head, targets, mask, _ = inputs(0.5)
+    logits = jnp.einsum("btd,vd->btv", hidden, head)
+    likeliest = jnp.argmax(logits, -1)
+    targets = jnp.where(jnp.arange(LENGTH) % 3 == 0, likeliest, targets)
+    with jax.set_mesh(make_mesh(mesh_config)) if mesh_config else contextlib.nullcontext():
+        losses, hits = jax.jit(lambda *arrays: token_scores(*arrays, chunk=8))(hidden, head, targets, mask)
+    np.testing.assert_allclose(losses, plain(hidden, head, targets, mask), atol=1e-5)
+    np.testing.assert_array_equal(hits, mask & (targets == likeliest))
+    assert 5 < hits.sum() < mask.sum()
 
 
 @pytest.mark.parametrize("mesh_config", [MeshConfig(data=4), MeshConfig(fsdp=2, tensor=2), MeshConfig(tensor=4)])

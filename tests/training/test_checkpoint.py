@@ -113,6 +113,23 @@ def test_retention_counts_in_numbers_not_in_letters(tmp_path):
     assert restored.step == 100
 
 
+def test_the_best_stay_beside_the_last(tmp_path):
+    """As a run does it: the best are known at each save, and what was best before may be so no longer."""
+    with Checkpointer(tmp_path, keep=2, asynchronous=False) as checkpointer:
+        for step, best in ((8, [8]), (9, [8]), (10, [8]), (11, [8, 10]), (100, [10]), (101, [10])):
+            checkpointer.save(step, *state_after(step), META, best=best)
+            kept = checkpointer.steps()
+            assert set(best) <= set(kept)
+            assert kept[-2:] == sorted({8, 9, 10, 11, 100, 101} & set(range(step + 1)))[-2:]
+        assert kept == [10, 100, 101]
+        params, _ = state_after(10)
+        read = checkpointer.read_trainable(10, abstract(params))
+        assert all(np.asarray(read[path]).tobytes() == np.asarray(params[path]).tobytes() for path in params)
+        truncate(tmp_path / "checkpoints" / "10" / "meta" / "metadata", 3)
+        with pytest.raises(UserError, match="checkpoints/10 is damaged"):
+            checkpointer.read_trainable(10, abstract(params))
+
+
 def test_opening_and_closing_deletes_nothing(tmp_path):
     save_steps(tmp_path, [1, 2, 3])
     restore(tmp_path, keep=1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 import sys
 import types
@@ -56,14 +57,14 @@ def test_rates_exclude_the_compiling_step_and_pauses():
     throughput.start()
     assert throughput.lap() == Rates()
     for _ in range(4):
-        throughput.add(1000, 400)
+        throughput.add(1000, 400, flops=3e9)
         clock.now += 0.5
     with throughput.paused():
         clock.now += 30  # a checkpoint
-    assert throughput.lap() == Rates(2000.0, 800.0, 0.5)
+    assert throughput.lap() == Rates(2000.0, 800.0, 0.5, 6e9)
     throughput.add(500, 100)
     clock.now += 2
-    assert throughput.lap() == Rates(250.0, 50.0, 2.0)
+    assert throughput.lap() == Rates(250.0, 50.0, 2.0, 0.0)
 
 
 def test_peak_memory_is_null_where_the_backend_does_not_tell():
@@ -171,6 +172,7 @@ def fake_wandb(monkeypatch):
     module = types.ModuleType("wandb")
     module.init = init
     module.Error = type("Error", (Exception,), {})
+    module.errors = types.SimpleNamespace(CommError=type("CommError", (module.Error,), {}))
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls, module
 
@@ -197,3 +199,56 @@ def test_wandb_that_cannot_start_is_one_message(tmp_path, monkeypatch):
     module.init = init
     with pytest.raises(UserError, match="no API key; WANDB_MODE=offline"):
         log_steps(tmp_path, [1], wandb="project")
+
+
+def test_wandb_without_a_network_logs_offline(tmp_path, monkeypatch, capsys):
+    calls, module = fake_wandb(monkeypatch)
+    connected = module.init
+
+    def init(mode="online", **arguments):
+        if mode == "online":
+            raise module.errors.CommError("no route to host")
+        return connected(mode=mode, **arguments)
+
+    module.init = init
+    log_steps(tmp_path, [1, 2], wandb="project")
+    assert [step for step, _ in calls.logs] == [1, 2]
+    assert calls.inits[0]["mode"] == "offline"
+    assert "no route to host; logging offline" in capsys.readouterr().out
+
+
+def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    calls, _ = fake_wandb(monkeypatch)
+
+    def fail(self, *_, **__):
+        raise ConnectionError("the network is gone")
+
+    with open_tracker(LoggingConfig(wandb="project"), tmp_path, config={}, after_step=0) as tracker:
+        tracker.log(record(1).to_json())
+        wandb_run = next(t for t in tracker._trackers if type(t).__name__ == "WeightsAndBiases")._run
+        monkeypatch.setattr(type(wandb_run), "log", fail)
+        monkeypatch.setattr(type(wandb_run), "finish", fail)
+        tracker.log(record(2).to_json())
+        tracker.log(record(3).to_json())
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [step for step, _ in calls.logs] == [1]
+    said = capsys.readouterr().out
+    assert said.count("WeightsAndBiases is left out from now on: the network is gone") == 1
+
+
+@pytest.mark.parametrize("how", ["file removed", "directory removed", "directory moved"])
+def test_a_vanished_file_is_noticed_at_once(tmp_path, how):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with open_tracker(LoggingConfig(tensorboard=False), run_dir, config={}, after_step=0) as tracker:
+        tracker.log(record(1).to_json())
+        if how == "file removed":
+            (run_dir / "metrics.jsonl").unlink()
+        elif how == "directory removed":
+            shutil.rmtree(run_dir)
+        else:
+            run_dir.rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="is gone: its directory was removed, moved or unmounted"):
+            tracker.log(record(2).to_json())
+        with pytest.raises(UserError, match="is gone"):
+            tracker.sync()

@@ -1,12 +1,15 @@
 """The report: complete, self-contained, drawn inside its frames."""
 
 import html
+import itertools
 import json
 import re
 
 import pytest
 
 from flacuna_jax.data.report import DataReport, SourceReport
+from flacuna_jax.errors import UserError
+from flacuna_jax.training.live_report import LiveReport
 from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
 
 
@@ -18,7 +21,7 @@ def records(count, **changes):
     return made
 
 
-def page_of(tmp_path, rows, config="seed: 42\n", mixture=()):
+def page_of(tmp_path, rows, config="seed: 42\n", mixture=(), **more):
     path = tmp_path / "report.html"
     write_report(
         path,
@@ -28,6 +31,7 @@ def page_of(tmp_path, rows, config="seed: 42\n", mixture=()):
         mixture=mixture,
         config_yaml=config,
         environment={"jax": "0.0"},
+        **more,
     )
     return path.read_text()
 
@@ -100,3 +104,76 @@ def test_environment_names_versions_and_devices_but_no_variables(monkeypatch):
 def test_reads_what_the_run_logged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
+
+
+def evaluation(step, loss, sources=("flan", "code")):
+    record = {"step": step, "kind": "evaluation"}
+    for suffix in ("", *(f"/{name}" for name in sources)):
+        record |= {f"eval/loss{suffix}": loss, f"eval/perplexity{suffix}": 2.0, f"eval/token_accuracy{suffix}": 0.25}
+        record[f"eval/tokens{suffix}"] = 1234
+    return {**record, "tasks/mmlu:5/faithful": 0.3}
+
+
+def test_evaluations_have_curves_and_a_table_by_source(tmp_path):
+    page = page_of(tmp_path, [evaluation(0, 3.0), *records(9), evaluation(10, 1.5)])
+    assert [len(chart) for chart in points_of(page)] == [9, 9, 9, 8, 2, 2, 2]
+    assert "3.0000 → 1.5000" in page
+    assert "25.0% → 25.0%" in page
+    assert "mmlu:5/faithful" in page
+    assert "<td>code</td>" in page
+    assert "No step was logged" in page_of(tmp_path, [evaluation(0, 3.0, ())][:0])
+
+
+def test_samples_stand_before_and_after(tmp_path):
+    samples = [
+        {"step": step, "id": "a", "question": "Why <b>?", "answer": f"because {step}", "expected": "so"}
+        for step in (0, 500, 1000)
+    ]
+    page = page_of(tmp_path, records(3), samples=samples)
+    assert "after step 0" in page
+    assert "after step 1000" in page
+    assert "because 0" in page
+    assert "because 1000" in page
+    assert "because 500" not in page
+    assert "Why &lt;b&gt;?" in page
+    assert "after step 0" in page_of(tmp_path, records(3), samples=samples[:1])
+
+
+def test_a_page_loads_itself_anew_only_while_the_run_goes_on(tmp_path):
+    assert "http-equiv=refresh" in page_of(tmp_path, records(3), status="running")
+    page = page_of(tmp_path, records(3), status="stopped by SIGTERM after step 3")
+    assert "http-equiv=refresh" not in page
+    assert "stopped by SIGTERM after step 3" in page
+
+
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_the_live_report_is_seldom_and_never_ends_a_run():
+    clock, written, said = [0.0], [], []
+
+    def write(status):
+        written.append((clock[0], status))
+        clock[0] += 3.0  # a long report
+
+    live = LiveReport(write, said.append, clock=lambda: clock[0])
+    for now in range(0, 1000, 10):
+        clock[0] = max(clock[0], float(now))
+        live.refresh()
+    assert all(later - earlier >= 150 for (earlier, _), (later, _) in itertools.pairwise(written))
+    assert len(written) > 4
+
+    def fail(status):
+        raise UserError("no space")
+
+    live = LiveReport(fail, said.append, clock=lambda: clock[0])
+    live.refresh()
+    clock[0] += 1000
+    live.refresh()
+    assert len(said) == 1
+    with pytest.raises(UserError):
+        live.finish("finished")

@@ -4,14 +4,16 @@ import pytest
 
 from flacuna_jax.config_files import parse_config
 from flacuna_jax.errors import UserError
-from flacuna_jax.training.resume import compare_meta, require_same_run, rounding_changes
+from flacuna_jax.training.code_version import PARTS, code_fingerprints, library_versions
+from flacuna_jax.training.resume import allowed_changes, compare_meta, require_same_run, rounding_changes
 
 
 def meta(*overrides, **values):
     tree = {"output_dir": "runs/a", "model": {"path": "base"}, "data": {"sources": [{"path": "a.json"}]}}
     return {
         "config": parse_config(tree, overrides).model_dump(mode="json"),
-        "fingerprints": {"data": "d1", "tokenizer": "t1", "base": "b1"},
+        "fingerprints": {"data": "d1", "tokenizer": "t1", "base": "b1", "code": {"model": "m1", "kernels": "k1"}},
+        "libraries": {"jax": "0.10.2"},
         "rows_per_step": 12,
         "total_steps": 100,
         "cursor": {"epoch": 0, "step": 4},
@@ -34,6 +36,11 @@ def meta(*overrides, **values):
         "--model.path=/moved/base",
         "--model.tokenizer=/moved/tokenizer",
         "--data.sources.0.path=/moved/a.json",
+        "--training.on_bad_step=skip",
+        "--training.spike_factor=5.0",
+        "--checkpoint.keep_best=3",
+        "--checkpoint.allow_changes=[code]",
+        "--evaluation={sources: [{path: e.json}], patience: 2}",
     ],
 )
 def test_harmless_changes_pass(override):
@@ -62,7 +69,7 @@ def test_settings_that_bend_the_trajectory_are_named_with_both_values(override, 
 def test_fingerprints_and_row_counts_are_compared_but_not_what_moves():
     moved = meta(cursor={"epoch": 1, "step": 9}, counters={"tokens": 5})
     assert compare_meta(meta(), moved) == []
-    changed = meta(fingerprints={"data": "d2", "tokenizer": "t1", "base": "b1"}, rows_per_step=13)
+    changed = meta(fingerprints={**meta()["fingerprints"], "data": "d2"}, rows_per_step=13)
     assert compare_meta(meta(), changed) == [
         "rows_per_step: 12 in the checkpoint, 13 now",
         "fingerprints.data: d1 in the checkpoint, d2 now",
@@ -99,3 +106,80 @@ def test_refusal_is_one_message_with_every_difference(tmp_path):
     assert str(tmp_path) in text
     assert "seed: 42 in the checkpoint, 1 now" in text
     assert "lora.rank: 8 in the checkpoint, 4 now" in text
+
+
+def changed(**fingerprints):
+    return meta(fingerprints={**meta()["fingerprints"], **fingerprints})
+
+
+CHANGES = {
+    "data": (changed(data="d2"), "fingerprints.data: d1 in the checkpoint, d2 now"),
+    "tokenizer": (changed(tokenizer="t2"), "fingerprints.tokenizer: t1 in the checkpoint, t2 now"),
+    "base": (changed(base="b2"), "fingerprints.base: b1 in the checkpoint, b2 now"),
+    "code": (
+        changed(code={"model": "m2", "kernels": "k1"}),
+        "fingerprints.code.model: m1 in the checkpoint, m2 now",
+    ),
+    "training.learning_rate": (
+        meta("--training.learning_rate=1e-3"),
+        "training.learning_rate: 2e-05 in the checkpoint, 0.001 now",
+    ),
+    "lora.dropout": (meta("--lora.dropout=0.0"), "lora.dropout: 0.05 in the checkpoint, 0.0 now"),
+}
+
+
+@pytest.mark.parametrize(("name", "now", "line"), [(n, *c) for n, c in CHANGES.items()], ids=CHANGES.keys())
+def test_every_kind_of_change_is_refused_with_a_diff_and_may_be_allowed_by_name(tmp_path, name, now, line):
+    with pytest.raises(UserError) as refusal:
+        require_same_run(meta(), now, tmp_path)
+    assert line in str(refusal.value)
+    assert f"--checkpoint.allow_changes=[{name}]" in str(refusal.value), "the message says how to go on"
+    require_same_run(meta(), now, tmp_path, allowed=[name])
+    assert allowed_changes(meta(), now, [name]) == [line]
+    for other in CHANGES.keys() - {name}:
+        assert compare_meta(meta(), now, [other]) == [line]
+
+
+def test_a_section_may_be_allowed_and_numbers_that_follow_are_with_it(tmp_path):
+    longer = meta("--training.epochs=3", "--training.batch_size=64", rows_per_step=24, total_steps=300)
+    assert len(compare_meta(meta(), longer)) == 4
+    assert compare_meta(meta(), longer, ["training"]) == []
+    assert compare_meta(meta(), longer, ["training.epochs"]) != [], "the batch size is not allowed"
+    assert "rows_per_step" not in refusal_names(longer, tmp_path)
+
+
+def refusal_names(now, tmp_path):
+    with pytest.raises(UserError) as refusal:
+        require_same_run(meta(), now, tmp_path)
+    return str(refusal.value).rpartition("allow_changes=")[2]
+
+
+def test_another_share_held_out_is_other_data():
+    now = meta("--evaluation.fraction=0.1")
+    assert compare_meta(meta(), now) == ["held_out_fraction: None in the checkpoint, 0.1 now"]
+    assert compare_meta(meta(), now, ["data"]) == []
+
+
+def test_other_libraries_are_noted():
+    assert compare_meta(meta(), meta(libraries={"jax": "0.11.2"})) == []
+    assert rounding_changes(meta(), meta(libraries={"jax": "0.11.2"})) == [
+        "libraries.jax: 0.10.2 in the checkpoint, 0.11.2 now"
+    ]
+
+
+def test_code_has_a_fingerprint_per_part_and_libraries_their_versions():
+    found = code_fingerprints()
+    assert found.keys() == PARTS.keys()
+    assert len(set(found.values())) == len(found)
+    assert found == code_fingerprints()
+    assert {"jax", "jaxlib"} <= library_versions().keys()
+
+
+def test_a_changed_line_of_code_changes_the_fingerprint(monkeypatch, tmp_path):
+    from flacuna_jax.training import code_version
+
+    (tmp_path / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(code_version.resources, "files", lambda _: tmp_path)
+    before = code_fingerprints()["model"]
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert code_fingerprints()["model"] != before

@@ -1,0 +1,94 @@
+"""Records that are kept from training, to measure on: chosen by what they ask, not by where they stand.
+
+The key of an example is a hash of its tokens before the first that carries loss: template, system text and question.
+So two records that ask the same are on the same side, even where their answers differ; adding, removing or reordering
+others moves none. Where no text comes before the loss (plain text), the key is of the whole example.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flacuna_jax.data.store import TokenStore
+from flacuna_jax.errors import UserError
+
+
+class Split(NamedTuple):
+    """`training` is the whole store, but what is held out belongs to no source any more (-1), so that no epoch draws
+    it. `held_out` has those examples alone."""
+
+    training: TokenStore
+    held_out: TokenStore
+
+
+def keys(store: TokenStore) -> NDArray[np.uint64]:
+    """uint64 [examples], the same for examples that ask the same question; no seed, no position enters."""
+    return np.array([_key(store, index) for index in range(len(store))], np.uint64)
+
+
+def split(store: TokenStore, fraction: float, max_examples: int | None = None) -> Split:
+    """Holds out the examples whose key lies in the lowest `fraction` of all keys; at most `max_examples` are measured
+    (the others stay out of training all the same).
+
+    Raises:
+      UserError: that is none of them, or all.
+    """
+    found = keys(store)
+    chosen = found < np.uint64(fraction * 2.0**64)
+    if not chosen.any() or chosen.all():
+        count, total = int(chosen.sum()), len(store)
+        raise UserError(
+            f"evaluation.fraction {fraction:g} holds out {count} of {total} examples; "
+            f"{'take a larger share' if not count else 'take a smaller share'}, or name evaluation.sources"
+        )
+    source_index = np.where(chosen, np.int32(-1), store.source_index)
+    measured = lowest(found, np.flatnonzero(chosen), max_examples)
+    return Split(dataclasses.replace(store, source_index=source_index), select(store, measured))
+
+
+def lowest(found: NDArray[np.uint64], examples: NDArray[np.int64], max_examples: int | None) -> NDArray[np.int64]:
+    """The `max_examples` with the lowest keys, in the order of the store; all if None."""
+    if max_examples is None or len(examples) <= max_examples:
+        return examples
+    return np.sort(examples[np.argsort(found[examples], kind="stable")[:max_examples]])
+
+
+def select(store: TokenStore, examples: NDArray[np.int64]) -> TokenStore:
+    """A store of the given examples, in that order; their arrays are copied."""
+    return dataclasses.replace(
+        store,
+        tokens=_pieces(store.tokens, store.offsets, examples),
+        loss_mask=_pieces(store.loss_mask, store.offsets, examples),
+        offsets=_offsets(store.offsets, examples),
+        supervised=store.supervised[examples],
+        source_index=store.source_index[examples],
+        task_index=store.task_index[examples],
+        record_index=store.record_index[examples],
+        id_bytes=_pieces(store.id_bytes, store.id_offsets, examples),
+        id_offsets=_offsets(store.id_offsets, examples),
+    )
+
+
+def question(store: TokenStore, index: int) -> NDArray[np.int32]:
+    """Token ids of an example before the first that carries loss."""
+    example = store.example(index)
+    return example.ids[: int(np.argmax(example.loss_mask))]
+
+
+def _key(store: TokenStore, index: int) -> int:
+    start, end = int(store.offsets[index]), int(store.offsets[index + 1])
+    asked = int(np.argmax(store.loss_mask[start:end]))
+    # One token is BOS: every example would have the same key.
+    tokens = store.tokens[start : start + asked if asked > 1 else end]
+    return int.from_bytes(hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+
+
+def _pieces(flat: NDArray[Any], offsets: NDArray[np.int64], examples: NDArray[np.int64]) -> NDArray[Any]:
+    return np.concatenate([flat[:0], *(flat[offsets[index] : offsets[index + 1]] for index in examples)])
+
+
+def _offsets(offsets: NDArray[np.int64], examples: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.diff(offsets)[examples])]).astype(np.int64)

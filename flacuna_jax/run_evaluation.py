@@ -1,0 +1,109 @@
+"""Evaluation inside a training run, put together: held-out records, sample questions, benchmarks."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from flacuna_jax.config import RunConfig
+from flacuna_jax.data.conversation import TEMPLATES, Turn
+from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
+from flacuna_jax.evaluation.suite import Evaluator, task_evaluator
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.model.parameters import Params
+from flacuna_jax.model.sharding import batch_sharding, row_shards
+from flacuna_jax.run_setup import Setup, evaluation_data
+from flacuna_jax.training.evaluator import lay_out
+from flacuna_jax.training.history import History
+from flacuna_jax.training.measurement import Measurement, Tasks
+from flacuna_jax.training.metrics import JsonLines, Tracker
+from flacuna_jax.training.run_directory import RunDirectory
+from flacuna_jax.training.samples import Question, Sampler, choose_questions
+from flacuna_jax.training.step import StepConfig
+
+
+def read_tasks(config: RunConfig) -> Evaluator | None:
+    """The benchmarks that `evaluation.tasks` names, read and checked. Raises UserError before a run has begun."""
+    settings = config.evaluation.tasks if config.evaluation else None
+    if settings is None:
+        return None
+    if jax.process_count() > 1:
+        raise UserError(
+            "evaluation.tasks: benchmarks inside training need a single host; `flacuna evaluate` the result"
+        )
+    template = TEMPLATES[config.data.template] if settings.protocol == "lm_eval" else None
+    return task_evaluator(
+        settings.names, Path(settings.data), protocol=settings.protocol, limit=settings.limit, template=template
+    )
+
+
+def make_measurement(
+    setup: Setup,
+    step_config: StepConfig,
+    base: Params,
+    history: History,
+    evaluator: Evaluator | None,
+    tracker: Tracker,
+    directory: RunDirectory,
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> Measurement | None:
+    """What the loop calls to measure; None where nothing is to be measured."""
+    config, settings = setup.config, setup.config.evaluation
+    if settings is None:
+        return None
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    held_out = None
+    if setup.held_out is not None:
+        held_out = lay_out(
+            setup.held_out,
+            evaluation_data(config),
+            config.training,
+            step_config,
+            batch_sharding(setup.mesh),
+            row_shards(setup.mesh),
+        )
+    return Measurement(
+        settings=settings,
+        keep_best=config.checkpoint.keep_best,
+        held_out=held_out,
+        sampler=_sampler(setup, tokenizer, say),
+        tasks=None if evaluator is None else _on_parameters(setup, evaluator, tokenizer),
+        frozen=base,
+        history=history,
+        tracker=tracker,
+        samples=lambda line: JsonLines.append(directory.samples, line),
+        say=say,
+        stop=stop,
+    )
+
+
+def _sampler(setup: Setup, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sampler | None:
+    config, settings = setup.config, setup.config.evaluation
+    assert settings is not None, "the caller has asked"
+    if jax.process_count() > 1:
+        say("note: no sample answers on several hosts; `flacuna generate --run` gives them afterwards")
+        return None
+    template = TEMPLATES[config.data.template]
+    room = setup.source.config.max_position_embeddings - settings.sample_tokens
+    questions = []
+    for number, text in enumerate(settings.prompts):
+        ids = tuple(tokenize_prompt((Turn("user", text),), template, tokenizer))
+        if len(ids) > room:
+            raise UserError(
+                f"evaluation.prompts.{number} leaves no room for evaluation.sample_tokens {settings.sample_tokens} in "
+                f"the model's context of {setup.source.config.max_position_embeddings}"
+            )
+        questions.append(Question(f"evaluation.prompts.{number}", ids, text, None))
+    if setup.held_out is not None:
+        questions += choose_questions(setup.held_out, settings.samples, room, tokenizer)
+    return Sampler(questions, setup.spec, setup.mesh, tokenizer, settings.sample_tokens, template.stop_strings)
+
+
+def _on_parameters(setup: Setup, evaluator: Evaluator, tokenizer: Tokenizer) -> Tasks:
+    def score(params: Params) -> dict[str, float]:
+        return evaluator(LlamaLanguageModel(setup.spec, params, tokenizer, setup.mesh, "model in training"))
+
+    return score

@@ -1,0 +1,75 @@
+"""Where a run starts and what it ends with: checkpoints, adapters, weights."""
+
+import jax
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.model.parameters import Params
+from flacuna_jax.run_setup import Say, Setup, first_adapters, load_weights
+from flacuna_jax.training.checkpoint import Checkpointer
+from flacuna_jax.training.history import History
+from flacuna_jax.training.resume import allowed_changes, require_same_run, rounding_changes
+from flacuna_jax.training.run_directory import RunDirectory
+from flacuna_jax.training.state import TrainState
+from flacuna_jax.training.step import partition
+
+
+def starting_point(
+    setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, say: Say
+) -> tuple[TrainState, Params, History]:
+    """The state to go on from, the frozen parameters, and what evaluations said before.
+
+    The newest intact checkpoint > the adapter of lora.init_from > fresh adapters. Without LoRA: the newest checkpoint >
+    the base's weights, or random ones.
+
+    Raises:
+      UserError: the checkpoints are of another run, or none of them is intact.
+    """
+    config, layout, meta = setup.config, setup.layout, setup.meta
+    lower_is_better = config.evaluation is not None and config.evaluation.lower_is_better
+    allowed = config.checkpoint.allow_changes
+    restored = checkpointer.restore(
+        layout.trainable,
+        layout.opt_state,
+        check=lambda saved: require_same_run(saved, meta, directory.path, allowed),
+        notify=say,
+    )
+    if restored is None:
+        return *fresh_state(setup), History(lower_is_better)
+    say(f"resuming after step {restored.step}")
+    for change in rounding_changes(restored.meta, meta):
+        say(f"note: equal to rounding only, not bit for bit: {change}")
+    for change in allowed_changes(restored.meta, meta, allowed):
+        say(f"note: another run from here on, as checkpoint.allow_changes says: {change}")
+    base = load_weights(setup) if config.lora else {}
+    same_metric = (restored.meta["config"].get("evaluation") or {}).get("metric") == (
+        config.evaluation.metric if config.evaluation else None
+    )
+    history = History(lower_is_better)
+    if same_metric and config.evaluation is not None:
+        history = History.from_json(lower_is_better, restored.meta["counters"]["history"])
+    return TrainState(restored.step, restored.trainable, restored.opt_state), base, history
+
+
+def fresh_state(setup: Setup) -> tuple[TrainState, Params]:
+    """The state before the first step, and the frozen parameters."""
+    base = load_weights(setup)
+    trainable, frozen = partition(setup.spec, base, first_adapters(setup, base))
+    return setup.layout.begin(trainable), frozen
+
+
+def chosen_state(setup: Setup, checkpointer: Checkpointer, history: History, last: TrainState, say: Say) -> TrainState:
+    """What is delivered: the last state, or that of the best checkpoint. Raises UserError if it cannot be read."""
+    settings = setup.config.evaluation
+    if settings is None or settings.deliver == "last":
+        return last
+    kept = [step for step in history.best(len(history.values)) if step in checkpointer.steps()]
+    if not kept:
+        raise UserError(
+            "evaluation.deliver is best, and no checkpoint that is still there was measured; "
+            "checkpoint.keep_best keeps them"
+        )
+    say(f"delivering step {kept[0]}, the best by {settings.metric} ({history.values[kept[0]]:.4g})")
+    if kept[0] == last.step:
+        return last
+    trainable = checkpointer.read_trainable(kept[0], setup.layout.trainable)
+    return TrainState(kept[0], jax.block_until_ready(trainable), last.opt_state)

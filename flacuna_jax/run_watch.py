@@ -1,0 +1,81 @@
+"""What happens around the steps of a run: records, saves, evaluations, and the report while it goes on."""
+
+import dataclasses
+
+from flacuna_jax.data.pipeline import BatchStream
+from flacuna_jax.run_setup import Setup, plan_lines
+from flacuna_jax.training.checkpoint import Checkpointer
+from flacuna_jax.training.history import History
+from flacuna_jax.training.live_report import LiveReport
+from flacuna_jax.training.loop import StepRecord, Verdict
+from flacuna_jax.training.measurement import Measurement
+from flacuna_jax.training.metrics import Tracker
+from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
+from flacuna_jax.training.run_directory import RunDirectory
+from flacuna_jax.training.state import TrainState
+from flacuna_jax.training.step_log import StepLog
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """The loop's callbacks. None of the time they take counts as training."""
+
+    setup: Setup
+    checkpointer: Checkpointer
+    stream: BatchStream
+    tracker: Tracker
+    history: History
+    log: StepLog
+    measurement: Measurement | None
+    report: LiveReport
+
+    def observe(self, record: StepRecord) -> None:
+        self.log(record)
+        with self.log.throughput.paused():
+            self.report.refresh()
+
+    def save(self, state: TrainState) -> None:
+        self.tracker.sync()
+        meta = {
+            **self.setup.meta,
+            "cursor": self.stream.cursor(),
+            "counters": {"history": self.history.to_json()},
+        }
+        best = self.history.best(self.setup.config.checkpoint.keep_best)
+        with self.log.throughput.paused():
+            self.checkpointer.save(state.step, state.trainable, state.opt_state, meta, best)
+            self.report.refresh()
+
+    def evaluate(self, state: TrainState) -> Verdict:
+        if self.measurement is None:
+            return Verdict()
+        with self.log.throughput.paused():
+            verdict = self.measurement(state)
+            self.report.refresh()
+        return verdict
+
+    def evaluate_if_due(self, state: TrainState) -> None:
+        """Before the first step; and where a run was stopped between a step and its evaluation."""
+        if self.measurement is not None and self.measurement.is_due(state.step):
+            self.evaluate(state)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether a run that is started again had stopped early."""
+        settings = self.setup.config.evaluation
+        return settings is not None and self.history.is_exhausted(settings.patience)
+
+
+def report_on(setup: Setup, directory: RunDirectory, status: str) -> None:
+    """Writes report.html from what the run directory holds. Raises UserError if it cannot be written."""
+    write_report(
+        directory.report,
+        title=directory.path.name,
+        records=read_metrics(directory.metrics),
+        facts={line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in plan_lines(setup)},
+        mixture=mixture_rows(setup.report),
+        config_yaml=setup.config.to_yaml(),
+        environment=environment(),
+        samples=read_metrics(directory.samples),
+        status=status,
+    )

@@ -1,0 +1,36 @@
+"""Which code computes a run: hashes of the package's own sources, and versions of the libraries below them.
+
+A run that is continued with other code may go on differently, and nothing in its files would say so.
+"""
+
+import hashlib
+from importlib import metadata, resources
+
+PARTS = {
+    "model": ("model", None),
+    "kernels": ("kernels", None),
+    "data": ("data", ("packing.py", "pipeline.py", "held_out.py")),
+    "training": ("training", ("step.py", "optimizer.py", "guard.py", "state.py")),
+}
+"""What decides the numbers of a run: a room, and which files of it (None: all). What tokenises the data is not there:
+the data's own fingerprint tells its result."""
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+
+
+def code_fingerprints() -> dict[str, str]:
+    """A short hash per part of the package."""
+    return {name: _hash(room, files) for name, (room, files) in PARTS.items()}
+
+
+def library_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in LIBRARIES}
+
+
+def _hash(room: str, files: tuple[str, ...] | None) -> str:
+    digest = hashlib.sha256()
+    with resources.as_file(resources.files(f"flacuna_jax.{room}")) as directory:
+        for path in sorted(directory.glob("*.py")):
+            if files is None or path.name in files:
+                digest.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,52 @@
+"""What evaluations said so far: which checkpoints are the best, and whether it still gets better.
+
+A history travels in the meta of every checkpoint, so that a resumed run decides as an undisturbed one does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass
+class History:
+    """Measured values by step, in order. Earlier steps win ties; what is not finite is worse than anything."""
+
+    lower_is_better: bool
+    values: dict[int, float] = dataclasses.field(default_factory=dict)
+    last_step: int = -1
+    """Of the latest evaluation, also of one that did not measure the value."""
+
+    def add(self, step: int, value: float | None) -> None:
+        """Notes an evaluation; `value` is None where it did not measure what is watched."""
+        self.last_step = step
+        if value is not None:
+            self.values[step] = value
+
+    def best(self, count: int) -> list[int]:
+        """Steps of the `count` best values, best first."""
+        return sorted(self.values, key=lambda step: (self._badness(self.values[step]), step))[:count]
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations after the best one."""
+        return len(self.values) - 1 - list(self.values).index(self.best(1)[0]) if self.values else 0
+
+    def is_exhausted(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations in a row have brought no new best."""
+        return patience is not None and self.since_best >= patience
+
+    def to_json(self) -> dict[str, Any]:
+        values = [[step, value if math.isfinite(value) else None] for step, value in self.values.items()]
+        return {"last_step": self.last_step, "values": values}
+
+    @classmethod
+    def from_json(cls, lower_is_better: bool, stored: Mapping[str, Any]) -> "History":
+        values = {int(step): math.nan if value is None else value for step, value in stored["values"]}
+        return cls(lower_is_better, values, stored["last_step"])
+
+    def _badness(self, value: float) -> float:
+        if not math.isfinite(value):
+            return math.inf
+        return value if self.lower_is_better else -value

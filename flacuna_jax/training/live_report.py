@@ -1,0 +1,38 @@
+"""report.html while a run goes on: written again now and then, never so often that the run would feel it."""
+
+import time
+from collections.abc import Callable
+
+from flacuna_jax.errors import UserError
+
+SECONDS = 30.0
+SHARE = 0.02
+"""At most this part of the time is spent on it."""
+
+
+class LiveReport:
+    """Args: `write` writes the report with the status it is given; `say` is told of the first failure."""
+
+    def __init__(
+        self, write: Callable[[str], None], say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write, self._say, self._clock = write, say, clock
+        self._not_before = -1.0
+        self._failed = False
+
+    def refresh(self) -> None:
+        """Writes it, if the last time is long enough ago. A report that cannot be written does not end a run."""
+        began = self._clock()
+        if self._failed or began < self._not_before:
+            return
+        try:
+            self._write("running")
+        except UserError as error:
+            self._failed = True
+            self._say(f"warning: no report while the run goes on: {error}")
+        now = self._clock()
+        self._not_before = now + max(SECONDS, (now - began) / SHARE)
+
+    def finish(self, status: str) -> None:
+        """Writes it for the last time. Raises UserError if that fails."""
+        self._write(status)

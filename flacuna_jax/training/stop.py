@@ -1,0 +1,89 @@
+"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 end a run between two steps, with its state saved.
+
+Schedulers send one of these before they take a machine away (Slurm: --signal=TERM@90, spot instances, Kubernetes). The
+process then leaves with status 75 (`cli.EXIT_STOPPED`), which neither success nor failure uses: start the same command
+again and it continues.
+"""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end; what there was to save is saved. Like KeyboardInterrupt, it is no error that
+    anything on the way should handle."""
+
+
+class StopRequest:
+    """Catches the signals inside a `with` block.
+
+    Outside of `deferred` a signal raises `Stopped` where the program is: nothing is at stake yet. Inside it is only
+    noted, for `poll`. The same signal a second time has its default effect, which ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._deferring = False
+        self._pending: deque[jax.Array] = deque()
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        self.received = self.received or signal.Signals(number).name
+        if not self._deferring:
+            raise Stopped(f"{self.received}: nothing was under way that had to be saved")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While the block runs, signals wait for `poll`."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def poll(self) -> bool:
+        """Whether to stop now; called by all hosts after every step, and the same answer on all of them.
+
+        One host knows at once. Several exchange a number behind each step, and read it one call later, when the step
+        it followed is done: nobody waits for it.
+        """
+        if jax.process_count() == 1:
+            return self.received is not None
+        self._pending.append(_any_host(self.received is not None))
+        return len(self._pending) > 1 and bool(jax.device_get(self._pending.popleft()))
+
+
+def _any_host(flag: bool) -> jax.Array:
+    """Whether any host says so: a replicated int32 that is computed while the caller goes on."""
+    spread, largest = _exchange()
+    return largest(jax.make_array_from_process_local_data(spread, np.full(jax.local_device_count(), flag, np.int32)))
+
+
+@functools.cache
+def _exchange() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    spread, everywhere = NamedSharding(mesh, PartitionSpec("devices")), NamedSharding(mesh, PartitionSpec())
+    return spread, jax.jit(jnp.max, out_shardings=everywhere)

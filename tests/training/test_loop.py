@@ -1,0 +1,107 @@
+"""The order of things around the step, with a step that only counts."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flacuna_jax.config import MeshConfig
+from flacuna_jax.model.sharding import make_mesh
+from flacuna_jax.training.loop import Loop, StepRecord, Verdict
+from flacuna_jax.training.state import TrainState
+
+
+class Diary:
+    """Writes down what the loop does; `stop_at` and `verdicts` steer it."""
+
+    def __init__(self, total=10, stop_at=None, verdicts=None, bad=(), **settings):
+        self.events, self.stop_at, self.verdicts, self.bad = [], stop_at, verdicts or {}, bad
+        self.done = 0
+        sharding = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+        defaults = {"save_every": 4, "evaluate_every": None}
+        self.loop = Loop(
+            step=self.step,
+            frozen={},
+            batches=iter([{"tokens": np.zeros(1)}] * 100),
+            batch_sharding=sharding,
+            total_steps=total,
+            observe=lambda record: self.events.append(("observe", record.step)),
+            on_bad=lambda record, state: self.events.append(("bad", record.step, state.step)),
+            save=lambda state: self.events.append(("save", state.step)),
+            evaluate=self.evaluate,
+            stop=lambda: self.done == self.stop_at,
+            **{**defaults, **settings},
+        )
+
+    def step(self, trainable, opt_state, frozen, batch, index):
+        self.done = int(index) + 1
+        bad = int(self.done in self.bad)
+        return trainable, opt_state, (jax.numpy.float32(1), jax.numpy.float32(1), np.int32(bad), np.int32(bad))
+
+    def evaluate(self, state):
+        self.events.append(("evaluate", state.step))
+        return self.verdicts.get(state.step, Verdict())
+
+    def run(self, begin=0):
+        state, end = self.loop.run(TrainState(begin, {}, None))
+        return state.step, end
+
+    def of(self, kind):
+        return [event[1] for event in self.events if event[0] == kind]
+
+
+def test_saves_at_its_interval_and_at_the_end_and_observes_every_step_in_order():
+    diary = Diary()
+    assert diary.run() == (10, "finished")
+    assert diary.of("save") == [4, 8, 10]
+    assert diary.of("observe") == list(range(1, 11))
+    for step in (4, 8, 10):
+        assert diary.events.index(("observe", step)) < diary.events.index(("save", step))
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 9])
+def test_a_request_to_stop_saves_the_step_that_is_done(at):
+    diary = Diary(stop_at=at)
+    assert diary.run() == (at, "stopped")
+    assert diary.of("save")[-1] == at
+    assert diary.of("observe") == list(range(1, at + 1))
+
+
+def test_evaluations_come_before_saves_and_may_ask_for_one():
+    diary = Diary(evaluate_every=3, verdicts={6: Verdict(save=True)})
+    diary.run()
+    assert diary.of("evaluate") == [3, 6, 9, 10]
+    assert diary.of("save") == [4, 6, 8, 10]
+    assert diary.events.index(("evaluate", 10)) < diary.events.index(("save", 10))
+
+
+def test_enough_is_enough():
+    diary = Diary(evaluate_every=3, verdicts={6: Verdict(enough=True)})
+    assert diary.run() == (6, "enough")
+    assert diary.of("save") == [4, 6]
+
+
+def test_stopped_at_a_step_that_is_due_leaves_the_evaluation_to_the_next_start():
+    diary = Diary(evaluate_every=3, stop_at=3)
+    assert diary.run() == (3, "stopped")
+    assert diary.of("evaluate") == []
+
+
+def test_a_bad_step_is_reported_with_the_state_of_then():
+    diary = Diary(bad={5})
+    diary.run()
+    (event,) = [event for event in diary.events if event[0] == "bad"]
+    assert event[1] == 5
+    assert event[2] - event[1] in (0, 1)
+
+
+def test_a_finished_run_does_nothing():
+    diary = Diary()
+    assert diary.run(begin=10) == (10, "finished")
+    assert diary.events == []
+
+
+def test_records_know_how_many_updates_came_before():
+    assert StepRecord(5, 1.0, 1.0).updates_before == 4
+    assert StepRecord(5, 1.0, 1.0, skipped=2).updates_before == 2
+    assert StepRecord(5, 1.0, 1.0, skipped=2, in_a_row=1).updates_before == 3
