@@ -34,9 +34,9 @@ class GuardState(NamedTuple):
 def guarded(inner: optax.GradientTransformation, spike_factor: float | None) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer. A bad step leaves its state as it was and gives updates of zero.
 
-    `update` takes the step's mean `loss` beside the gradients. Bad is what is not finite in loss or gradient norm, and
-    with `spike_factor` also a loss or norm above that many times its running mean over accepted steps. The schedule
-    counts accepted steps: a skipped batch is as though it had not been in the data.
+    `update` takes the step's mean `loss` beside the gradients (without one, they alone are watched). Bad is what is not
+    finite in loss or gradient norm, and with `spike_factor` also a loss or norm above that many times its running mean
+    over accepted steps. The schedule counts accepted steps: a skipped batch is as though it were not in the data.
     """
     inner_update = optax.with_extra_args_support(inner).update
 
@@ -47,8 +47,9 @@ def guarded(inner: optax.GradientTransformation, spike_factor: float | None) -> 
         return GuardState(inner.init(params), *means, *counts)
 
     def update(
-        gradients: Any, state: GuardState, params: Any = None, *, loss: jax.Array, **extra: Any
+        gradients: Any, state: GuardState, params: Any = None, *, loss: jax.Array | None = None, **extra: Any
     ) -> tuple[Any, GuardState]:
+        loss = jnp.zeros((), jnp.float32) if loss is None else loss
         norm = optax.tree.norm(gradients).astype(jnp.float32)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if spike_factor is not None:
