@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flacuna_jax.config import RunConfig
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.conversation import named_template
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.probe import probe_ids
@@ -76,7 +76,7 @@ def _companions(config: RunConfig) -> deliver.Companions:
     directory = Path(config.model.tokenizer_path)
     tokenizer = load_tokenizer(directory)
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return deliver.Companions(directory, TEMPLATES[config.data.template].jinja, token_ids)
+    return deliver.Companions(directory, named_template(config.data.template).jinja, token_ids)
 
 
 def _on_every_host(params: Params) -> dict[str, Any]:

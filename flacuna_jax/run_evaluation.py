@@ -1,15 +1,16 @@
 """Evaluation inside a training run, put together: held-out records, sample questions, benchmarks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
 from flacuna_jax.config import RunConfig
-from flacuna_jax.data.conversation import TEMPLATES, Turn
+from flacuna_jax.data.conversation import Turn, named_template
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
+from flacuna_jax.evaluation.language_model import GenerationRequest
 from flacuna_jax.evaluation.suite import Evaluator, task_evaluator
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import Params
@@ -33,7 +34,7 @@ def read_tasks(config: RunConfig) -> Evaluator | None:
         raise UserError(
             "evaluation.tasks: benchmarks inside training need a single host; `flacuna evaluate` the result"
         )
-    template = TEMPLATES[config.data.template] if settings.protocol == "lm_eval" else None
+    template = named_template(config.data.template) if settings.protocol == "lm_eval" else None
     return task_evaluator(
         settings.names, Path(settings.data), protocol=settings.protocol, limit=settings.limit, template=template
     )
@@ -86,7 +87,7 @@ def _sampler(setup: Setup, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
     if jax.process_count() > 1:
         say("note: no sample answers on several hosts; `flacuna generate --run` gives them afterwards")
         return None
-    template = TEMPLATES[config.data.template]
+    template = named_template(config.data.template)
     room = setup.source.config.max_position_embeddings - settings.sample_tokens
     questions = []
     for number, text in enumerate(settings.prompts):
@@ -99,11 +100,17 @@ def _sampler(setup: Setup, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
         questions.append(Question(f"evaluation.prompts.{number}", ids, text, None))
     if setup.held_out is not None:
         questions += choose_questions(setup.held_out, settings.samples, room, tokenizer)
-    return Sampler(questions, setup.spec, setup.mesh, tokenizer, settings.sample_tokens, template.stop_strings)
+
+    def ask(params: Params, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+        requests = [GenerationRequest(ids, settings.sample_tokens, template.stop_strings) for ids in prompts]
+        return [answer.text for answer in _as_language_model(setup, params, tokenizer).generate(requests)]
+
+    return Sampler(questions, ask)
 
 
 def _on_parameters(setup: Setup, evaluator: Evaluator, tokenizer: Tokenizer) -> Tasks:
-    def score(params: Params) -> dict[str, float]:
-        return evaluator(LlamaLanguageModel(setup.spec, params, tokenizer, setup.mesh, "model in training"))
+    return lambda params: evaluator(_as_language_model(setup, params, tokenizer))
 
-    return score
+
+def _as_language_model(setup: Setup, params: Params, tokenizer: Tokenizer) -> LlamaLanguageModel:
+    return LlamaLanguageModel(setup.spec, params, tokenizer, setup.mesh, "model in training")

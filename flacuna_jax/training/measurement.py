@@ -66,7 +66,7 @@ class Measurement:
         if self.tasks is not None and self._tasks_are_due(state.step):
             record |= {f"tasks/{name}": value for name, value in self.tasks(params).items()}
         if self.sampler is not None:
-            for line in self.sampler.records(state.step, self.sampler.answer(params)):
+            for line in self.sampler.records(state.step, params):
                 self.samples(line)
         self.tracker.log({"step": state.step, "kind": "evaluation", **record})
         self.say(f"evaluation after step {state.step}: {_in_words(record)} ({time.monotonic() - started:.1f} s)")

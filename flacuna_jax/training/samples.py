@@ -1,21 +1,15 @@
 """Answers of the model in training to a few questions, for people to read: before, while and after it learns."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from flacuna_jax.data.held_out import keys, question
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.tokenization import Tokenizer
-from flacuna_jax.model import decode
-from flacuna_jax.model.parameters import ModelSpec
-
-SAMPLES = "samples.jsonl"
-BATCH = 8
+from flacuna_jax.model.parameters import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,39 +24,18 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Answers the questions greedily, each in at most `max_new_tokens`."""
+    """Puts the questions to the model of the moment; `ask` gives its answers to all parameters and token ids."""
 
     questions: Sequence[Question]
-    spec: ModelSpec
-    mesh: Mesh
-    tokenizer: Tokenizer
-    max_new_tokens: int
-    stop_strings: Sequence[str] = ()
+    ask: Callable[[Params, Sequence[tuple[int, ...]]], list[str]]
 
-    def answer(self, params: Mapping[str, jax.Array]) -> list[str]:
-        """One answer per question."""
-        if not self.questions:
-            return []
-        with jax.set_mesh(self.mesh):
-            answers = decode.generate(
-                self.spec,
-                params,
-                [question.ids for question in self.questions],
-                max_new_tokens=self.max_new_tokens,
-                stop_ids={self.tokenizer.eos_id},
-                batch_size=min(BATCH, len(self.questions)),
-            )
-        return [self._before_stop(self.tokenizer.decode(ids)) for ids in answers]
-
-    def records(self, step: int, answers: Sequence[str]) -> list[dict[str, Any]]:
+    def records(self, step: int, params: Params) -> list[dict[str, Any]]:
         """The lines of samples.jsonl for the answers after `step` updates."""
+        answers = self.ask(params, [asked.ids for asked in self.questions]) if self.questions else []
         return [
             {"step": step, "id": asked.id, "question": asked.text, "answer": answer, "expected": asked.expected}
             for asked, answer in zip(self.questions, answers, strict=True)
         ]
-
-    def _before_stop(self, text: str) -> str:
-        return text[: min((at for at in map(text.find, self.stop_strings) if at >= 0), default=len(text))]
 
 
 def choose_questions(store: TokenStore, count: int, room: int, tokenizer: Tokenizer) -> list[Question]:
