@@ -22,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD = "lm_head"
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 ALL_LINEAR = "all-linear"
@@ -81,6 +82,18 @@ class ArchitectureConfig(Section):
         return self
 
 
+class RopeScalingConfig(Section):
+    """Stretches a model to longer inputs than it was trained with; see docs/methods.md."""
+
+    type: Literal["linear", "ntk", "llama3"]
+    factor: Annotated[float, Field(gt=1)] | None = None
+    """How much longer; null takes data.max_length / the model's own context."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: wavelengths above the model's own context / this are stretched in full."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: wavelengths below the model's own context / this stay."""
+
+
 class ModelConfig(Section):
     path: str | None = None
     """A Hugging Face LLaMA directory or a converted one."""
@@ -90,6 +103,8 @@ class ModelConfig(Section):
     """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are float32 always."""
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: ArchitectureConfig | None = None
+    rope_scaling: RopeScalingConfig | None = None
+    """For inputs longer than the model's context; null leaves positions as the checkpoint has them."""
     tokenizer: str | None = None
     """Directory with tokenizer.model or tokenizer.json; defaults to `path`."""
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flacuna_jax.config import MeshConfig
+from flacuna_jax.config_files import load_config
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
@@ -15,8 +16,10 @@ from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture, read_json
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
+from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
+from flacuna_jax.model_source import with_rope_scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,10 @@ class ModelLoader:
         """Raises UserError where a directory is missing or is no model, adapter or tokenizer of this architecture."""
         if not address.base.is_dir():
             raise UserError(f"{address.base}: no such model directory")
-        config = read_architecture(address.base)
+        adapter_directory = _adapter_directory(address.adapter)
+        config = _as_trained(read_architecture(address.base), adapter_directory)
         tokenizer = load_tokenizer(address.base)
         check_vocabulary(tokenizer, config.vocab_size, address.base)
-        adapter_directory = _adapter_directory(address.adapter)
         adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
         mesh = make_mesh(self.mesh)
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
@@ -75,6 +78,15 @@ class ModelLoader:
         return LlamaLanguageModel(
             spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
         )
+
+
+def _as_trained(config: LlamaConfig, adapter_directory: Path | None) -> LlamaConfig:
+    """The network that a run's adapter was trained in, which may have had its positions scaled."""
+    settings = None if adapter_directory is None else adapter_directory.parent / "config.yaml"
+    if settings is None or not settings.is_file():
+        return config
+    run = load_config(settings)
+    return with_rope_scaling(config, run.model, run.data.max_length)
 
 
 def eos_text(directory: Path) -> str:

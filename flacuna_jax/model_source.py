@@ -1,13 +1,16 @@
 """Where a run's network comes from: the sizes of a checkpoint on disk, or those of the config."""
 
 import dataclasses
+from pathlib import Path
 
 from flacuna_jax.config import ArchitectureConfig, ModelConfig
+from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.rope import stretched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +21,48 @@ class ModelSource:
     reader: TensorReader | None
 
 
-def open_model(model: ModelConfig) -> ModelSource:
+def open_model(model: ModelConfig, max_length: int) -> ModelSource:
     """Reads sizes and opens the files, no weights yet. Raises `UserError` if either is not as it should be."""
+    reader = None if model.architecture is not None else open_checkpoint(str(model.path))
+    return ModelSource(network_sizes(model, max_length), reader)
+
+
+def network_sizes(model: ModelConfig, max_length: int, base: str | Path | None = None) -> LlamaConfig:
+    """The network that a run trains: the checkpoint's or the config's sizes, its positions scaled as the run says.
+
+    Args:
+      model: the run's section.
+      max_length: of the run's rows.
+      base: where the checkpoint is now; None for where the config says.
+
+    Raises:
+      UserError: config.json cannot be read, or the scaling does not fit it.
+    """
     if model.architecture is not None:
-        return ModelSource(architecture_sizes(model.architecture, model.tokenizer_path), None)
-    path = str(model.path)
-    return ModelSource(read_architecture(path), open_checkpoint(path))
+        sizes = architecture_sizes(model.architecture, model.tokenizer_path)
+    else:
+        sizes = read_architecture(str(base or model.path))
+    return with_rope_scaling(sizes, model, max_length)
+
+
+def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -> LlamaConfig:
+    """A checkpoint's network with `model.rope_scaling` of a run."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return sizes
+    if sizes.rope_scaling is not None:
+        raise UserError(
+            f"model.rope_scaling: {model.path} scales its positions already ({sizes.rope_scaling.kind}, factor "
+            f"{sizes.rope_scaling.factor:g}); leave model.rope_scaling out"
+        )
+    factor = scaling.factor or max_length / sizes.max_position_embeddings
+    if factor <= 1:
+        raise UserError(
+            f"model.rope_scaling: data.max_length {max_length} is within the model's own context of "
+            f"{sizes.max_position_embeddings}; leave model.rope_scaling out, or give its factor"
+        )
+    llama3 = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    return stretched(sizes, scaling.type, factor, **(llama3 if scaling.type == "llama3" else {}))
 
 
 def architecture_sizes(architecture: ArchitectureConfig, tokenizer_path: str) -> LlamaConfig:

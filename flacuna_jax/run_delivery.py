@@ -15,7 +15,6 @@ from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.probe import probe_ids
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
-from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import (
     parameter_shardings,
@@ -48,9 +47,6 @@ def deliver_result(
             "data": ", ".join(source.path for source in config.data.sources),
             "examples": f"{setup.plan.examples:,} per epoch, {len(setup.plan.epochs)} epoch(s)",
             "optimizer steps": f"{state.step:,} of {setup.plan.examples_per_step:.0f} examples",
-            "learning rate": f"{config.training.learning_rate:g}, {config.training.schedule}, "
-            f"{config.training.warmup_steps} warm-up steps",
-            "template": config.data.template,
         }
         if last_loss is not None:
             facts["last training loss"] = f"{last_loss:.4f}"
@@ -93,7 +89,7 @@ def _logits_on_run(setup: Setup, base: Params) -> Callable[[Adapter], np.ndarray
 
     def forward(params: Params, tokens_bt: jax.Array) -> jax.Array:
         model = setup.spec.merge(params)
-        mask = make_packed_mask(jnp.ones_like(tokens_bt))
+        mask = model.mask(jnp.ones_like(tokens_bt))
         return model.logits(model(tokens_bt, jnp.arange(tokens_bt.shape[1])[None], mask))[0]
 
     def logits(adapter: Adapter) -> np.ndarray:

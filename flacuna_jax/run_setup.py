@@ -140,7 +140,7 @@ def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
 
 def open_parts(config: RunConfig) -> Parts:
     """Raises UserError for a model that is not there, or devices that do not go with it or with the batch."""
-    source = open_model(config.model)
+    source = open_model(config.model, config.data.max_length)
     config = resolve_auto(config, source)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
@@ -248,5 +248,12 @@ def plan_lines(setup: Setup) -> list[str]:
         f"{plan.examples_per_step:.1f} examples each",
         f"devices    {setup.mesh.size} × {kind}: {axes}; {plan.accumulation} micro-batches of {plan.micro_rows} rows, "
         f"remat {config.training.remat}",
-        *(f"warning    {warning}" for warning in plan.warnings),
+        *(f"warning    {warning}" for warning in (*plan.warnings, *_context_warning(setup))),
     ]
+
+
+def _context_warning(setup: Setup) -> list[str]:
+    length, context = setup.config.data.max_length, setup.spec.config.max_position_embeddings
+    if length <= context:
+        return []
+    return [f"max_length {length} exceeds the model's context of {context}; model.rope_scaling stretches it"]

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from flacuna_jax.config import PROJECTIONS, Projection
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, meta_settings
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.rope import RopeScaling
 
 CONFIG_FILE = "config.json"
 
@@ -24,13 +26,13 @@ _REQUIRED = {
 
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value not in ("silu", "swish"), "only silu is implemented"),
-    "attention_bias": (bool, "projections with biases are not implemented"),
-    "mlp_bias": (bool, "projections with biases are not implemented"),
     "quantization_config": (bool, "the weights are quantised; start from the half-precision checkpoint"),
     "partial_rotary_factor": (lambda value: value not in (None, 1, 1.0), "partial rotary embedding is not implemented"),
-    "sliding_window": (bool, "sliding-window attention is not implemented"),
 }
 """Key → (does this value change the network beyond what we compute?, what to say)."""
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ATTENTION, _FEED_FORWARD = PROJECTIONS[:4], PROJECTIONS[4:]
 
 
 def read_settings(directory: str | Path) -> dict[str, Any]:
@@ -59,14 +61,17 @@ def read_architecture(directory: str | Path) -> LlamaConfig:
 
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
     """`LlamaConfig` from the content of a config.json; `origin` names it in errors."""
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{origin}: model_type is {raw.get('model_type')!r}; only llama checkpoints can be used")
+    family = raw.get("model_type")
+    if family not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise UserError(f"{origin}: model_type is {family!r}; checkpoints of the LLaMA family can be used: {known}")
     for key, (changes, why) in _UNSUPPORTED.items():
         if key in raw and changes(raw[key]):
             raise UserError(f"{origin}: {key} is {raw[key]!r}; {why}")
     sizes = {ours: _size(raw, theirs, origin) for theirs, ours in _REQUIRED.items()}
     heads = sizes["num_heads"]
-    kv_heads = _size(raw, "num_key_value_heads", origin, heads)
+    # Only LLaMA has had checkpoints from before grouped queries; the others' default differs.
+    kv_heads = _size(raw, "num_key_value_heads", origin, heads if family == "llama" else None)
     if heads % kv_heads:
         raise UserError(f"{origin}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
@@ -74,8 +79,9 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
     head_dim = _size(raw, "head_dim", origin, sizes["hidden_size"] // heads)
     if head_dim % 2:
         raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embedding turns pairs")
-    # The first conversions of LLaMA called the context length max_sequence_length.
-    positions = _size(raw, "max_position_embeddings", origin, _size(raw, "max_sequence_length", origin, 2048))
+    # The first conversions of LLaMA, and Vicuna 1.5 with 16k, call the context length max_sequence_length.
+    sequence = _size(raw, "max_sequence_length", origin, 1)
+    positions = max(sequence, _size(raw, "max_position_embeddings", origin, 2048 if sequence == 1 else sequence))
     return LlamaConfig(
         **sizes,
         num_kv_heads=kv_heads,
@@ -84,7 +90,48 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         rms_norm_eps=_number(raw, "rms_norm_eps", origin, 1e-6),
         max_position_embeddings=positions,
         tie_word_embeddings=_flag(raw, "tie_word_embeddings", origin),
+        family=family,
+        rope_scaling=_rope_scaling(raw, origin, positions),
+        sliding_window=_sliding_window(raw, origin, sizes["num_layers"]),
+        biases=_biases(raw, origin),
     )
+
+
+def _biases(raw: Mapping[str, Any], origin: str) -> tuple[Projection, ...]:
+    if raw["model_type"] == "qwen2":
+        return _ATTENTION[:3]
+    attention, feed_forward = (_flag(raw, key, origin) for key in ("attention_bias", "mlp_bias"))
+    if raw["model_type"] != "llama" and (attention or feed_forward):
+        raise UserError(f"{origin}: attention_bias and mlp_bias have no meaning for model_type {raw['model_type']!r}")
+    return (_ATTENTION if attention else ()) + (_FEED_FORWARD if feed_forward else ())
+
+
+def _sliding_window(raw: Mapping[str, Any], origin: str, layers: int) -> int | None:
+    """Keys that a query sees; transformers' default for Mistral is 4096 where the key is absent."""
+    family, window = raw["model_type"], raw.get("sliding_window")
+    if family == "llama":
+        if window:
+            raise UserError(f"{origin}: sliding_window is {window!r}; LLaMA has none")
+        return None
+    if family == "mistral":
+        window = raw.get("sliding_window", 4096)
+    elif not _flag(raw, "use_sliding_window", origin):
+        return None
+    if window is None:
+        return None
+    first = 0 if family == "mistral" else _whole(raw, "max_window_layers", origin, 28)
+    if first >= layers:
+        return None
+    if first:
+        raise UserError(f"{origin}: max_window_layers is {first}; a window in some of the layers is not implemented")
+    return _size({"sliding_window": window}, "sliding_window", origin)
+
+
+def _whole(raw: Mapping[str, Any], key: str, origin: str, default: int) -> int:
+    value = raw.get(key, default)
+    if type(value) is not int or value < 0:
+        raise UserError(f"{origin}: {key} is {value!r}, not a whole number")
+    return value
 
 
 def _size(raw: Mapping[str, Any], key: str, origin: str, default: int | None = None) -> int:
@@ -112,24 +159,50 @@ def _flag(raw: Mapping[str, Any], key: str, origin: str) -> bool:
 
 
 def _rope_theta(raw: Mapping[str, Any], origin: str) -> float:
-    """The rotary base; any scaling of positions or frequencies is refused, because it would silently be left out."""
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise UserError(f"{origin}: {key} is {rope!r}, not an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{origin}: {key} asks for {kind!r}; scaled rotary embedding is not implemented")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{origin}: {key} asks for a partial rotary embedding, which is not implemented")
-    nested = (raw.get("rope_parameters") or {}).get("rope_theta")
+    nested = _rope_settings(raw, "rope_parameters", origin).get("rope_theta")
     flat = raw.get("rope_theta")
     if nested is not None and flat is not None and nested != flat:
         raise UserError(f"{origin}: rope_theta is {flat!r}, but rope_parameters.rope_theta is {nested!r}")
     theta = nested if nested is not None else flat
     return _number({} if theta is None else {"rope_theta": theta}, "rope_theta", origin, 10000.0)
+
+
+def _rope_scaling(raw: Mapping[str, Any], origin: str, positions: int) -> RopeScaling | None:
+    """What both keys that may hold it say; a kind that is not computed is refused, never left out."""
+    found = {key: _parse_scaling(raw, key, origin, positions) for key in ("rope_scaling", "rope_parameters")}
+    given = {key: scaling for key, scaling in found.items() if raw.get(key) is not None}
+    if len(set(given.values())) > 1:
+        raise UserError(f"{origin}: rope_scaling and rope_parameters differ; remove one of them")
+    return next(iter(given.values()), None)
+
+
+def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int) -> RopeScaling | None:
+    rope = _rope_settings(raw, key, origin)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{origin}: {key} asks for a partial rotary embedding, which is not implemented")
+    if kind == "default":
+        return None
+    where = f"{origin}: {key}"
+    if kind == "linear":
+        return RopeScaling("linear", _number(rope, "factor", where, 0.0))
+    if kind != "llama3":
+        hint = "; model.rope_scaling: {type: ntk} has its effect for one longest input" if kind == "dynamic" else ""
+        raise UserError(f"{where} asks for {kind!r}; linear and llama3 are implemented{hint}")
+    return RopeScaling(
+        "llama3",
+        _number(rope, "factor", where, 0.0),
+        _number(rope, "low_freq_factor", where, 0.0),
+        _number(rope, "high_freq_factor", where, 0.0),
+        _size(rope, "original_max_position_embeddings", where, positions),
+    )
+
+
+def _rope_settings(raw: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:
+    rope = raw.get(key)
+    if rope is not None and not isinstance(rope, dict):
+        raise UserError(f"{origin}: {key} is {rope!r}, not an object")
+    return rope or {}
 
 
 def hugging_face_config(
@@ -145,8 +218,8 @@ def hugging_face_config(
     """
     written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1})
     return (token_ids | written) | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -158,14 +231,36 @@ def hugging_face_config(
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **_family_settings(config),
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_scaling": None if config.rope_scaling is None else _scaling_settings(config.rope_scaling),
+        "rope_parameters": {"rope_theta": config.rope_theta, **_scaling_settings(config.rope_scaling)},
         "torch_dtype": dtype.name,
         "dtype": dtype.name,
     }
+
+
+def _family_settings(config: LlamaConfig) -> dict[str, Any]:
+    if config.family == "llama":
+        return {"attention_bias": "q_proj" in config.biases, "mlp_bias": "up_proj" in config.biases}
+    window: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if config.family == "mistral":  # whose layer_types would make transformers 5 take it for a Ministral
+        return window
+    # transformers 5 derives layer_types from the rest, but would take those of the base's file instead.
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    used = {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    return {**window, **used, "layer_types": [kind] * config.num_layers}
+
+
+def _scaling_settings(scaling: RopeScaling | None) -> dict[str, Any]:
+    """With `type` for transformers 4.42 and older, `rope_type` for those since."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    written = {"rope_type": scaling.kind, "type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        written |= {name: getattr(scaling, name) for name in names}
+    return written
 
 
 def generation_config(written: Mapping[str, Any]) -> dict[str, Any]:

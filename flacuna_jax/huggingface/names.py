@@ -75,9 +75,9 @@ def parse_tensor_name(name: str) -> tuple[str, int | None] | None:
     if match is None:
         return None
     module, _, leaf = match[2].rpartition(".")
-    if leaf != "weight" or module not in _OUR_MODULE:
+    if module not in _OUR_MODULE or leaf not in (("weight",) if module.endswith("layernorm") else ("weight", "bias")):
         return None
-    return f"layers/{_OUR_MODULE[module]}/weight", int(match[1])
+    return f"layers/{_OUR_MODULE[module]}/{leaf}", int(match[1])
 
 
 def adapter_name(path: str, layer: int) -> str:

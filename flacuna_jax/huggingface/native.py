@@ -116,7 +116,8 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
 def _read_leaf(directory: Path, path: str, entry: Mapping[str, Any]) -> StoredTensor:
     file = directory / str(entry["file"])
     module, _, leaf_name = path.rpartition("/")
-    known = path in names.UNSTACKED or (leaf_name == "weight" and module.removeprefix("layers/") in names.MODULES)
+    stacked = leaf_name in ("weight", "bias") and module.removeprefix("layers/") in names.MODULES
+    known = path in names.UNSTACKED or stacked
     if not known or file.parent != directory / PARAMS:
         raise UserError(f"{directory / MANIFEST} lists the parameter {path!r}, which a LLaMA does not have")
     tensors, _ = read_header(file)

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) on one page: sizes, rotary embedding, block, model.
+"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) and its family on one page: sizes, block, model.
 
 Parameters keep Hugging Face's layout ([out, in] kernels, rotate-half rotary pairs), so nothing is transposed or
 permuted on the way in or out. The blocks are stacked along a leading `layers` axis and scanned: compile time does not
@@ -7,26 +7,28 @@ grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/valu
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_policies
 
-from flacuna_jax.config import HEAD, LoraConfig
+from flacuna_jax.config import HEAD, LoraConfig, Projection
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.attention import SAVED_NAMES as ATTENTION_SAVED
 from flacuna_jax.kernels.attention import Backend, attention
-from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 from flacuna_jax.model.lora import MODULE_IDS, BaseParam, LoRAHead, LoRALinear, adapter_ranks, base_matrix, fold_keys
 from flacuna_jax.model.lora import OUTPUT_NAME as PROJECTION_OUTPUT
+from flacuna_jax.model.rope import Rope, RopeScaling, rope_frequencies
 from flacuna_jax.model.sharding import Axes, constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a LLaMA, as its checkpoint's config.json states them."""
+    """Sizes of a LLaMA, or of what differs from it in details, as its checkpoint's config.json states them."""
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +41,17 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    family: Literal["llama", "mistral", "qwen2"] = "llama"
+    """What Hugging Face calls model_type; all that it means to the network is in the other fields."""
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    """Keys that a query sees at most, itself included (Mistral)."""
+    biases: tuple[Projection, ...] = ()
+    """Projections that add a bias (Qwen2: q, k and v)."""
+
+    @property
+    def rope_frequencies(self) -> np.ndarray:
+        return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
 def _all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -82,26 +95,6 @@ class Embedding(nnx.Module):
         return constrain(self.weight[...].astype(dtype), "vocab", None)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (Su et al., 2021): cos and sin [b, t, 1, head_dim / 2] in float32."""
-
-    cos: jax.Array
-    sin: jax.Array
-
-    @classmethod
-    def at(cls, positions_bt: jax.Array, head_dim: int, theta: float) -> "Rope":
-        frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-        angle = positions_bt.astype(jnp.float32)[:, :, None, None] * frequency
-        return cls(jnp.cos(angle), jnp.sin(angle))
-
-    def rotate(self, x_bthn: jax.Array) -> jax.Array:
-        x1, x2 = jnp.split(x_bthn.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin], axis=-1)
-        return rotated.astype(x_bthn.dtype)
-
-
 class Block(nnx.Module):
     """One decoder layer. Where keys and values come from is the caller's business: training attends within packed
     rows, decoding to a cache."""
@@ -119,6 +112,7 @@ class Block(nnx.Module):
                 axes=axes,
                 lora=lora,
                 ranks=ranks.get(f"layers/{name}"),
+                bias=name in config.biases,
                 module_id=MODULE_IDS[name],
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -202,6 +196,7 @@ class Llama(nnx.Module):
                 axes=("vocab", None),
                 lora=lora,
                 ranks=ranks.get(HEAD),
+                bias=False,
                 module_id=MODULE_IDS[HEAD],
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -222,12 +217,12 @@ class Llama(nnx.Module):
         Args:
           tokens_bt: int32 ids; padding may be any valid id.
           positions_bt: int32, restarting at 0 with each document.
-          mask: which keys each query sees, built once for all layers.
+          mask: which keys each query sees, built once for all layers (`mask`).
           row_keys_b: adapter-dropout keys, one per row; None evaluates.
           remat: a key of REMAT_POLICIES.
           attention_backend: see `kernels.attention`.
         """
-        rope = Rope.at(positions_bt, self.config.head_dim, self.config.rope_theta)
+        rope = Rope.at(positions_bt, self.config.rope_frequencies)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attention(q, k, v, mask, backend=attention_backend)
@@ -242,6 +237,10 @@ class Llama(nnx.Module):
         apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(self.config.num_layers), block_state))
         return self.norm(x_btd)
+
+    def mask(self, segment_ids_bt: jax.Array) -> PackedMask:
+        """Which keys each query of packed rows sees in this network."""
+        return make_packed_mask(segment_ids_bt, self.config.sliding_window)
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:
         return constrain(jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0), "batch", None, None)

@@ -84,6 +84,7 @@ class LoRALinear(nnx.Module):
       axes: logical axes (out, in) of the kernel, see `sharding.RULES`.
       lora: the adapter's settings, None for a plain projection.
       ranks: its rank and scale; where layers differ, `set_ranks` on the stack of them tells it each layer's own.
+      bias: whether the projection adds one; no adapter changes it.
       module_id: distinguishes the dropout of this projection from its neighbours'.
     """
 
@@ -95,6 +96,7 @@ class LoRALinear(nnx.Module):
         axes: Axes,
         lora: LoraConfig | None,
         ranks: Ranks | None,
+        bias: bool,
         module_id: int,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -102,6 +104,8 @@ class LoRALinear(nnx.Module):
         self.axes, self.module_id = axes, module_id
         self.lora = lora if ranks is not None else None
         self.weight = BaseParam(base_matrix(rngs.params(), (out_features, in_features), param_dtype))
+        if bias:
+            self.bias = BaseParam(jnp.zeros((out_features,), param_dtype))
         if lora is not None and ranks is not None:
             bound = in_features**-0.5
             shape_a = (ranks.largest, in_features)
@@ -123,13 +127,14 @@ class LoRALinear(nnx.Module):
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
         weight_oi = gather_weight(self.weight[...].astype(x_bti.dtype), *self.axes)
         y_bto = x_bti @ weight_oi.T
-        if self.lora is None:
-            return checkpoint_name(y_bto, OUTPUT_NAME)
-        a_ri, b_or = self.factors()
-        x_bti = self.dropped(x_bti, row_keys_b)
-        y_bto += _by_group(_by_group(x_bti, a_ri.astype(x_bti.dtype)), b_or.astype(x_bti.dtype))
+        if self.lora is not None:
+            a_ri, b_or = self.factors()
+            x_bti = self.dropped(x_bti, row_keys_b)
+            y_bto += _by_group(_by_group(x_bti, a_ri.astype(x_bti.dtype)), b_or.astype(x_bti.dtype))
         y_bto = checkpoint_name(y_bto, OUTPUT_NAME)
-        return self._rescaled(y_bto, weight_oi, a_ri, b_or) if self.lora.use_dora else y_bto
+        if self.lora is not None and self.lora.use_dora:
+            y_bto = self._rescaled(y_bto, weight_oi, a_ri, b_or)
+        return y_bto + self.bias[...].astype(y_bto.dtype) if hasattr(self, "bias") else y_bto
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """A and scale · B in float32: no compute dtype rounds the scale."""

@@ -51,6 +51,13 @@ BASE_AXES: dict[str, Axes] = {
     "layers/down_proj/weight": ("layers", None, "ffn"),
     "norm/weight": (None,),
     "lm_head/weight": ("vocab", None),
+    "layers/q_proj/bias": ("layers", "heads"),
+    "layers/k_proj/bias": ("layers", "kv_heads"),
+    "layers/v_proj/bias": ("layers", "kv_heads"),
+    "layers/o_proj/bias": ("layers", None),
+    "layers/gate_proj/bias": ("layers", "ffn"),
+    "layers/up_proj/bias": ("layers", "ffn"),
+    "layers/down_proj/bias": ("layers", None),
 }
 """Parameter → logical axes of its dimensions: kernels [out, in] as in Hugging Face files, layers stacked in front."""
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flacuna_jax.kernels.attention import attention
-from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.decode import Sampling, choose_tokens
-from flacuna_jax.model.llama import Llama, Rope
+from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.rope import Rope
 
 SCORED_TOGETHER = 128
 """Positions whose logits exist at the same time."""
@@ -164,17 +164,18 @@ def _forward(
     model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, segment_ids_bt: jax.Array, prefix: Prefix | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states [b, t, d] of documents behind the prefix, and their own keys and values [l, b, t, k, n]."""
-    mask = make_packed_mask(segment_ids_bt)
+    mask = model.mask(segment_ids_bt)
     position_t = jnp.arange(tokens_bt.shape[1])
     visible_bts = (mask.start_bt[:, :, None] <= position_t) & (position_t <= position_t[:, None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
         if prefix is None:
             return attention(q, k, v, mask)
-        return _attend(q, _prefix_of(prefix, layer), Seen(k, v, visible_bts))
+        return _attend(q, _prefix_of(prefix, layer, from_bt), Seen(k, v, visible_bts))
 
     if prefix is not None:
         positions_bt = positions_bt + prefix.length
+    from_bt = _first_visible(model, positions_bt)
     hidden_btd, (k_lbtkn, v_lbtkn) = _through_layers(model, tokens_bt, positions_bt, attend)
     return hidden_btd, k_lbtkn, v_lbtkn
 
@@ -182,14 +183,16 @@ def _forward(
 def _extend(model: Llama, rows: Rows, prefix: Prefix | None) -> tuple[jax.Array, Rows]:
     """Adds `token_b` to the caches; logits [b, v] of what follows."""
     batch, slots = rows.k_lbskn.shape[1:3]
-    earlier_bts = (jnp.arange(slots) < rows.length_b[:, None])[:, None, :]
+    position_b = rows.length_b if prefix is None else rows.length_b + prefix.length
+    from_bt = _first_visible(model, position_b[:, None])
+    slots_s = jnp.arange(slots) + (position_b - rows.length_b)[:, None]
+    earlier_bts = ((slots_s < position_b[:, None]) & (slots_s >= from_bt))[:, None, :]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
         k_bskn, v_bskn = (_layer_of(cache, layer) for cache in (rows.k_lbskn, rows.v_lbskn))
-        before = [_prefix_of(prefix, layer)] if prefix is not None else []
+        before = [_prefix_of(prefix, layer, from_bt)] if prefix is not None else []
         return _attend(q, *before, Seen(k_bskn, v_bskn, earlier_bts), Seen(k, v, jnp.array(True)))
 
-    position_b = rows.length_b if prefix is None else rows.length_b + prefix.length
     hidden_btd, (k_lbtkn, v_lbtkn) = _through_layers(model, rows.token_b[:, None], position_b[:, None], attend)
     row_b = jnp.arange(batch)
     after = rows._replace(
@@ -205,9 +208,16 @@ def _layer_of(stacked: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
-def _prefix_of(prefix: Prefix, layer: jax.Array) -> Seen:
-    within_s = jnp.arange(prefix.k_lpkn.shape[1]) < prefix.length
-    return Seen(_layer_of(prefix.k_lpkn, layer), _layer_of(prefix.v_lpkn, layer), within_s)
+def _prefix_of(prefix: Prefix, layer: jax.Array, from_bt: jax.Array) -> Seen:
+    position_p = jnp.arange(prefix.k_lpkn.shape[1])
+    visible_btp = (position_p < prefix.length) & (position_p >= from_bt[:, :, None])
+    return Seen(_layer_of(prefix.k_lpkn, layer), _layer_of(prefix.v_lpkn, layer), visible_btp)
+
+
+def _first_visible(model: Llama, positions_bt: jax.Array) -> jax.Array:
+    """The first position that each query may see, counted as `positions_bt` is."""
+    window = model.config.sliding_window
+    return jnp.zeros_like(positions_bt) if window is None else positions_bt - (window - 1)
 
 
 def _attend(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
@@ -238,7 +248,7 @@ def _through_layers(
     model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, attend: Attend
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Hidden states after the final norm, and what the layers had as keys and values of these tokens."""
-    rope = Rope.at(positions_bt, model.config.head_dim, model.config.rope_theta)
+    rope = Rope.at(positions_bt, model.config.rope_frequencies)
     graph, stacked = nnx.split(model.layers)
 
     def apply_block(x_btd: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, tuple]:

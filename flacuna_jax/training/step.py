@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
-from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import constrain, parameter_axes, row_shards
 from flacuna_jax.training.guard import skips
@@ -71,7 +70,7 @@ def micro_batch_losses(
     hidden_btd = model(
         batch["tokens"],
         batch["positions"],
-        make_packed_mask(batch["segment_ids"]),
+        model.mask(batch["segment_ids"]),
         row_keys_b=row_keys_b,
         remat=config.remat,
         attention_backend=config.attention_backend,

@@ -15,6 +15,7 @@ from flacuna_jax.huggingface.architecture import (
     read_architecture,
 )
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.rope import RopeScaling
 from tests.huggingface.checkpoints import ARCHITECTURES, Written
 from tests.torch_models import transformers
 
@@ -38,6 +39,24 @@ VICUNA = {
     "use_cache": True,
     "vocab_size": 32000,
 }
+
+
+QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 40, "use_sliding_window": True}
+
+
+def test_windows_that_are_not_used() -> None:
+    qwen2 = {**VICUNA, **QWEN2, "sliding_window": 9}
+    assert parse_architecture({**qwen2, "use_sliding_window": False}, "x").sliding_window is None
+    assert parse_architecture({**qwen2, "max_window_layers": 40}, "x").sliding_window is None
+    mistral = {**VICUNA, "model_type": "mistral", "num_key_value_heads": 8}
+    assert parse_architecture({**mistral, "sliding_window": None}, "x").sliding_window is None
+    assert parse_architecture(mistral, "x").sliding_window == transformers.MistralConfig().sliding_window
+
+
+def test_vicuna_13b_v15_16k() -> None:
+    raw = {**VICUNA, "max_position_embeddings": 4096, "max_sequence_length": 16384}
+    config = parse_architecture({**raw, "rope_scaling": {"factor": 4.0, "type": "linear"}}, "config.json")
+    assert (config.max_position_embeddings, config.rope_scaling) == (16384, RopeScaling("linear", 4.0))
 
 
 def test_vicuna_13b() -> None:
@@ -88,13 +107,19 @@ def test_missing_sizes_follow_the_conventions() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"model_type": "mistral"}, "num_key_value_heads is missing"),
+        ({"model_type": "mistral", "num_key_value_heads": 8, "attention_bias": True}, "attention_bias"),
+        ({"sliding_window": 9}, "sliding_window is 9"),
+        ({**QWEN2, "sliding_window": 9, "max_window_layers": 3}, "max_window_layers is 3"),
+        ({**QWEN2, "sliding_window": 0.5, "max_window_layers": 0}, "sliding_window is 0.5"),
         ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling asks for 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling asks for 'llama3'"),
+        ({"attention_bias": 1}, "attention_bias is 1"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is 0.0, not a positive number"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "model.rope_scaling: {type: ntk}"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "differ"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters asks for 'yarn'"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta is 500000.0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),

@@ -38,7 +38,7 @@ def test_the_paper_has_160_adapter_tensors() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.input_layernorm.bias",
         "model.layers.00.self_attn.q_proj.weight",
         "model.layers.-1.self_attn.q_proj.weight",
         "layers.0.self_attn.q_proj.weight",

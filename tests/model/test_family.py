@@ -1,0 +1,218 @@
+"""The family by config: each member as transformers writes it, read, compared, decoded, converted, merged, adapted.
+
+float32 on both sides, sums in other orders: logits are O(1) and agree to 1e-4.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flacuna_jax.config import LoraConfig
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
+from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.model import shared_prefix
+from flacuna_jax.model.decode import GREEDY
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec, Params, lora_shapes
+from flacuna_jax.model.rope import ntk_theta, rope_frequencies
+from flacuna_jax.model.sharding import make_mesh, parameter_shardings
+from tests.tiny import packed_batch
+from tests.torch_models import torch, transformers
+
+peft = pytest.importorskip("peft")
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+FAMILY = {
+    "LLaMA 1": ("Llama", {"num_key_value_heads": 4}),
+    "LLaMA 2, 70B": ("Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
+    "LLaMA 3.1": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "Vicuna 1.5, 16k": ("Llama", {"num_key_value_heads": 4, "rope_parameters": LINEAR}),
+    "LLaMA with biases": ("Llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 6, "head_dim": 16}),
+    "Qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "Qwen2 with a window": (
+        "Qwen2",
+        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    ),
+}
+DOCUMENTS = [np.random.default_rng(i).integers(3, 97, size).tolist() for i, size in enumerate((17, 40, 9, 23, 31))]
+ROWS = [[0, 1], [2, 3], [4]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    path: Path
+    reference: "transformers.PreTrainedModel"
+    config: LlamaConfig
+    params: Params
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(self.config, None, "float32", "float32")
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
+    kind, settings = FAMILY[request.param]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SIZES, **settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path_factory.mktemp("member")
+    model.eval().float().save_pretrained(path)
+    config = read_architecture(path)
+    return Member(path, model, config, load(path, config))
+
+
+def load(path: Path, config: LlamaConfig) -> Params:
+    mesh = make_mesh("auto", jax.devices()[:1])
+    shapes = ModelSpec(config).base_shapes
+    return load_base(str(path), config, parameter_shardings(shapes, mesh), "float32")
+
+
+@functools.cache
+def compiled(spec: ModelSpec):
+    @jax.jit
+    def logits(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        model = spec.merge(params)
+        return model.logits(model(tokens, positions, model.mask(segment_ids)))
+
+    return logits
+
+
+def packed_logits(spec: ModelSpec, params: Params) -> list[np.ndarray]:
+    """Logits of each document, out of rows that hold several."""
+    batch = packed_batch(DOCUMENTS, ROWS, 64)
+    found = np.asarray(compiled(spec)(params, *(batch[key] for key in ("tokens", "positions", "segment_ids"))))
+    return [
+        found[row][batch["segment_ids"][row] == segment]
+        for row, members in enumerate(ROWS)
+        for segment in range(1, len(members) + 1)
+    ]
+
+
+def torch_logits(model: "torch.nn.Module") -> list[np.ndarray]:
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in DOCUMENTS]
+
+
+def assert_equal_logits(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    for actual, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_logits_equal_transformers(member: Member) -> None:
+    assert_equal_logits(packed_logits(member.spec, member.params), torch_logits(member.reference))
+
+
+@pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 14])
+def test_greedy_continuations_equal_transformers(member: Member, shared: int) -> None:
+    """Prompts of mixed lengths in one batch; their first tokens alone, or behind a prefix that is computed once."""
+    prompts = [DOCUMENTS[1][:shared] + DOCUMENTS[index] for index in (2, 0, 3)]
+    for prompt, new in zip(prompts, continuations(member, prompts, shared, 24), strict=True):
+        inputs = torch.tensor([prompt])
+        output = member.reference.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False, pad_token_id=0
+        )
+        expected = output[0, len(prompt) :].tolist()
+        ended = expected.index(2) if 2 in expected else len(expected)  # transformers stops at its own end of text
+        assert new[:ended] == expected[:ended]
+
+
+def continuations(member: Member, prompts: list[list[int]], shared: int, count: int) -> list[list[int]]:
+    spec, params, prefix = member.spec, member.params, None
+    if shared:
+        head = np.zeros(16, np.int32)
+        head[:shared] = prompts[0][:shared]
+        prefix = shared_prefix.compute_prefix(spec, params, jnp.asarray(head), jnp.int32(shared))
+    tokens_rt = np.zeros((len(prompts), 32), np.int32)
+    for row, prompt in zip(tokens_rt, prompts, strict=True):
+        row[: len(prompt) - shared] = prompt[shared:]
+    rows, first_r = shared_prefix.begin(
+        spec,
+        params,
+        prefix,
+        shared_prefix.empty_rows(spec, len(prompts), 64),
+        jnp.arange(len(prompts)),
+        jnp.asarray(tokens_rt),
+        jnp.array([len(prompt) - shared for prompt in prompts]),
+        jnp.zeros(len(prompts), jnp.uint32),
+        GREEDY,
+    )
+    _, more_bt = shared_prefix.advance(spec, params, prefix, rows, count - 1, GREEDY)
+    return np.concatenate([np.asarray(first_r)[:, None], np.asarray(more_bt)], axis=1).tolist()
+
+
+def test_converted_and_back(member: Member, tmp_path: Path) -> None:
+    convert(tmp_path / "native", open_checkpoint(member.path), member.config, tokenizer_source=member.path)
+    assert read_architecture(tmp_path / "native") == member.config
+    for name, value in load(tmp_path / "native", member.config).items():
+        np.testing.assert_array_equal(value, member.params[name], err_msg=name)
+
+
+def test_adapters_and_merges_are_pefts(member: Member, tmp_path: Path) -> None:
+    lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
+    rng = np.random.default_rng(1)
+    shapes = lora_shapes(member.config, lora)
+    params = {path: (0.1 * rng.standard_normal(shape)).astype(np.float32) for path, shape in shapes.items()}
+    adapter = Adapter(lora, params)
+    spec = dataclasses.replace(member.spec, lora=lora)
+    ours = packed_logits(spec, {**member.params, **params})
+
+    write_adapter(tmp_path / "adapter", adapter, member.config, trained=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(member.path, attn_implementation="eager")
+    assert_equal_logits(ours, torch_logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()))
+
+    reader = open_checkpoint(member.path)
+    write_merged(tmp_path / "merged", reader, member.config, adapter, Companions(member.path, None, {}))
+    assert read_architecture(tmp_path / "merged") == member.config
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert type(merged) is type(member.reference)
+    assert_equal_logits(ours, torch_logits(merged.eval()))
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, LINEAR, {**LLAMA3, "original_max_position_embeddings": 8192, "factor": 32.0}])
+@pytest.mark.parametrize("head_dim", [12, 128])
+def test_frequencies_equal_transformers(rope: dict, head_dim: int, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SIZES, head_dim=head_dim, rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    expected, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    assert factor == 1
+    ours = read_architecture(tmp_path)
+    np.testing.assert_allclose(ours.rope_frequencies, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [256, 1000])
+def test_ntk_is_dynamic_scaling_at_its_longest_input(length: int) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0}
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
+    expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
+    ours = rope_frequencies(12, ntk_theta(1e4, 12, length / 128), None)
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
