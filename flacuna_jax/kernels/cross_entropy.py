@@ -21,6 +21,8 @@ CHUNK = 1024
 """Positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
 
 BATCH_AXES = ("replica", "data", "fsdp")
+LOOP_SCOPE = "head_chunks"
+"""Name of the loop over chunks in compiled programs and profiles."""
 VOCAB_AXIS = "tensor"
 
 
@@ -127,7 +129,8 @@ def _supervised_first(targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int
 
 
 def _loop(positions: _Positions, layout: _Layout, body: Callable, init: Any) -> Any:
-    return jax.lax.fori_loop(0, (positions.supervised + layout.chunk - 1) // layout.chunk, body, init)
+    with jax.named_scope(LOOP_SCOPE):
+        return jax.lax.fori_loop(0, (positions.supervised + layout.chunk - 1) // layout.chunk, body, init)
 
 
 def _put(x_n: jax.Array, index: jax.Array, x_c: jax.Array) -> jax.Array:

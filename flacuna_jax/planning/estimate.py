@@ -44,7 +44,7 @@ def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
         return {"weights": 4 * base, "optimizer state": _state_bytes(workload) * base, "batch": batch}
     adapters = _stored(spec.lora_shapes, mesh)
     return {
-        "base weights": workload.compute_bytes * base,
+        "base weights": _held_bytes(workload, layout),
         "adapters": 4 * adapters,
         "optimizer state": _state_bytes(workload) * adapters,
         "batch": batch,
@@ -55,6 +55,14 @@ def _state_bytes(workload: Workload) -> int:
     """Of the optimizer, per trained number: two moments, one, or (of matrices that are not thin) none to speak of."""
     adafactor = 4 if workload.spec.lora is not None else 0
     return {"adamw": 8, "lion": 4, "adafactor": adafactor}[workload.training.optimizer]
+
+
+def _held_bytes(workload: Workload, layout: Layout) -> int:
+    """Of the frozen base on one device, in whatever form it is held."""
+    by_width: dict[int, Shapes] = {}
+    for name, leaf in workload.spec.held.items():
+        by_width.setdefault(leaf.dtype.itemsize, {})[name] = leaf.shape
+    return sum(width * _stored(shapes, layout.mesh) for width, shapes in by_width.items())
 
 
 def _stored(shapes: Shapes, mesh: MeshConfig) -> int:

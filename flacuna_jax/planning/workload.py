@@ -67,8 +67,7 @@ class Workload:
     @classmethod
     def of(cls, config: RunConfig, architecture: LlamaConfig, statistics: Statistics) -> "Workload":
         """LoRA: adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
-        dtype = config.model.dtype
-        spec = ModelSpec(architecture, config.lora, dtype, dtype if config.lora else "float32")
+        spec = ModelSpec.of_run(architecture, config.model, config.lora)
         return cls(spec, config.training, config.data.max_length, statistics, config.seed)
 
     @property

@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from flacuna_jax.config import LoraConfig, MeshConfig
+from flacuna_jax.kernels.cross_entropy import CHUNK, LOOP_SCOPE
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.planning.compile import CompiledStep, compile_step, lower_step
-from flacuna_jax.planning.estimate import argument_bytes, estimate_work
+from flacuna_jax.planning.estimate import argument_bytes, estimate_work, head_chunks
 from flacuna_jax.planning.plans import compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import parse_target, present_machine
 from flacuna_jax.planning.workload import Layout
@@ -134,6 +135,19 @@ def test_predicted_memory_is_what_a_run_takes():
     numbers = json.loads(done.stdout.splitlines()[-1])
     assert numbers["arguments"] == pytest.approx(numbers["held"], abs=64)
     assert numbers["measured"] == pytest.approx(numbers["peak"], rel=0.10)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_head_meets_each_chunk_twice(devices):
+    """Logits, and the gradient of the activations: how often is the planner's word, the compiler has no count."""
+    workload, layout = make_workload(dtype="float32"), Layout(MeshConfig(fsdp=devices), "dots", 2)
+    step = compile_step(workload, layout, jax.devices()[:devices])
+    head = sum(
+        flops * use.times for use, flops in step.program.matrix_products() if LOOP_SCOPE in use.instruction.op_name
+    )
+    chunks = head_chunks(workload, layout) * workload.micro_batches(layout)
+    rows = min(CHUNK, workload.tokens_per_pass(layout))
+    assert head == 2 * chunks * 2 * rows * NETWORK.vocab_size * NETWORK.hidden_size
 
 
 def test_a_plan_of_the_devices_here(workload):

@@ -111,7 +111,7 @@ def test_exchanges_between_tpu_slices_are_what_devices_send():
 ENTRY %main (share: f32[5,8,128]) -> f32[5,8,128] {{
   %share = f32[5,8,128]{{2,1,0}} parameter(0)
   %first = token[] after-all()
-  %sent = (f32[5,8,128]{{2,1,0}}, u32[], token[]) send(%share, %first), channel_id=6, frontend_attributes={{{attributes}}}
+  %sent = (f32[5,8,128]{{2,1,0}}, u32[], token[]) send(%share, %first), frontend_attributes={{{attributes}}}
   ROOT %copy = f32[5,8,128]{{2,1,0}} copy(%share)
 }}
 """
