@@ -52,6 +52,8 @@ def initialize(config: DistributedConfig, environment: Environment = os.environ)
     if not (config.is_explicit or _in_cluster(environment)):
         return
     coordinator, processes, rank = membership(config, environment)
+    # It would take SIGTERM for itself; `training.stop` answers to it, on every host at the same step.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
