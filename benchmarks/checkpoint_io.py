@@ -113,7 +113,7 @@ def make_checkpoint(path: Path, config: LlamaConfig) -> int:
         each = shape[1:] if stacked else shape
         for name in names.tensor_names(parameter, config.num_layers):
             tensors.append(PendingTensor(name, each, HALF, filled(each)))
-    write_shards(path, tensors)
+    list(write_shards(path, tensors))
     (path / "config.json").write_text(json.dumps(hugging_face_config(config, HALF)))
     return sum(tensor.nbytes for tensor in tensors)
 

@@ -15,6 +15,7 @@ VERBS = {
     "plan": "say what a run takes on hardware that need not be here, and whether it fits",
     "train": "fine-tune: LoRA adapters or all weights, on one device or many",
     "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, verified",
+    "check": "compare an exported model, or the server that serves it, with what the export recorded",
     "evaluate": "benchmark tables: InstructEval or lm-evaluation-harness, models side by side",
     "generate": "complete prompts with exactly the template of training",
     "chat": "talk to a model in the terminal, tuned beside base if you like",

@@ -12,6 +12,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver, names
 from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.delta import DeltaReader
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.meta import is_meta
@@ -60,7 +61,7 @@ def _convert_model(arguments: argparse.Namespace, reader: TensorReader) -> None:
 def _extract_adapter(arguments: argparse.Namespace, model: CheckpointReader) -> None:
     config = read_architecture(arguments.model)
     adapter = released_adapter(model, config, arguments.alpha)
-    facts = {"taken from": f"the training checkpoint {Path(arguments.model).name}"}
+    facts = Facts({"taken from": f"the training checkpoint {Path(arguments.model).name}"})
     deliver.write_adapter(arguments.out, adapter, config, trained=True, facts=facts)
     tensors = sum(len(value) for value in adapter.params.values())
     print(

@@ -1,6 +1,7 @@
 """`flacuna export RUN OUT --format adapter|merged`: a training run as a PEFT adapter or a whole Hugging Face model."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +11,25 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.convert import STORED_DTYPES
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.conversation import Template, Turn, named_template, render_prompt, render_text
+from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.directories import check_target
+from flacuna_jax.huggingface.golden import Golden, Prompt
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader
-from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
+from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model_source import network_sizes
+from flacuna_jax.run_facts import run_facts
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
 
 
@@ -37,20 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         _export_full(arguments, run, target, settings)
         return None
     base = _base_directory(arguments, settings)
-    config = read_architecture(base)
+    config = network_sizes(settings.model, settings.data.max_length, base)
     reader = open_checkpoint(base)
     adapter, trained = _adapter(run, arguments.step, settings, settings.lora, config, reader)
+    facts = run_facts(run, settings, arguments.results)
+    name = arguments.base_name or settings.model.name or str(base)
     if arguments.format == "adapter":
-        _export_adapter(
-            arguments, target, adapter, config, trained, arguments.base_name or settings.model.name or str(base)
-        )
+        _export_adapter(arguments, target, Adapter(adapter.lora, adapter.params, name), config, trained, facts)
     else:
-        dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
-        _report(
-            deliver.write_merged(
-                target, reader, config, adapter, _companions(settings), dtype=dtype, shard_bytes=arguments.shard_bytes
-            )
+        directory = Path(settings.model.tokenizer_path)
+        companions = _companions(
+            arguments, settings, directory, named_template(settings.data.template).jinja, config, facts
         )
+        companions = dataclasses.replace(companions, base_name=name)
+        _write_merged(arguments, target, reader, config, adapter, companions)
     return None
 
 
@@ -84,13 +91,16 @@ def _adapter(
 
 
 def _export_adapter(
-    arguments: argparse.Namespace, target: Path, adapter: Adapter, config: LlamaConfig, trained: bool, base_name: str
+    arguments: argparse.Namespace, target: Path, adapter: Adapter, config: LlamaConfig, trained: bool, facts: Facts
 ) -> None:
     dtype = arguments.dtype or "float32"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: an adapter is stored as {' or '.join(DTYPES)}")
-    named = Adapter(adapter.lora, adapter.params, base_name)
-    _report(deliver.write_adapter(target, named, config, trained=trained, dtype=dtype))
+    for_vllm = "vllm" in arguments.check
+    rules = vllm_violations if for_vllm else lambda _: ()
+    _report(deliver.write_adapter(target, adapter, config, trained=trained, dtype=dtype, facts=facts, rules=rules))
+    if for_vllm:
+        print(f"vLLM loads it with {vllm_options(target)}")
 
 
 def _export_full(arguments: argparse.Namespace, run: Path, target: Path, settings: RunConfig) -> None:
@@ -99,28 +109,72 @@ def _export_full(arguments: argparse.Namespace, run: Path, target: Path, setting
         raise UserError(f"{run} trained every weight (lora: null); it has no adapter, export it with --format merged")
     if arguments.step is not None or not (run / "model").is_dir():
         raise UserError(f"{run} has no model/ yet, which a run of all weights writes at its end; let it finish")
-    dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
     reader = open_checkpoint(run / "model")
     config = read_architecture(run / "model")
-    companions = deliver.Companions(run / "model", None, {})
+    facts = run_facts(run, settings, arguments.results)
+    companions = _companions(arguments, settings, run / "model", None, config, facts)
+    companions = dataclasses.replace(companions, base_name=settings.model.name or settings.model.path)
+    _write_merged(arguments, target, reader, config, None, companions)
+
+
+def _write_merged(
+    arguments: argparse.Namespace,
+    target: Path,
+    reader: TensorReader,
+    config: LlamaConfig,
+    adapter: Adapter | None,
+    companions: deliver.Companions,
+) -> None:
+    if arguments.check:
+        raise UserError(f"--check {arguments.check[0]} is for adapters; `flacuna check` compares a served model")
+    dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
     _report(
-        deliver.write_merged(target, reader, config, None, companions, dtype=dtype, shard_bytes=arguments.shard_bytes)
+        deliver.write_merged(
+            target, reader, config, adapter, companions, dtype=dtype, shard_bytes=arguments.shard_bytes
+        )
     )
 
 
-def _companions(settings: RunConfig) -> deliver.Companions:
-    directory = Path(settings.model.tokenizer_path)
+def _companions(
+    arguments: argparse.Namespace,
+    settings: RunConfig,
+    directory: Path,
+    jinja: str | None,
+    config: LlamaConfig,
+    facts: Facts,
+) -> deliver.Companions:
     tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config.vocab_size, directory)
+    golden = _golden(named_template(settings.data.template), tokenizer, config, arguments.golden_tokens)
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return deliver.Companions(directory, TEMPLATES[settings.data.template].jinja, token_ids)
+    return deliver.Companions(directory, jinja, token_ids, facts=facts, golden=golden)
+
+
+QUESTIONS = ("Why is the sky blue?", "Name three colours.", "Write one sentence about rain.")
+"""What golden prompts ask; short, because the written model answers them on whatever machine exports it."""
+
+
+def _golden(template: Template, tokenizer: Tokenizer, config: LlamaConfig, count: int) -> Golden | None:
+    prompts = []
+    for question in QUESTIONS if count else ():
+        turns = (Turn("user", question),)
+        ids = tokenize_prompt(turns, template, tokenizer)
+        if ids.count(tokenizer.bos_id) > 1:
+            raise UserError(
+                f"data.template: {template.name} puts BOS into a prompt {ids.count(tokenizer.bos_id)} times"
+            )
+        if len(ids) + count <= config.max_position_embeddings:
+            text = render_text(render_prompt(turns, template), bos="")
+            prompts.append(Prompt(text, tuple(ids), [tokenizer.bos_id, *tokenizer.encode(text)] == ids))
+    if not all(prompt.text_gives_ids for prompt in prompts):
+        print("note: this tokenizer gives whole prompts other ids than training, which encodes their parts; serve ids")
+    return Golden(tuple(prompts), count, tokenizer.eos_id, tokenizer.decode) if prompts else None
 
 
 def _report(written: deliver.Delivery) -> None:
     shift = "" if written.logit_shift is None else f"; rounding shifts logits by at most {written.logit_shift:.1e}"
-    print(
-        f"{written.directory}: {written.nbytes / 1e9:.3g} GB of weights in {len(written.files)} files, "
-        f"read back and verified{shift}"
-    )
+    size = f"{written.nbytes / 1e9:.2f} GB" if written.nbytes > 1e9 else f"{written.nbytes / 1e6:.3g} MB"
+    print(f"{written.directory}: {size} of weights in {len(written.files)} files, read back and verified{shift}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,6 +191,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", metavar="DIR", help="where the base model is now, if not at the config's model.path")
     parser.add_argument(
         "--step", type=int, help="a checkpoint's step; default: the finished adapter, or the newest one"
+    )
+    parser.add_argument(
+        "--check", choices=("vllm",), action="append", default=[], help="refuse an adapter that vLLM would not serve"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="output of `flacuna evaluate` for the model card; default: in RUN"
+    )
+    parser.add_argument(
+        "--golden-tokens",
+        type=int,
+        default=8,
+        metavar="N",
+        help="length of the answers in golden_prompts.json, each token one reading of the weights; 0 leaves it out",
     )
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest weight file of a merged model")
     return parser

@@ -13,12 +13,14 @@ from flacuna_jax.config import RunConfig
 from flacuna_jax.data.conversation import named_template
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.probe import probe_ids
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import (
     parameter_shardings,
 )
+from flacuna_jax.run_facts import setting_rows
 from flacuna_jax.run_setup import Setup
 from flacuna_jax.training.run_directory import RunDirectory
 from flacuna_jax.training.state import TrainState
@@ -43,13 +45,12 @@ def deliver_result(
             replace=True,
         )
     else:
-        facts = {
-            "data": ", ".join(source.path for source in config.data.sources),
+        rows = setting_rows(config) | {
             "examples": f"{setup.plan.examples:,} per epoch, {len(setup.plan.epochs)} epoch(s)",
             "optimizer steps": f"{state.step:,} of {setup.plan.examples_per_step:.0f} examples",
         }
         if last_loss is not None:
-            facts["last training loss"] = f"{last_loss:.4f}"
+            rows["last training loss"] = f"{last_loss:.4f}"
         adapter = Adapter(
             config.lora.model_copy(update={"init_from": None}),
             {name: np.asarray(value, np.float32) for name, value in trained.items()},
@@ -61,7 +62,7 @@ def deliver_result(
             adapter,
             setup.source.config,
             trained=state.step > 1,
-            facts=facts,
+            facts=Facts(rows),
             logits=_logits_on_run(setup, base) if alone else None,
             replace=True,
         )

@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from flacuna_jax.config import LoraConfig
+from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
 from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_config, read_settings
+from flacuna_jax.huggingface.card import Facts, model_card
 from flacuna_jax.huggingface.directories import check_target, whole_directory
+from flacuna_jax.huggingface.golden import Golden, answer, write_golden
 from flacuna_jax.huggingface.load import fingerprint, match_tensors
 from flacuna_jax.huggingface.merged import (
     SHARD_BYTES,
@@ -24,13 +28,14 @@ from flacuna_jax.huggingface.merged import (
     write_settings,
     write_shards,
 )
-from flacuna_jax.huggingface.probe import Weights, probe_ids, stored_weights, streamed_logits
+from flacuna_jax.huggingface.probe import Weights, stored_weights
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader, common_dtype
 from flacuna_jax.huggingface.verify import (
+    LogitsAlongside,
     compare_logits,
     verify_adapter,
-    verify_digests,
+    verify_digest,
     verify_merge,
     verify_model,
 )
@@ -63,11 +68,17 @@ class Companions:
       tokenizer: directory whose tokenizer files are copied unchanged.
       chat_template: jinja text for tokenizer_config.json, None to leave that file as it is.
       token_ids: bos_token_id and eos_token_id, for a config.json that does not state them.
+      base_name: the base model, for the model card.
+      facts: for the model card.
+      golden: prompts whose continuations are recorded beside the weights; None records none.
     """
 
     tokenizer: Path
     chat_template: str | None
     token_ids: Mapping[str, int | None]
+    base_name: str | None = None
+    facts: Facts = dataclasses.field(default_factory=Facts)
+    golden: Golden | None = None
 
 
 def write_adapter(
@@ -77,7 +88,8 @@ def write_adapter(
     *,
     trained: bool,
     dtype: str = "float32",
-    facts: Mapping[str, str] | None = None,
+    facts: Facts | None = None,
+    rules: Callable[[Path], Sequence[str]] = lambda _: (),
     logits: Callable[[Adapter], np.ndarray] | None = None,
     replace: bool = False,
 ) -> Delivery:
@@ -89,16 +101,19 @@ def write_adapter(
       config: sizes of its base.
       trained: whether a B that is zero throughout is a failure.
       dtype: "float32" or "bfloat16".
-      facts: lines for the model card.
+      facts: for the model card.
+      rules: what the written directory violates, for example `vllm_violations`.
       logits: adapter → logits of fixed ids on the run's base; the adapter read back must give the same to 1e-4.
       replace: whether an earlier directory of that name gives way.
 
     Raises:
-      UserError: the target is in the way.
+      UserError: the target is in the way, or a rule is violated.
       VerificationError: what was written is not what was meant; nothing is left behind.
     """
     with whole_directory(target, replace=replace) as partial:
         write_adapter_files(partial, adapter, dtype=dtype, facts=facts)
+        if violated := list(rules(partial)):
+            raise UserError("the adapter cannot be served as it is: " + names.some(violated, 4))
         shift = verify_adapter(partial, config, adapter, trained=trained, dtype=DTYPES[dtype], logits=logits)
     nbytes = sum(value.size for value in adapter.params.values()) * DTYPES[dtype].itemsize
     return Delivery(Path(target), ("adapter_model.safetensors",), nbytes, shift)
@@ -121,15 +136,14 @@ def write_merged(
       VerificationError: what was written is not what was meant; nothing is left behind.
     """
     tensors = merged_tensors(reader, config, adapter, dtype)
-    ids = probe_ids(config)
     with whole_directory(target) as partial:
-        digests = write_shards(partial, tensors, shard_bytes)
+        logits = LogitsAlongside(partial, config, stored_weights(reader, config), adapter)
+        files = _write_weights(partial, tensors, shard_bytes, logits)
         _write_settings(partial, config, tensors, reader.directory, companions)
-        verify_model(partial, config, tensors, digests)
-        meant = streamed_logits(stored_weights(reader, config), config, ids, adapter)
-        found = streamed_logits(stored_weights(open_checkpoint(partial), config), config, ids, None)
-        shift = verify_merge(partial, meant, found, common_dtype(tensor.dtype for tensor in tensors))
-    return _delivery(target, tensors, digests, shift)
+        verify_model(partial, config, tensors)
+        shift = verify_merge(partial, *logits.both(), common_dtype(tensor.dtype for tensor in tensors))
+        _describe(partial, config, companions, None if adapter is None else adapter.lora, shift)
+    return _delivery(target, tensors, files, shift)
 
 
 def write_model(
@@ -153,15 +167,26 @@ def write_model(
     Raises: as `write_merged`.
     """
     tensors = model_tensors(params, config, dtype)
-    ids = probe_ids(config)
     with whole_directory(target, replace=replace) as partial:
-        digests = write_shards(partial, tensors, shard_bytes)
+        logits = LogitsAlongside(partial, config, _device_weights(params, dtype), None)
+        files = _write_weights(partial, tensors, shard_bytes, logits)
         _write_settings(partial, config, tensors, model_source, companions)
-        verify_model(partial, config, tensors, digests)
-        meant = streamed_logits(_device_weights(params, dtype), config, ids, None)
-        found = streamed_logits(stored_weights(open_checkpoint(partial), config), config, ids, None)
-        shift = compare_logits(partial, meant, found)
-    return _delivery(target, tensors, digests, shift)
+        verify_model(partial, config, tensors)
+        shift = compare_logits(partial, *logits.both())
+        _describe(partial, config, companions, None, None)
+    return _delivery(target, tensors, files, shift)
+
+
+def _write_weights(
+    partial: Path, tensors: list[PendingTensor], shard_bytes: int, logits: LogitsAlongside
+) -> tuple[str, ...]:
+    """Writes the shards; each is read back, and goes through the network, before the next one is begun."""
+    files = []
+    for file, digest in write_shards(partial, tensors, shard_bytes):
+        verify_digest(partial / file, digest)
+        logits.add(file)
+        files.append(file)
+    return tuple(files)
 
 
 def _device_weights(params: Mapping[str, jax.Array], dtype: np.dtype) -> Weights:
@@ -192,8 +217,23 @@ def _write_settings(
     )
 
 
-def _delivery(target: str | Path, tensors: list[PendingTensor], digests: Mapping[str, str], shift: float) -> Delivery:
-    return Delivery(Path(target), tuple(digests), sum(tensor.nbytes for tensor in tensors), shift)
+def _describe(
+    partial: Path,
+    config: LlamaConfig,
+    companions: Companions,
+    lora: LoraConfig | None,
+    logit_shift: float | None,
+) -> None:
+    """The model card, and what the written weights answer."""
+    card = model_card(lora, companions.base_name, companions.facts, logit_shift)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if companions.golden is not None:
+        weights = stored_weights(open_checkpoint(partial), config)
+        write_golden(partial, answer(weights, config, companions.golden), companions.golden.count)
+
+
+def _delivery(target: str | Path, tensors: list[PendingTensor], files: tuple[str, ...], shift: float) -> Delivery:
+    return Delivery(Path(target), files, sum(tensor.nbytes for tensor in tensors), shift)
 
 
 def convert(
@@ -220,15 +260,14 @@ def convert(
     sources = match_tensors(reader, config)
     check_target(Path(target))
     with whole_directory(target) as partial:
-        leaves = {
-            path: native.write_parameter(partial, reader, path, tensors, dtype) for path, tensors in sources.items()
-        }
+        leaves = {}
+        for path, held in sources.items():
+            leaves[path] = native.write_parameter(partial, reader, path, held, dtype)
+            verify_digest(partial / leaves[path]["file"], leaves[path]["digest"])
         _write_config(partial, reader, config, leaves)
         copy_tokenizer(tokenizer_source, partial, None)
         native.write_manifest(partial, leaves, base_fingerprint=fingerprint(reader, config))
-        written = open_checkpoint(partial)
-        match_tensors(written, config)
-        verify_digests(partial, native.leaf_digests(partial))
+        match_tensors(open_checkpoint(partial), config)
     nbytes = sum((Path(target) / entry["file"]).stat().st_size for entry in leaves.values())
     return Delivery(Path(target), tuple(entry["file"] for entry in leaves.values()), nbytes, None)
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +97,25 @@ def _natural(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
-def write_shards(directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
-    """Writes the tensors into one file, or into shards with an index; returns file → digest.
+def write_shards(
+    directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES
+) -> Iterator[tuple[str, str]]:
+    """Writes the tensors into one file, or into shards with an index; gives (file, digest) of each as it is written.
 
     Raises:
       UserError: a tensor is not finite (the base is damaged, or training diverged).
     """
     shards = _plan_shards(tensors, shard_bytes)
     if len(shards) == 1:
-        return {SAFETENSORS: _write_shard(directory / SAFETENSORS, shards[0])}
+        yield SAFETENSORS, _write_shard(directory / SAFETENSORS, shards[0])
+        return
     files = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
-    digests = {file: _write_shard(directory / file, shard) for file, shard in zip(files, shards, strict=True)}
+    for file, shard in zip(files, shards, strict=True):
+        yield file, _write_shard(directory / file, shard)
     weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
     total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
     index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(directory / SAFETENSORS_INDEX, index)
-    return digests
 
 
 def _plan_shards(tensors: Sequence[PendingTensor], shard_bytes: int) -> list[list[PendingTensor]]:

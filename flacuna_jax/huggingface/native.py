@@ -125,8 +125,3 @@ def _read_leaf(directory: Path, path: str, entry: Mapping[str, Any]) -> StoredTe
     if leaf is None or 0 in leaf.shape or [list(leaf.shape), leaf.dtype.name] != [entry["shape"], entry["dtype"]]:
         raise UserError(f"{file} is not what {MANIFEST} says it is; convert the model again")
     return leaf
-
-
-def leaf_digests(directory: Path) -> dict[str, str]:
-    """File → digest of every parameter file, as the manifest states them."""
-    return {entry["file"]: entry["digest"] for entry in read_manifest(directory)["parameters"].values()}

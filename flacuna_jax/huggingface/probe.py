@@ -5,8 +5,9 @@ model's own (`Block`); only its matrices are stood in for by ones that are read 
 float32, whatever the weights are, on the CPU.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,16 +103,29 @@ class StreamedModel:
 
     def extend(self, tokens_bt: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         """Adds tokens; float32 logits [batch, tokens, vocab] of them, or [batch, 1, vocab] of the last alone."""
-        with jax.default_device(host_device()), jax.default_matmul_precision("highest"):
-            slots_t = self._filled + np.arange(tokens_bt.shape[1])
-            positions_bt = np.maximum(slots_t - self._first_b[:, None], 0)
-            rope = Rope.at(jnp.asarray(positions_bt), self._config.head_dim, self._config.rope_theta)
-            x_btd = jnp.asarray(self._embed(tokens_bt))
-            for layer in range(self._config.num_layers):
-                attend = functools.partial(self._attend, layer, slots_t)
-                x_btd = Block.__call__(self._block(layer), x_btd, rope, attend)
-            self._filled += len(slots_t)
-            hidden_btd = self._norm("norm/weight", 0)(x_btd[:, -1:] if last_only else x_btd)
+        self.begin(tokens_bt)
+        for layer in range(self._config.num_layers):
+            self.through(layer)
+        return self.finish(last_only=last_only)
+
+    def begin(self, tokens_bt: np.ndarray) -> None:
+        """`extend` in steps: first this, which reads the embedding, then `through` each layer, then `finish`."""
+        self._slots_t = self._filled + np.arange(tokens_bt.shape[1])
+        self._filled += len(self._slots_t)
+        positions_bt = np.maximum(self._slots_t - self._first_b[:, None], 0)
+        with _in_float32():
+            self._rope = Rope.at(jnp.asarray(positions_bt), self._config.rope_frequencies)
+            self._x_btd = jnp.asarray(self._embed(tokens_bt))
+
+    def through(self, layer: int) -> None:
+        with _in_float32():
+            attend = functools.partial(self._attend, layer, self._slots_t)
+            self._x_btd = Block.__call__(self._block(layer), self._x_btd, self._rope, attend)
+
+    def finish(self, *, last_only: bool = False) -> np.ndarray:
+        """Reads the head; the logits."""
+        with _in_float32():
+            hidden_btd = self._norm("norm/weight", 0)(self._x_btd[:, -1:] if last_only else self._x_btd)
             head = "embed_tokens/weight" if self._config.tie_word_embeddings else "lm_head/weight"
             return np.asarray(self._project(head, 0, hidden_btd))
 
@@ -122,7 +136,7 @@ class StreamedModel:
 
     def _block(self, layer: int) -> Any:
         """What `Block` has in its place: sizes, and things to call under the names of its modules."""
-        modules = {name: functools.partial(self._project, f"layers/{name}/weight", layer) for name in PROJECTIONS}
+        modules = {name: functools.partial(self._linear, f"layers/{name}", layer) for name in PROJECTIONS}
         norms = ("input_layernorm", "post_attention_layernorm")
         return SimpleNamespace(
             config=self._config, **modules, **{name: self._norm(f"layers/{name}/weight", layer) for name in norms}
@@ -133,7 +147,11 @@ class StreamedModel:
         norm.weight[...] = jnp.asarray(cast(self._weights(path, layer, slice(None)), FLOAT))
         return norm
 
-    def _project(self, path: str, layer: int, x_bti: jax.Array, _: Any = None) -> jax.Array:
+    def _linear(self, module: str, layer: int, x_bti: jax.Array, _: Any = None) -> jax.Array:
+        y_bto, bias = self._project(f"{module}/weight", layer, x_bti), f"{module}/bias"
+        return y_bto + cast(self._weights(bias, layer, slice(None)), FLOAT) if bias in self._shapes else y_bto
+
+    def _project(self, path: str, layer: int, x_bti: jax.Array) -> jax.Array:
         """x times a matrix, with its adapter if it has one."""
         module, adapter = path.removesuffix("/weight"), self._adapter
         shape = self._shapes[path][1:] if names.is_stacked(path) else self._shapes[path]
@@ -159,7 +177,15 @@ class StreamedModel:
             kept[layer][:, slots_t] = np.asarray(new)
         slots_s = np.arange(self._kept.shape[3])
         visible_bts = (slots_s >= self._first_b[:, None, None]) & (slots_s <= slots_t[:, None])
+        if self._config.sliding_window is not None:
+            visible_bts &= slots_s > slots_t[:, None] - self._config.sliding_window
         return _attention(q_bthn, *self._kept[:, layer], visible_bts)
+
+
+@contextlib.contextmanager
+def _in_float32() -> Iterator[None]:
+    with jax.default_device(host_device()), jax.default_matmul_precision("highest"):
+        yield
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import pytest
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import Adapter, host_adapter, read_adapter
+from flacuna_jax.huggingface.card import Facts, Measured
 from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.kernels.packed_mask import make_packed_mask
@@ -132,7 +133,7 @@ def test_the_directory_is_what_peft_and_vllm_expect(tmp_path: Path) -> None:
         random_adapter(SMALL, LoraConfig(), "lmsys/vicuna"),
         SMALL,
         trained=True,
-        facts={"data": "flan-mini, 3 epochs"},
+        facts=Facts({"data": "flan-mini, 3 epochs"}, [Measured("MMLU", "accuracy", "49.1", 14042)]),
     )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [

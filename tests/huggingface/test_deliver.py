@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -213,13 +213,12 @@ def test_a_failed_check_leaves_nothing_that_looks_finished(
 ) -> None:
     original = deliver.write_shards
 
-    def flip_a_bit(directory: Path, *arguments: object) -> dict[str, str]:
-        digests = original(directory, *arguments)
-        path = directory / "model.safetensors"
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 1
-        path.write_bytes(content)
-        return digests
+    def flip_a_bit(directory: Path, *arguments: object) -> Iterator[tuple[str, str]]:
+        for file, digest in original(directory, *arguments):
+            content = bytearray((directory / file).read_bytes())
+            content[-3] ^= 1
+            (directory / file).write_bytes(content)
+            yield file, digest
 
     monkeypatch.setattr(deliver, "write_shards", flip_a_bit)
     with pytest.raises(VerificationError, match=r"model\.safetensors: its bytes are not those"):
@@ -314,7 +313,7 @@ def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path: Path, tiny_sente
     source.mkdir()
     tensors = model_tensors(params, config, np.dtype(np.float16))
     total = sum(tensor.nbytes for tensor in tensors)
-    write_shards(source, tensors, 50_000_000)
+    list(write_shards(source, tensors, 50_000_000))
     (source / "config.json").write_text(json.dumps(hugging_face_config(config, np.dtype(np.float16))))
     del params, tensors
     adapter = random_adapter(config, LoraConfig())

@@ -1,0 +1,129 @@
+"""`flacuna check DIR [--server URL]`: an exported directory, or the server that serves it, against what was recorded.
+
+A merged model's golden prompts are answered again from its files; with --server by an OpenAI-compatible server (vLLM,
+llama.cpp, TGI), whose tokens of the prompts are compared too where it tells them. An adapter is held against vLLM's
+rules. Exit status 1 where something differs.
+"""
+
+import argparse
+import json
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, run_verb
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.adapter import CONFIG_FILE
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.golden import FILE, Record, compare, compare_text, read_golden
+from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
+from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
+from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
+
+_SECONDS = 120
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = _parser().parse_args(argv)
+    directory = Path(arguments.directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; what `flacuna export` wrote is expected")
+    if (directory / CONFIG_FILE).is_file():
+        return _check_adapter(directory)
+    if not (directory / FILE).is_file():
+        raise UserError(f"{directory} has no {FILE}; `flacuna export --format merged` writes it")
+    records, count = read_golden(directory)
+    if arguments.server is None:
+        faults = list(_check_files(directory, records, count))
+    else:
+        faults = list(_check_server(Server(arguments.server, arguments.served_name), directory, records, count))
+    for fault in faults:
+        print(f"differs: {fault}")
+    if not faults:
+        print(f"{len(records)} golden prompts: ids and greedy answers are those recorded")
+    return EXIT_FAILURE if faults else EXIT_OK
+
+
+def _check_adapter(directory: Path) -> int:
+    violations = vllm_violations(directory)
+    for violation in violations:
+        print(f"vLLM: {violation}")
+    if not violations:
+        print(f"vLLM loads {directory} with {vllm_options(directory)}")
+    return EXIT_FAILURE if violations else EXIT_OK
+
+
+def _check_files(directory: Path, records: Sequence[Record], count: int) -> Iterator[str]:
+    config = read_architecture(directory)
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config.vocab_size, directory)
+    for record in records:
+        if record.text_gives_ids and [tokenizer.bos_id, *tokenizer.encode(record.text)] != list(record.ids):
+            yield f"{record.text[-60:]!r}: the tokenizer gives other ids than recorded"
+    weights = stored_weights(open_checkpoint(directory), config)
+    chosen, _ = streamed_greedy(weights, config, [record.ids for record in records], count)
+    for record, ids in zip(records, chosen.tolist(), strict=True):
+        found = ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
+        if fault := compare(record, found):
+            yield f"{record.text[-60:]!r}: {fault}"
+
+
+class Server:
+    """An OpenAI-compatible server of completions."""
+
+    def __init__(self, url: str, name: str | None) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self.name = name or self._ask("/v1/models")["data"][0]["id"]
+
+    def complete(self, prompt: str | list[int], count: int) -> str:
+        request = {"model": self.name, "prompt": prompt, "max_tokens": count, "temperature": 0}
+        return self._ask("/v1/completions", request)["choices"][0]["text"]
+
+    def tokens(self, text: str) -> list[int] | None:
+        """Ids as the server makes them, None where it does not tell (vLLM and llama.cpp do)."""
+        request = {"model": self.name, "prompt": text, "add_special_tokens": True, "content": text, "add_special": True}
+        try:
+            return self._ask("/tokenize", request)["tokens"]
+        except UserError:
+            return None
+
+    def _ask(self, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as reply:
+                return json.load(reply)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--server {self._url}{path}: {error}") from None
+
+
+def _check_server(server: Server, directory: Path, records: Sequence[Record], count: int) -> Iterator[str]:
+    tokenizer = load_tokenizer(directory)
+    told = True
+    for record in records:
+        ids = server.tokens(record.text) if record.text_gives_ids else list(record.ids)
+        told &= ids is not None
+        if ids is not None and ids != list(record.ids):
+            twice = " (it puts BOS in front twice)" if ids[:2] == [tokenizer.bos_id] * 2 else ""
+            yield f"{record.text[-60:]!r}: the server's ids are not those of training{twice}"
+        prompt = record.text if record.text_gives_ids else list(record.ids)
+        if fault := compare_text(record, server.complete(prompt, count), tokenizer.decode):
+            yield f"{record.text[-60:]!r}: {fault}"
+    if not told:
+        print("note: the server does not tell its tokens (/tokenize); only answers were compared")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flacuna check", description="Compares an exported directory, or its server, with what was recorded."
+    )
+    parser.add_argument("directory", metavar="DIR", help="what `flacuna export` wrote")
+    parser.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server, http://localhost:8000")
+    parser.add_argument("--served-name", metavar="NAME", help="model to ask for; default: the first it lists")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_verb(main))

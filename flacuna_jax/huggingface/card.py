@@ -1,0 +1,83 @@
+"""Model cards: README.md of what leaves, with what it was made from and what was measured."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flacuna_jax.config import LoraConfig
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One result of an evaluation, as it is shown."""
+
+    benchmark: str
+    score: str
+    value: str
+    problems: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells: lines by label, in order, and measured results."""
+
+    rows: Mapping[str, str] = field(default_factory=dict)
+    results: Sequence[Measured] = ()
+
+
+def adapter_card(lora: LoraConfig, base_name: str | None, facts: Facts) -> str:
+    """README.md of an adapter: what it is, what it was made from, how to load it."""
+    base = base_name or "the base model"
+    rows = {"base model": base, "DoRA" if lora.use_dora else "LoRA": described(lora)} | dict(facts.rows)
+    usage = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
+    ]
+    return _card("LoRA adapter", ["library_name: peft", "tags: [lora, flacuna]"], base_name, rows, facts.results, usage)
+
+
+def model_card(lora: LoraConfig | None, base_name: str | None, facts: Facts, logit_shift: float | None) -> str:
+    """README.md of a whole model."""
+    rows = {"base model": base_name or "none, trained from scratch"}
+    if lora is not None:
+        rows["DoRA, merged" if lora.use_dora else "LoRA, merged"] = described(lora)
+    if logit_shift is not None:
+        rows["rounding of the merged weights"] = f"shifts logits by at most {logit_shift:.1e} on probe tokens"
+    usage = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+    ]
+    kind = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [flacuna]"]
+    return _card("Language model", kind, base_name, rows | dict(facts.rows), facts.results, usage)
+
+
+def _card(
+    title: str,
+    kind: Sequence[str],
+    base_name: str | None,
+    rows: Mapping[str, str],
+    results: Sequence[Measured],
+    usage: Sequence[str],
+) -> str:
+    head = ["---", *kind, *([f"base_model: {json.dumps(base_name)}"] if base_name else []), "---"]
+    lines = [*head, "", f"# {title}", "", "Made with flacuna_jax.", "", *(f"- {k}: {v}" for k, v in rows.items()), ""]
+    if results:
+        lines += ["| benchmark | score | value | problems |", "|---|---|---|---|"]
+        lines += [f"| {r.benchmark} | {r.score} | {r.value} | {r.problems:,} |" for r in results]
+        lines += [""]
+    return "\n".join([*lines, "```python", *usage, "```", ""])
+
+
+def described(lora: LoraConfig) -> str:
+    """Settings of an adapter on one line."""
+    text = f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {', '.join(lora.targets)}"
+    if lora.layers_to_transform is not None:
+        text += f" of layers {', '.join(map(str, lora.layers_to_transform))}"
+    for name, pattern in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
+        text += "".join(f"; {name} {value:g} in {module}" for module, value in pattern)
+    return text + ("; rank-stabilised" if lora.use_rslora else "")

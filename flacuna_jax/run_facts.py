@@ -1,0 +1,82 @@
+"""What model cards say about a run: its settings, how it went, what was measured of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flacuna_jax.config import RunConfig
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.card import Facts, Measured
+from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.training.report import read_metrics
+
+EVALUATION = "evaluation"
+
+
+def setting_rows(config: RunConfig) -> dict[str, str]:
+    """The settings that shaped the weights, by label."""
+    training, data = config.training, config.data
+    length = f"{training.epochs} epoch" + ("s" if training.epochs > 1 else "")
+    if training.max_steps is not None:
+        length += f" or {training.max_steps:,} steps, whichever is first"
+    return {
+        "data": ", ".join(source.path for source in data.sources),
+        "template": data.template,
+        "loss on": f"{data.train_on} tokens, examples of at most {data.max_length} tokens",
+        "length": length,
+        "batch": f"{training.batch_size} {training.batch_unit}",
+        "learning rate": f"{training.learning_rate:g}, {training.schedule}, {training.warmup_steps} warm-up steps",
+        "seed": str(config.seed),
+    }
+
+
+def run_facts(run: Path, config: RunConfig, results: Path | None) -> Facts:
+    """Settings, course and measured results of a run directory.
+
+    Args:
+      results: a directory of `flacuna evaluate --output`, or what it wrote there for one model; None looks for
+        `evaluation/` in the run.
+
+    Raises:
+      UserError: `results` is given and holds none.
+    """
+    rows = setting_rows(config) | _course(run)
+    place = run / EVALUATION if results is None else results
+    measured = _measured(place)
+    if results is not None and not measured:
+        raise UserError(f"{results} holds no results of `flacuna evaluate` (MODEL/TASK-SHOTSshot.json)")
+    return Facts(rows, measured)
+
+
+def _course(run: Path) -> dict[str, str]:
+    """How training went, from metrics.jsonl; nothing where the run was moved without it."""
+    path = run / "metrics.jsonl"
+    try:
+        steps = [record for record in read_metrics(path) if record.get("loss") is not None] if path.is_file() else []
+    except ValueError:
+        raise UserError(f"{path} is torn; start the run again to repair it, or remove the file") from None
+    if not steps:
+        return {}
+    first, last = steps[0], steps[-1]
+    return {"optimizer steps": f"{last['step']:,}", "training loss": f"{first['loss']:.4f} → {last['loss']:.4f}"}
+
+
+def _measured(directory: Path) -> Sequence[Measured]:
+    files = sorted({*directory.glob("*shot.json"), *directory.glob("*/*shot.json")})
+    models = {file.parent for file in files}
+    return [
+        Measured(_benchmark(content, file, len(models) > 1), score, _value(summary), content["summary"]["problems"])
+        for file in files
+        for content in [read_json(file)]
+        for score, summary in content.get("summary", {}).items()
+        if isinstance(summary, dict) and "mean" in summary
+    ]
+
+
+def _benchmark(content: dict, file: Path, several: bool) -> str:
+    name = f"{content['task']}, {content['shots']} shots"
+    return f"{name} ({file.parent.name})" if several else name
+
+
+def _value(summary: dict) -> str:
+    low, high = summary["interval"]
+    return f"{summary['mean']:.2f} [{low:.2f}, {high:.2f}]"
