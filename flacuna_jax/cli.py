@@ -6,6 +6,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
+from flacuna_jax.compiler import prepare_process
 from flacuna_jax.errors import UserError
 from flacuna_jax.version import __version__
 
@@ -31,6 +32,7 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
 
     A `UserError` becomes one readable message on stderr; other exceptions keep their traceback.
     """
+    prepare_process()
     try:
         return main(sys.argv[1:] if argv is None else argv) or EXIT_OK
     except UserError as error:

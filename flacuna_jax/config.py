@@ -254,8 +254,9 @@ class TrainingConfig(Section):
     batch_unit: Literal["examples", "rows"] = "examples"
     micro_batch_size: PositiveInt = 2
     """Rows per data×fsdp shard in one forward and backward pass."""
-    remat: Literal["auto", "none", "dots", "full"] = "auto"
-    """What the backward pass computes again: nothing, all but matrix products and attention, or each whole layer."""
+    remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = "auto"
+    """What the backward pass computes again: nothing, all but projections and attention, all but attention, or each
+    whole layer. offload: as dots, with the results of projections kept in the host's memory. auto: `flacuna plan`'s."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite, or leaps, changes nothing. stop: the run ends there; skip: it goes
     on with the next batch. The batch is kept in bad_steps/ either way."""

@@ -35,6 +35,7 @@ from flacuna_jax.data.report import DataReport, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.errors import UserError
+from flacuna_jax.user_cache import user_cache
 
 PART_EXAMPLES = 32_768
 """Examples per part; a build that is killed loses no more work than that."""
@@ -51,8 +52,7 @@ Say = Callable[[str], None]
 
 def default_directory() -> Path:
     """$FLACUNA_CACHE, else flacuna_jax in the user's cache directory."""
-    given = os.environ.get("FLACUNA_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flacuna_jax"
+    return user_cache()
 
 
 def cached_store(

@@ -89,8 +89,8 @@ def gpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> GpuTiles:
         raise ValueError(
             f"head_dim {dim} in {jnp.dtype(dtype).name} is more than the GPU kernels hold; use backend xla"
         )
-    if measured := _measured(GpuTiles, GpuTile, device_kind, dim, dtype):
-        return measured
+    if measured := _measured(GpuTile, device_kind, dim, dtype):
+        return GpuTiles(**measured)
     if jnp.dtype(dtype).itemsize > 2:
         return _FLOAT32
     if dim > 128:
@@ -107,13 +107,15 @@ _TPU = TpuTiles(forward=TpuTile(256, 256), dq=TpuTile(256, 256), dkv=TpuTile(256
 
 def tpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> TpuTiles:
     """Tiles for a TPU. Unless measured, one entry: v4, v5e, v5p and v6e all compile it, at every head_dim up to 256."""
-    return _measured(TpuTiles, TpuTile, device_kind, dim, dtype) or _TPU
+    if measured := _measured(TpuTile, device_kind, dim, dtype):
+        return TpuTiles(**measured)
+    return _TPU
 
 
 MEASURED = Path(__file__).with_name("tiles_measured.json")
 """{device kind: {head_dim: {kernel: tile}}}, bfloat16. An entry serves head_dims up to its own and above half of it."""
 
-Tiles = TypeVar("Tiles", GpuTiles, TpuTiles)
+Tile = TypeVar("Tile", GpuTile, TpuTile)
 
 
 @cache
@@ -121,12 +123,10 @@ def _measured_table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     return json.loads(MEASURED.read_text(encoding="utf-8"))
 
 
-def _measured(
-    kind: type[Tiles], tile: type[GpuTile] | type[TpuTile], device_kind: str | None, dim: int, dtype: DTypeLike
-) -> Tiles | None:
+def _measured(tile: type[Tile], device_kind: str | None, dim: int, dtype: DTypeLike) -> dict[str, Tile] | None:
     if jnp.dtype(dtype).itemsize > 2:
         return None
     for of_dim, kernels in _measured_table().get(device_kind or "", {}).items():
         if int(of_dim) // 2 < dim <= int(of_dim):
-            return kind(**{kernel: tile(**sizes) for kernel, sizes in kernels.items()})
+            return {kernel: tile(**sizes) for kernel, sizes in kernels.items()}
     return None

@@ -7,21 +7,19 @@ grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/valu
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_policies
 
 from flacuna_jax.config import HEAD, LoraConfig, Projection
 from flacuna_jax.errors import UserError
-from flacuna_jax.kernels.attention import SAVED_NAMES as ATTENTION_SAVED
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 from flacuna_jax.model.lora import MODULE_IDS, BaseParam, LoRAHead, LoRALinear, adapter_ranks, base_matrix, fold_keys
-from flacuna_jax.model.lora import OUTPUT_NAME as PROJECTION_OUTPUT
+from flacuna_jax.model.remat import REMAT_POLICIES
 from flacuna_jax.model.rope import Rope, RopeScaling, rope_frequencies
 from flacuna_jax.model.sharding import Axes, constrain
 
@@ -52,23 +50,6 @@ class LlamaConfig:
     @property
     def rope_frequencies(self) -> np.ndarray:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-
-
-def _all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a result is worth keeping: gathered, transposed or converted weights are not.
-
-    Kept for every layer, gathered weights alone would be as large as a whole model on each device.
-    """
-    return primitive.name not in ("sharding_constraint", "custom_vjp_call", "transpose", "convert_element_type")
-
-
-# Remat policies: what a layer's forward pass leaves behind for its backward pass. `dots` keeps the sums of base and
-# adapter products, not the products: no weight is multiplied twice, and nothing is kept for the adapters' sake alone.
-REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "none": _all_but_moves,
-    "dots": checkpoint_policies.save_only_these_names(PROJECTION_OUTPUT, *ATTENTION_SAVED),
-    "full": checkpoint_policies.nothing_saveable,
-}
 
 
 class RMSNorm(nnx.Module):

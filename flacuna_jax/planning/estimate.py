@@ -18,6 +18,9 @@ from flacuna_jax.model.sharding import BATCH_AXES, MESH_AXES, stored_spec
 from flacuna_jax.planning.hlo import Collective
 from flacuna_jax.planning.workload import Layout, Workload
 
+MULTIPLYING_AGAIN = ("attention", "full")
+"""Remat policies under which the backward pass repeats the projections."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -82,7 +85,9 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
     # Per token and layer: the layer's input; results of products and attention; what lies between them.
     kept: float = d
     if layout.remat != "full":
-        kept += d + (2 * q + 2 * kv + 2 * f) / tensor + 4 * config.num_heads / tensor / size
+        kept += q / tensor + 4 * config.num_heads / tensor / size
+    if layout.remat in ("dots", "none"):
+        kept += d + (q + 2 * kv + 2 * f) / tensor
     if layout.remat == "none":
         kept += 4.5 * d + (q + kv + 2 * f) / tensor
         if spec.lora is not None:
@@ -128,7 +133,7 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     tokens, micro_batches = _tokens(workload, layout), workload.micro_batches(layout)
     matrices = {name: shape for name, shape in spec.base_shapes.items() if name.endswith("_proj/weight")}
     weights = count(matrices)
-    full_tuning, recomputed = spec.lora is None, layout.remat == "full"
+    full_tuning, recomputed = spec.lora is None, layout.remat in MULTIPLYING_AGAIN
     passes = 2 + full_tuning + recomputed
     head_tokens = head_chunks(workload, layout) * min(CHUNK, workload.tokens_per_pass(layout)) * micro_batches
     head = config.vocab_size * config.hidden_size
@@ -162,7 +167,7 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
         if name.endswith("_proj/weight")
     ]
     table = spec.config.vocab_size * spec.config.hidden_size * size // mesh.tensor
-    gathers = 2 + (layout.remat == "full")
+    gathers = 2 + (layout.remat in MULTIPLYING_AGAIN)
     for nbytes in per_layer:
         exchange("all-gather", nbytes, groups["fsdp"], gathers * layers * micro_batches)
     exchange("all-gather", table, groups["fsdp"], 2 * micro_batches)
@@ -174,7 +179,12 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
     else:
         exchange("all-reduce", 4 * _stored(spec.lora_shapes, mesh), rows, 1)
     activations = workload.tokens_per_pass(layout) * spec.config.hidden_size * size
-    exchange("all-reduce", activations, groups["tensor"], (4 + 2 * (layout.remat == "full")) * layers * micro_batches)
+    exchange(
+        "all-reduce",
+        activations,
+        groups["tensor"],
+        (4 + 2 * (layout.remat in MULTIPLYING_AGAIN)) * layers * micro_batches,
+    )
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import topologies
 
+from flacuna_jax.compiler import MEMORY_FRACTION
 from flacuna_jax.errors import UserError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -140,10 +141,12 @@ class Machine:
         """Bytes per device that a compiled program may take. The rest is the runtime's.
 
         CUDA: context, NCCL's buffers and libraries' workspaces, about 1 GiB, and 3 % for what the allocator cannot
-        place. TPU: what libtpu keeps for itself.
+        place; and never more than the allocator is given. TPU: what libtpu keeps for itself.
         """
         memory = self.target.memory
-        return int(0.97 * memory) - GIB if self.target.platform == "cuda" else memory - 256 * MIB
+        if self.target.platform != "cuda":
+            return memory - 256 * MIB
+        return min(int(0.97 * memory) - GIB, int(MEMORY_FRACTION * memory))
 
 
 def parse_target(text: str) -> Machine:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from flacuna_jax.compiler import compiler_options
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.model.parameters import ModelSpec, Params
@@ -164,7 +165,8 @@ def make_step(config: StepConfig, optimizer: optax.GradientTransformation, mesh:
         metrics = StepMetrics(loss, optax.tree.norm(gradients), *skips(opt_state))
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+    options = compiler_options(mesh.devices.flat[0].platform, mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None), compiler_options=options or None)
 
     def on_mesh(*arguments: Any) -> tuple[Params, Any, StepMetrics]:
         with jax.set_mesh(mesh):

@@ -1,0 +1,54 @@
+"""What XLA is told, per platform, and where its programs are kept: one place, in which the user has the last word.
+
+Options belong to a program: the train step hands them to `jax.jit`, so that the trainer, the planner (which compiles
+for machines that are absent) and the benchmarks have the same, and an option that a later jaxlib no longer knows is an
+error with a name instead of an abort. An option that XLA_FLAGS (or LIBTPU_INIT_ARGS) names is left to the user.
+docs/performance.md says what each does to the compiled step.
+
+What has to be known before JAX meets a device is set by `prepare_process`, which every verb calls first.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+
+from flacuna_jax.user_cache import user_cache
+
+Options = dict[str, bool | int | str]
+
+MEMORY_FRACTION = 0.95
+"""Of a GPU's memory for JAX's allocator. JAX's own default, 0.75, would refuse runs that fit; cuBLAS, NCCL and the CUDA
+context live in the rest."""
+
+SPLIT_WEIGHTS: dict[str, Options] = {
+    "cuda": {
+        # Gathers of weights and reductions run beside arithmetic, instead of before it.
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        # Off: products that share an operand are merged by laying gathered weights beside adapters, in every layer.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
+}
+"""For steps on a mesh that splits weights, by platform. Where weights are whole the compiled step says that XLA's own
+defaults are as good, and TPUs overlap exchanges by default."""
+
+
+def compiler_options(platform: str, split_weights: bool, environment: Mapping[str, str] = os.environ) -> Options:
+    """Options for the step on a platform (`jax.Device.platform`), without those that the user sets."""
+    flags = environment.get("XLA_FLAGS", "") + " " + environment.get("LIBTPU_INIT_ARGS", "")
+    named_by_user = set(re.findall(r"--(\w+)", flags))
+    options = SPLIT_WEIGHTS.get("cuda" if platform == "gpu" else platform, {}) if split_weights else {}
+    return {name: value for name, value in options.items() if name not in named_by_user}
+
+
+def prepare_process(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what JAX reads when it first meets a device; call before that. What the environment says stays.
+
+    Programs that took a second or more to compile are kept in the user's cache (`user_cache`), for the next start and
+    for resuming; JAX_ENABLE_COMPILATION_CACHE=false turns that off, JAX_COMPILATION_CACHE_DIR moves it.
+    """
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(user_cache(environment) / "compiled")
+        if jax := sys.modules.get("jax"):  # it has already read its environment
+            jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
