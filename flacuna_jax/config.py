@@ -103,6 +103,8 @@ class ModelConfig(Section):
     """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are float32 always."""
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: ArchitectureConfig | None = None
+    quantization: Literal["nf4", "int8"] | None = None
+    """How the projections of a frozen base are held, instead of in `dtype`; see docs/methods.md."""
     rope_scaling: RopeScalingConfig | None = None
     """For inputs longer than the model's context; null leaves positions as the checkpoint has them."""
     tokenizer: str | None = None
@@ -407,6 +409,8 @@ class RunConfig(Section):
     def methods_fit_together(self) -> "RunConfig":
         if self.lora is None and self.training.lora_plus_ratio != 1:
             raise ValueError("training.lora_plus_ratio is for adapters; with lora: null there are none")
+        if self.lora is None and self.model.quantization is not None:
+            raise ValueError("model.quantization is for a frozen base; with lora: null every weight trains")
         return self
 
     def to_yaml(self) -> str:

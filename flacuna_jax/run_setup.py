@@ -26,7 +26,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
-from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params
+from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings, row_shards, split_everywhere
 from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
@@ -133,9 +133,7 @@ def _uses(config: RunConfig, devices: int) -> bool:
 
 
 def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
-    """LoRA: float32 adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
-    dtype = config.model.dtype
-    return ModelSpec(source.config, config.lora, dtype, dtype if config.lora else "float32")
+    return ModelSpec.of_run(source.config, config.model, config.lora)
 
 
 def open_parts(config: RunConfig) -> Parts:
@@ -212,11 +210,12 @@ def _tokenised(config: RunConfig, data: DataConfig, tokenizer: Tokenizer, say: S
 
 
 def load_weights(setup: Setup) -> Params:
-    shapes, mesh = setup.spec.base_shapes, setup.mesh
+    spec, mesh = setup.spec, setup.mesh
     if setup.source.reader is None:
-        return init_params(setup.spec, shapes, setup.config.seed, mesh)
-    path = str(setup.config.model.path)
-    return load_base(path, setup.source.config, parameter_shardings(shapes, mesh), setup.spec.param_dtype)
+        return init_params(spec, {name: leaf.shape for name, leaf in spec.held.items()}, setup.config.seed, mesh)
+    shardings = parameter_shardings(spec.base_shapes, mesh)
+    keep = functools.partial(quantize, spec, mesh)
+    return load_base(str(setup.config.model.path), setup.source.config, shardings, spec.param_dtype, keep=keep)
 
 
 def first_adapters(setup: Setup, base: Params) -> Params:

@@ -27,7 +27,12 @@ Sources = dict[str, tuple[str, ...]]
 
 
 def load_base(
-    directory: str, config: LlamaConfig, shardings: Mapping[str, NamedSharding], dtype: jnp.dtype | str
+    directory: str,
+    config: LlamaConfig,
+    shardings: Mapping[str, NamedSharding],
+    dtype: jnp.dtype | str,
+    *,
+    keep: Callable[[str, jax.Array], dict[str, jax.Array]] = lambda path, leaf: {path: leaf},
 ) -> dict[str, jax.Array]:
     """The base weights of a Hugging Face directory or a converted one, as stacked arrays on the devices.
 
@@ -39,16 +44,17 @@ def load_base(
       config: its architecture, from `read_architecture`.
       shardings: for every name of `base_shapes(config)`.
       dtype: of the result, whatever the files hold.
+      keep: what becomes of each parameter as soon as it is there, such as its quantised form.
 
     Raises:
       UserError: the files cannot be read, or a tensor is missing, left over, misshapen or not floating-point.
     """
     reader = open_checkpoint(directory)
     sources = match_tensors(reader, config)
-    return {
-        path: _load_leaf(reader, path, sources[path], shape, shardings[path], jnp.dtype(dtype))
-        for path, shape in base_shapes(config).items()
-    }
+    loaded: dict[str, jax.Array] = {}
+    for path, shape in base_shapes(config).items():
+        loaded |= keep(path, _load_leaf(reader, path, sources[path], shape, shardings[path], jnp.dtype(dtype)))
+    return loaded
 
 
 def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:

@@ -19,6 +19,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 from flacuna_jax.model.lora import MODULE_IDS, BaseParam, LoRAHead, LoRALinear, adapter_ranks, base_matrix, fold_keys
+from flacuna_jax.model.quantized import Quantization
 from flacuna_jax.model.remat import REMAT_POLICIES
 from flacuna_jax.model.rope import Rope, RopeScaling, rope_frequencies
 from flacuna_jax.model.sharding import Axes, constrain
@@ -80,7 +81,14 @@ class Block(nnx.Module):
     """One decoder layer. Where keys and values come from is the caller's business: training attends within packed
     rows, decoding to a cache."""
 
-    def __init__(self, config: LlamaConfig, lora: LoraConfig | None, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        lora: LoraConfig | None,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.config = config
         d, f = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -94,6 +102,7 @@ class Block(nnx.Module):
                 lora=lora,
                 ranks=ranks.get(f"layers/{name}"),
                 bias=name in config.biases,
+                quantization=quantization,
                 module_id=MODULE_IDS[name],
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -149,6 +158,7 @@ class Llama(nnx.Module):
       lora: adapters to create beside the base, or None.
       dtype: compute dtype.
       param_dtype: dtype of base weights (adapters are float32).
+      quantization: how the projections of the layers are held instead.
     """
 
     def __init__(
@@ -158,6 +168,7 @@ class Llama(nnx.Module):
         *,
         dtype: jnp.dtype = jnp.bfloat16,
         param_dtype: jnp.dtype = jnp.bfloat16,
+        quantization: Quantization | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.dtype = config, dtype
@@ -165,7 +176,7 @@ class Llama(nnx.Module):
         if HEAD in ranks and config.tie_word_embeddings:
             raise UserError(f"lora.targets: {HEAD} of this model is its embedding table (tie_word_embeddings)")
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, param_dtype, rngs)
-        make_blocks = nnx.vmap(lambda rngs: Block(config, lora, param_dtype, rngs))
+        make_blocks = nnx.vmap(lambda rngs: Block(config, lora, param_dtype, rngs, quantization))
         self.layers = make_blocks(rngs.split(config.num_layers))
         for module in ranks.keys() - {HEAD}:
             getattr(self.layers, module.removeprefix("layers/")).set_ranks(ranks[module])

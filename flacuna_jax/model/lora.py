@@ -6,7 +6,6 @@ without an adapter, has zeros beyond its own in A and in B. Then neither has a g
 them: what is trained, counted and exported is exactly each layer's own.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig
 from flacuna_jax.errors import UserError
+from flacuna_jax.model.quantized import KERNELS, Quantization
 from flacuna_jax.model.sharding import Axes, constrain, gather_weight
 
 OUTPUT_NAME = "projection"
@@ -85,6 +85,7 @@ class LoRALinear(nnx.Module):
       lora: the adapter's settings, None for a plain projection.
       ranks: its rank and scale; where layers differ, `set_ranks` on the stack of them tells it each layer's own.
       bias: whether the projection adds one; no adapter changes it.
+      quantization: how the kernel is held, None in `param_dtype`.
       module_id: distinguishes the dropout of this projection from its neighbours'.
     """
 
@@ -97,13 +98,15 @@ class LoRALinear(nnx.Module):
         lora: LoraConfig | None,
         ranks: Ranks | None,
         bias: bool,
+        quantization: Quantization | None = None,
         module_id: int,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         self.axes, self.module_id = axes, module_id
         self.lora = lora if ranks is not None else None
-        self.weight = BaseParam(base_matrix(rngs.params(), (out_features, in_features), param_dtype))
+        kernel_oi = base_matrix(rngs.params(), (out_features, in_features), param_dtype)
+        self.weight = BaseParam(kernel_oi) if quantization is None else KERNELS[quantization](kernel_oi)
         if bias:
             self.bias = BaseParam(jnp.zeros((out_features,), param_dtype))
         if lora is not None and ranks is not None:
@@ -113,7 +116,7 @@ class LoRALinear(nnx.Module):
             self.lora_b = LoRAParam(jnp.zeros((out_features, ranks.largest), jnp.float32))
             self.lora_scale = LoRAScale(jnp.float32(ranks.scales[0]))
             if lora.use_dora:
-                self.lora_magnitude = LoRAParam(jnp.linalg.norm(self.weight[...].astype(jnp.float32), axis=-1))
+                self.lora_magnitude = LoRAParam(jnp.linalg.norm(kernel_oi.astype(jnp.float32), axis=-1))
 
     def set_ranks(self, ranks: Ranks) -> None:
         """On stacked layers: zeros beyond each layer's own rank, each layer's own scale."""
@@ -125,7 +128,7 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
-        weight_oi = gather_weight(self.weight[...].astype(x_bti.dtype), *self.axes)
+        weight_oi = self.kernel(x_bti.dtype)
         y_bto = x_bti @ weight_oi.T
         if self.lora is not None:
             a_ri, b_or = self.factors()
@@ -135,6 +138,12 @@ class LoRALinear(nnx.Module):
         if self.lora is not None and self.lora.use_dora:
             y_bto = self._rescaled(y_bto, weight_oi, a_ri, b_or)
         return y_bto + self.bias[...].astype(y_bto.dtype) if hasattr(self, "bias") else y_bto
+
+    def kernel(self, dtype: jnp.dtype) -> jax.Array:
+        """[out, in] as the computation wants it: dequantised, whole along fsdp."""
+        if isinstance(self.weight, BaseParam):
+            return gather_weight(self.weight[...].astype(dtype), *self.axes)
+        return self.weight.dequantized(self.axes, dtype)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """A and scale · B in float32: no compute dtype rounds the scale."""
@@ -167,6 +176,7 @@ class LoRAHead(LoRALinear):
     """
 
     def table(self, dtype: jnp.dtype) -> jax.Array:
+        assert isinstance(self.weight, BaseParam), "a head is never quantised"
         weight_vd = self.weight[...].astype(dtype)
         if self.lora is not None:
             weight_vd = jnp.concatenate([weight_vd, self.factors()[1].astype(dtype)], axis=1)
@@ -192,23 +202,6 @@ def row_norms(weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Arr
     gram_rs = jnp.einsum("...ri,...si->...rs", a_ri, a_ri)
     added_o = jnp.sum(b_or * (2 * products_or + jnp.einsum("...or,...rs->...os", b_or, gram_rs)), axis=-1)
     return jnp.sqrt(jnp.maximum(squares_o + added_o, 1e-30))
-
-
-def initial_magnitudes(weights: Mapping[str, jax.Array], ranks: Mapping[str, Ranks]) -> dict[str, jax.Array]:
-    """DoRA's magnitudes before training, [layers, out]: row norms of W, zero in layers without an adapter.
-
-    Args:
-      weights: float kernels [layers, out, in] by module ("layers/q_proj").
-      ranks: of `adapter_ranks`.
-    """
-
-    def norms(weight_oi: jax.Array) -> jax.Array:
-        return jnp.linalg.norm(weight_oi.astype(jnp.float32), axis=-1)
-
-    return {
-        f"{module}/lora_magnitude": jnp.where(ranks[module].ranks[:, None] > 0, jax.lax.map(norms, weight), 0)
-        for module, weight in weights.items()
-    }
 
 
 def _by_group(x_bti: jax.Array, weight: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config import LoraConfig, ModelConfig
 from flacuna_jax.model.llama import Llama, LlamaConfig
-from flacuna_jax.model.lora import BaseParam, LoRAParam, LoRAScale, Ranks, adapter_ranks, initial_magnitudes
+from flacuna_jax.model.lora import BaseParam, LoRAParam, LoRAScale, Ranks, adapter_ranks
+from flacuna_jax.model.quantized import KERNELS, Quantization, QuantParam
 from flacuna_jax.model.sharding import parameter_shardings
 
 Params = dict[str, jax.Array]
@@ -24,16 +25,29 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything static about a network: sizes, adapters, compute dtype, and the dtype its base is held in."""
+    """Everything static about a network: sizes, adapters, compute dtype, and how its base is held."""
 
     config: LlamaConfig
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
+    quantization: Quantization | None = None
+    """Of the layers' projections; None holds them in `param_dtype`."""
+
+    @classmethod
+    def of_run(cls, config: LlamaConfig, model: ModelConfig, lora: LoraConfig | None) -> "ModelSpec":
+        """LoRA: float32 adapters beside a base in compute dtype or quantised; without: float32 masters of it all."""
+        return cls(config, lora, model.dtype, model.dtype if lora else "float32", model.quantization)
 
     def create(self, seed: int | jax.Array) -> Llama:
-        dtypes = {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.param_dtype)}
-        return Llama(self.config, self.lora, **dtypes, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        return Llama(
+            self.config,
+            self.lora,
+            dtype=jnp.dtype(self.dtype),
+            param_dtype=jnp.dtype(self.param_dtype),
+            quantization=self.quantization,
+            rngs=nnx.Rngs(params=jax.random.key(seed)),
+        )
 
     @functools.cached_property
     def abstract(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -41,16 +55,21 @@ class ModelSpec:
 
     @property
     def base_shapes(self) -> Shapes:
-        return self._shapes(BaseParam)
+        """Names and shapes of the base's parameters, before any quantisation."""
+        return dict(_base_shapes(self.config))
+
+    @property
+    def held(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What is in memory for the base: its parameters, or what quantisation makes of them."""
+        leaves = nnx.to_flat_state(self.abstract[1])
+        kept = [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, BaseParam | QuantParam)]
+        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in kept}
 
     @property
     def lora_shapes(self) -> Shapes:
         """Names and shapes of the adapters; empty without LoRA."""
-        return self._shapes(LoRAParam)
-
-    def _shapes(self, kind: type[nnx.Variable]) -> Shapes:
         leaves = nnx.to_flat_state(self.abstract[1])
-        return {_name(path): tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, kind)}
+        return {_name(path): tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, LoRAParam)}
 
     @property
     def ranks(self) -> dict[str, Ranks]:
@@ -101,6 +120,11 @@ def base_shapes(config: LlamaConfig) -> Shapes:
     return ModelSpec(config).base_shapes
 
 
+@functools.lru_cache(maxsize=64)
+def _base_shapes(config: LlamaConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(leaf.shape)) for name, leaf in ModelSpec(config).held.items())
+
+
 def lora_shapes(config: LlamaConfig, lora: LoraConfig) -> Shapes:
     """Names and shapes of the adapters: A [layers, rank, in], B [layers, out, rank] of each targeted projection."""
     return ModelSpec(config, lora).lora_shapes
@@ -132,9 +156,37 @@ def fresh_adapters(spec: ModelSpec, base: Mapping[str, jax.Array], seed: int, me
     measured = {name: shape for name, shape in shapes.items() if name not in drawn}
     if not measured:
         return adapters
-    weights = {module: base[f"{module}/weight"] for module in spec.ranks}
     with jax.set_mesh(mesh):
-        measure = jax.jit(
-            lambda weights: initial_magnitudes(weights, spec.ranks), out_shardings=parameter_shardings(measured, mesh)
-        )
-        return {**adapters, **measure(weights)}
+        measure = jax.jit(functools.partial(_row_norms, spec), out_shardings=parameter_shardings(measured, mesh))
+        return {**adapters, **measure(base)}
+
+
+def _row_norms(spec: ModelSpec, base: Params) -> Params:
+    """DoRA's magnitudes before training, [layers, out]: row norms of W, zero in layers without an adapter."""
+    graph, stacked = nnx.split(spec.merge({**base, **{n: jnp.zeros(s) for n, s in spec.lora_shapes.items()}}).layers)
+
+    def of_layer(state: nnx.State) -> Params:
+        block = nnx.merge(graph, state)
+        kernels = {module: getattr(block, module.removeprefix("layers/")).kernel(jnp.float32) for module in spec.ranks}
+        return {module: jnp.linalg.norm(kernel, axis=-1) for module, kernel in kernels.items()}
+
+    return {
+        f"{module}/lora_magnitude": jnp.where(spec.ranks[module].ranks[:, None] > 0, norms_lo, 0)
+        for module, norms_lo in jax.lax.map(of_layer, stacked).items()
+    }
+
+
+def quantize(spec: ModelSpec, mesh: Mesh, name: str, value: jax.Array) -> Params:
+    """What a spec holds of a parameter of the base: itself, or the parts of its quantised form."""
+    if spec.quantization is None or f"{name}/codes" not in spec.held:
+        return {name: value}
+    kernel = KERNELS[spec.quantization]
+    parts = {part: leaf.shape for part, leaf in spec.held.items() if part.startswith(f"{name}/")}
+
+    def of_layer(kernel_oi: jax.Array) -> Params:
+        made = nnx.to_flat_state(nnx.state(kernel(kernel_oi)))
+        return {f"{name}/{_name(path)}": variable[...] for path, variable in made}
+
+    with jax.set_mesh(mesh):
+        by_layer = functools.partial(jax.lax.map, of_layer)
+        return jax.jit(by_layer, out_shardings=parameter_shardings(parts, mesh))(value)

@@ -67,9 +67,19 @@ def parameter_axes(name: str) -> Axes:
 
     Adapters are replicated over fsdp (they are tiny, and a second set of gathers per layer is not) and follow their
     projection over tensor: A [layers, rank, in] where `in` is split, B [layers, out, rank] and DoRA's magnitude
-    [layers, out] where `out` is.
+    [layers, out] where `out` is. Codes of a quantised kernel, and magnitudes of its blocks, lie as the kernel does.
     """
     module, _, leaf = name.rpartition("/")
+    if module in BASE_AXES:
+        layers_out_in = BASE_AXES[module]
+        quantised: dict[str, Axes] = {
+            "codes": layers_out_in,
+            "absmax": layers_out_in,
+            "row_absmax": layers_out_in[:2],
+            "absmax_scale": (layers_out_in[0], None),
+            "absmax_offset": layers_out_in[:1],
+        }
+        return quantised[leaf]
     if not leaf.startswith("lora_"):
         return BASE_AXES[name]
     *layers, out, into = BASE_AXES[f"{module}/weight"]
@@ -98,7 +108,7 @@ def _divides(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None, size
 def stored_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter lies between its uses: split over tensor and, if it is a base matrix, over fsdp as well."""
     axes = parameter_axes(name)
-    if name.endswith(("_proj/weight", "embed_tokens/weight", "lm_head/weight")):
+    if name.endswith(("_proj/weight", "embed_tokens/weight", "lm_head/weight", "/codes", "/absmax")):
         return _matrix_spec(axes, shape, mesh)
     return partition_spec(axes, shape, mesh)
 

@@ -1,0 +1,150 @@
+"""A frozen base in fewer bits: NF4 with double quantisation, and int8; dequantised where a layer is at work.
+
+NF4 (Dettmers et al., 2023, arXiv:2305.14314) in the layout of bitsandbytes: blocks of 64 weights of a row share their
+largest magnitude; of two neighbours the first is in the high half of a byte. The magnitudes less their mean are
+themselves 8-bit codes, in blocks of 256: 4.127 bits per weight. int8 (Dettmers et al., 2022, arXiv:2208.07339): a row
+shares its largest magnitude; no inputs are quantised.
+
+The modules here stand where a projection has its kernel. Codes are gathered over fsdp, not what they stand for, and
+`dequantized` is a primitive that no remat policy keeps: a backward pass dequantises again.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.model.sharding import Axes, constrain
+
+Quantization = Literal["nf4", "int8"]
+
+BLOCK, GROUP = 64, 256
+"""Weights that share a magnitude; magnitudes that share theirs."""
+
+NF4_VALUES = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+"""The paper's table (appendix E): equal shares of a normal distribution, with an exact 0."""
+
+
+def _dynamic_values() -> np.ndarray:
+    """The signed 8-bit table of the magnitudes (Dettmers, 2016, arXiv:1511.04561): each of seven decades below 1 has
+    twice as many values as the one before."""
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = _evenly(np.float32(0.1), np.float32(1), 2**decade + 1)
+        means = (edges[:-1] + edges[1:]) / np.float32(2)
+        found += [float(sign * np.float32(10.0 ** (decade - 6)) * mean) for mean in means for sign in (1, -1)]
+    return np.sort(np.array(found, np.float32))
+
+
+def _evenly(start: np.float32, end: np.float32, count: int) -> np.ndarray:
+    """torch.linspace in float32, which counts from the nearer end in fused steps: the table has its roundings."""
+    step, index = np.float64((end - start) / np.float32(count - 1)), np.arange(count)
+    return np.where(index < count // 2, start + step * index, end - step * (count - 1 - index)).astype(np.float32)
+
+
+DYNAMIC_VALUES = _dynamic_values()
+
+
+def _between(values: np.ndarray) -> np.ndarray:
+    return (values[:-1] + values[1:]) / np.float32(2)
+
+
+class QuantParam(nnx.Variable):
+    """Part of a frozen quantised kernel: codes, or the magnitudes that belong to them."""
+
+
+class NF4Kernel(nnx.Module):
+    """A kernel [out, in] in four bits.
+
+    codes uint8 [out, in / 2]; absmax uint8 [out, in / 64], codes of the blocks' magnitudes; absmax_scale float32
+    [⌈out · in / 64 / 256⌉] and absmax_offset float32 [], what turns those back.
+    """
+
+    def __init__(self, kernel_oi: jax.Array) -> None:
+        rows, columns = kernel_oi.shape
+        if columns % BLOCK:
+            raise UserError(
+                f"model.quantization: nf4 takes {BLOCK} weights of a row at a time, and a row has {columns}"
+            )
+        scaled, absmax = _by_magnitude(kernel_oi.astype(jnp.float32).reshape(-1, BLOCK))
+        codes = _nearest(scaled, NF4_VALUES).reshape(rows, columns)
+        offset = jnp.mean(absmax)
+        padded = jnp.pad(absmax - offset, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
+        scaled_absmax, scale = _by_magnitude(padded)
+        self.codes = QuantParam((codes[:, ::2] << 4) | codes[:, 1::2])
+        of_blocks = _nearest(scaled_absmax, DYNAMIC_VALUES).reshape(-1)[: absmax.size]
+        self.absmax = QuantParam(of_blocks.reshape(rows, columns // BLOCK))
+        self.absmax_scale, self.absmax_offset = QuantParam(scale), QuantParam(offset)
+
+    def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
+        """The kernel [out, in] in `dtype`, whole along fsdp; float32 until the last rounding, as in bitsandbytes."""
+        leaves = (self.codes[...], self.absmax[...], self.absmax_scale[...], self.absmax_offset[...])
+        return _dequantize_nf4(axes, jnp.dtype(dtype), *leaves)
+
+
+class Int8Kernel(nnx.Module):
+    """A kernel [out, in] in eight bits, codes int8 [out, in] · row_absmax float32 [out] / 127."""
+
+    def __init__(self, kernel_oi: jax.Array) -> None:
+        absmax = jnp.max(jnp.abs(kernel_oi.astype(jnp.float32)), axis=-1)
+        per_unit = 127.0 / jnp.maximum(absmax, 1e-30)
+        self.codes = QuantParam(jnp.round(kernel_oi.astype(jnp.float32) * per_unit[:, None]).astype(jnp.int8))
+        self.row_absmax = QuantParam(absmax)
+
+    def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
+        """As that of `NF4Kernel`."""
+        return _dequantize_int8(axes, jnp.dtype(dtype), self.codes[...], self.row_absmax[...])
+
+
+KERNELS: dict[Quantization, type[NF4Kernel] | type[Int8Kernel]] = {"nf4": NF4Kernel, "int8": Int8Kernel}
+
+
+def _by_magnitude(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of blocks as fractions of their largest magnitude, and those magnitudes."""
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    reciprocal = 1.0 / jnp.maximum(absmax, 2e-38)  # a normal number: of zeros, zeros
+    return jnp.clip(blocks * reciprocal[:, None], -1.0, 1.0), absmax
+
+
+def _nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
+    """Index of the nearest entry of a sorted table, the lower one halfway between two; uint8."""
+    return jnp.searchsorted(jnp.asarray(_between(table)), values, side="left").astype(jnp.uint8)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dequantize_nf4(
+    axes: Axes, dtype: jnp.dtype, codes: jax.Array, absmax: jax.Array, scale: jax.Array, offset: jax.Array
+) -> jax.Array:
+    codes, absmax = constrain(codes, *axes), constrain(absmax, *axes)
+    rows, blocks = absmax.shape
+    of_groups = jnp.repeat(scale, GROUP)[: rows * blocks].reshape(rows, blocks)
+    magnitudes = jnp.asarray(DYNAMIC_VALUES)[absmax] * of_groups + offset
+    halves = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(rows, blocks, BLOCK)
+    return (jnp.asarray(NF4_VALUES)[halves] * magnitudes[:, :, None]).astype(dtype).reshape(rows, blocks * BLOCK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dequantize_int8(axes: Axes, dtype: jnp.dtype, codes: jax.Array, absmax: jax.Array) -> jax.Array:
+    per_code = constrain(absmax, axes[0]) / 127
+    return (constrain(codes, *axes).astype(jnp.float32) * per_code[:, None]).astype(dtype)
+
+
+def _no_gradient(*_: object) -> tuple[jax.Array, None]:
+    raise TypeError("a quantised base is frozen; it has no gradient")
+
+
+# Made into functions with derivatives of their own for the remat policies' sake, which see one primitive.
+_dequantize_nf4.defvjp(_no_gradient, _no_gradient)
+_dequantize_int8.defvjp(_no_gradient, _no_gradient)
