@@ -77,7 +77,7 @@ def write_run(directory: Path, count: int = 60, **sections) -> Path:
         "logging": {"every_steps": 1, "tensorboard": False},
     }
     for name, section in sections.items():
-        config[name] = {**config[name], **section} if isinstance(section, dict) else section
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

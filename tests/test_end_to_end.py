@@ -16,6 +16,8 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from tests.small_run import write_run
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def run(config: Path, *overrides: str) -> int:
     return flacuna(["train", "--config", str(config), *overrides])
@@ -23,7 +25,7 @@ def run(config: Path, *overrides: str) -> int:
 
 def losses(directory: Path) -> dict[int, float]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+    return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
 
 
 def adapter_bytes(directory: Path) -> bytes:
@@ -31,7 +33,7 @@ def adapter_bytes(directory: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> Path:
     """A run that nobody disturbed: 60 examples, two epochs."""
     directory = tmp_path_factory.mktemp("finished")
     assert run(write_run(directory)) == 0

@@ -16,6 +16,8 @@ import pytest
 from tests.small_run import write_run
 from tests.test_end_to_end import adapter_bytes, losses, run
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 MAX_STEPS = 6
 
 
@@ -47,7 +49,7 @@ def finish(processes: list[subprocess.Popen], seconds: int = 280) -> list[tuple[
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> Path:
     """The same run in one process with four devices."""
     directory = tmp_path_factory.mktemp("alone")
     checkpoint = {"every_steps": 2, "keep": 9}

@@ -1,0 +1,151 @@
+"""A record that makes the loss NaN: found, kept, blamed; skipped or stopped at, the same on every start."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flacuna_jax import train as train_verb
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from tests.small_run import records, write_run
+from tests.test_end_to_end import Stopped, adapter_bytes, losses, run
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+POISON = "§"
+"""A character that one record alone has; the byte tokens it is spelled with have embeddings of NaN."""
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory, compiled_once) -> Path:
+    """A base model with NaN where a token is looked up that one record holds, twice per run (two epochs)."""
+    directory = tmp_path_factory.mktemp("poisoned")
+    config = write_run(directory)
+    base = directory / "base"
+    overrides = ["--lora=null", "--training.max_steps=1", f"--output_dir={base}"]
+    assert run(config, *overrides) == 0
+    model = base / "model" / "model.safetensors"
+    tensors = load_file(model)
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    spelled = set(tokenizer.encode(f"a {POISON} b")) - set(tokenizer.encode("a b"))
+    bad = sorted(spelled - set(tokenizer.encode(" ".join(r["conversations"][0]["value"] for r in records(60)))))
+    assert bad
+    embedding = tensors["model.embed_tokens.weight"].copy()
+    embedding[bad] = np.nan
+    save_file({**tensors, "model.embed_tokens.weight": embedding}, model, {"format": "pt"})
+    made = records(60)
+    made[17]["conversations"][0]["value"] += f" {POISON}"
+    made[17]["id"] = "the culprit"
+    (directory / "data.json").write_text(json.dumps(made))
+    return directory
+
+
+def overrides_of(poisoned: Path, out: Path, *more: str) -> list[str]:
+    model = f"--model={{path: {poisoned / 'base' / 'model'}, dtype: float32}}"
+    return [f"--output_dir={out}", model, *more]
+
+
+@pytest.fixture(scope="module")
+def skipped(poisoned, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("skipped") / "run"
+    assert run(poisoned / "config.yaml", *overrides_of(poisoned, out, "--training.on_bad_step=skip")) == 0
+    return out
+
+
+def bad_steps(out: Path) -> dict[int, dict]:
+    return {int(path.stem): json.loads(path.read_text()) for path in (out / "bad_steps").iterdir()}
+
+
+def test_skipping_goes_on_and_keeps_the_batch_with_the_one_to_blame(skipped):
+    found = bad_steps(skipped)
+    assert len(found) == 2, "once per epoch"
+    curve = losses(skipped)
+    assert [step for step, loss in curve.items() if loss is None] == sorted(found)
+    for step, kept in found.items():
+        assert kept["step"] == step
+        examples = [example for row in kept["rows"] for example in row]
+        guilty = [example for example in examples if example["loss"] == "nan"]
+        assert [example["id"] for example in guilty] == ["the culprit"]
+        assert guilty[0]["record"]["conversations"][0]["value"].endswith(POISON)
+        assert "data.json" in guilty[0]["place"]
+        assert guilty[0]["record_number"] == 17
+        assert POISON in "".join(piece["text"] for piece in guilty[0]["seen"])
+        assert all(isinstance(example["loss"], float) for example in examples if example not in guilty)
+        assert all(len(example["ids"]) == example["tokens"] for example in examples)
+    last = json.loads((skipped / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped"] == 2
+    tensors = load_file(skipped / "adapter" / "adapter_model.safetensors")
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_stopping_says_where_and_leaves_the_checkpoints(poisoned, skipped, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(poisoned / "config.yaml", *overrides_of(poisoned, out)) == 1
+    said = capsys.readouterr().err
+    first = min(bad_steps(skipped))
+    assert f"error: step {first}: loss nan" in said
+    assert "'the culprit'" in said
+    assert "Traceback" not in said
+    assert list(bad_steps(out)) == [first]
+    assert not (out / "adapter").exists()
+    # The policy may be changed on resume; what follows is what the run that skipped from its start did.
+    assert run(poisoned / "config.yaml", *overrides_of(poisoned, out, "--training.on_bad_step=skip")) == 0
+    assert adapter_bytes(out) == adapter_bytes(skipped)
+
+
+def test_interrupted_after_a_skip_it_continues_to_the_same_bytes(poisoned, skipped, tmp_path, monkeypatch):
+    out, first = tmp_path / "run", min(bad_steps(skipped))
+    observe = train_verb.StepLog.__call__
+
+    def stop(self, record):
+        observe(self, record)
+        if record.step == first + 2:
+            raise Stopped
+
+    arguments = overrides_of(poisoned, out, "--training.on_bad_step=skip")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_verb.StepLog, "__call__", stop)
+        with pytest.raises(Stopped):
+            run(poisoned / "config.yaml", *arguments)
+    assert run(poisoned / "config.yaml", *arguments) == 0
+    assert adapter_bytes(out) == adapter_bytes(skipped)
+    assert losses(out) == losses(skipped)
+
+
+def test_too_many_in_a_row_end_the_run(poisoned, tmp_path, capsys):
+    made = records(60)
+    for record in made:
+        record["conversations"][0]["value"] += f" {POISON}"
+    (tmp_path / "data.json").write_text(json.dumps(made))
+    arguments = overrides_of(
+        poisoned,
+        tmp_path / "run",
+        "--training.on_bad_step=skip",
+        "--training.max_bad_steps=3",
+        f"--data.sources.0.path={tmp_path / 'data.json'}",
+    )
+    assert run(poisoned / "config.yaml", *arguments) == 1
+    assert "3 bad steps in a row end the run" in capsys.readouterr().err
+
+
+def test_the_batch_is_kept_even_if_its_records_are_gone(poisoned, skipped, tmp_path, capsys):
+    """The data file is removed between tokenising and the bad step: what the model saw is still there."""
+    shutil.copy(poisoned / "data.json", tmp_path / "data.json")
+    source = f"--data.sources.0.path={tmp_path / 'data.json'}"
+    original = train_verb.starting_point
+
+    def remove_first(*arguments):
+        (tmp_path / "data.json").unlink()
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_verb, "starting_point", remove_first)
+        assert run(poisoned / "config.yaml", *overrides_of(poisoned, tmp_path / "run", source)) == 1
+    ((_, kept),) = bad_steps(tmp_path / "run").items()
+    guilty = [example for row in kept["rows"] for example in row if example["loss"] == "nan"]
+    assert guilty[0]["id"] == "the culprit"
+    assert guilty[0]["record"] is None
+    assert "no such file" in guilty[0]["why_not"]

@@ -1,0 +1,358 @@
+"""Everything that can happen to a run from outside, done to it for real. In every case the next start continues to the
+bytes of a run that nobody disturbed, or says why not."""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flacuna_jax import train as train_verb
+from flacuna_jax.cli import EXIT_STOPPED
+from flacuna_jax.training.checkpoint import list_checkpoints
+from tests.small_run import write_run
+from tests.test_end_to_end import adapter_bytes, losses, run
+from tests.test_multihost import finish, start_hosts
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, compiled_once) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert run(write_run(directory)) == 0
+    return directory
+
+
+def assert_same_run(directory: Path, expected: Path) -> None:
+    assert losses(directory) == losses(expected)
+    assert adapter_bytes(directory) == adapter_bytes(expected)
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, *options: str):
+    """Mounts with the given options for `mount`; skips where this user may not."""
+    directory.mkdir(exist_ok=True)
+    result = subprocess.run(["mount", *options, str(directory)], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"mounting a file system needs root and, for images, loop devices: {result.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@contextlib.contextmanager
+def at_step(number: int, action):
+    """Does something to the world when step `number` has been observed."""
+    observe = train_verb.StepLog.__call__
+
+    def disturbed(self, record):
+        observe(self, record)
+        if record.step == number:
+            action()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_verb.StepLog, "__call__", disturbed)
+        yield
+
+
+# --- The disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [2, 4, 7])
+def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
+        out, filler = disk / "run", disk / "filler"
+
+        def fill():
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+
+        with at_step(at, fill):
+            status = run(undisturbed / "config.yaml", f"--output_dir={out}")
+        said = capsys.readouterr().err
+        assert status == 2
+        assert "cannot be written: No space left on device" in said
+        assert "Traceback" not in said
+        filler.unlink()
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+        assert_same_run(out, undisturbed / "run")
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "tmpfs") as disk:
+        out = disk / "run"
+
+        def protect():
+            # A read-only mount over it, as the system does it to a failing device; what is open stays open.
+            subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+
+        try:
+            with at_step(at, protect):
+                status = run(undisturbed / "config.yaml", f"--output_dir={out}")
+        finally:
+            subprocess.run(["umount", str(disk)], capture_output=True)
+        said = capsys.readouterr().err
+        assert status == 2
+        assert "Read-only file system" in said
+        assert "Traceback" not in said
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+        assert_same_run(out, undisturbed / "run")
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_an_output_directory_that_vanishes(undisturbed, tmp_path, capsys, at):
+    """Removed between two saves, and right at one."""
+    out = tmp_path / "run"
+    with at_step(at, lambda: shutil.rmtree(out)):
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+    said = capsys.readouterr().err
+    assert "is gone: its directory was removed, moved or unmounted" in said
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+    assert_same_run(out, undisturbed / "run")
+
+
+def test_an_output_directory_that_is_moved_back(undisturbed, tmp_path, capsys):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with at_step(5, lambda: out.rename(elsewhere)):
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+    assert "is gone" in capsys.readouterr().err
+    shutil.rmtree(out, ignore_errors=True)
+    elsewhere.rename(out)
+    assert list_checkpoints(out) == [3]
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+    assert_same_run(out, undisturbed / "run")
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_refused_with_what_to_do(undisturbed, monkeypatch, tmp_path, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert run(undisturbed / "config.yaml", f"--output_dir={name}") == 2
+    assert "lies in a bucket, which has neither locks nor atomic renames: take a local directory" in (
+        capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Power cuts --------------------------------------------------------------------------------------------------
+
+SAVER = """
+import sys
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests/training"]
+from pathlib import Path
+import test_checkpoint as t
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+with t.Checkpointer(Path(sys.argv[1]), keep=2, asynchronous=False) as checkpointer:
+    restored = checkpointer.restore(*map(t.abstract, t.state_after(0)), check=lambda meta: None, notify=print)
+    step = restored.step if restored else 0
+    print("started", flush=True)
+    while True:
+        step += 1
+        checkpointer.save(step, *t.state_after(step), t.META)
+        print(step, flush=True)
+"""
+EXT4_IOC_SHUTDOWN, WITHOUT_FLUSHING_THE_LOG = 0x8004587D, 2
+
+
+def power_cut(directory: Path) -> None:
+    """From now on nothing reaches the device any more, the journal's tail included; what is in memory is lost."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, EXT4_IOC_SHUTDOWN, bytes(ctypes.c_uint32(WITHOUT_FLUSHING_THE_LOG)))
+    finally:
+        os.close(descriptor)
+
+
+def cut_power_while_saving(tmp_path: Path, cuts: int, seed: int) -> None:
+    """Each life of the device ends at a random instant; what was reported as saved by then must be there."""
+    image, random = tmp_path / "image", np.random.default_rng(seed)
+    with image.open("wb") as file:
+        file.truncate(48 << 20)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("needs mkfs.ext4")
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    reported = 0
+    for _ in range(cuts):
+        with mounted(tmp_path / "disk", "-o", "loop", str(image)) as disk:
+            command = [sys.executable, "-c", SAVER, str(disk / "run"), str(ROOT)]
+            saver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            try:
+                first = saver.stdout.readline()
+                assert first == "started\n", f"nothing is damaged after a power cut: {first}"
+                time.sleep(random.uniform(0.05, 1.5))
+                power_cut(disk)
+            finally:
+                saver.kill()
+                rest = saver.stdout.read().split("\n")[:-1]
+                saver.wait()
+                saver.stdout.close()
+            # Reports from after the cut do not count: the saver may have passed its last fsync just before it.
+            reported = max([reported, *(int(line) for line in rest if line.isdigit())])
+        with mounted(tmp_path / "disk", "-o", "loop", str(image)) as disk:
+            found = list_checkpoints(disk / "run")
+            assert found, "a checkpoint that was reported is still there"
+            assert found[-1] >= reported - 1
+    assert reported > cuts
+
+
+def test_a_power_cut_in_a_checkpoint_leaves_the_one_before(tmp_path):
+    cut_power_while_saving(tmp_path, cuts=2, seed=0)
+
+
+@pytest.mark.slow
+def test_many_power_cuts(tmp_path):
+    cut_power_while_saving(tmp_path, cuts=15, seed=1)
+
+
+# --- Signals -----------------------------------------------------------------------------------------------------
+
+LONG = ["--training.epochs=400", "--checkpoint.every_steps=1000", "--logging.every_steps=1"]
+
+
+def start(config: Path, *overrides: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flacuna_jax.train", "--config", str(config), *overrides],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_logged(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed, tmp_path, number):
+    out = tmp_path / "run"
+    process = start(undisturbed / "config.yaml", f"--output_dir={out}", *LONG)
+    try:
+        wait_for(lambda: steps_logged(out) > 5, process)
+        process.send_signal(number)
+        assert process.wait(60) == EXIT_STOPPED
+        said = process.stdout.read()
+    finally:
+        process.kill()
+        process.stdout.close()
+    (saved,) = list_checkpoints(out)
+    assert saved == max(losses(out)) > 5, "the step that was done, not one at an interval"
+    assert f"stopped: {number.name}: saved after step {saved}" in said
+    assert "Traceback" not in said
+    assert not (out / "adapter").exists()
+    assert f"stopped by {number.name} after step {saved}" in (out / "report.html").read_text()
+
+
+def test_a_stopped_run_continues_to_the_same_bytes(undisturbed, tmp_path):
+    """SIGTERM three times in the life of one run, between saves and at one."""
+    out = tmp_path / "run"
+    for step in (1, 6, 9):
+        with at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            assert run(undisturbed / "config.yaml", f"--output_dir={out}") == EXIT_STOPPED
+        assert list_checkpoints(out)[-1] in (step, step + 1)
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+    assert_same_run(out, undisturbed / "run")
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_behind(undisturbed, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+    monkeypatch.setattr(train_verb, "set_up", interrupt)
+    assert run(undisturbed / "config.yaml", f"--output_dir={tmp_path / 'run'}") == EXIT_STOPPED
+    assert "stopped: SIGTERM" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_stop_at_the_same_step_though_one_alone_is_asked(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    processes = start_hosts(undisturbed / "config.yaml", f"--output_dir={out}", *LONG, "--mesh.fsdp=4")
+    try:
+        wait_for(lambda: steps_logged(out) > 3, processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        results = finish(processes, 90)
+    assert [status for status, _ in results] == [EXIT_STOPPED, EXIT_STOPPED], results
+    (saved,) = list_checkpoints(out)
+    for _, said in results:
+        assert f"saved after step {saved}; start again to continue" in said
+
+
+# --- Kills -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_at_random_it_ends_in_the_same_bytes(undisturbed, tmp_path):
+    """SIGKILL while it starts, compiles, steps, saves, evaluates. Set FLACUNA_KILLS for another number."""
+    random = np.random.default_rng(int(os.environ.get("FLACUNA_KILL_SEED", "0")))
+    kills = int(os.environ.get("FLACUNA_KILLS", "50"))
+    config = write_run(tmp_path / "input", training={"epochs": 60, "batch_size": 8}, checkpoint={"every_steps": 3})
+    settings = [
+        "--evaluation={every_steps: 7, fraction: 0.2, samples: 1, sample_tokens: 4}",
+        "--checkpoint.keep=2",
+    ]
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "FLACUNA_CACHE": str(tmp_path / "tokens")}
+    whole = start(config, f"--output_dir={tmp_path / 'whole'}", *settings, **compiled)
+    assert whole.wait(600) == 0, whole.stdout.read()
+    whole.stdout.close()
+    out, done, died_at, continued = tmp_path / "run", 0, [], 0
+    while done < kills:
+        process = start(config, f"--output_dir={out}", *settings, **compiled)
+        try:
+            # Some die while they start; most some steps after they have begun to write.
+            if random.random() < 0.15:
+                time.sleep(random.uniform(0, 6))
+            else:
+                before = steps_logged(out)
+                with contextlib.suppress(AssertionError):
+                    wait_for(lambda before=before: steps_logged(out) != before, process)
+                time.sleep(random.exponential(0.25))
+            process.send_signal(signal.SIGKILL)
+            status = process.wait()
+            said = process.stdout.read()
+        finally:
+            process.kill()
+            process.stdout.close()
+        if status == 0:
+            # It was through: what it left is compared, and the rest of the kills go to another one.
+            assert_same_run(out, tmp_path / "whole")
+            shutil.rmtree(out)
+            continue
+        assert status == -signal.SIGKILL, said
+        assert "Traceback" not in said
+        assert "damaged" not in said, "a kill leaves whole checkpoints"
+        continued += "resuming after step" in said
+        died_at.append(max(losses(out), default=0) if steps_logged(out) else 0)
+        done += 1
+    last = start(config, f"--output_dir={out}", *settings, **compiled)
+    assert last.wait(600) == 0, last.stdout.read()
+    last.stdout.close()
+    assert_same_run(out, tmp_path / "whole")
+    samples = [(directory / "samples.jsonl").read_text() for directory in (out, tmp_path / "whole")]
+    assert samples[0] == samples[1]
+    assert continued > kills / 2
+    print(json.dumps({"kills": kills, "continued": continued, "died at steps": died_at}))

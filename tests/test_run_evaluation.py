@@ -1,0 +1,189 @@
+"""Evaluation inside a run: what it measures, that it can be interrupted, and what follows from it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from flacuna_jax import train as train_verb
+from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
+from tests.small_run import records, write_run
+from tests.test_end_to_end import Stopped, adapter_bytes, run
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+TIMED = ("tokens_per_second", "supervised_tokens_per_second", "seconds_per_step", "peak_memory_bytes", "mfu")
+
+
+def write_measured_run(directory: Path, **evaluation) -> Path:
+    """80 records of two sources, a fifth held out."""
+    settings = {"every_steps": 4, "fraction": 0.2, "samples": 2, "sample_tokens": 6, "prompts": ["reverse red cat"]}
+    config = write_run(
+        directory,
+        evaluation={**settings, **evaluation},
+        checkpoint={"every_steps": 5, "keep": 2, "keep_best": 1},
+        lora={"rank": 2, "dropout": 0.05, "targets": ["q_proj", "v_proj"]},
+    )
+    made = [{**record, "source": ("left", "right")[i % 2]} for i, record in enumerate(records(80))]
+    (directory / "data.json").write_text(json.dumps(made))
+    return config
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluations(directory: Path) -> dict[int, dict]:
+    return {r["step"]: r for r in lines(directory / "metrics.jsonl") if r.get("kind") == "evaluation"}
+
+
+def untimed(directory: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in lines(directory / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, compiled_once) -> Path:
+    directory = tmp_path_factory.mktemp("measured")
+    assert run(write_measured_run(directory)) == 0
+    return directory
+
+
+def test_measures_before_while_and_after(measured):
+    found = evaluations(measured / "run")
+    last = max(found)
+    assert list(found) == sorted({0, *range(4, last + 1, 4), last})
+    assert found[last]["eval/loss"] < found[0]["eval/loss"] - 0.1
+    for record in found.values():
+        assert "loss" not in record, "a training record is known by its loss"
+        tokens = [record[f"eval/tokens/{name}"] for name in ("left", "right")]
+        assert sum(tokens) == record["eval/tokens"]
+        for key in ("eval/loss", "eval/token_accuracy"):
+            by_source = [record[f"{key}/{name}"] for name in ("left", "right")]  # every token weighs the same
+            assert record[key] == pytest.approx(np.average(by_source, weights=tokens), abs=1e-6), (
+                "tokens weigh the same"
+            )
+        assert record["eval/perplexity"] == pytest.approx(np.exp(record["eval/loss"]))
+
+
+def test_answers_stand_beside_what_was_expected(measured):
+    found = lines(measured / "run" / "samples.jsonl")
+    assert len(found) == 3 * len(evaluations(measured / "run"))
+    asked = {line["id"]: line for line in found if line["step"] == 0}
+    assert asked["evaluation.prompts.0"]["question"] == "reverse red cat"
+    for id, line in asked.items():
+        if id != "evaluation.prompts.0":
+            words = line["question"].partition("reverse ")[2].partition(" ASSISTANT")[0].split()
+            assert line["expected"] == " ".join(words[::-1])
+    page = (measured / "run" / "report.html").read_text()
+    assert "Held-out loss" in page
+    assert "Answers, before and after" in page
+
+
+def test_the_best_checkpoint_stays(measured):
+    found = evaluations(measured / "run")
+    best = min((step for step in found if step), key=lambda step: found[step]["eval/loss"])
+    assert best in list_checkpoints(measured / "run")
+    assert len(list_checkpoints(measured / "run")) <= 3
+
+
+@pytest.mark.parametrize("at", [4, 9])
+def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, monkeypatch, at):
+    out = f"--output_dir={tmp_path / 'run'}"
+    observe = train_verb.StepLog.__call__
+
+    def stop(self, record):
+        observe(self, record)
+        if record.step == at:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_verb.StepLog, "__call__", stop)
+        with pytest.raises(Stopped):
+            run(measured / "config.yaml", out)
+    assert run(measured / "config.yaml", out) == 0
+    assert untimed(tmp_path / "run") == untimed(measured / "run")
+    assert lines(tmp_path / "run" / "samples.jsonl") == lines(measured / "run" / "samples.jsonl")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(measured / "run")
+    assert list_checkpoints(tmp_path / "run") == list_checkpoints(measured / "run")
+
+
+def test_a_run_that_gets_worse_stops_and_delivers_its_best(measured, tmp_path, capsys):
+    """A rate of 10 ruins any model; the best checkpoint is an early one, and the second start knows it is over."""
+    overrides = [
+        f"--output_dir={tmp_path / 'run'}",
+        "--training.learning_rate=10.0",
+        "--training.epochs=20",
+        "--evaluation.every_steps=2",
+        "--evaluation.patience=2",
+        "--evaluation.deliver=best",
+        "--evaluation.samples=0",
+        "--evaluation.prompts=[]",
+    ]
+    assert run(measured / "config.yaml", *overrides) == 0
+    found = evaluations(tmp_path / "run")
+    best = min((step for step in found if step), key=lambda step: found[step]["eval/loss"])
+    assert max(found) == best + 4
+    said = capsys.readouterr().out
+    assert "stopped early: no new best in 2 evaluations" in said
+    assert f"delivering step {best}, the best by eval/loss" in said
+    arrays, _ = restore_adapters(tmp_path / "run", best)
+    delivered = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(
+        delivered["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"], arrays["layers/q_proj/lora_a"][0]
+    )
+    before = adapter_bytes(tmp_path / "run"), untimed(tmp_path / "run")
+    assert run(measured / "config.yaml", *overrides) == 0
+    assert (adapter_bytes(tmp_path / "run"), untimed(tmp_path / "run")) == before
+
+
+def test_records_of_their_own_and_a_word_about_common_questions(measured, tmp_path, capsys):
+    made = [*records(80)[:3], *records(5, seed=9)]
+    (tmp_path / "e.json").write_text(json.dumps(made))
+    overrides = ["--evaluation.fraction=null", f"--evaluation.sources=[{{path: {tmp_path / 'e.json'}}}]"]
+    out = f"--output_dir={tmp_path / 'run'}"
+    assert run(measured / "config.yaml", out, *overrides, "--training.max_steps=1") == 0
+    said = capsys.readouterr().out
+    assert "held out   8 examples" in said
+    assert "of 8 questions in evaluation.sources are also in the training data" in said
+    assert "80 examples in" in said, "nothing is held out of training"
+
+
+def test_benchmarks_run_inside_training(measured, tmp_path, test_data):
+    overrides = [
+        f"--output_dir={tmp_path / 'run'}",
+        f"--evaluation.tasks={{names: ['crass:0'], data: {test_data}, limit: 2}}",
+        "--evaluation.metric=tasks/crass:0/faithful",
+        "--training.max_steps=4",
+    ]
+    assert run(measured / "config.yaml", *overrides) == 0
+    found = evaluations(tmp_path / "run")
+    assert [0 <= record["tasks/crass:0/faithful"] <= 1 for record in found.values()] == [True, True]
+    assert "crass:0/faithful" in (tmp_path / "run" / "report.html").read_text()
+
+
+MISTAKES = {
+    "no such number": (["--evaluation.metric=eval/los"], "did you mean eval/loss?"),
+    "holds out nothing": (["--evaluation.fraction=1e-9"], "evaluation.fraction"),
+    "no such benchmark": (["--evaluation.tasks={names: [mlu], data: .}"], "mmlu"),
+    "no room for answers": (["--evaluation.sample_tokens=250"], "evaluation.prompts.0"),
+    "no such records": (["--evaluation.fraction=null", "--evaluation.sources=[{path: nowhere.json}]"], "nowhere.json"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_end_with_status_2(measured, tmp_path, capsys, overrides, hint):
+    assert run(measured / "config.yaml", f"--output_dir={tmp_path / 'run'}", *overrides) == 2
+    said = capsys.readouterr().err
+    assert hint in said
+    assert "Traceback" not in said
+
+
+def test_another_share_is_another_run(measured, tmp_path, capsys):
+    shutil.copytree(measured / "run", tmp_path / "run")
+    out = f"--output_dir={tmp_path / 'run'}"
+    assert run(measured / "config.yaml", out, "--evaluation.fraction=0.3") == 2
+    assert "held_out_fraction: 0.2 in the checkpoint, 0.3 now" in capsys.readouterr().err
+    assert run(measured / "config.yaml", out, "--evaluation.patience=50", "--evaluation.samples=0") == 0
