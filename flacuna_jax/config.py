@@ -52,7 +52,9 @@ TemplateName = Annotated[str, AfterValidator(_known_template)]
 class Section(BaseModel):
     """Frozen, strict, and closed: an unknown key or a wrong type is an error, never ignored or converted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ArchitectureConfig(Section):

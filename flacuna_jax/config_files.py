@@ -4,7 +4,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -213,7 +213,35 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", item["ctx"]["expected"]), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key} must be {item['ctx']['expected']}, not {value!r}{hint}"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {value!r})"
+    near = _nearest_value(kind, value, item.get("ctx", {})) if _section_at(location, schema) is None else None
+    hint = f"; valid would be {near}" if near is not None else ""
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {value!r}){hint}"
+
+
+def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | None:
+    """The nearest valid value, or what one of the wrong kind was probably meant to be; None where nothing is near."""
+    if kind in ("greater_than", "less_than"):
+        limit, way, word = (limits["gt"], 1, "above") if kind == "greater_than" else (limits["lt"], -1, "below")
+        return str(limit + way) if isinstance(limit, int) else f"any number {word} {limit:g}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        return f"{limits['ge' if kind == 'greater_than_equal' else 'le']:g}"
+    if kind in ("int_type", "int_from_float", "float_type"):
+        return _as_number(value, whole=kind != "float_type")
+    if kind == "bool_type":
+        words = {"true": "true", "yes": "true", "on": "true", "1": "true"}
+        words |= {"false": "false", "no": "false", "off": "false", "0": "false"}
+        return words.get(str(value).lower())
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"'{value}' (in quotes)"
+    return f"[{value}]" if kind == "tuple_type" and isinstance(value, str | int | float) else None
+
+
+def _as_number(value: Any, whole: bool) -> str | None:
+    try:
+        number = float(str(value).replace(",", "").replace("_", "")) if not isinstance(value, bool) else float(value)
+        return str(round(number)) if whole else f"{number:g}"
+    except (ValueError, OverflowError):
+        return None
 
 
 def _without_union_tags(location: tuple[str | int, ...]) -> Location:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config import MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.errors import UserError
@@ -27,12 +28,6 @@ def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> RunConfig:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     return load_config(path, overrides)
-
-
-def message(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> str:
-    with pytest.raises(UserError) as caught:
-        load(tmp_path, text, *overrides)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -113,15 +108,93 @@ MISTAKES = {
     "override of nothing": (MINIMAL, ("seed=3",), "seed=3", "--section.key=value"),
     "override into a value": (MINIMAL, ("--output_dir.a=3",), "--output_dir.a=3", "inside"),
     "override that is not YAML": (MINIMAL, ("--seed=[",), "--seed=[", "not valid YAML"),
+    "no epochs": (MINIMAL, ("--training.epochs=0",), "training.epochs", "valid would be 1"),
+    "a part of an epoch": (MINIMAL, ("--training.epochs=2.4",), "training.epochs", "valid would be 2"),
+    "count in quotes": (MINIMAL, ("--training.max_steps='1,000'",), "training.max_steps", "valid would be 1000"),
+    "rate in quotes": (MINIMAL, ("--training.learning_rate='2e-5'",), "training.learning_rate", "valid would be 2e-05"),
+    "infinite rate": (MINIMAL, ("--training.learning_rate=.inf",), "training.learning_rate", "finite"),
+    "rate not a number": (MINIMAL, ("--training.learning_rate=.nan",), "training.learning_rate", "finite"),
+    "rate that overflows": (MINIMAL, ("--training.learning_rate=1e999",), "training.learning_rate", "finite"),
+    "no rate": (MINIMAL, ("--training.learning_rate=0",), "training.learning_rate", "any number above 0"),
+    "negative decay": (MINIMAL, ("--training.weight_decay=-0.1",), "training.weight_decay", "valid would be 0"),
+    "negative warm-up": (MINIMAL, ("--training.warmup_steps=-1",), "training.warmup_steps", "valid would be 0"),
+    "clipping to nothing": (MINIMAL, ("--training.max_grad_norm=0",), "training.max_grad_norm", "above 0"),
+    "empty batch": (MINIMAL, ("--training.batch_size=0",), "training.batch_size", "valid would be 1"),
+    "empty micro-batch": (MINIMAL, ("--training.micro_batch_size=0",), "micro_batch_size", "valid would be 1"),
+    "unknown unit": (MINIMAL, ("--training.batch_unit=row",), "training.batch_unit", "did you mean 'rows'"),
+    "unknown remat": (MINIMAL, ("--training.remat=fully",), "training.remat", "did you mean 'full'"),
+    "unknown policy": (MINIMAL, ("--training.on_bad_step=skpi",), "training.on_bad_step", "did you mean 'skip'"),
+    "spike below the mean": (MINIMAL, ("--training.spike_factor=1",), "training.spike_factor", "above 1"),
+    "no bad steps": (MINIMAL, ("--training.max_bad_steps=0",), "training.max_bad_steps", "valid would be 1"),
+    "full dropout": (MINIMAL, ("--lora.dropout=1",), "lora.dropout", "any number below 1"),
+    "negative dropout": (MINIMAL, ("--lora.dropout=-0.1",), "lora.dropout", "valid would be 0"),
+    "no alpha": (MINIMAL, ("--lora.alpha=0",), "lora.alpha", "above 0"),
+    "a target that is no list": (MINIMAL, ("--lora.targets=q_proj",), "lora.targets", "valid would be [q_proj]"),
+    "a number for a section": (MINIMAL, ("--lora=8",), "lora", "must be a section"),
+    "a path for sources": (MINIMAL, ("--data.sources=a.json",), "data.sources", "tuple"),
+    "rows too short": (MINIMAL, ("--data.max_length=4",), "data.max_length", "valid would be 8"),
+    "unknown length policy": (MINIMAL, ("--data.over_length=truncate",), "data.over_length", "'truncate_prompt'"),
+    "unknown record policy": (MINIMAL, ("--data.on_bad_record=ignore",), "data.on_bad_record", "'skip'"),
+    "unknown supervision": (MINIMAL, ("--data.train_on=answers",), "data.train_on", "'assistant', 'last' or 'all'"),
+    "unknown format": (MINIMAL, ("--data.sources.0.format=alpca",), "data.sources.0.format", "did you mean 'alpaca'"),
+    "no weight": (MINIMAL, ("--data.sources.0.weight=0",), "data.sources.0.weight", "above 0"),
+    "no examples": (MINIMAL, ("--data.sources.0.max_examples=0",), "max_examples", "valid would be 1"),
+    "unknown dtype": (MINIMAL, ("--model.dtype=bf16",), "model.dtype", "did you mean 'bfloat16'"),
+    "no devices": (MINIMAL, ("--mesh.fsdp=0",), "mesh.fsdp", "valid would be 1"),
+    "a number for a name": (MINIMAL, ("--output_dir=7",), "output_dir", "valid would be '7' (in quotes)"),
+    "a word for a switch": (MINIMAL, ("--logging.tensorboard='off'",), "tensorboard", "valid would be false"),
+    "a number for a switch": (MINIMAL, ("--logging.tensorboard=1",), "tensorboard", "valid would be true"),
+    "negative seed": (MINIMAL, ("--seed=-1",), "seed", "valid would be 0"),
+    "no checkpoints": (MINIMAL, ("--checkpoint.keep=0",), "checkpoint.keep", "valid would be 1"),
+    "negative best": (MINIMAL, ("--checkpoint.keep_best=-1",), "checkpoint.keep_best", "valid would be 0"),
+    "unknown resume": (MINIMAL, ("--checkpoint.resume=always",), "checkpoint.resume", "'auto' or 'never'"),
+    "unknown change": (
+        MINIMAL,
+        ("--checkpoint.allow_changes=[cod]",),
+        "checkpoint.allow_changes",
+        "did you mean code?",
+    ),
+    "nothing to measure": (MINIMAL, ("--evaluation={}",), "evaluation", "fraction, sources or tasks is missing"),
+    "measured twice": (
+        MINIMAL,
+        ("--evaluation={fraction: 0.1, sources: [{path: x}]}",),
+        "evaluation",
+        "set one of them",
+    ),
+    "everything held out": (MINIMAL, ("--evaluation.fraction=1",), "evaluation.fraction", "any number below 1"),
+    "no patience": (MINIMAL, ("--evaluation={fraction: 0.1, patience: 0}",), "evaluation.patience", "valid would be 1"),
+    "unknown delivery": (MINIMAL, ("--evaluation={fraction: 0.1, deliver: bst}",), "deliver", "did you mean 'best'"),
+    "no tasks": (MINIMAL, ("--evaluation={fraction: 0.1, tasks: {names: [], data: x}}",), "tasks.names", "at least 1"),
+    "a metric of nothing": (MINIMAL, ("--evaluation={tasks: {names: [mmlu], data: x}}",), "evaluation", "eval/loss"),
+    "weighed measuring": (
+        MINIMAL,
+        ("--evaluation={sources: [{path: x, weight: 2.0}]}",),
+        "evaluation",
+        "weight is for training",
+    ),
+    "unknown optimizer": (MINIMAL, ("--training.optimizer=adam",), "training.optimizer", "did you mean 'adamw'"),
+    "rank before the first": (MINIMAL, ("--distributed.process_id=-1",), "process_id", "valid would be 0"),
+    "part of a cluster": (MINIMAL, ("--distributed.coordinator=a:1",), "distributed", "num_processes"),
 }
 
 
+def test_the_table_is_long_enough():
+    assert len(MISTAKES) >= 80
+
+
 @pytest.mark.parametrize(("text", "overrides", "where", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_named_and_placed(tmp_path, text, overrides, where, hint):
-    said = message(tmp_path, text, *overrides)
+def test_mistakes_end_with_status_2_named_and_placed(tmp_path, capsys, monkeypatch, text, overrides, where, hint):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert flacuna(["train", "--config", str(path), *overrides]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
     assert where in said
     assert hint in said
-    assert said.count("\n") <= 1, f"one mistake, one message: {said}"
+    assert said.strip().count("\n") <= 1, f"one mistake, one message: {said}"
+    assert "Traceback" not in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.yaml"], "a mistake leaves nothing behind"
 
 
 def test_missing_file_names_its_neighbour(tmp_path):

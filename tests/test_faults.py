@@ -23,6 +23,8 @@ from tests.small_run import write_run
 from tests.test_end_to_end import adapter_bytes, losses, run
 from tests.test_multihost import finish, start_hosts
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -154,8 +156,6 @@ import sys
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests/training"]
 from pathlib import Path
 import test_checkpoint as t
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 with t.Checkpointer(Path(sys.argv[1]), keep=2, asynchronous=False) as checkpointer:
     restored = checkpointer.restore(*map(t.abstract, t.state_after(0)), check=lambda meta: None, notify=print)
     step = restored.step if restored else 0
