@@ -167,6 +167,24 @@ def test_a_killed_host_stops_the_others_and_the_restart_continues(alone, tmp_pat
     assert actual[60] == pytest.approx(expected[60], abs=1e-4)
 
 
+def test_a_signal_to_one_host_stops_all_at_the_same_step(alone, tmp_path):
+    """Schedulers tell the hosts at different times. All save once, and leave with the status that says so."""
+    out = f"--output_dir={tmp_path / 'run'}"
+    never = ["--checkpoint.every_steps=100000", "--training.max_steps=5000", "--training.epochs=5000"]
+    processes = start_hosts(alone / "config.yaml", out, *never)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.is_file() and metrics.stat().st_size):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    results = finish(processes)
+    assert [status for status, _ in results] == [75, 75], results
+    (saved,) = (checkpoint.name for checkpoint in (tmp_path / "run" / "checkpoints").iterdir())
+    assert all(f"saved after step {saved}" in said for _, said in results)
+
+
 @pytest.mark.slow
 def test_a_late_host_is_waited_for(alone, tmp_path):
     first = start_hosts(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--training.max_steps=1")

@@ -12,7 +12,7 @@ from flacuna_jax.planning.estimate import Work
 from flacuna_jax.planning.hlo import Collective
 from flacuna_jax.planning.targets import Machine
 
-MATRIX_SHARE = {"cuda": 0.62, "tpu": 0.75, "cpu": 0.5}
+MATRIX_SHARE = {"cuda": 0.62, "tpu": 0.75, "cpu": 0.75}
 """Of the dense bfloat16 peak, in large matrix products. 0.62 of an A6000 is 95 TFLOP/s."""
 MEMORY_SHARE = 0.8
 LINK_SHARE = {"PCIe 4": 0.62, "NVLink 3": 0.75, "NVLink 4": 0.75, "ICI": 0.8, "memory": 0.5}

@@ -179,14 +179,15 @@ def parse_target(text: str) -> Machine:
 def present_machine(devices: Sequence[jax.Device]) -> Machine:
     """The machine that the given devices make, by their kind.
 
-    CPU devices are described by round numbers of a few cores; their memory is the host's, shared. Raises UserError for
+    CPU devices are described by round numbers, 160 GFLOP/s a core; they share their host's memory and cores. Raises UserError for
     an accelerator that is not in `TARGETS`.
     """
     first = devices[0]
     hosts = len({device.process_index for device in devices})
     if first.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * hosts // len(devices)
-        target = Target("CPU", "cpu", memory, 20e9, 100e9, 10e9, "memory", 1e9)
+        flops = 160e9 * (os.cpu_count() or 1) * hosts / len(devices)
+        target = Target("CPU", "cpu", memory, 20e9, flops, 10e9, "memory", 1e9)
     else:
         known = next((target for target in TARGETS.values() if target.device_kind == first.device_kind), None)
         if known is None:
