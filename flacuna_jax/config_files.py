@@ -213,8 +213,8 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", item["ctx"]["expected"]), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key} must be {item['ctx']['expected']}, not {value!r}{hint}"
-    near = _nearest_value(kind, value, item.get("ctx", {})) if _section_at(location, schema) is None else None
-    hint = f"; valid would be {near}" if near is not None else ""
+    nearest = _nearest_value(kind, value, item.get("ctx", {})) if _section_at(location, schema) is None else None
+    hint = f"; valid would be {nearest}" if nearest is not None else ""
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {value!r}){hint}"
 
 

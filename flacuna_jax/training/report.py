@@ -44,7 +44,7 @@ def write_report(
       path: report.html.
       title: the run's name.
       records: the lines of metrics.jsonl; training steps and evaluations are drawn.
-      facts: short label → value pairs that head the page beside those taken from the records (rows, parameters, ...).
+      facts: label → value pairs of the plan (rows, parameters, devices, ...).
       mixture: a row per data source with the same keys in each; `mixture_rows` makes them.
       config_yaml: the resolved config.
       environment: see `environment`.
@@ -72,12 +72,15 @@ def write_report(
         refresh="<meta http-equiv=refresh content=60>" if status == "running" else "",
         tiles="".join(
             f"<div class=tile><span>{escape(label)}</span><b>{escape(value)}</b></div>"
-            for label, value in {**_summary(steps), **facts}.items()
+            for label, value in _summary(steps).items()
         ),
+        plan=_table([{"": label, "value": value} for label, value in facts.items()], header=False),
         charts="".join(curves) or "<p>No step was logged.</p>",
         mixture=_table(mixture),
         held_out=_section("Held-out records by source", _table(_by_source(evaluations))) if evaluations else "",
-        samples=_section("Answers, before and after", _table(_before_and_after(samples))) if samples else "",
+        samples=_section("Answers, before and after", _table(_before_and_after(samples), style="even"))
+        if samples
+        else "",
         config=escape(config_yaml),
         environment=_table([{"": name, "value": value} for name, value in environment.items()], header=False),
     )
@@ -279,7 +282,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _table(rows: Sequence[Row], header: bool = True) -> str:
+def _table(rows: Sequence[Row], header: bool = True, style: str = "") -> str:
     if not rows:
         return "<p>None recorded.</p>"
 
@@ -294,7 +297,8 @@ def _table(rows: Sequence[Row], header: bool = True) -> str:
         + "</tr>"
         for row in rows
     )
-    return f"<div class=scroll><table>{f'<tr>{head}</tr>' if header else ''}{body}</table></div>"
+    opened = f"<table class={style}>" if style else "<table>"
+    return f"<div class=scroll>{opened}{f'<tr>{head}</tr>' if header else ''}{body}</table></div>"
 
 
 _PAGE = Template("""<!doctype html>
@@ -322,7 +326,8 @@ polyline { fill: none; stroke: var(--main); stroke-linejoin: round; stroke-linec
 .mark line { stroke: var(--dim); stroke-dasharray: 3 3; } .mark circle { fill: var(--main); }
 .scroll { overflow-x: auto; padding: 4px 0; } table { border-collapse: collapse; width: 100%; }
 th, td { padding: 7px 16px; text-align: left; vertical-align: top; }
-td { white-space: pre-wrap; overflow-wrap: anywhere; } th { font-weight: 500; font-size: 13px; }
+.even { table-layout: fixed; } td { white-space: pre-wrap; overflow-wrap: anywhere; }
+th { font-weight: 500; font-size: 13px; }
 tr + tr td { border-top: 1px solid var(--rule); } .n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { padding: 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px;
@@ -330,6 +335,7 @@ pre { padding: 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 </style>
 <header><h1>$title</h1><p>$subtitle</p></header>
 <div class=tiles>$tiles</div>
+<h2>Plan</h2>$plan
 <h2>Curves</h2><div class=charts>$charts</div>
 $held_out
 $samples

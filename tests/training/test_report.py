@@ -4,6 +4,8 @@ import html
 import itertools
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -177,3 +179,60 @@ def test_the_live_report_is_seldom_and_never_ends_a_run():
     assert len(said) == 1
     with pytest.raises(UserError):
         live.finish("finished")
+
+
+LOOK = """<script>
+addEventListener("load", () => {
+  const boxes = [...document.querySelectorAll(".tile b, td, th, figcaption")];
+  const wide = boxes.filter(e => e.scrollWidth > e.clientWidth + 1);
+  const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+  svg.dispatchEvent(new MouseEvent("mousemove", {clientX: box.right - 40, clientY: box.top + 20}));
+  document.title = JSON.stringify({
+    overflowing: wide.map(e => e.textContent),
+    sideways: document.documentElement.scrollWidth > innerWidth,
+    said: document.querySelector("output").textContent,
+    sections: [...document.querySelectorAll("h2")].map(e => e.textContent),
+    broken: [...document.querySelectorAll("polyline")].some(e => !(e.getBBox().width > 0)),
+  });
+});
+</script></html>"""
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_shows_it_without_anything_running_over(tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    samples = [
+        {"step": step, "id": "a", "question": "Why? " * 80, "answer": "x" * 300, "expected": "so"} for step in (0, 9)
+    ]
+    flan = SourceReport("data/flan.json", read=10, kept=7, tokens=700, supervised_tokens=300)
+    page_of(
+        tmp_path,
+        [evaluation(0, 3.0), *records(40), evaluation(40, 1.5)],
+        mixture=mixture_rows(DataReport((flan,))),
+        samples=samples,
+    )
+    path = tmp_path / "report.html"
+    page = path.read_text()
+    long_plan = page.replace(
+        "6,553,600", "1 × cpu: replica 1 × data 1 × fsdp 1 × tensor 1; 3 micro-batches of 1 rows, remat"
+    )
+    path.write_text(long_plan.replace("</html>", LOOK))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom"]
+    found = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60)
+    title = re.search(r"<title>(.*?)</title>", found.stdout, re.DOTALL)
+    seen = json.loads(html.unescape(title.group(1)))
+    assert seen["overflowing"] == []
+    assert not seen["sideways"]
+    assert not seen["broken"]
+    assert seen["said"].startswith("step ")
+    assert seen["sections"] == [
+        "Plan",
+        "Curves",
+        "Held-out records by source",
+        "Answers, before and after",
+        "Data",
+        "Settings",
+        "Environment",
+    ]
