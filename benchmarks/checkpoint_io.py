@@ -4,10 +4,12 @@
     python benchmarks/checkpoint_io.py --directory /scratch --layers 6 --peft   # real widths, 4.5 GB
 
 Writes a synthetic checkpoint (random half-precision weights, real shapes, 5 GB shards), then copies, converts and
-merges it, one crossing at a time, deleting behind itself; with --peft also loads, merges and saves it as PEFT's users
-do (merge_and_unload, save_pretrained), in memory. Every crossing ends with its data on the disk (sync); convert and
-merge include reading everything back, merge also the logits of both sides. Prints one JSON object per line;
-peak_anonymous_gib leaves out mapped file pages, which the kernel can take back.
+merges it, one crossing at a time, deleting behind itself. Every crossing ends with its data on the disk (sync);
+convert and merge include reading everything back, merge also the logits of both sides. cp runs before and after the
+others, and they are compared with the faster of the two. With --peft the model is also loaded, merged and saved as
+PEFT's users do (merge_and_unload, save_pretrained), in memory; with --golden, 3 prompts of 45 tokens get 8 more from
+the files, which an export does besides merging. Prints one JSON object per line; peak_anonymous_gib leaves out mapped
+file pages, which the kernel can take back.
 """
 
 import argparse
@@ -33,7 +35,9 @@ from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import hugging_face_config
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
 from flacuna_jax.huggingface.merged import PendingTensor, write_shards
+from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
 from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes, lora_shapes
 
@@ -49,13 +53,14 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True, help="where there is room for two copies")
     parser.add_argument("--layers", type=int, default=VICUNA_13B.num_layers)
     parser.add_argument("--peft", action="store_true", help="compare with PEFT; the model must fit into memory twice")
+    parser.add_argument("--golden", action="store_true", help="also the answers of golden prompts")
     arguments = parser.parse_args()
     config = dataclasses.replace(VICUNA_13B, num_layers=arguments.layers)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        run(Path(scratch), config, arguments.peft)
+        run(Path(scratch), config, arguments.peft, arguments.golden)
 
 
-def run(scratch: Path, config: LlamaConfig, with_peft: bool) -> None:
+def run(scratch: Path, config: LlamaConfig, with_peft: bool, with_golden: bool) -> None:
     source = scratch / "source"
     nbytes = make_checkpoint(source, config)
     adapter = random_adapter(config)
@@ -83,11 +88,12 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool) -> None:
         write_adapter(scratch / "adapter", adapter, config, trained=True)
         crossings.append(("merge by PEFT", merged_by_peft, "peft"))
 
-    baseline = None
-    for name, crossing, output in crossings:
-        seconds, peak = measure(crossing)
-        shutil.rmtree(scratch / output)
-        baseline = baseline or seconds
+    if with_golden:
+        crossings.append(("golden prompts", lambda: golden_prompts(open_checkpoint(source), config), "none"))
+    measured = [(name, *measured_crossing(crossing, scratch / output)) for name, crossing, output in crossings]
+    measured.append(("cp again", *measured_crossing(copy, scratch / "copy")))
+    baseline = min(seconds for name, seconds, _ in measured if name.startswith("cp"))
+    for name, seconds, peak in measured:
         facts = {
             "crossing": name,
             "layers": config.num_layers,
@@ -98,6 +104,17 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool) -> None:
             "peak_anonymous_gib": round(peak / 2**30, 3),
         }
         print(json.dumps(facts), flush=True)
+
+
+def measured_crossing(work: Callable[[], None], output: Path) -> tuple[float, int]:
+    seconds, peak = measure(work)
+    shutil.rmtree(output, ignore_errors=True)
+    return seconds, peak
+
+
+def golden_prompts(reader: TensorReader, config: LlamaConfig) -> None:
+    prompts = np.random.default_rng(2).integers(3, config.vocab_size, (3, 45)).tolist()
+    streamed_greedy(stored_weights(reader, config), config, prompts, 8)
 
 
 def make_checkpoint(path: Path, config: LlamaConfig) -> int:

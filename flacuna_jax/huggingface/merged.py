@@ -20,7 +20,7 @@ from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.safetensors_file import write_file
 from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite, row_blocks
-from flacuna_jax.huggingface.tokenizer import SETTINGS, tokenizer_files
+from flacuna_jax.huggingface.tokenizer import FAST, SETTINGS, tokenizer_files
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
 
@@ -176,13 +176,15 @@ def write_settings(
 
 
 def copy_tokenizer(source: Path, directory: Path, chat_template: str | None) -> None:
-    """Copies tokenizer files byte by byte; only tokenizer_config.json changes, by the chat template it is given."""
+    """Copies tokenizer files byte by byte; only tokenizer_config.json changes, by the chat template and one BOS."""
     for path in tokenizer_files(source):
         if chat_template is None or path.name not in (SETTINGS, "chat_template.jinja"):
             shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
         present = (source / SETTINGS).is_file()
         settings = read_json(source / SETTINGS) if present else _LLAMA_TOKENIZER
+        if not settings.get("add_bos_token", (source / FAST).is_file()):
+            settings = {**settings, "add_bos_token": True}  # as in training, which puts exactly one before a text
         _write_json(directory / SETTINGS, {**settings, "chat_template": chat_template})
 
 

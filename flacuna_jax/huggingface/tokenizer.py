@@ -2,7 +2,7 @@
 
 `tokenizer.model` goes through SentencePiece directly, which is how LLaMA and Vicuna were trained ("legacy" behaviour in
 transformers: every encoded segment gets its own leading space). `tokenizer.json` goes through `tokenizers` where it is
-all there is.
+all there is; where both are, they must agree.
 """
 
 import hashlib
@@ -102,17 +102,49 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
     """The tokenizer of a checkpoint directory: tokenizer.model if there is one, else tokenizer.json.
 
     Raises:
-      UserError: neither file is there, or it is damaged or lacks BOS or EOS.
+      UserError: neither file is there, it is damaged or lacks BOS or EOS, or both are there and disagree.
     """
     directory = Path(directory)
     if (directory / SENTENCEPIECE).is_file():
-        return SentencePieceTokenizer(directory / SENTENCEPIECE)
+        tokenizer = SentencePieceTokenizer(directory / SENTENCEPIECE)
+        if (directory / FAST).is_file():
+            _check_agreement(directory, tokenizer, FastTokenizer(directory / FAST))
+        return tokenizer
     if (directory / FAST).is_file():
         return FastTokenizer(directory / FAST)
     raise UserError(
         f"{directory} has no tokenizer ({SENTENCEPIECE} or {FAST}); copy it there from the base model, or name its "
         f"directory in model.tokenizer"
     )
+
+
+_PROBES = (
+    "USER: How are you? ASSISTANT: I'm fine.",
+    "two  spaces, a tab\tand\na new line\n\n  indented",
+    "naïve façade, Größe, 東京, Привет, 🦙",
+    "def f(x):\n    return x**2  # 3.14159",
+    "<s> [INST] </s> <unk>",
+    "1234567890 €5,000.00",
+)
+"""Texts on which two tokenizers of one vocabulary differ if their settings do. None begins with a space: what
+transformers 5 makes of LLaMA's tokenizer.model takes that one for SentencePiece's own, and no template begins so."""
+
+
+def _check_agreement(directory: Path, slow: SentencePieceTokenizer, fast: FastTokenizer) -> None:
+    """Training goes by tokenizer.model, most servers go by tokenizer.json; both must give the same ids."""
+    advice = f"remove the one that does not belong to the model (without {FAST}, transformers makes its own)"
+    for name in ("bos", "eos"):
+        ours, theirs = getattr(slow, f"{name}_id"), getattr(fast, f"{name}_id")
+        if ours != theirs:
+            raise UserError(f"{directory}: {name.upper()} is {ours} in {SENTENCEPIECE}, {theirs} in {FAST}; {advice}")
+    for text in _PROBES:
+        ours, theirs = slow.encode(text), fast.encode(text)
+        if ours != theirs:
+            place = next(i for i in range(len(ours) + 1) if ours[i : i + 1] != theirs[i : i + 1])
+            raise UserError(
+                f"{directory}: {SENTENCEPIECE} and {FAST} disagree. Token {place + 1} of {text!r} is "
+                f"{ours[place : place + 1]} in one and {theirs[place : place + 1]} in the other; {advice}"
+            )
 
 
 def check_vocabulary(tokenizer: SentencePieceTokenizer | FastTokenizer, vocab_size: int, directory: str | Path) -> None:

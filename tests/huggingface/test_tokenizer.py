@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,13 +94,53 @@ def test_padding_and_truncation_settings_of_a_tokenizer_json_are_left_out(story_
     assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(story_llama).encode(text)
 
 
-def test_tokenizer_model_is_preferred(tiny_sentencepiece: Path, story_llama: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_sentencepiece / "tokenizer.model", tmp_path)
-    shutil.copy(story_llama / "tokenizer.json", tmp_path)
-    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
-    assert [path.name for path in tokenizer_files(tmp_path)] == ["tokenizer.model", "tokenizer.json"]
-    assert tokenizer_fingerprint(tmp_path) == tokenizer_fingerprint(tiny_sentencepiece)
-    assert tokenizer_fingerprint(tmp_path) != tokenizer_fingerprint(story_llama)
+@pytest.fixture
+def both(tiny_sentencepiece: Path, tmp_path: Path) -> Path:
+    """tokenizer.model with LLaMA's settings (text is taken as it is), and the tokenizer.json made of it."""
+    transformers = pytest.importorskip("transformers")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tiny_sentencepiece / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
+        vocab_size=300, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **specials}))
+    transformers.AutoTokenizer.from_pretrained(tmp_path, use_fast=True).save_pretrained(tmp_path / "fast")
+    shutil.copy(tmp_path / "fast" / "tokenizer.json", tmp_path)
+    return tmp_path
+
+
+def test_tokenizer_model_is_preferred_where_both_agree(both: Path, story_llama: Path) -> None:
+    assert isinstance(load_tokenizer(both), SentencePieceTokenizer)
+    assert [path.name for path in tokenizer_files(both)][:2] == ["tokenizer.model", "tokenizer.json"]
+    alone = tokenizer_fingerprint(both)
+    (both / "tokenizer.json").unlink()
+    assert tokenizer_fingerprint(both) == alone
+    assert alone != tokenizer_fingerprint(story_llama)
+
+
+def another_bos(tokenizer: dict) -> None:
+    for token in tokenizer["added_tokens"]:
+        token["content"] = {"<s>": "</s>", "</s>": "<s>"}.get(token["content"], token["content"])
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<s>"], vocabulary["</s>"] = vocabulary["</s>"], vocabulary["<s>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tokenizer: tokenizer.update(normalizer=None, pre_tokenizer=None), "disagree"),
+        (lambda tokenizer: tokenizer["model"].update(byte_fallback=False), "disagree"),
+        (another_bos, "BOS is 1 in tokenizer.model, 2 in tokenizer.json"),
+    ],
+    ids=["no prefix", "no bytes", "bos"],
+)
+def test_two_tokenizers_that_disagree_are_refused(change: Callable[[dict], None], says: str, both: Path) -> None:
+    tokenizer = json.loads((both / "tokenizer.json").read_text())
+    change(tokenizer)
+    (both / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=says):
+        load_tokenizer(both)
 
 
 def test_special_tokens_are_found_wherever_they_are_named(story_llama: Path, tmp_path: Path) -> None:
