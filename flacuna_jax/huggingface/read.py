@@ -53,7 +53,8 @@ class CheckpointReader:
         Raises:
           UserError: the file became shorter, or vanished, since it was opened.
         """
-        return self._files.view(self.tensors[name])[rows]
+        view = self._files.view(self.tensors[name])
+        return view if rows == ALL_ROWS else view[rows]
 
 
 def open_checkpoint(directory: str | Path) -> CheckpointReader | MetaReader:
