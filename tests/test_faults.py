@@ -21,7 +21,6 @@ from flacuna_jax.cli import EXIT_STOPPED
 from flacuna_jax.training.checkpoint import list_checkpoints
 from tests.small_run import write_run
 from tests.test_end_to_end import adapter_bytes, losses, run
-from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -286,20 +285,6 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(undisturbed, tmp_p
     assert run(undisturbed / "config.yaml", f"--output_dir={tmp_path / 'run'}") == EXIT_STOPPED
     assert "stopped: SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_hosts_stop_at_the_same_step_though_one_alone_is_asked(undisturbed, tmp_path):
-    out = tmp_path / "run"
-    processes = start_hosts(undisturbed / "config.yaml", f"--output_dir={out}", *LONG, "--mesh.fsdp=4")
-    try:
-        wait_for(lambda: steps_logged(out) > 3, processes[0])
-        processes[1].send_signal(signal.SIGTERM)
-    finally:
-        results = finish(processes, 90)
-    assert [status for status, _ in results] == [EXIT_STOPPED, EXIT_STOPPED], results
-    (saved,) = list_checkpoints(out)
-    for _, said in results:
-        assert f"saved after step {saved}; start again to continue" in said
 
 
 # --- Kills -------------------------------------------------------------------------------------------------------

@@ -293,6 +293,7 @@ class WeightsAndBiases:
             self._run = wandb.init(**settings)
         except wandb.errors.CommError as error:  # no network: what is logged is kept, for `wandb sync` later
             print(f"warning: logging.wandb: {error}; logging offline, below {run_dir / WANDB}")
+            wandb.teardown()  # its service still holds the run of the attempt
             self._run = wandb.init(**settings, mode="offline")
         except wandb.Error as error:
             raise UserError(

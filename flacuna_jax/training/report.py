@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -287,7 +288,7 @@ def _table(rows: Sequence[Row], header: bool = True, style: str = "") -> str:
         return "<p>None recorded.</p>"
 
     def cell(tag: str, text: str, beside: Any) -> str:
-        number = isinstance(beside, int | float) or str(beside).endswith(" %")
+        number = isinstance(beside, int | float) or re.fullmatch(r"[\d.,]+ %", str(beside))
         return f"<{tag}{' class=n' if number else ''}>{escape(text)}</{tag}>"
 
     head = "".join(cell("th", key, value) for key, value in rows[0].items())

@@ -172,6 +172,7 @@ def fake_wandb(monkeypatch):
     module = types.ModuleType("wandb")
     module.init = init
     module.Error = type("Error", (Exception,), {})
+    module.teardown = lambda: None
     module.errors = types.SimpleNamespace(CommError=type("CommError", (module.Error,), {}))
     monkeypatch.setitem(sys.modules, "wandb", module)
     return calls, module
