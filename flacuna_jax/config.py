@@ -105,8 +105,9 @@ class ModelConfig(Section):
     """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are float32 always."""
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: ArchitectureConfig | None = None
-    quantization: Literal["nf4", "int8"] | None = None
-    """How the projections of a frozen base are held, instead of in `dtype`; see docs/methods.md."""
+    quantization: Literal["nf4", "int8", "int8_product", "fp8_product"] | None = None
+    """How the projections of a frozen base are held, instead of in `dtype`; see docs/methods.md. _product: also
+    multiplied in 8 bits, with activations and gradients, on units that are faster at it (docs/performance.md)."""
     rope_scaling: RopeScalingConfig | None = None
     """For inputs longer than the model's context; null leaves positions as the checkpoint has them."""
     tokenizer: str | None = None

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.model.quantized import KERNELS, Quantization
+from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Quantization
 from flacuna_jax.model.sharding import Axes, constrain, gather_weight
 
 OUTPUT_NAME = "projection"
@@ -129,7 +129,10 @@ class LoRALinear(nnx.Module):
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
         weight_oi = self.kernel(x_bti.dtype)
-        y_bto = x_bti @ weight_oi.T
+        if isinstance(self.weight, Int8Product | Fp8Product):
+            y_bto = self.weight.product(x_bti, self.axes)  # only DoRA needs the dequantised kernel beside
+        else:
+            y_bto = x_bti @ weight_oi.T
         if self.lora is not None:
             a_ri, b_or = self.factors()
             x_bti = self.dropped(x_bti, row_keys_b)

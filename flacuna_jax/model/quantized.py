@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.kernels.quantized_matmul import quantize_rows, quantized_matmul
 from flacuna_jax.model.sharding import Axes, constrain
 
-Quantization = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8", "int8_product", "fp8_product"]
 
 BLOCK, GROUP = 64, 256
 """Weights that share a magnitude; magnitudes that share theirs."""
@@ -108,7 +109,42 @@ class Int8Kernel(nnx.Module):
         return _dequantize_int8(axes, jnp.dtype(dtype), self.codes[...], self.row_absmax[...])
 
 
-KERNELS: dict[Quantization, type[NF4Kernel] | type[Int8Kernel]] = {"nf4": NF4Kernel, "int8": Int8Kernel}
+class Int8Product(Int8Kernel):
+    """A kernel held as `Int8Kernel` holds it, and multiplied as it is held: activations become int8, token by token."""
+
+    def product(self, x_bti: jax.Array, axes: Axes) -> jax.Array:
+        """[batch, length, out] in x's dtype, see `kernels.quantized_matmul`."""
+        scale_o = constrain(self.row_absmax[...], axes[0]) / 127
+        return quantized_matmul(x_bti, constrain(self.codes[...], *axes), scale_o, "int8")
+
+
+class Fp8Product(nnx.Module):
+    """As `Int8Product` in fp8: codes float8_e4m3fn [out, in] · row_absmax float32 [out] / 448."""
+
+    def __init__(self, kernel_oi: jax.Array) -> None:
+        codes, scale = quantize_rows(kernel_oi, jnp.float8_e4m3fn)
+        self.codes, self.row_absmax = QuantParam(codes), QuantParam(scale * FP8_LARGEST)
+
+    def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
+        """As that of `NF4Kernel`."""
+        scale_o = constrain(self.row_absmax[...], axes[0]) / FP8_LARGEST
+        return (constrain(self.codes[...], *axes).astype(jnp.float32) * scale_o[:, None]).astype(dtype)
+
+    def product(self, x_bti: jax.Array, axes: Axes) -> jax.Array:
+        """As that of `Int8Product`."""
+        scale_o = constrain(self.row_absmax[...], axes[0]) / FP8_LARGEST
+        return quantized_matmul(x_bti, constrain(self.codes[...], *axes), scale_o, "fp8")
+
+
+FP8_LARGEST = float(jnp.finfo(jnp.float8_e4m3fn).max)
+
+Kernel = NF4Kernel | Int8Kernel | Fp8Product
+KERNELS: dict[Quantization, type[Kernel]] = {
+    "nf4": NF4Kernel,
+    "int8": Int8Kernel,
+    "int8_product": Int8Product,
+    "fp8_product": Fp8Product,
+}
 
 
 def _by_magnitude(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """The order of things around the step, with a step that only counts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.model.sharding import make_mesh
-from flacuna_jax.training.loop import Loop, StepRecord, Verdict
+from flacuna_jax.training.loop import STEPS_IN_FLIGHT, Loop, StepRecord, Verdict
 from flacuna_jax.training.state import TrainState
 
 
@@ -105,3 +107,38 @@ def test_records_know_how_many_updates_came_before():
     assert StepRecord(5, 1.0, 1.0).updates_before == 4
     assert StepRecord(5, 1.0, 1.0, skipped=2).updates_before == 2
     assert StepRecord(5, 1.0, 1.0, skipped=2, in_a_row=1).updates_before == 3
+
+
+class Unread:
+    """A result on its way: says when the host asks for it."""
+
+    def __init__(self, diary, step, value):
+        self.diary, self.step, self.value = diary, step, value
+
+    def __array__(self, dtype=None, copy=None):
+        self.diary.events.append(("read", self.step))
+        return np.asarray(self.value, dtype)
+
+
+def test_the_host_runs_ahead_of_the_device():
+    """A step's results are asked for only when two more have been started; their batches were placed meanwhile."""
+
+    class Ahead(Diary):
+        def step(self, trainable, opt_state, frozen, batch, index):
+            self.done = int(index) + 1
+            assert isinstance(batch["tokens"], jax.Array), "the step never waits for a batch"
+            self.events.append(("start", self.done))
+            return trainable, opt_state, (Unread(self, self.done, 1.0), *(np.float32(0), np.int32(0), np.int32(0)))
+
+    def placed(diary):
+        for number in range(1, 100):
+            diary.events.append(("batch", number))
+            yield {"tokens": np.zeros(1)}
+
+    diary = Ahead(total=9, save_every=100)
+    diary.loop = dataclasses.replace(diary.loop, batches=placed(diary))
+    diary.run()
+    at = {event: index for index, event in enumerate(diary.events)}
+    for step in range(2, 7):  # the first is the compiling one, the last ends the run: both are waited for
+        assert at["start", step + STEPS_IN_FLIGHT] < at["read", step] < at["start", step + STEPS_IN_FLIGHT + 1]
+        assert at["batch", step + STEPS_IN_FLIGHT] < at["read", step], "placed while the device has work"
