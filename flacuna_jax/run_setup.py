@@ -39,6 +39,11 @@ Say = Callable[[str], None]
 """Tells the person who watches; hosts other than the first say nothing."""
 
 
+def say_at_once(text: str) -> None:
+    """A log that is a file shows it now, and keeps it if the process is killed."""
+    print(text, flush=True)
+
+
 def say_nothing(text: str) -> None:
     del text
 

@@ -22,7 +22,7 @@ from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.sharding import batch_sharding
 from flacuna_jax.run_delivery import deliver_result
 from flacuna_jax.run_evaluation import make_measurement, read_tasks
-from flacuna_jax.run_setup import Say, Setup, open_parts, peak_flops, plan_lines, say_nothing, set_up
+from flacuna_jax.run_setup import Say, Setup, open_parts, peak_flops, plan_lines, say_at_once, say_nothing, set_up
 from flacuna_jax.run_state import chosen_state, fresh_state, starting_point
 from flacuna_jax.run_watch import Watch, report_on
 from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
@@ -82,7 +82,7 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
     tasks = read_tasks(config)
     model = open_parts(config)
     primary = jax.process_index() == 0
-    say: Say = print if primary else say_nothing
+    say: Say = say_at_once if primary else say_nothing
     with open_run_directory(config.directory, resume=config.checkpoint.resume, primary=primary) as directory:
         setup = set_up(model, say)
         with Checkpointer(
@@ -173,7 +173,7 @@ def run(
 def prove_determinism(config: RunConfig) -> int:
     """Begins the run twice and compares bytes; writes nothing. Raises NotDeterministic; UserError for wrong input."""
     distributed.initialize(config.distributed)
-    say: Say = print if jax.process_index() == 0 else say_nothing
+    say: Say = say_at_once if jax.process_index() == 0 else say_nothing
     setup = set_up(open_parts(config), say)
 
     def begin() -> Beginning:
