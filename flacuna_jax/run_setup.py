@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,11 @@ Say = Callable[[str], None]
 def say_at_once(text: str) -> None:
     """A log that is a file shows it now, and keeps it if the process is killed."""
     print(text, flush=True)
+
+
+def say_on_stderr(text: str) -> None:
+    """Where standard output is the result."""
+    print(text, file=sys.stderr)
 
 
 def say_nothing(text: str) -> None:

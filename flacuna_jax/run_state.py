@@ -5,7 +5,7 @@ import jax
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.run_setup import Say, Setup, first_adapters, load_weights
-from flacuna_jax.training.checkpoint import Checkpointer
+from flacuna_jax.training.checkpoint import Checkpointer, list_checkpoints, restore_adapters
 from flacuna_jax.training.history import History
 from flacuna_jax.training.resume import allowed_changes, require_same_run, rounding_changes
 from flacuna_jax.training.run_directory import RunDirectory
@@ -55,6 +55,22 @@ def fresh_state(setup: Setup) -> tuple[TrainState, Params]:
     base = load_weights(setup)
     trainable, frozen = partition(setup.spec, base, first_adapters(setup, base))
     return setup.layout.begin(trainable), frozen
+
+
+def newest_state(setup: Setup, say: Say) -> tuple[TrainState, Params]:
+    """The newest checkpoint's parameters to look at, without its optimizer state; the first ones if there is none.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    state, frozen = fresh_state(setup)
+    steps = list_checkpoints(setup.config.directory)
+    if not steps:
+        return state, frozen
+    say(f"parameters of step {steps[-1]}")
+    arrays, _ = restore_adapters(setup.config.directory, steps[-1])
+    shardings = {name: leaf.sharding for name, leaf in state.trainable.items()}
+    return TrainState(steps[-1], jax.device_put(arrays, shardings), state.opt_state), frozen
 
 
 def chosen_state(setup: Setup, checkpointer: Checkpointer, history: History, last: TrainState, say: Say) -> TrainState:

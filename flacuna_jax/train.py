@@ -6,6 +6,7 @@ them together.
 
 import argparse
 import functools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,13 +18,24 @@ from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, require_settings
 from flacuna_jax.data.pipeline import BatchStream, StepSource
+from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.suite import Evaluator
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.sharding import batch_sharding
 from flacuna_jax.run_delivery import deliver_result
 from flacuna_jax.run_evaluation import make_measurement, read_tasks
-from flacuna_jax.run_setup import Say, Setup, open_parts, peak_flops, plan_lines, say_at_once, say_nothing, set_up
-from flacuna_jax.run_state import chosen_state, fresh_state, starting_point
+from flacuna_jax.run_setup import (
+    Say,
+    Setup,
+    open_parts,
+    peak_flops,
+    plan_lines,
+    say_at_once,
+    say_nothing,
+    say_on_stderr,
+    set_up,
+)
+from flacuna_jax.run_state import chosen_state, fresh_state, newest_state, starting_point
 from flacuna_jax.run_watch import Watch, report_on
 from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
 from flacuna_jax.training.checkpoint import Checkpointer
@@ -54,12 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument(
         "--check_determinism", action="store_true", help="only prove, on 3 steps, that a seed gives the same bytes"
     )
+    parser.add_argument(
+        "--inspect_step", type=int, metavar="N", help="only tell, as JSON, which examples step N holds and their losses"
+    )
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     with StopRequest() as stop:
         try:
             if arguments.check_determinism:
                 return prove_determinism(config)
+            if arguments.inspect_step is not None:
+                return inspect_step(config, arguments.inspect_step)
             return train(config, stop, profile=arguments.profile)
         except Stopped as reason:
             print(f"stopped: {reason}", file=sys.stderr)
@@ -184,6 +201,28 @@ def prove_determinism(config: RunConfig) -> int:
         return Beginning(state, base, step, BatchStream(source, start_step=0, threads=2, ahead=2))
 
     check_determinism(begin, batch_sharding(setup.mesh), setup.plan.total_steps, say)
+    return EXIT_OK
+
+
+def inspect_step(config: RunConfig, number: int) -> int:
+    """Prints the examples of a step and the loss of each with the newest checkpoint's parameters, or the first ones.
+
+    Writes nothing, and may be asked beside a run. Raises UserError for wrong input, or a step that the run has not.
+    """
+    distributed.initialize(config.distributed)
+    primary = jax.process_index() == 0
+    setup = set_up(open_parts(config), say_on_stderr if primary else say_nothing)
+    if not 1 <= number <= setup.plan.total_steps:
+        raise UserError(f"--inspect_step {number}: the run's steps are 1 to {setup.plan.total_steps}")
+    state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
+    source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
+    step_config = StepConfig(setup.spec, setup.config.seed, remat=setup.config.training.remat)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    inspector = BatchInspector(setup.store, source, step_config, batch_sharding(setup.mesh), tokenizer)
+    losses = inspector.losses(number, state.trainable, base)
+    if primary:
+        found = {"step": number, "losses_are_of_the_parameters_after_step": state.step}
+        print(json.dumps({**found, "rows": inspector.describe(number, losses)}, ensure_ascii=False, indent=1))
     return EXIT_OK
 
 

@@ -149,3 +149,22 @@ def test_the_batch_is_kept_even_if_its_records_are_gone(poisoned, skipped, tmp_p
     assert guilty[0]["id"] == "the culprit"
     assert guilty[0]["record"] is None
     assert "no such file" in guilty[0]["why_not"]
+
+
+def test_any_step_can_be_looked_into(poisoned, skipped, capsys):
+    """Its examples and their losses, without a bad step and beside the run; nothing is written."""
+    arguments = overrides_of(poisoned, skipped, "--training.on_bad_step=skip")
+    step = min(bad_steps(skipped)) + 1
+    before = {path: path.stat().st_mtime_ns for path in skipped.rglob("*")}
+    assert run(poisoned / "config.yaml", *arguments, "--inspect_step", str(step)) == 0
+    found = json.loads(capsys.readouterr().out)
+    examples = [example for row in found["rows"] for example in row]
+    records_of = [json.loads(line) for line in (skipped / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [record for record in records_of if record["step"] == step]
+    assert len(examples) == logged["examples"]
+    assert sum(example["supervised_tokens"] for example in examples) == logged["supervised_tokens"]
+    assert all(0 < example["loss"] < 10 for example in examples)
+    assert found["losses_are_of_the_parameters_after_step"] == max(losses(skipped))
+    assert {path: path.stat().st_mtime_ns for path in skipped.rglob("*")} == before
+    assert run(poisoned / "config.yaml", *arguments, "--inspect_step", "9999") == 2
+    assert "the run's steps are 1 to" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from flacuna_jax import train as train_verb
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
 from tests.small_run import records, write_run
 from tests.test_end_to_end import Stopped, adapter_bytes, run
+from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -187,3 +188,17 @@ def test_another_share_is_another_run(measured, tmp_path, capsys):
     assert run(measured / "config.yaml", out, "--evaluation.fraction=0.3") == 2
     assert "held_out_fraction: 0.2 in the checkpoint, 0.3 now" in capsys.readouterr().err
     assert run(measured / "config.yaml", out, "--evaluation.patience=50", "--evaluation.samples=0") == 0
+
+
+@pytest.mark.slow
+def test_two_hosts_measure_what_one_measures(measured, tmp_path):
+    out = tmp_path / "run"
+    results = finish(start_hosts(measured / "config.yaml", f"--output_dir={out}", "--mesh.fsdp=4"))
+    assert [status for status, _ in results] == [0, 0], results
+    expected, found = evaluations(measured / "run"), evaluations(out)
+    assert list(found) == list(expected)
+    for step, record in found.items():
+        # Rows of a step lie on other devices, so sums are added up in another order.
+        assert record["eval/loss"] == pytest.approx(expected[step]["eval/loss"], abs=1e-4)
+        assert record["eval/tokens"] == expected[step]["eval/tokens"]
+    assert "no sample answers on several hosts" in results[0][1]
