@@ -151,6 +151,12 @@ def open_meta(directory: Path) -> MetaReader:
             parts = _one_of_equal(directory, theirs, parts)
         permuted = head_dim if inner in _INTERLEAVED else 0
         joined[ours] = JoinedTensor(parts, _axis(directory, inner, parts), permuted)
+        if inner == "attention.wo" and joined[ours].shape[1] != _settings(directory)["hidden_size"]:
+            raise UserError(
+                f"{directory}: the {len(shards)} consolidated files hold {joined[ours].shape[1]} of the "
+                f"{_settings(directory)['hidden_size']} columns of {theirs}; a file is missing, or {PARAMS_FILE} is of "
+                f"another model"
+            )
     return MetaReader(directory, joined)
 
 

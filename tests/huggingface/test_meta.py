@@ -113,6 +113,7 @@ def save_changed(path: Path, rank: int, change: Callable[[dict], None]) -> None:
     ("damage", "says"),
     [
         (lambda path: (path / "consolidated.00.pth").unlink(), r"consolidated\.00\.pth is missing"),
+        (lambda path: (path / "consolidated.01.pth").unlink(), "hold 24 of the 48 columns of layers.0.attention.wo"),
         (lambda path: (path / "params.json").unlink(), r"Meta's files are params\.json and consolidated"),
         (lambda path: (path / "params.json").write_text("{"), "not valid JSON"),
         (lambda path: edit(path, n_layers=None), "n_layers is None"),
