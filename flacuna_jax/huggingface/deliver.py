@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,20 @@ def write_model(
 def _write_weights(
     partial: Path, tensors: list[PendingTensor], shard_bytes: int, logits: LogitsAlongside
 ) -> tuple[str, ...]:
-    """Writes the shards; each is read back, and goes through the network, before the next one is begun."""
-    files = []
-    for file, digest in write_shards(partial, tensors, shard_bytes):
+    """Writes the shards; each is read back, and goes through the network, while the next one is written."""
+
+    def check(file: str, digest: str) -> None:
         verify_digest(partial / file, digest)
         logits.add(file)
-        files.append(file)
+
+    files = []
+    with ThreadPoolExecutor(1) as checker:
+        checks: list[Future[None]] = []
+        for file, digest in write_shards(partial, tensors, shard_bytes):
+            files.append(file)
+            checks.append(checker.submit(check, file, digest))
+        for done in checks:
+            done.result()
     return tuple(files)
 
 
