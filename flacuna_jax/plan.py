@@ -27,7 +27,7 @@ from flacuna_jax.model.sharding import check_tensor_parallelism
 from flacuna_jax.model_source import architecture_sizes, with_rope_scaling
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
-from flacuna_jax.planning.search import nearest_fit, search
+from flacuna_jax.planning.search import choices, nearest_fit, search
 from flacuna_jax.planning.targets import CompilerMissing, Machine, absent_devices, parse_target, present_machine
 from flacuna_jax.planning.workload import Statistics, Workload, assumed_statistics, measured_statistics
 
@@ -74,7 +74,7 @@ def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
     architecture = with_rope_scaling(architecture, config.model, config.data.max_length)
     workload = Workload.of(config, architecture, _statistics(config, arguments.examples, note))
     if arguments.search:
-        plans = search(workload, machine, devices, notify=note)
+        plans = search(choices(workload, machine), machine, devices, notify=note)
     else:
         plans = [_plan_as_configured(config, workload, machine, devices)]
     if arguments.html:
@@ -164,7 +164,7 @@ def _advice(advice: Plan | None, machine: Machine) -> str:
         return f"no layout of this model fits {machine.description}: more devices, or larger ones, are needed"
     how = "compiled" if advice.compiled else "estimated"
     return (
-        f"nearest that fits ({how}): {advice.layout}: {advice.peak / 1e9:.1f} GB per device, "
+        f"nearest that fits ({how}): {advice.name}: {advice.peak / 1e9:.1f} GB per device, "
         f"{advice.time.step:.2f} s per step"
     )
 

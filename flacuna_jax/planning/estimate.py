@@ -106,6 +106,12 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
     return int(activations + gathered + chunk + 3 * 4 * _stored(spec.lora_shapes, layout.mesh))
 
 
+def _projection_bytes(workload: Workload) -> int:
+    """Of the frozen projections of all layers, as they are held."""
+    held = workload.spec.held.items()
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in held if "_proj/weight" in name)
+
+
 def attention_flops(workload: Workload, layout: Layout) -> float:
     """Operations per device and step of the attention kernels: two products forward, five backward, on what is
     visible: half of each document, in whole tiles."""
@@ -143,6 +149,8 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     size, d = workload.compute_bytes, config.hidden_size
     per_token = 24 * d + (8 * config.num_heads * config.head_dim + 10 * config.intermediate_size) / tensor
     traffic = micro_batches * passes * weights / tensor * size * (2 if layout.mesh.fsdp > 1 else 1)
+    if spec.quantization is not None:
+        traffic += micro_batches * passes * _projection_bytes(workload) / tensor  # codes; the kernels are made of them
     traffic += tokens * config.num_layers * per_token * size * (2 + recomputed)
     return Work(matrix_flops, attention_flops(workload, layout), traffic, tuple(_collectives(workload, layout)))
 
@@ -162,9 +170,9 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
             found.append(Collective(kind, int(nbytes), group, times, False, "estimated"))
 
     per_layer = [
-        math.prod(shape[1:]) * size // mesh.tensor
-        for name, shape in spec.base_shapes.items()
-        if name.endswith("_proj/weight")
+        math.prod(leaf.shape[1:]) * (leaf.dtype.itemsize if spec.quantization else size) // mesh.tensor
+        for name, leaf in spec.held.items()
+        if "_proj/weight" in name
     ]
     table = spec.config.vocab_size * spec.config.hidden_size * size // mesh.tensor
     gathers = 2 + (layout.remat in MULTIPLYING_AGAIN)

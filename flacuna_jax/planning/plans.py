@@ -32,6 +32,11 @@ class Plan:
     compile_seconds: float = 0.0
 
     @property
+    def name(self) -> str:
+        base = self.workload.spec.quantization
+        return f"{self.layout}, base {base}" if base else str(self.layout)
+
+    @property
     def headroom(self) -> int:
         return self.machine.usable_memory - self.peak
 
@@ -61,6 +66,7 @@ class Plan:
             "devices": self.machine.devices,
             "mesh": self.layout.mesh.model_dump(),
             "remat": self.layout.remat,
+            "quantization": self.workload.spec.quantization,
             "micro_batch_size": self.layout.micro_batch,
             "micro_batches": self.workload.micro_batches(self.layout),
             "source": "compiled" if self.compiled else "estimated",

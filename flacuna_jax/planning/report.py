@@ -36,7 +36,7 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
 
     source = f"compiled in {plan.compile_seconds:.1f} s" if plan.compiled else "ESTIMATED from the sizes, not compiled"
     row("machine", f"{plan.machine.description}, {plan.machine.target.memory / GB:.1f} GB each")
-    row("layout", f"{plan.layout}; {workload.micro_batches(plan.layout)} micro-batches per step")
+    row("layout", f"{plan.name}; {workload.micro_batches(plan.layout)} micro-batches per step")
     row("source", source)
     kinds = ", ".join(f"{kind} {_size(nbytes)}" for kind, nbytes in plan.arguments.items())
     row("arguments", f"{sum(plan.arguments.values()) / GB:.2f} GB: {kinds}")
@@ -93,15 +93,18 @@ def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
     machine = plans[0].machine
     title = Text(f"{machine.description}, {machine.usable_memory / GB:.1f} GB usable per device", style="bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("layout", "remat", "rows", "peak GB", "fits", "s/step", "exposed", "bound by", "hours"):
-        table.add_column(name, justify="left" if name in ("layout", "remat", "bound by") else "right", no_wrap=True)
+    for name in ("layout", "base", "remat", "rows", "peak GB", "fits", "s/step", "exposed", "bound by", "hours"):
+        table.add_column(
+            name, justify="left" if name in ("layout", "base", "remat", "bound by") else "right", no_wrap=True
+        )
     if price is not None:
         table.add_column("cost", justify="right")
     for plan in plans:
         mesh, _, rest = str(plan.layout).partition(", remat ")
         remat, _, micro_batch = rest.partition(", micro-batch ")
         cells = [
-            *(mesh, remat, micro_batch, f"{plan.peak / GB:.1f}", "yes" if plan.fits else "no"),
+            *(mesh, plan.workload.spec.quantization or plan.workload.spec.param_dtype),
+            *(remat, micro_batch, f"{plan.peak / GB:.1f}", "yes" if plan.fits else "no"),
             *(f"{plan.time.step:.2f}", f"{plan.time.exposed:.2f}", plan.time.bound),
             "?" if plan.hours is None else f"{plan.hours:,.1f}",
         ]
@@ -132,7 +135,7 @@ def write_html(path: Path, plans: Sequence[Plan]) -> None:
     parts = [_text(memory.left, 14, "memory per device"), _text(seconds.left, 14, "seconds per step")]
     for number, plan in enumerate(plans):
         y = top + number * line
-        parts.append(_text(memory.left - 8, y + 14, str(plan.layout), "end"))
+        parts.append(_text(memory.left - 8, y + 14, plan.name, "end"))
         x = 0.0
         for kind, nbytes in kinds(plan).items():
             parts.append(memory.bar(x, nbytes, y, _COLOURS[kind], f"{kind}: {_size(nbytes)}"))

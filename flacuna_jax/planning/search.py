@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flacuna_jax.config import MeshConfig, RunConfig
 from flacuna_jax.data.store_cache import default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.quantized import Quantization
 from flacuna_jax.model.sharding import split_everywhere
 from flacuna_jax.planning.plans import Plan, compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import Machine, present_machine
@@ -21,6 +23,8 @@ from flacuna_jax.version import __version__
 
 REMATS = ("none", "dots", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "nf4")
+Choice = tuple[Workload, Layout]
 SHORTLIST = 8
 TRAINER_SHORTLIST = 4
 # An estimate this far above what there is may still turn out to fit once compiled.
@@ -62,9 +66,19 @@ def _meshes(spec: ModelSpec, machine: Machine) -> list[MeshConfig]:
     return found
 
 
-def shortlist(workload: Workload, machine: Machine, layouts: Iterator[Layout], length: int) -> list[Plan]:
+def choices(workload: Workload, machine: Machine, micro_batches: Sequence[int] = MICRO_BATCHES) -> Iterator[Choice]:
+    """Every layout; beside adapters, also with the frozen base in fewer bits, unless it already is."""
+    forms = [workload]
+    if workload.spec.lora is not None and workload.spec.quantization is None:
+        forms += [replace(workload, spec=replace(workload.spec, quantization=bits)) for bits in QUANTIZATIONS]
+    for form in forms:
+        for layout in candidates(form, machine, micro_batches=micro_batches):
+            yield form, layout
+
+
+def shortlist(among: Iterable[Choice], machine: Machine, length: int) -> list[Plan]:
     """The fastest by estimate of those that fit or nearly fit; if none does, the smallest."""
-    plans = [estimated_plan(workload, layout, machine) for layout in layouts]
+    plans = [estimated_plan(workload, layout, machine) for workload, layout in among]
     hopeful = [plan for plan in plans if plan.peak <= DOUBT * machine.usable_memory]
     if hopeful:
         return sorted(hopeful, key=_rank)[:length]
@@ -77,20 +91,19 @@ def _rank(plan: Plan) -> tuple[bool, float, int]:
 
 
 def search(
-    workload: Workload,
+    among: Iterable[Choice],
     machine: Machine,
     devices: Sequence[jax.Device] | None,
-    layouts: Iterator[Layout] | None = None,
     length: int = SHORTLIST,
     notify: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
     """Plans ranked by time, those that fit first; compiled where there is a compiler (`devices` is not None)."""
-    plans = shortlist(workload, machine, layouts or candidates(workload, machine), length)
+    plans = shortlist(among, machine, length)
     if devices is not None:
         compiled = []
         for number, plan in enumerate(plans, 1):
-            notify(f"compiling {number} of {len(plans)}: {plan.layout}")
-            compiled.append(compiled_plan(workload, plan.layout, machine, devices))
+            notify(f"compiling {number} of {len(plans)}: {plan.name}")
+            compiled.append(compiled_plan(plan.workload, plan.layout, machine, devices))
         plans = compiled
     return sorted(plans, key=_rank)
 
@@ -101,23 +114,23 @@ def nearest_fit(plan: Plan, devices: Sequence[jax.Device] | None) -> Plan | None
     # Estimates are scaled by how far the one at hand was off.
     correction = plan.peak / estimated_plan(workload, given, machine).peak
 
-    def changes(layout: Layout) -> int:
-        # Another mesh is the largest change: other links, another checkpoint layout.
-        return (
-            2 * (layout.mesh != given.mesh) + (layout.remat != given.remat) + (layout.micro_batch != given.micro_batch)
-        )
+    def changes(other: Plan) -> int:
+        # A base in fewer bits is the largest change, it changes the result; then another mesh, with other links.
+        layout, quantised = other.layout, other.workload.spec.quantization != workload.spec.quantization
+        small = (layout.remat != given.remat) + (layout.micro_batch != given.micro_batch)
+        return 8 * quantised + 2 * (layout.mesh != given.mesh) + small
 
     smaller = [size for size in MICRO_BATCHES if size <= given.micro_batch]
     plans = [
-        estimated_plan(workload, layout, machine)
-        for layout in candidates(workload, machine, micro_batches=smaller)
-        if layout != given
+        estimated_plan(form, layout, machine)
+        for form, layout in choices(workload, machine, smaller)
+        if (form, layout) != (workload, given)
     ]
     fitting = [other for other in plans if other.peak * correction <= machine.usable_memory]
-    for other in sorted(fitting, key=lambda other: (changes(other.layout), other.time.step))[:3]:
+    for other in sorted(fitting, key=lambda other: (changes(other), other.time.step))[:3]:
         if devices is None:
             return other
-        compiled = compiled_plan(workload, other.layout, machine, devices)
+        compiled = compiled_plan(other.workload, other.layout, machine, devices)
         if compiled.fits:
             return compiled
     return None
@@ -156,7 +169,7 @@ def choose_layout(
         REMATS if auto_remat else [remat],
         [config.training.micro_batch_size],
     )
-    best = search(workload, machine, devices, layouts, TRAINER_SHORTLIST)[0]
+    best = search(((workload, layout) for layout in layouts), machine, devices, TRAINER_SHORTLIST)[0]
     if not best.fits:
         raise UserError(
             f"mesh: auto finds no layout that fits {machine.description}: {best.layout} needs {best.peak / 1e9:.1f} GB "

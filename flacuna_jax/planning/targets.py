@@ -179,8 +179,9 @@ def parse_target(text: str) -> Machine:
 def present_machine(devices: Sequence[jax.Device]) -> Machine:
     """The machine that the given devices make, by their kind.
 
-    CPU devices are described by round numbers, 160 GFLOP/s a core; they share their host's memory and cores. Raises UserError for
-    an accelerator that is not in `TARGETS`.
+    CPU devices are described by round numbers, 160 GFLOP/s a core; they share their host's memory and cores.
+
+    Raises UserError for an accelerator that is not in `TARGETS`.
     """
     first = devices[0]
     hosts = len({device.process_index for device in devices})

@@ -10,8 +10,8 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.planning import search as search_module
 from flacuna_jax.planning.plans import estimated_plan
-from flacuna_jax.planning.search import candidates, choose_layout, nearest_fit, search
-from flacuna_jax.planning.targets import parse_target
+from flacuna_jax.planning.search import candidates, choices, choose_layout, nearest_fit, search
+from flacuna_jax.planning.targets import Machine, parse_target
 from flacuna_jax.planning.workload import Layout, assumed_statistics
 from tests.planning.conftest import make_workload
 
@@ -35,7 +35,8 @@ def test_rows_are_divided_exactly_where_the_config_says_so():
 
 def test_what_the_paper_s_machine_wants():
     """On PCIe replicated weights beat sharded ones; full recomputation is never wanted where memory does not ask."""
-    ranking = search(PAPER, parse_target("4xA6000"), None)
+    machine = parse_target("4xA6000")
+    ranking = search(choices(PAPER, machine), machine, None)
     best = ranking[0]
     assert best.fits
     assert best.layout.mesh == MeshConfig(data=4)
@@ -59,7 +60,23 @@ def test_the_nearest_change_that_fits():
     assert nearest.fits
     assert nearest.layout == Layout(MeshConfig(fsdp=4), "dots", 2), "one change is enough, and the mesh may stay"
     single = estimated_plan(PAPER, Layout(MeshConfig(), "dots", 1), parse_target("3090"))
-    assert nearest_fit(single, None) is None
+    in_fewer_bits = nearest_fit(single, None)
+    assert in_fewer_bits.fits
+    assert in_fewer_bits.workload.spec.quantization is not None, "26 GB do not go into 24"
+    tiny = dataclasses.replace(parse_target("3090").target, memory=6 * 10**9)
+    assert nearest_fit(dataclasses.replace(single, machine=Machine(tiny)), None) is None
+
+
+def test_a_search_ranks_quantised_bases_where_they_are_needed():
+    card = parse_target("3090")
+    best = search(choices(PAPER, card), card, None)[0]
+    assert best.fits
+    assert best.workload.spec.quantization is not None
+    assert best.name.endswith(f", base {best.workload.spec.quantization}")
+    given = dataclasses.replace(PAPER, spec=dataclasses.replace(PAPER.spec, quantization="int8"))
+    assert {form.spec.quantization for form, _ in choices(given, card)} == {"int8"}, "what the config says is kept"
+    full = dataclasses.replace(PAPER, spec=dataclasses.replace(PAPER.spec, lora=None))
+    assert {form.spec.quantization for form, _ in choices(full, card)} == {None}
 
 
 def run_config(**changes) -> RunConfig:
