@@ -23,6 +23,8 @@ SIZES = tuple(sorted({64 * factor * 2**power for factor in (2, 3) for power in r
 """Lengths that are compiled for: 64, 128, 192, 256, 384, 512, 768, ..., at most half as much again as is needed."""
 STEPS = 16
 """New tokens per row between two looks at which rows have ended."""
+REACHES = 8
+"""Parts of a cache that are looked at: it is compiled for so many lengths at most."""
 STREAMED_STEPS = 4
 """The same where someone is watching."""
 
@@ -157,7 +159,9 @@ class LlamaLanguageModel:
             yield certain[told:]
             told = max(told, len(certain))
             with jax.set_mesh(self.mesh):
-                rows, new_bm = shared_prefix.advance(self.spec, self.params, None, rows, STREAMED_STEPS, sampling)
+                rows, new_bm = shared_prefix.advance(
+                    self.spec, self.params, None, rows, STREAMED_STEPS, rows.k_lbkns.shape[-1], sampling
+                )
             tokens += np.asarray(new_bm)[0].tolist()
         yield ended.text[told:]
 
@@ -208,7 +212,10 @@ class LlamaLanguageModel:
                     settle(row, [token])
                 free = [row for row in range(count) if row not in occupied]
             if occupied and steps:
-                rows, new_bm = shared_prefix.advance(self.spec, self.params, prefix, rows, steps, sampling)
+                longest = max(len(requests[index].prompt) + len(made) for index, made in occupied.values()) - shared
+                grain = max(SIZES[0], slots // REACHES)
+                reach = min(-(-(longest + steps) // grain) * grain, slots)
+                rows, new_bm = shared_prefix.advance(self.spec, self.params, prefix, rows, steps, reach, sampling)
                 for row, new in enumerate(np.asarray(new_bm).tolist()):
                     if row in occupied:
                         settle(row, new)
@@ -226,7 +233,7 @@ class LlamaLanguageModel:
     ) -> tuple[shared_prefix.Rows, jax.Array]:
         prompts = [requests[index].prompt for index in entering.values()]
         rests = [prompt[shared:] for prompt in prompts]
-        length = min(padded_size(max(map(len, rests))), rows.k_lbskn.shape[2])
+        length = min(padded_size(max(map(len, rests))), rows.k_lbkns.shape[-1])
         tokens_rt = np.zeros((at_once, length), np.int32)
         into_r = np.full(at_once, len(rows.token_b), np.int32)
         length_r, seed_r = np.ones(at_once, np.int32), np.zeros(at_once, np.uint32)

@@ -4,6 +4,9 @@ A few-shot header serves a whole subject. `score` gives log-probabilities of tok
 `advance` continue prompts in rows that come and go, each with a cache of its own length. Suffixes: l layers, b rows,
 r rows that begin, t tokens of a row, s cache slots, p prefix tokens, h heads, k key/value heads, g heads per kv head,
 n head_dim, m scored positions, d model, v vocabulary.
+
+Caches hold keys as [..., n, s] and values as [..., s, n], the order in which they are multiplied: nothing as large as a
+cache is transposed when a token is added.
 """
 
 import functools
@@ -30,16 +33,16 @@ Params = Mapping[str, jax.Array]
 class Prefix(NamedTuple):
     """Keys and values of a beginning, padded behind `length` (int32 scalar) to a size that is compiled for."""
 
-    k_lpkn: jax.Array
-    v_lpkn: jax.Array
+    k_lknp: jax.Array
+    v_lkpn: jax.Array
     length: jax.Array
 
 
 class Rows(NamedTuple):
     """Prompts in the middle of being continued; `length_b` tokens of row b are in its cache, `token_b` is the next."""
 
-    k_lbskn: jax.Array
-    v_lbskn: jax.Array
+    k_lbkns: jax.Array
+    v_lbksn: jax.Array
     length_b: jax.Array
     token_b: jax.Array
     made_b: jax.Array
@@ -53,7 +56,7 @@ def compute_prefix(spec: ModelSpec, params: Params, tokens_p: jax.Array, length:
     segment_ids_bt = (jnp.arange(tokens_p.size) < length).astype(jnp.int32)[None]
     positions_bt = jnp.arange(tokens_p.size, dtype=jnp.int32)[None]
     _, k_lbtkn, v_lbtkn = _forward(spec.merge(params), tokens_p[None], positions_bt, segment_ids_bt, None)
-    return Prefix(k_lbtkn[:, 0], v_lbtkn[:, 0], length.astype(jnp.int32))
+    return Prefix(_as_keys(k_lbtkn)[:, 0], _as_values(v_lbtkn)[:, 0], length.astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -89,9 +92,13 @@ def score(
 
 def empty_rows(spec: ModelSpec, rows: int, slots: int) -> Rows:
     config = spec.config
-    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-    cache, numbers = jnp.zeros(shape, spec.dtype), jnp.zeros(rows, jnp.int32)
-    return Rows(cache, jnp.copy(cache), numbers, jnp.copy(numbers), jnp.copy(numbers), jnp.zeros(rows, jnp.uint32))
+    outer = (config.num_layers, rows, config.num_kv_heads)
+    return Rows(
+        jnp.zeros((*outer, config.head_dim, slots), spec.dtype),
+        jnp.zeros((*outer, slots, config.head_dim), spec.dtype),
+        *(jnp.zeros(rows, jnp.int32) for _ in range(3)),
+        jnp.zeros(rows, jnp.uint32),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "sampling"), donate_argnames=("rows",))
@@ -122,8 +129,8 @@ def begin(
         return old.at[into_r].set(new.astype(old.dtype), mode="drop")
 
     return Rows(
-        rows.k_lbskn.at[:, into_r, :length].set(k_lrtkn, mode="drop"),
-        rows.v_lbskn.at[:, into_r, :length].set(v_lrtkn, mode="drop"),
+        rows.k_lbkns.at[:, into_r, :, :, :length].set(_as_keys(k_lrtkn), mode="drop"),
+        rows.v_lbksn.at[:, into_r, :, :length].set(_as_values(v_lrtkn), mode="drop"),
         put(rows.length_b, length_r),
         put(rows.token_b, token_r),
         put(rows.made_b, jnp.ones_like(length_r)),
@@ -131,15 +138,18 @@ def begin(
     ), token_r
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "steps", "sampling"), donate_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("spec", "steps", "reach", "sampling"), donate_argnames=("rows",))
 def advance(
-    spec: ModelSpec, params: Params, prefix: Prefix | None, rows: Rows, steps: int, sampling: Sampling
+    spec: ModelSpec, params: Params, prefix: Prefix | None, rows: Rows, steps: int, reach: int, sampling: Sampling
 ) -> tuple[Rows, jax.Array]:
-    """`steps` more tokens for every row, int32 [b, steps]; rows that have ended go along, their tokens mean nothing."""
+    """`steps` more tokens for every row, int32 [b, steps]; rows that have ended go along, their tokens mean nothing.
+
+    Only the first `reach` slots of the caches are looked at: no row that goes on may be longer, new tokens included.
+    """
     model = spec.merge(params)
 
     def step(rows: Rows, _: None) -> tuple[Rows, jax.Array]:
-        logits_bv, rows = _extend(model, rows, prefix)
+        logits_bv, rows = _extend(model, rows, prefix, reach)
         token_b = choose_tokens(logits_bv, _keys(rows.seed_b, rows.made_b), 0, sampling)
         return rows._replace(token_b=token_b, made_b=rows.made_b + 1), token_b
 
@@ -152,12 +162,22 @@ def _keys(seed_b: jax.Array, step_b: jax.Array) -> jax.Array:
 
 
 class Seen(NamedTuple):
-    """Keys and values [b, s, k, n], or [s, k, n] where all rows share them, and which of them queries see, as bool that
-    broadcasts to [b, t, s]."""
+    """Keys [b, k, n, s] and values [b, k, s, n], without b where all rows share them, and which of them queries see, as
+    bool that broadcasts to [b, t, s]."""
 
     k: jax.Array
     v: jax.Array
     visible: jax.Array
+
+
+def _as_keys(x: jax.Array) -> jax.Array:
+    """[..., t, k, n] as [..., k, n, t]."""
+    return jnp.moveaxis(x, -3, -1)
+
+
+def _as_values(x: jax.Array) -> jax.Array:
+    """[..., t, k, n] as [..., k, t, n]."""
+    return jnp.swapaxes(x, -3, -2)
 
 
 def _forward(
@@ -171,7 +191,7 @@ def _forward(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
         if prefix is None:
             return attention(q, k, v, mask)
-        return _attend(q, _prefix_of(prefix, layer, from_bt), Seen(k, v, visible_bts))
+        return _attend(q, _prefix_of(prefix, layer, from_bt), Seen(_as_keys(k), _as_values(v), visible_bts))
 
     if prefix is not None:
         positions_bt = positions_bt + prefix.length
@@ -180,25 +200,27 @@ def _forward(
     return hidden_btd, k_lbtkn, v_lbtkn
 
 
-def _extend(model: Llama, rows: Rows, prefix: Prefix | None) -> tuple[jax.Array, Rows]:
+def _extend(model: Llama, rows: Rows, prefix: Prefix | None, reach: int) -> tuple[jax.Array, Rows]:
     """Adds `token_b` to the caches; logits [b, v] of what follows."""
-    batch, slots = rows.k_lbskn.shape[1:3]
     position_b = rows.length_b if prefix is None else rows.length_b + prefix.length
     from_bt = _first_visible(model, position_b[:, None])
-    slots_s = jnp.arange(slots) + (position_b - rows.length_b)[:, None]
+    slots_s = jnp.arange(reach) + (position_b - rows.length_b)[:, None]
     earlier_bts = ((slots_s < position_b[:, None]) & (slots_s >= from_bt))[:, None, :]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
-        k_bskn, v_bskn = (_layer_of(cache, layer) for cache in (rows.k_lbskn, rows.v_lbskn))
+        cached = Seen(
+            _layer_of(rows.k_lbkns[..., :reach], layer), _layer_of(rows.v_lbksn[..., :reach, :], layer), earlier_bts
+        )
         before = [_prefix_of(prefix, layer, from_bt)] if prefix is not None else []
-        return _attend(q, *before, Seen(k_bskn, v_bskn, earlier_bts), Seen(k, v, jnp.array(True)))
+        return _attend(q, *before, cached, Seen(_as_keys(k), _as_values(v), jnp.array(True)))
 
     hidden_btd, (k_lbtkn, v_lbtkn) = _through_layers(model, rows.token_b[:, None], position_b[:, None], attend)
-    row_b = jnp.arange(batch)
+    row_b = jnp.arange(len(rows.token_b))
+    new_k_blkn, new_v_blkn = (jnp.swapaxes(new[:, :, 0], 0, 1) for new in (k_lbtkn, v_lbtkn))
     after = rows._replace(
         # Rows that have ended may run past their cache, where writing is dropped.
-        k_lbskn=rows.k_lbskn.at[:, row_b, rows.length_b].set(k_lbtkn[:, :, 0], mode="drop"),
-        v_lbskn=rows.v_lbskn.at[:, row_b, rows.length_b].set(v_lbtkn[:, :, 0], mode="drop"),
+        k_lbkns=rows.k_lbkns.at[:, row_b, :, :, rows.length_b].set(new_k_blkn, mode="drop"),
+        v_lbksn=rows.v_lbksn.at[:, row_b, :, rows.length_b].set(new_v_blkn, mode="drop"),
         length_b=rows.length_b + 1,
     )
     return model.logits(hidden_btd)[:, 0], after
@@ -209,9 +231,9 @@ def _layer_of(stacked: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _prefix_of(prefix: Prefix, layer: jax.Array, from_bt: jax.Array) -> Seen:
-    position_p = jnp.arange(prefix.k_lpkn.shape[1])
+    position_p = jnp.arange(prefix.k_lknp.shape[-1])
     visible_btp = (position_p < prefix.length) & (position_p >= from_bt[:, :, None])
-    return Seen(_layer_of(prefix.k_lpkn, layer), _layer_of(prefix.v_lpkn, layer), visible_btp)
+    return Seen(_layer_of(prefix.k_lknp, layer), _layer_of(prefix.v_lkpn, layer), visible_btp)
 
 
 def _first_visible(model: Llama, positions_bt: jax.Array) -> jax.Array:
@@ -223,10 +245,10 @@ def _first_visible(model: Llama, positions_bt: jax.Array) -> jax.Array:
 def _attend(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
     """Softmax attention over all parts together, statistics in float32."""
     batch, length, _, size = q_bthn.shape
-    q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-2], -1, size)
+    q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-3], -1, size)
     scores = []
     for part in parts:
-        keys = "skn" if part.k.ndim == 3 else "bskn"
+        keys = "kns" if part.k.ndim == 3 else "bkns"
         seen = jnp.einsum(f"btkgn,{keys}->bkgts", q_btkgn, part.k, preferred_element_type=jnp.float32) * size**-0.5
         visible = part.visible[:, None, None] if part.visible.ndim == 3 else part.visible
         scores.append(jnp.where(visible, seen, MASKED))
@@ -234,10 +256,10 @@ def _attend(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
     o_btkgn = jnp.zeros(q_btkgn.shape, jnp.float32)
     begin = 0
     for part in parts:
-        keys = "skn" if part.k.ndim == 3 else "bskn"
-        of_part = weights[..., begin : begin + part.k.shape[-3]]
-        o_btkgn += jnp.einsum(f"bkgts,{keys}->btkgn", of_part, part.v, preferred_element_type=jnp.float32)
-        begin += part.k.shape[-3]
+        values = "ksn" if part.v.ndim == 3 else "bksn"
+        of_part = weights[..., begin : begin + part.k.shape[-1]]
+        o_btkgn += jnp.einsum(f"bkgts,{values}->btkgn", of_part, part.v, preferred_element_type=jnp.float32)
+        begin += part.k.shape[-1]
     return o_btkgn.reshape(q_bthn.shape).astype(q_bthn.dtype)
 
 

@@ -34,6 +34,15 @@ def test_samples_follow_the_distribution() -> None:
     assert np.all(np.abs(frequency - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000))
 
 
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    logits = np.random.default_rng(1).integers(0, 6, (40, 30)).astype(np.float32)  # ties in every row
+    logits[0] = -np.inf
+    keys_b = jax.random.split(jax.random.key(0), 40)
+    taken = np.asarray(decode.choose_tokens(jnp.asarray(logits), keys_b, 0, Sampling()))
+    np.testing.assert_array_equal(taken, logits.argmax(axis=1))
+    assert 0 <= int(decode.choose_tokens(jnp.full((1, 30), jnp.nan), keys_b[:1], 0, Sampling())[0]) < 30
+
+
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
