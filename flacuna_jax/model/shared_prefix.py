@@ -96,7 +96,9 @@ def empty_rows(spec: ModelSpec, rows: int, slots: int) -> Rows:
     return Rows(
         jnp.zeros((*outer, config.head_dim, slots), spec.dtype),
         jnp.zeros((*outer, slots, config.head_dim), spec.dtype),
-        *(jnp.zeros(rows, jnp.int32) for _ in range(3)),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.uint32),
     )
 
