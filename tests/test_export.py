@@ -1,5 +1,6 @@
 """`flacuna export` from the outside, on run directories as training leaves them."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flacuna_jax import export
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig, RunConfig
 from flacuna_jax.config_files import parse_config
+from flacuna_jax.evaluation.results import Outcome, TaskResult, write_result
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
 from flacuna_jax.huggingface.load import fingerprint, read_architecture
@@ -127,3 +129,22 @@ def test_another_base_is_refused(
 def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(export.main, [str(tmp_path), str(tmp_path / "out"), "--format", "adapter"]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
+
+
+def test_the_card_tells_settings_course_and_results(run: Path, tmp_path: Path) -> None:
+    steps = [{"step": 1, "loss": 3.25}, {"step": 8, "note": "no loss"}, {"step": 40, "loss": 1.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+    outcomes = tuple(Outcome(str(i), "all", {"accuracy": float(i % 2)}, {}) for i in range(4))
+    result = TaskResult("mmlu", 5, "tuned", outcomes, "micro", 4)
+    summary = {"problems": 4, "complete": True, "accuracy": {"mean": 50.0, "interval": [15.0, 85.0], "groups": {}}}
+    write_result(result, run / "evaluation" / "tuned" / "mmlu-5shot.json", summary)
+    for form in ("adapter", "merged"):
+        arguments = [str(run), str(tmp_path / form), "--format", form, "--golden-tokens", "0"]
+        assert run_verb(export.main, arguments) == 0
+        card = (tmp_path / form / "README.md").read_text()
+        assert "- data: data.json" in card
+        assert "- training loss: 3.2500 → 1.5000" in card
+        assert "| mmlu, 5 shots | accuracy | 50.00 [15.00, 85.00] | 4 |" in card
+    assert not (tmp_path / "merged" / "golden_prompts.json").exists()
+    elsewhere = [str(run), str(tmp_path / "x"), "--format", "adapter", "--results", str(tmp_path)]
+    assert run_verb(export.main, elsewhere) == 2
