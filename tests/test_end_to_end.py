@@ -215,6 +215,25 @@ def test_a_changed_setting_refuses_to_continue(finished, capsys, change, names):
     assert losses(finished / "run") == before
 
 
+def test_a_change_may_be_allowed_by_name(finished, tmp_path, capsys):
+    """Half as much data and an epoch more: refused with a diff, then continued where they are allowed."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps(json.loads((finished / "data.json").read_text())[:40]))
+    changed = [f"--output_dir={tmp_path / 'run'}", f"--data.sources.0.path={fewer}", "--training.epochs=4"]
+    assert run(finished / "config.yaml", *changed) == 2
+    said = capsys.readouterr().err
+    assert "fingerprints.data: " in said
+    assert "training.epochs: 2 in the checkpoint, 4 now" in said
+    allow = said.partition("--checkpoint.allow_changes=")[2].split("]")[0] + "]"
+    assert run(finished / "config.yaml", *changed, f"--checkpoint.allow_changes={allow}") == 0
+    assert "another run from here on, as checkpoint.allow_changes says: fingerprints.data" in capsys.readouterr().out
+    before, after = losses(finished / "run"), losses(tmp_path / "run")
+    assert {step: after[step] for step in before} == before
+    assert len(after) > len(before)
+    assert list(after) == list(range(1, len(after) + 1))
+
+
 def test_resume_never_refuses_a_used_directory(finished, capsys):
     assert run(finished / "config.yaml", "--checkpoint.resume=never") == 2
     assert "output_dir" in capsys.readouterr().err
