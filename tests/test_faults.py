@@ -70,7 +70,7 @@ def at_step(number: int, action):
 # --- The disk ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [2, 4, 7])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
         out, filler = disk / "run", disk / "filler"
@@ -91,7 +91,7 @@ def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
         assert_same_run(out, undisturbed / "run")
 
 
-@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "tmpfs") as disk:
         out = disk / "run"
@@ -114,7 +114,7 @@ def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
         assert_same_run(out, undisturbed / "run")
 
 
-@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("at", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_output_directory_that_vanishes(undisturbed, tmp_path, capsys, at):
     """Removed between two saves, and right at one."""
     out = tmp_path / "run"
@@ -245,7 +245,7 @@ def steps_logged(directory: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed, tmp_path, number):
     out = tmp_path / "run"
     process = start(undisturbed / "config.yaml", f"--output_dir={out}", *LONG)

@@ -90,7 +90,7 @@ def test_the_best_checkpoint_stays(measured):
     assert len(list_checkpoints(measured / "run")) <= 3
 
 
-@pytest.mark.parametrize("at", [4, 9])
+@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 9])
 def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, monkeypatch, at):
     out = f"--output_dir={tmp_path / 'run'}"
     observe = train_verb.StepLog.__call__
