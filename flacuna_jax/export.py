@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from flacuna_jax.cli import run_verb
@@ -24,6 +25,7 @@ from flacuna_jax.huggingface.golden import Golden, Prompt
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
 from flacuna_jax.huggingface.read import open_checkpoint
+from flacuna_jax.huggingface.rounded import RoundedBase
 from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
@@ -57,8 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             arguments, settings, directory, named_template(settings.data.template).jinja, config, facts
         )
         companions = dataclasses.replace(companions, base_name=name)
-        _write_merged(arguments, target, reader, config, adapter, companions)
+        merge_base = _merge_base(arguments, settings, reader)
+        _write_merged(arguments, target, merge_base, config, adapter, companions)
     return None
+
+
+def _merge_base(arguments: argparse.Namespace, settings: RunConfig, reader: TensorReader) -> TensorReader:
+    """What the adapter is merged into: the checkpoint, or what a quantised run made of it."""
+    if arguments.merge_base == "stored":
+        return reader
+    if settings.model.quantization is None:
+        raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
+    return RoundedBase(reader, settings.model.quantization, np.dtype(jnp.dtype(settings.model.dtype)))
 
 
 def _base_directory(arguments: argparse.Namespace, settings: RunConfig) -> Path:
@@ -187,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="default: adapter float32, merged as the base")
     parser.add_argument(
         "--base-name", help="base model as adapter_config.json should name it; default: model.name, or its path"
+    )
+    parser.add_argument(
+        "--merge-base",
+        choices=("stored", "dequantised"),
+        default="stored",
+        help="of a run with a quantised base: merge into the checkpoint's weights, or into those that training saw",
     )
     parser.add_argument("--base", metavar="DIR", help="where the base model is now, if not at the config's model.path")
     parser.add_argument(

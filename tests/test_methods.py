@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -12,7 +13,10 @@ from safetensors.numpy import load_file
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import parse_config
+from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader
+from flacuna_jax.model.lora import peft_module
+from flacuna_jax.model.quantized import NF4Kernel
 from tests.small_run import write_run
 
 DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -79,5 +83,17 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert loaded.spec.config.rope_scaling is not None
     assert loaded.spec.config.rope_scaling.factor == 2
     assert flacuna(["export", str(run), str(tmp_path / "merged"), "--format", "merged"]) == 0
+    rounded = ["--format", "merged", "--merge-base", "dequantised"]
+    assert flacuna(["export", str(run), str(tmp_path / "rounded"), *rounded]) == 0
+    for layer, module in ((0, "layers/q_proj"), (1, "layers/down_proj")):
+        name = f"{peft_module(module, layer)}.weight"
+        kernel = load_file(base / "run" / "model" / "model.safetensors")[name]
+        seen = np.asarray(NF4Kernel(jnp.asarray(kernel)).dequantized((None, None), jnp.float32))
+        adapter = read_adapter(run / "adapter", loaded.spec.config)
+        for directory, weight in (("merged", kernel), ("rounded", seen)):
+            found = load_file(tmp_path / directory / "model.safetensors")[name]
+            np.testing.assert_allclose(found, adapter.merge(weight, module, layer), atol=1e-6)
+        assert np.abs(seen - kernel).max() > 1e-3
+
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert written["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 2.0}

@@ -166,7 +166,7 @@ def continuations(member: Member, prompts: list[list[int]], shared: int, count: 
         jnp.zeros(len(prompts), jnp.uint32),
         GREEDY,
     )
-    _, more_bt = shared_prefix.advance(spec, params, prefix, rows, count - 1, GREEDY)
+    _, more_bt = shared_prefix.advance(spec, params, prefix, rows, count - 1, 64, GREEDY)
     return np.concatenate([np.asarray(first_r)[:, None], np.asarray(more_bt)], axis=1).tolist()
 
 
