@@ -1,0 +1,111 @@
+"""The benchmarks: they run where only jax, flax and optax are, and both sides of a comparison get the same."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flacuna_jax.kernels import tiles
+from flacuna_jax.kernels.attention_reference import visible_bqk
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+WITHOUT = """
+import runpy, sys
+for name in ("pydantic", "grain", "datasets", "orbax", "orbax.checkpoint", "transformers", "torch"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(__import__("pathlib").Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_our_step_runs_with_nothing_but_jax_flax_and_optax():
+    arguments = ["--shape", "tiny", "--corpus", "tiny", "--length", "64", "--rows", "2", "--batches", "1"]
+    command = [sys.executable, "-c", WITHOUT, str(BENCHMARKS / "train_ours.py"), *arguments, "--budget", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout.splitlines()[-1])["variants"]
+    assert found["tokens_per_second"] > found["supervised_per_second"] > 0
+    assert 5 < found["loss"] < 8  # random weights, 512 tokens: ln 512 is 6.2
+
+
+def test_both_sides_get_the_same_documents(benchmark_module):
+    workload = benchmark_module("workload")
+    pytest.importorskip("peft")
+    peer = benchmark_module("train_peer")
+    arguments = argparse.Namespace(corpus="tiny", shape="tiny", micro_batch=2, length=128, rows=4, batches=2)
+    ours = [
+        document
+        for seed in range(2)
+        for row in workload.packed_documents(workload.CORPORA["tiny"], 512, 4, 128, seed)
+        for document in row
+    ]
+    packed, alone = (peer.micro_batches(mode, arguments) for mode in ("packed", "longest"))
+    assert sum(rows.documents for rows in packed) == len(ours)
+    assert sum(rows.supervised for rows in packed) == sum(document.supervised for document in ours)
+    assert len(ours) - sum(rows.documents for rows in alone) in (0, 1)  # an odd one out
+    for rows in peer.micro_batches("padded", arguments):
+        assert rows.tokens.shape == (2, 128)
+
+
+def test_targets_are_labels_one_place_on(benchmark_module):
+    workload = benchmark_module("workload")
+    rows = workload.lay(workload.packed_documents(workload.CORPORA["tiny"], 512, 2, 128, 0), 128)
+    batch = {name: leaf[0] for name, leaf in rows.step_batch(2).items()}
+    assert batch["loss_mask"].sum() == rows.supervised
+    at = np.argwhere(batch["loss_mask"])
+    assert all(batch["targets"][row, place] == rows.labels[row, place + 1] for row, place in at)
+    assert all(batch["segment_ids"][row, place] == batch["segment_ids"][row, place + 1] for row, place in at)
+
+
+def test_flops_count_the_visible_pairs(benchmark_module):
+    attention = benchmark_module("attention")
+    segments = attention.packed_segments(3, 96, 20)
+    mask = make_packed_mask(segments)
+    assert attention.visible_pairs(segments) == int(visible_bqk(mask).sum())
+    assert attention.visible_pairs(attention.packed_segments(2, 96, None)) == 2 * 96 * 97 // 2
+
+
+def test_a_measured_tile_is_preferred(benchmark_module, tmp_path, monkeypatch):
+    """What the tuner accepts is what the kernels take, on that device and head_dim only."""
+    table = tmp_path / "tiles.json"
+    table.write_text("{}")
+    tuner = benchmark_module("tune_attention")
+    monkeypatch.setattr(tuner, "MEASURED", table)
+    monkeypatch.setattr(tiles, "MEASURED", table)
+    sizes = {"queries": 64, "keys": 32, "warps": 4, "stages": 3}
+    found = {"device_kind": "NVIDIA H200", "dims": {"128": {"best": dict.fromkeys(tuner.KERNELS, sizes), "timed": []}}}
+    before = tiles.gpu_tiles("NVIDIA H200", 64, "bfloat16")
+    tuner.accept(found)
+    tiles._measured_table.cache_clear()
+    try:
+        assert tiles.gpu_tiles("NVIDIA H200", 128, "bfloat16").dq == tiles.GpuTile(**sizes)
+        assert tiles.gpu_tiles("NVIDIA H200", 96, "bfloat16").dq == tiles.GpuTile(**sizes)
+        assert tiles.gpu_tiles("NVIDIA H200", 64, "bfloat16") == before
+        assert tiles.gpu_tiles("NVIDIA H200", 128, "float32").dq != tiles.GpuTile(**sizes)
+        assert tiles.gpu_tiles("NVIDIA A100-SXM4-80GB", 128, "bfloat16").dq != tiles.GpuTile(**sizes)
+    finally:
+        tiles._measured_table.cache_clear()
+
+
+def test_the_table_of_measured_tiles_is_whole():
+    for kernels in (kernels for of_kind in tiles._measured_table().values() for kernels in of_kind.values()):
+        assert set(kernels) == {"forward", "dq", "dkv"}
+
+
+def test_results_are_named_after_device_and_day(benchmark_module):
+    collect = benchmark_module("collect")
+    assert collect.file_name({"device": "NVIDIA H200", "date": "2026-11-22"}) == "nvidia-h200-2026-11-22.json"
