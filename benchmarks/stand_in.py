@@ -33,21 +33,30 @@ class _Model:
         }
 
 
-def _ignored(*_: Any, **__: Any) -> Any:
-    return None
+def _field(*_: Any, default: Any = None, **__: Any) -> Any:
+    return default
 
 
-def _decorator(*_: Any, **__: Any) -> Callable[[Any], Any]:
+def _leave(*_: Any, **__: Any) -> Callable[[Any], Any]:
+    """Serves as a decorator's maker and as what stands in an annotation."""
     return lambda function: function
 
 
+class _Pydantic(types.ModuleType):
+    """Whatever else the config imports by name changes nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _leave
+
+
 def _install() -> None:
-    module: Any = types.ModuleType("pydantic")
+    module: Any = _Pydantic("pydantic")
     module.BaseModel = _Model
     module.ValidationError = type("ValidationError", (ValueError,), {})
     module.ConfigDict = dict
-    module.Field = module.AfterValidator = module.BeforeValidator = _ignored
-    module.model_validator = module.field_validator = _decorator
+    module.Field = _field
     sys.modules["pydantic"] = module
 
 
