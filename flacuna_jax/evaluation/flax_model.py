@@ -160,7 +160,7 @@ class LlamaLanguageModel:
             told = max(told, len(certain))
             with jax.set_mesh(self.mesh):
                 rows, new_bm = shared_prefix.advance(
-                    self.spec, self.params, None, rows, STREAMED_STEPS, rows.k_lbkns.shape[-1], sampling
+                    self.spec, self.params, None, rows, STREAMED_STEPS, rows.v_lbkns.shape[-1], sampling
                 )
             tokens += np.asarray(new_bm)[0].tolist()
         yield ended.text[told:]
@@ -233,7 +233,7 @@ class LlamaLanguageModel:
     ) -> tuple[shared_prefix.Rows, jax.Array]:
         prompts = [requests[index].prompt for index in entering.values()]
         rests = [prompt[shared:] for prompt in prompts]
-        length = min(padded_size(max(map(len, rests))), rows.k_lbkns.shape[-1])
+        length = min(padded_size(max(map(len, rests))), rows.v_lbkns.shape[-1])
         tokens_rt = np.zeros((at_once, length), np.int32)
         into_r = np.full(at_once, len(rows.token_b), np.int32)
         length_r, seed_r = np.ones(at_once, np.int32), np.zeros(at_once, np.uint32)

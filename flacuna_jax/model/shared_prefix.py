@@ -5,8 +5,8 @@ A few-shot header serves a whole subject. `score` gives log-probabilities of tok
 r rows that begin, t tokens of a row, s cache slots, p prefix tokens, h heads, k key/value heads, g heads per kv head,
 n head_dim, m scored positions, d model, v vocabulary.
 
-Caches hold keys as [..., n, s] and values as [..., s, n], the order in which they are multiplied: nothing as large as a
-cache is transposed when a token is added.
+Caches hold keys as [..., s, n] and values as [..., n, s]: what is summed over comes last, and nothing as large as a
+cache is transposed when a token is added. (With another order XLA also refuses bfloat16 products on CPUs.)
 """
 
 import functools
@@ -33,16 +33,16 @@ Params = Mapping[str, jax.Array]
 class Prefix(NamedTuple):
     """Keys and values of a beginning, padded behind `length` (int32 scalar) to a size that is compiled for."""
 
-    k_lknp: jax.Array
-    v_lkpn: jax.Array
+    k_lkpn: jax.Array
+    v_lknp: jax.Array
     length: jax.Array
 
 
 class Rows(NamedTuple):
     """Prompts in the middle of being continued; `length_b` tokens of row b are in its cache, `token_b` is the next."""
 
-    k_lbkns: jax.Array
-    v_lbksn: jax.Array
+    k_lbksn: jax.Array
+    v_lbkns: jax.Array
     length_b: jax.Array
     token_b: jax.Array
     made_b: jax.Array
@@ -94,8 +94,8 @@ def empty_rows(spec: ModelSpec, rows: int, slots: int) -> Rows:
     config = spec.config
     outer = (config.num_layers, rows, config.num_kv_heads)
     return Rows(
-        jnp.zeros((*outer, config.head_dim, slots), spec.dtype),
         jnp.zeros((*outer, slots, config.head_dim), spec.dtype),
+        jnp.zeros((*outer, config.head_dim, slots), spec.dtype),
         jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.int32),
@@ -131,8 +131,8 @@ def begin(
         return old.at[into_r].set(new.astype(old.dtype), mode="drop")
 
     return Rows(
-        rows.k_lbkns.at[:, into_r, :, :, :length].set(_as_keys(k_lrtkn), mode="drop"),
-        rows.v_lbksn.at[:, into_r, :, :length].set(_as_values(v_lrtkn), mode="drop"),
+        rows.k_lbksn.at[:, into_r, :, :length].set(_as_keys(k_lrtkn), mode="drop"),
+        rows.v_lbkns.at[:, into_r, :, :, :length].set(_as_values(v_lrtkn), mode="drop"),
         put(rows.length_b, length_r),
         put(rows.token_b, token_r),
         put(rows.made_b, jnp.ones_like(length_r)),
@@ -164,7 +164,7 @@ def _keys(seed_b: jax.Array, step_b: jax.Array) -> jax.Array:
 
 
 class Seen(NamedTuple):
-    """Keys [b, k, n, s] and values [b, k, s, n], without b where all rows share them, and which of them queries see, as
+    """Keys [b, k, s, n] and values [b, k, n, s], without b where all rows share them, and which of them queries see, as
     bool that broadcasts to [b, t, s]."""
 
     k: jax.Array
@@ -173,13 +173,13 @@ class Seen(NamedTuple):
 
 
 def _as_keys(x: jax.Array) -> jax.Array:
-    """[..., t, k, n] as [..., k, n, t]."""
-    return jnp.moveaxis(x, -3, -1)
+    """[..., t, k, n] as [..., k, t, n]."""
+    return jnp.swapaxes(x, -3, -2)
 
 
 def _as_values(x: jax.Array) -> jax.Array:
-    """[..., t, k, n] as [..., k, t, n]."""
-    return jnp.swapaxes(x, -3, -2)
+    """[..., t, k, n] as [..., k, n, t]."""
+    return jnp.moveaxis(x, -3, -1)
 
 
 def _forward(
@@ -211,7 +211,7 @@ def _extend(model: Llama, rows: Rows, prefix: Prefix | None, reach: int) -> tupl
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
         cached = Seen(
-            _layer_of(rows.k_lbkns[..., :reach], layer), _layer_of(rows.v_lbksn[..., :reach, :], layer), earlier_bts
+            _layer_of(rows.k_lbksn[..., :reach, :], layer), _layer_of(rows.v_lbkns[..., :reach], layer), earlier_bts
         )
         before = [_prefix_of(prefix, layer, from_bt)] if prefix is not None else []
         return _attend(q, *before, cached, Seen(_as_keys(k), _as_values(v), jnp.array(True)))
@@ -221,8 +221,8 @@ def _extend(model: Llama, rows: Rows, prefix: Prefix | None, reach: int) -> tupl
     new_k_blkn, new_v_blkn = (jnp.swapaxes(new[:, :, 0], 0, 1) for new in (k_lbtkn, v_lbtkn))
     after = rows._replace(
         # Rows that have ended may run past their cache, where writing is dropped.
-        k_lbkns=rows.k_lbkns.at[:, row_b, :, :, rows.length_b].set(new_k_blkn, mode="drop"),
-        v_lbksn=rows.v_lbksn.at[:, row_b, :, rows.length_b].set(new_v_blkn, mode="drop"),
+        k_lbksn=rows.k_lbksn.at[:, row_b, :, rows.length_b].set(new_k_blkn, mode="drop"),
+        v_lbkns=rows.v_lbkns.at[:, row_b, :, :, rows.length_b].set(new_v_blkn, mode="drop"),
         length_b=rows.length_b + 1,
     )
     return model.logits(hidden_btd)[:, 0], after
@@ -233,9 +233,9 @@ def _layer_of(stacked: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 def _prefix_of(prefix: Prefix, layer: jax.Array, from_bt: jax.Array) -> Seen:
-    position_p = jnp.arange(prefix.k_lknp.shape[-1])
+    position_p = jnp.arange(prefix.k_lkpn.shape[-2])
     visible_btp = (position_p < prefix.length) & (position_p >= from_bt[:, :, None])
-    return Seen(_layer_of(prefix.k_lknp, layer), _layer_of(prefix.v_lkpn, layer), visible_btp)
+    return Seen(_layer_of(prefix.k_lkpn, layer), _layer_of(prefix.v_lknp, layer), visible_btp)
 
 
 def _first_visible(model: Llama, positions_bt: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ def _attend(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
     q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-3], -1, size)
     scores = []
     for part in parts:
-        keys = "kns" if part.k.ndim == 3 else "bkns"
+        keys = "ksn" if part.k.ndim == 3 else "bksn"
         seen = jnp.einsum(f"btkgn,{keys}->bkgts", q_btkgn, part.k, preferred_element_type=jnp.float32) * size**-0.5
         visible = part.visible[:, None, None] if part.visible.ndim == 3 else part.visible
         scores.append(jnp.where(visible, seen, MASKED))
@@ -258,10 +258,10 @@ def _attend(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
     o_btkgn = jnp.zeros(q_btkgn.shape, jnp.float32)
     begin = 0
     for part in parts:
-        values = "ksn" if part.v.ndim == 3 else "bksn"
-        of_part = weights[..., begin : begin + part.k.shape[-1]]
+        values = "kns" if part.v.ndim == 3 else "bkns"
+        of_part = weights[..., begin : begin + part.v.shape[-1]]
         o_btkgn += jnp.einsum(f"bkgts,{values}->btkgn", of_part, part.v, preferred_element_type=jnp.float32)
-        begin += part.k.shape[-1]
+        begin += part.v.shape[-1]
     return o_btkgn.reshape(q_bthn.shape).astype(q_bthn.dtype)
 
 

@@ -158,6 +158,17 @@ def test_adapters_take_part() -> None:
     assert model.tokenizer.encode(base.generate([GenerationRequest(prompt, 12)])[0].text) != new
 
 
+def test_bfloat16_follows_float32() -> None:
+    """Scores behind a shared prefix and alone, within what 8 bits of mantissa leave; generation runs."""
+    models = [_small(ModelSpec(SMALL, None, dtype, dtype)) for dtype in ("float32", "bfloat16")]
+    (header, *prompts) = _prompts([300, 4, 9, 2])
+    requests = [ScoreRequest(header + prompt, prompt) for prompt in prompts] + [ScoreRequest(p, p) for p in prompts]
+    precise, rough = ([score.log_probability for score in model.loglikelihood(requests)] for model in models)
+    assert rough == pytest.approx(precise, rel=0.05)
+    asked = [GenerationRequest(start + prompt, 6) for start in (header, ()) for prompt in prompts]
+    assert all(answer.tokens == 6 for answer in models[1].generate(asked))
+
+
 def test_similar_lengths_need_no_further_compilation() -> None:
     model = _small(ModelSpec(SMALL, None, "float32", "float32"), rows=2)
     model.generate([GenerationRequest(p, 4) for p in _prompts([3, 9, 20, 31, 7])])
