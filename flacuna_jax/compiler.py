@@ -21,23 +21,27 @@ MEMORY_FRACTION = 0.95
 """Of a GPU's memory for JAX's allocator. JAX's own default, 0.75, would refuse runs that fit; cuBLAS, NCCL and the CUDA
 context live in the rest."""
 
+ALWAYS: dict[str, Options] = {
+    "cuda": {
+        # Off: products that share an operand are merged by laying frozen weights beside adapters, in every layer.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    },
+}
 SPLIT_WEIGHTS: dict[str, Options] = {
     "cuda": {
         # Gathers of weights and reductions run beside arithmetic, instead of before it.
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Off: products that share an operand are merged by laying gathered weights beside adapters, in every layer.
-        "xla_gpu_dot_merger_threshold_mb": 0,
     },
 }
-"""For steps on a mesh that splits weights, by platform. Where weights are whole the compiled step says that XLA's own
-defaults are as good, and TPUs overlap exchanges by default."""
+"""Beside those, for steps on a mesh that splits weights. TPUs overlap exchanges by default."""
 
 
 def compiler_options(platform: str, split_weights: bool, environment: Mapping[str, str] = os.environ) -> Options:
     """Options for the step on a platform (`jax.Device.platform`), without those that the user sets."""
     flags = environment.get("XLA_FLAGS", "") + " " + environment.get("LIBTPU_INIT_ARGS", "")
     named_by_user = set(re.findall(r"--(\w+)", flags))
-    options = SPLIT_WEIGHTS.get("cuda" if platform == "gpu" else platform, {}) if split_weights else {}
+    platform = "cuda" if platform == "gpu" else platform
+    options = ALWAYS.get(platform, {}) | (SPLIT_WEIGHTS.get(platform, {}) if split_weights else {})
     return {name: value for name, value in options.items() if name not in named_by_user}
 
 

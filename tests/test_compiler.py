@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from flacuna_jax.compiler import MEMORY_FRACTION, SPLIT_WEIGHTS, compiler_options, prepare_process
+from flacuna_jax.compiler import ALWAYS, MEMORY_FRACTION, SPLIT_WEIGHTS, compiler_options, prepare_process
 from flacuna_jax.config import LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh
@@ -17,7 +17,7 @@ from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 from tests.tiny import SMALL
 
-GPU = SPLIT_WEIGHTS["cuda"]
+GPU = ALWAYS["cuda"] | SPLIT_WEIGHTS["cuda"]
 
 
 @pytest.mark.parametrize(("name", "value"), GPU.items())
@@ -31,7 +31,8 @@ def test_this_jaxlib_knows_each_gpu_option(name, value):
 
 def test_what_the_user_names_is_the_users():
     assert compiler_options("gpu", True, {}) == GPU == compiler_options("cuda", True, {})
-    assert compiler_options("gpu", False, {}) == compiler_options("cpu", True, {}) == {}
+    assert compiler_options("gpu", False, {}) == ALWAYS["cuda"]
+    assert compiler_options("cpu", True, {}) == {}
     name = next(iter(GPU))
     left = compiler_options("gpu", True, {"XLA_FLAGS": f"--xla_dump_to=/nowhere --{name}=false"})
     assert left == {other: value for other, value in GPU.items() if other != name}
