@@ -210,9 +210,7 @@ def _extend(model: Llama, rows: Rows, prefix: Prefix | None, reach: int) -> tupl
     earlier_bts = ((slots_s < position_b[:, None]) & (slots_s >= from_bt))[:, None, :]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
-        cached = Seen(
-            _layer_of(rows.k_lbksn[..., :reach, :], layer), _layer_of(rows.v_lbkns[..., :reach], layer), earlier_bts
-        )
+        cached = Seen(_layer_of(rows.k_lbksn, layer, -2, reach), _layer_of(rows.v_lbkns, layer, -1, reach), earlier_bts)
         before = [_prefix_of(prefix, layer, from_bt)] if prefix is not None else []
         return _attend(q, *before, cached, Seen(_as_keys(k), _as_values(v), jnp.array(True)))
 
@@ -228,8 +226,12 @@ def _extend(model: Llama, rows: Rows, prefix: Prefix | None, reach: int) -> tupl
     return model.logits(hidden_btd)[:, 0], after
 
 
-def _layer_of(stacked: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+def _layer_of(stacked: jax.Array, layer: jax.Array, axis: int = -1, size: int | None = None) -> jax.Array:
+    """One layer, and of that the first `size` along `axis`: in one cut, since each is a copy on CPUs."""
+    sizes = [1, *stacked.shape[1:]]
+    if size is not None:
+        sizes[axis] = size
+    return jax.lax.dynamic_slice(stacked, (layer, *[0] * (stacked.ndim - 1)), sizes)[0]
 
 
 def _prefix_of(prefix: Prefix, layer: jax.Array, from_bt: jax.Array) -> Seen:
