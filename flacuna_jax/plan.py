@@ -17,6 +17,7 @@ from rich.console import Console
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config
+from flacuna_jax.data.held_out import split
 from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_run
 from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
@@ -154,6 +155,8 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note)
+    if config.evaluation is not None and config.evaluation.fraction is not None:
+        store, _ = split(store, config.evaluation.fraction, config.evaluation.max_examples)
     # Steps and rows per step are the same on any number of shards.
     training = config.training.model_copy(update={"micro_batch_size": 1})
     return measured_statistics(plan_run(store, config.data, training, seed=config.seed, shards=1), store)

@@ -80,7 +80,7 @@ def test_sizes_are_those_of_the_releases(sizes, capsys):
 
 def test_real_data_are_counted(test_data, llama_tokenizer, story_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
-    records = [{"id": str(i), "conversations": [{"from": "human", "value": "one two " * (1 + i % 7)},
+    records = [{"id": str(i), "conversations": [{"from": "human", "value": "one two " * (1 + i % 7) + str(i)},
                {"from": "gpt", "value": "three"}]} for i in range(64)]  # fmt: skip
     data = tmp_path / "records.json"
     data.write_text(json.dumps(records))
@@ -93,3 +93,6 @@ def test_real_data_are_counted(test_data, llama_tokenizer, story_llama, tmp_path
     document = json.loads(capsys.readouterr().out)
     assert not document["data"]["assumed"]
     assert document["steps"] == 4  # 64 examples, 16 a step
+
+    assert run("--target", "4xA6000", *changes, *small, "--evaluation={fraction: 0.5}") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] in (2, 3)  # what is held out is not trained on
