@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import stand_in  # noqa: F401  # before flacuna_jax
 from measure import matmul_ceiling, median, seconds_of
-from workload import CORPORA, SHAPES, TARGETS, Rows, Shape, lay, packed_documents
+from workload import CORPORA, SHAPES, TARGETS, Rows, Shape, add_arguments, lay, packed_documents
 
 from flacuna_jax.config import LoraConfig
 from flacuna_jax.model.llama import LlamaConfig
@@ -106,16 +106,8 @@ def _peak_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--targets", choices=TARGETS, default="q,v")
-    parser.add_argument("--corpus", choices=CORPORA, required=True)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--length", type=int, default=1280)
-    parser.add_argument("--rows", type=int, default=8, help="packed rows per optimizer step")
-    parser.add_argument("--batches", type=int, default=2, help="distinct packings, which take turns")
+    add_arguments(parser)
     parser.add_argument("--variants", nargs="+", default=["dots:2"], metavar="REMAT:MICRO_BATCH")
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of measurement per variant")
     parser.add_argument("--profile", help="directory for a profile of one round")
     arguments = parser.parse_args()
     ceiling = matmul_ceiling(arguments.dtype)

@@ -15,7 +15,7 @@ import torch
 from measure import median, seconds_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-from workload import CORPORA, SHAPES, TARGETS, Rows, Shape, lay, packed_documents
+from workload import CORPORA, SHAPES, TARGETS, Rows, Shape, add_arguments, lay, packed_documents
 
 MODES = ("padded", "longest", "packed")
 PADDED_MICRO_BATCHES = 2
@@ -125,16 +125,8 @@ def _peak_bytes(device: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--targets", choices=TARGETS, default="q,v")
-    parser.add_argument("--corpus", choices=CORPORA, required=True)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--length", type=int, default=1280)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=2)
+    add_arguments(parser)
     parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds per mode")
     parser.add_argument("--modes", nargs="+", default=ALL_MODES)
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 Token ids are random, lengths are not: they follow the two corpora named in `CORPORA`.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -160,3 +161,16 @@ def lay(members: Sequence[Sequence[Document]], length: int) -> Rows:
             start = stop
         positions[row, start:] = np.arange(length - start)
     return Rows(tokens, labels, segments, positions)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both sides of the step benchmark are told."""
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--targets", choices=TARGETS, default="q,v")
+    parser.add_argument("--corpus", choices=CORPORA, required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--length", type=int, default=1280)
+    parser.add_argument("--rows", type=int, default=8, help="packed rows per optimizer step")
+    parser.add_argument("--batches", type=int, default=2, help="distinct packings, which take turns")
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of measurement per variant or mode")

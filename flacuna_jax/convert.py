@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     check_target(Path(arguments.out))
     model = open_checkpoint(arguments.model)
-    if isinstance(model, CheckpointReader) and names.is_training_checkpoint(model):
+    if names.is_training_checkpoint(model):
         if arguments.delta is not None:
             raise UserError(f"--delta: {arguments.model} is a training checkpoint, not the base of a delta")
         if arguments.base:

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -166,16 +165,6 @@ def _on_this_host(environment: Environment) -> int:
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
         per_node += [int(count)] * int(times or 1)
     return per_node[int(environment.get("SLURM_NODEID", 0))]
-
-
-@cache
-def code_fingerprint() -> str:
-    """A digest of every source file of this package: hosts must run the same."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:

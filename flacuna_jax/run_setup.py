@@ -22,7 +22,6 @@ from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.data.tokenization import Tokenizer
-from flacuna_jax.distributed import code_fingerprint
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
@@ -31,8 +30,8 @@ from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params, 
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings, row_shards, split_everywhere
 from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
-from flacuna_jax.planning.targets import TARGETS
-from flacuna_jax.training.code_version import code_fingerprints, library_versions
+from flacuna_jax.planning.targets import known_target
+from flacuna_jax.training.code_version import code_fingerprints, library_versions, package_fingerprint
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from flacuna_jax.training.state import StateLayout
 
@@ -109,7 +108,7 @@ class Setup:
         config = self.config.model_copy(update={"distributed": DistributedConfig()})
         return {
             "the config": config.to_yaml(),
-            "the code of flacuna_jax": code_fingerprint(),
+            "the code of flacuna_jax": package_fingerprint(),
             "the version of jax": jax.__version__,
             "the data": self.meta["fingerprints"]["data"],
             "the base model": self.meta["fingerprints"]["base"],
@@ -129,7 +128,7 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     previous = config.directory / "config.yaml"
     if previous.is_file() and (decided := load_config(previous)).mesh != "auto" and _uses(decided, len(devices)):
         mesh, remat = decided.mesh, str(decided.training.remat)
-    elif devices[0].platform == "cpu" or any(t.device_kind == devices[0].device_kind for t in TARGETS.values()):
+    elif devices[0].platform == "cpu" or known_target(devices[0]):
         mesh, remat = choose_layout(config, model_spec(config, source), devices)
     else:
         mesh, remat = split_everywhere(devices), "dots"
@@ -168,7 +167,7 @@ def set_up(parts: Parts, say: Say) -> Setup:
 def peak_flops() -> float | None:
     """Dense bfloat16 FLOP/s of all devices together; None for a chip that no data sheet is kept of."""
     devices = jax.devices()
-    target = next((t for t in TARGETS.values() if t.device_kind == devices[0].device_kind), None)
+    target = known_target(devices[0])
     return None if target is None else target.bf16_flops * len(devices)
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from flacuna_jax import distributed
 from flacuna_jax.config import DistributedConfig
-from flacuna_jax.distributed import code_fingerprint, local_devices, membership
+from flacuna_jax.distributed import local_devices, membership
 from flacuna_jax.errors import UserError
+from flacuna_jax.training.code_version import package_fingerprint
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -143,4 +144,4 @@ def test_shares_that_do_not_come_out_even_are_refused(eight_gpus):
 
 
 def test_the_code_has_a_fingerprint():
-    assert len(code_fingerprint()) == 64
+    assert len(package_fingerprint()) == 64

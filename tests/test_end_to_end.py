@@ -1,7 +1,9 @@
 """`python -m flacuna_jax.train` as a user runs it: from nothing to a verified adapter, interrupted and continued."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,23 +78,30 @@ class Stopped(Exception):
     pass
 
 
+@contextlib.contextmanager
+def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The run inside breaks off once it has logged `step`; it must come that far."""
+    observe = train_verb.StepLog.__call__
+
+    def stop(self, record):
+        observe(self, record)
+        if record.step == step:
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_verb.StepLog, "__call__", stop)
+        with pytest.raises(Stopped):
+            yield
+
+
 @pytest.mark.parametrize("at", [4, 7, 11])
 def test_interrupted_runs_continue_to_the_same_bytes(finished, tmp_path, monkeypatch, at):
     """Stopped after step `at` (first epoch, second epoch), packed, with dropout; checkpoints every 3 steps."""
     shutil.copytree(finished / "tokenizer", tmp_path / "tokenizer")
     config = finished / "config.yaml"
     out = f"--output_dir={tmp_path / 'run'}"
-    observe = train_verb.StepLog.__call__
-
-    def stop(self, record):
-        observe(self, record)
-        if record.step == at:
-            raise Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train_verb.StepLog, "__call__", stop)
-        with pytest.raises(Stopped):
-            run(config, out)
+    with stopped_after(at, monkeypatch):
+        run(config, out)
     assert not (tmp_path / "run" / "adapter").exists()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9')  # what a power cut leaves behind

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flacuna_jax import train as train_verb
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
 from tests.small_run import records, write_run
-from tests.test_end_to_end import Stopped, adapter_bytes, run
+from tests.test_end_to_end import adapter_bytes, run, stopped_after
 from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -93,17 +92,8 @@ def test_the_best_checkpoint_stays(measured):
 @pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 9])
 def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, monkeypatch, at):
     out = f"--output_dir={tmp_path / 'run'}"
-    observe = train_verb.StepLog.__call__
-
-    def stop(self, record):
-        observe(self, record)
-        if record.step == at:
-            raise Stopped
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train_verb.StepLog, "__call__", stop)
-        with pytest.raises(Stopped):
-            run(measured / "config.yaml", out)
+    with stopped_after(at, monkeypatch):
+        run(measured / "config.yaml", out)
     assert run(measured / "config.yaml", out) == 0
     assert untimed(tmp_path / "run") == untimed(measured / "run")
     assert lines(tmp_path / "run" / "samples.jsonl") == lines(measured / "run" / "samples.jsonl")

@@ -14,10 +14,11 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.evaluation.prefixes import Group, plan_prefixes
+from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.model import shared_prefix
 from flacuna_jax.model.decode import Sampling
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.model.sharding import BATCH_AXES
+from flacuna_jax.model.sharding import row_shards
 
 SIZES = tuple(sorted({64 * factor * 2**power for factor in (2, 3) for power in range(14)} | {64}))
 """Lengths that are compiled for: 64, 128, 192, 256, 384, 512, 768, ..., at most half as much again as is needed."""
@@ -109,7 +110,7 @@ class LlamaLanguageModel:
         prefix = self._prefix(documents[0].tokens[:shared])
         lengths = [len(document.tokens) - shared for document in documents]
         row_length = max(min(self.placement.row_length, padded_size(sum(lengths))), padded_size(max(lengths)))
-        shards = self._row_shards()
+        shards = row_shards(self.mesh)
         rows = _pack(lengths, row_length)
         whole = min(self.placement.row_tokens // row_length, 1 << (len(rows) - 1).bit_length())
         batch = max(1, whole // shards) * shards
@@ -151,7 +152,7 @@ class LlamaLanguageModel:
         tokens: list[int] = []
         told = 0
         with jax.set_mesh(self.mesh):
-            rows = self._new_rows(self._row_shards(), padded_size(len(request.prompt) + request.max_new_tokens))
+            rows = self._new_rows(row_shards(self.mesh), padded_size(len(request.prompt) + request.max_new_tokens))
             rows, first_r = self._begin(rows, {0: 0}, {0: request}, 0, None, 1, sampling)
         tokens.append(int(first_r[0]))
         while (ended := self._ended(tokens, request)) is None:
@@ -185,7 +186,7 @@ class LlamaLanguageModel:
         # Long answers first: they do not keep the last rows busy alone.
         waiting = sorted(requests, key=lambda i: (requests[i].max_new_tokens, len(requests[i].prompt)))
         slots = padded_size(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
-        shards = self._row_shards()
+        shards = row_shards(self.mesh)
         count = max(1, min(self.placement.rows, len(requests)) // shards) * shards
         at_once = max(1, count // 4)
         steps = min(STEPS, max(r.max_new_tokens for r in requests.values()) - 1)
@@ -262,9 +263,6 @@ class LlamaLanguageModel:
         padded = np.zeros(padded_size(len(tokens)), np.int32)
         padded[: len(tokens)] = tokens
         return shared_prefix.compute_prefix(self.spec, self.params, padded, np.int32(len(tokens)))
-
-    def _row_shards(self) -> int:
-        return int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
 
     def _place(self, rows_bt: np.ndarray) -> jax.Array:
         return jax.device_put(rows_bt, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))

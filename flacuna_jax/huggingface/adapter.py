@@ -18,7 +18,7 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
 from flacuna_jax.huggingface.read import CheckpointReader
 from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import MappedFiles, StoredTensor, cast, host_device
+from flacuna_jax.huggingface.tensors import MappedFiles, ReadableTensor, StoredTensor, cast, host_device
 from flacuna_jax.huggingface.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.lora import adapter_ranks, peft_module
@@ -177,7 +177,7 @@ def read_training_checkpoint(
     return Adapter(lora, _stack(reader.directory, modules, lora, config), base_name)
 
 
-Parts = dict[str, StoredTensor]
+Parts = dict[str, ReadableTensor]
 """lora_a, lora_b and perhaps lora_magnitude of one module in one layer."""
 
 
@@ -189,7 +189,7 @@ def _stack(
     files = MappedFiles()
     for (module, layer), parts in modules.items():
         for leaf, stored in parts.items():
-            _place(source, params, f"{module}/{leaf}", layer, files.view(stored))
+            _place(source, params, f"{module}/{leaf}", layer, stored.read(files))
     if lora.use_dora:
         _require_everywhere(source, modules, lora, config)
     return params
@@ -243,7 +243,7 @@ def _open_weights(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
     raise UserError(f"{directory} has neither {WEIGHTS_FILE} nor {LEGACY_WEIGHTS_FILE}")
 
 
-def _group(source: Path, tensors: Mapping[str, StoredTensor], config: LlamaConfig) -> dict[Module, Parts]:
+def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaConfig) -> dict[Module, Parts]:
     """(module, layer) → its tensors."""
     modules: dict[Module, Parts] = {}
     unknown = []
@@ -268,7 +268,7 @@ def _group(source: Path, tensors: Mapping[str, StoredTensor], config: LlamaConfi
     return dict(sorted(modules.items()))
 
 
-def _repeats_the_base(name: str, tensor: StoredTensor, config: LlamaConfig) -> bool:
+def _repeats_the_base(name: str, tensor: ReadableTensor, config: LlamaConfig) -> bool:
     """Whether a tensor is the base's own table, which PEFT saves with adapters of the head; of its size, so that a
     vocabulary that was made larger is not taken for it."""
     return names.parse_table_in_adapter(name) is not None and tensor.shape == (config.vocab_size, config.hidden_size)

@@ -8,9 +8,8 @@ the weights.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,11 @@ class JoinedTensor:
         shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
         return tuple(shape)
 
-    def read(self, files: MappedFiles, rows: slice) -> np.ndarray:
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def read(self, files: MappedFiles, rows: slice = ALL_ROWS) -> np.ndarray:
         """Some of the rows as Hugging Face orders them; a copy, except for whole rows of a single part."""
         views = [files.view(part) for part in self.parts]
         if self.axis == 1:
@@ -86,7 +89,7 @@ class JoinedTensor:
         if self.head_dim:
             wanted = _interleaved(wanted, self.head_dim)
         starts = np.cumsum([0, *(len(view) for view in views)])
-        result = np.empty((len(wanted), *self.shape[1:]), self.parts[0].dtype)
+        result = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         for view, start in zip(views, starts, strict=False):
             here = (start <= wanted) & (wanted < start + len(view))
             result[here] = view[wanted[here] - start]
@@ -100,35 +103,7 @@ def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return head * head_dim + 2 * pair + half
 
 
-@dataclasses.dataclass(frozen=True)
-class MetaReader:
-    """The tensors of Meta's files under Hugging Face names, joined and reordered as they are read."""
-
-    directory: Path
-    tensors: Mapping[str, JoinedTensor]
-
-    @functools.cached_property
-    def _mapped(self) -> MappedFiles:
-        return MappedFiles()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.tensors[name].parts[0].dtype
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        """Raises `UserError` where a file became shorter, or vanished, since it was opened."""
-        return self.tensors[name].read(self._mapped, rows)
-
-
-def open_meta(directory: Path) -> MetaReader:
+def read_meta(directory: Path) -> dict[str, JoinedTensor]:
     """Opens Meta's files; weights are not touched.
 
     Raises:
@@ -157,7 +132,7 @@ def open_meta(directory: Path) -> MetaReader:
                 f"{_settings(directory)['hidden_size']} columns of {theirs}; a file is missing, or {PARAMS_FILE} is of "
                 f"another model"
             )
-    return MetaReader(directory, joined)
+    return joined
 
 
 def _layer(module: str) -> tuple[int | None, str]:
@@ -214,7 +189,7 @@ def meta_settings(directory: Path) -> dict[str, Any]:
     Raises:
       UserError: params.json lacks a size, or asks for what is not implemented.
     """
-    embedding = open_meta(directory).tensors.get(names.EMBEDDING)
+    embedding = read_meta(directory).get(names.EMBEDDING)
     if embedding is None:
         raise UserError(f"{directory}: tok_embeddings.weight is missing from consolidated.00.pth")
     return _settings(directory) | {"vocab_size": embedding.shape[0]}

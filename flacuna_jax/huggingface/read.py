@@ -10,9 +10,9 @@ import numpy as np
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.json_file import read_json
-from flacuna_jax.huggingface.meta import PARAMS_FILE, MetaReader, is_meta, open_meta
+from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, read_meta
 from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import ALL_ROWS, MappedFiles, StoredTensor
+from flacuna_jax.huggingface.tensors import ALL_ROWS, MappedFiles, ReadableTensor, StoredTensor
 from flacuna_jax.huggingface.torch_file import read_torch_file
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,7 +29,7 @@ class CheckpointReader:
     """
 
     directory: Path
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, ReadableTensor]
 
     @functools.cached_property
     def _files(self) -> MappedFiles:
@@ -48,16 +48,15 @@ class CheckpointReader:
         return self.tensors[name].dtype
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        """A read-only view of the file's pages; slicing it reads only what the slice covers.
+        """A read-only view of the file's pages where that is possible, else a copy of the rows.
 
         Raises:
           UserError: the file became shorter, or vanished, since it was opened.
         """
-        view = self._files.view(self.tensors[name])
-        return view if rows == ALL_ROWS else view[rows]
+        return self.tensors[name].read(self._files, rows)
 
 
-def open_checkpoint(directory: str | Path) -> CheckpointReader | MetaReader:
+def open_checkpoint(directory: str | Path) -> CheckpointReader:
     """Opens a LLaMA directory: Hugging Face's (safetensors or legacy .bin, sharded or not), Meta's, or a converted one.
 
     Headers and pickles are read and checked against each other and against file sizes; weights are not touched.
@@ -80,7 +79,7 @@ def open_checkpoint(directory: str | Path) -> CheckpointReader | MetaReader:
         if (directory / index_name).is_file():
             return CheckpointReader(directory, _read_shards(directory / index_name, read_file))
     if is_meta(directory):
-        return open_meta(directory)
+        return CheckpointReader(directory, read_meta(directory))
     raise UserError(f"{directory} holds no checkpoint: {_what_is_there(directory)}")
 
 

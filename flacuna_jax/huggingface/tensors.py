@@ -50,6 +50,25 @@ class StoredTensor:
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         return self.offset + last + self.dtype.itemsize
 
+    def read(self, files: "MappedFiles", rows: slice = ALL_ROWS) -> np.ndarray:
+        """A read-only view of the file's pages; slicing it reads only what the slice covers. Raises as `view`."""
+        view = files.view(self)
+        return view if rows == ALL_ROWS else view[rows]
+
+
+class ReadableTensor(Protocol):
+    """A tensor in one place, or in parts."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, files: "MappedFiles", rows: slice = ALL_ROWS) -> np.ndarray:
+        """Some of the rows; views of the files' pages where that is possible."""
+        ...
+
 
 class MappedFiles:
     """Memory maps of files, one each, kept open as long as views of them are handed out."""

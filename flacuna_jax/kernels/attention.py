@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from flacuna_jax.kernels import attention_gpu, attention_tpu, attention_xla
+from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, tpu_tiles
 
@@ -27,8 +28,6 @@ OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
 """For `jax.checkpoint_policies.save_only_these_names`: with both saved, the forward kernel runs once per step."""
-BATCH_AXES = ("replica", "data", "fsdp")
-HEAD_AXIS = "tensor"
 _logger = logging.getLogger(__name__)
 
 
@@ -189,13 +188,13 @@ def _partition(
             taken *= axes[earlier]
         if name in axes and batch % taken == 0:
             rows += (name,)
-    tensor = axes.get(HEAD_AXIS, 1)
+    tensor = axes.get(TENSOR_AXIS, 1)
     split_heads = tensor > 1 and heads % tensor == 0 and kv_heads % tensor == 0
     if tensor > 1 and not split_heads:
         _log_once(
-            f"attention: mesh axis {HEAD_AXIS} ({tensor}) does not divide {heads} and {kv_heads} heads; not split"
+            f"attention: mesh axis {TENSOR_AXIS} ({tensor}) does not divide {heads} and {kv_heads} heads; not split"
         )
-    return rows or None, HEAD_AXIS if split_heads else None
+    return rows or None, TENSOR_AXIS if split_heads else None
 
 
 @cache

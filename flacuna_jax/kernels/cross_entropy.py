@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
+from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
+
 CHUNK = 1024
 """Positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
 
-BATCH_AXES = ("replica", "data", "fsdp")
 LOOP_SCOPE = "head_chunks"
 """Name of the loop over chunks in compiled programs and profiles."""
-VOCAB_AXIS = "tensor"
 
 
 def token_losses(
@@ -182,15 +182,7 @@ def _through_head(gradient_cv: jax.Array, head_vd: jax.Array, layout: _Layout) -
 def _losses(
     hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, *, layout: _Layout
 ) -> jax.Array:
-    hidden_nd = hidden_btd.reshape(-1, hidden_btd.shape[-1])
-    positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
-
-    def body(index: jax.Array, losses_n: jax.Array) -> jax.Array:
-        here = positions.at(index, layout.chunk)
-        return _put(losses_n, index, _chunk_statistics(hidden_nd[here.order_n], head_vd, here, layout).loss_c)
-
-    losses_n = _loop(positions, layout, body, jnp.zeros(positions.order_n.shape, jnp.float32))
-    return _put_back(losses_n, positions, targets_bt.shape)
+    return _scores(hidden_btd, head_vd, targets_bt, loss_mask_bt, layout=layout)[0]
 
 
 def _scores(
@@ -273,12 +265,12 @@ def _on_mesh(local: Callable, chunk: int, head_vd: jax.Array, outputs: Any) -> C
     """Runs `local` on every device's rows; `outputs` says per result whether it lies like "rows" or like the "head"."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    split_vocab = not mesh.empty and mesh.shape[VOCAB_AXIS] > 1 and head_vd.shape[0] % mesh.shape[VOCAB_AXIS] == 0
+    split_vocab = not mesh.empty and mesh.shape[TENSOR_AXIS] > 1 and head_vd.shape[0] % mesh.shape[TENSOR_AXIS] == 0
 
     def run(hidden_btd: jax.Array, *others: jax.Array) -> Any:
         layout = _Layout(
             chunk=min(chunk, hidden_btd.shape[0] * hidden_btd.shape[1] // devices),
-            vocab_axis=VOCAB_AXIS if split_vocab else None,
+            vocab_axis=TENSOR_AXIS if split_vocab else None,
             row_axes=() if mesh.empty else BATCH_AXES,
         )
         share = functools.partial(local, layout=layout)

@@ -20,9 +20,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.errors import UserError
+from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 
-MESH_AXES = ("replica", "data", "fsdp", "tensor")
-BATCH_AXES = ("replica", "data", "fsdp")
+MESH_AXES = (*BATCH_AXES, TENSOR_AXIS)
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
@@ -206,12 +206,12 @@ def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = N
 
 def split_everywhere(devices: Sequence[jax.Device]) -> MeshConfig:
     """Weights split as far as they can be: over all devices, or all of a TPU slice."""
-    slices = _slices(devices)
+    slices = tpu_slices(devices)
     return MeshConfig(replica=slices, fsdp=len(devices) // slices)
 
 
 def _device_grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
-    slices = _slices(devices)
+    slices = tpu_slices(devices)
     copies = config.replica * config.data
     if copies % slices:
         raise UserError(
@@ -226,7 +226,7 @@ def _device_grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarra
     return np.stack(grids).reshape([getattr(config, axis) for axis in MESH_AXES])
 
 
-def _slices(devices: Sequence[jax.Device]) -> int:
+def tpu_slices(devices: Sequence[jax.Device]) -> int:
     """TPU slices; GPUs and CPUs make one, in which hosts follow each other."""
     return len({_slice_index(device) for device in devices})
 

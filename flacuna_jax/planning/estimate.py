@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 
 from flacuna_jax.config import MeshConfig
+from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.kernels.cross_entropy import CHUNK
 from flacuna_jax.model.parameters import Shapes, count
-from flacuna_jax.model.sharding import BATCH_AXES, MESH_AXES, stored_spec
+from flacuna_jax.model.sharding import MESH_AXES, stored_spec
 from flacuna_jax.planning.hlo import Collective
 from flacuna_jax.planning.workload import Layout, Workload
 

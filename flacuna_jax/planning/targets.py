@@ -22,6 +22,7 @@ from jax.experimental import topologies
 
 from flacuna_jax.compiler import MEMORY_FRACTION
 from flacuna_jax.errors import UserError
+from flacuna_jax.model.sharding import tpu_slices
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -176,6 +177,11 @@ def parse_target(text: str) -> Machine:
     return Machine(target, counts[0] if counts else 1, math.prod(torus), torus)
 
 
+def known_target(device: jax.Device) -> Target | None:
+    """The facts of a device's kind, if any are kept."""
+    return next((target for target in TARGETS.values() if target.device_kind == device.device_kind), None)
+
+
 def present_machine(devices: Sequence[jax.Device]) -> Machine:
     """The machine that the given devices make, by their kind.
 
@@ -190,12 +196,12 @@ def present_machine(devices: Sequence[jax.Device]) -> Machine:
         flops = 160e9 * (os.cpu_count() or 1) * hosts / len(devices)
         target = Target("CPU", "cpu", memory, 20e9, flops, 10e9, "memory", 1e9)
     else:
-        known = next((target for target in TARGETS.values() if target.device_kind == first.device_kind), None)
+        known = known_target(first)
         if known is None:
             raise UserError(f"no facts are known of {first.device_kind!r}; it can be added in planning/targets.py")
         target = known
     if target.platform == "tpu":
-        hosts = len({getattr(device, "slice_index", 0) for device in devices})
+        hosts = tpu_slices(devices)
     return Machine(target, hosts, len(devices) // hosts)
 
 

@@ -4,7 +4,9 @@ A run that is continued with other code may go on differently, and nothing in it
 """
 
 import hashlib
+from collections.abc import Mapping
 from importlib import metadata, resources
+from pathlib import Path
 
 PARTS = {
     "model": ("model", None),
@@ -27,10 +29,20 @@ def library_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in LIBRARIES}
 
 
+def package_fingerprint() -> str:
+    """A hash of every source file: hosts that train together must run the same."""
+    with resources.as_file(resources.files("flacuna_jax")) as root:
+        return _digest({path.relative_to(root).as_posix(): path for path in root.rglob("*.py")})
+
+
 def _hash(room: str, files: tuple[str, ...] | None) -> str:
-    digest = hashlib.sha256()
     with resources.as_file(resources.files(f"flacuna_jax.{room}")) as directory:
-        for path in sorted(directory.glob("*.py")):
-            if files is None or path.name in files:
-                digest.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
+        found = {path.name: path for path in directory.glob("*.py") if files is None or path.name in files}
+        return _digest(found)[:16]
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
