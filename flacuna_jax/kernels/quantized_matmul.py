@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 Format = Literal["int8", "fp8"]
@@ -70,6 +71,10 @@ def _backward(fmt: Format, saved: tuple[jax.Array, ...], dy_bto: jax.Array) -> t
     values_oi, scale_o = saved
     # The channels' scales belong to the sum over channels, so they go into the gradient before it is quantised.
     dy = quantize_rows(dy_bto.astype(jnp.float32) * scale_o, BACKWARD[fmt])
+    if fmt == "int8":
+        # GPUs sum int8 along the fastest dimension only. Unless rows are held here, XLA turns the stack of all layers
+        # before the loop over them, and keeps that beside it; so each layer's matrix turns when it is due.
+        values_oi = with_layout_constraint(values_oi, Layout((0, 1)))
     sums_bti = _dot(dy.values, values_oi, 0, dy_bto.dtype)
     return (sums_bti * dy.scale[..., None]).astype(dy_bto.dtype), None, None
 
