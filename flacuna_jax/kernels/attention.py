@@ -18,12 +18,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from flacuna_jax.kernels import attention_gpu, attention_tpu, attention_xla
+from flacuna_jax.kernels import attention_cudnn, attention_gpu, attention_tpu, attention_xla
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, tpu_tiles
 
-Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu"]
+Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu", "cudnn"]
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
@@ -53,15 +53,18 @@ def attention(
 
     `backend` "auto" takes the kernels of the platform that is compiled for, which need not be the one that traces.
     `tiles` overrides the table of `kernels.tiles`, for the tuner. `interpret` runs Pallas kernels without their
-    hardware, slowly, for tests.
+    hardware, slowly, for tests. "cudnn" is for rows of one document each, which the mask must promise, on GPUs; "auto"
+    does not take it (`attention_cudnn` says why).
 
     Raises ValueError where shapes, dtypes or options do not fit together.
     """
     _check_arrays(q_bthd, k_bthd, v_bthd, mask)
     _check_options(backend, scale, tiles)
     device_kind, platform = _ambient_device()
+    if backend == "cudnn":
+        attention_cudnn.check(q_bthd.shape[-1], q_bthd.dtype, mask, platform or jax.default_backend())
     plan = _Plan(
-        backend=_resolve(backend, platform, device_kind, gpu_holds(q_bthd.shape[-1], q_bthd.dtype)),
+        backend=_resolve(backend, platform, device_kind, gpu_holds(q_bthd.shape[-1], q_bthd.dtype), mask.one_document),
         device_kind=device_kind,
         scale=float(q_bthd.shape[-1] ** -0.5 if scale is None else scale),
         tiles=tiles,
@@ -81,14 +84,19 @@ class _Plan:
     interpret: bool
 
     def options(self, backend: Backend, dim: int, dtype: Any) -> dict[str, Any]:
-        if backend == "xla":
+        if backend in ("xla", "cudnn"):
             return {"scale": self.scale}
         table: Any = gpu_tiles if backend == "pallas_gpu" else tpu_tiles
         chosen = self.tiles or table(self.device_kind, dim, dtype)
         return {"scale": self.scale, "tiles": chosen, "interpret": self.interpret}
 
 
-_MODULES = {"xla": attention_xla, "pallas_gpu": attention_gpu, "pallas_tpu": attention_tpu}
+_MODULES = {
+    "xla": attention_xla,
+    "pallas_gpu": attention_gpu,
+    "pallas_tpu": attention_tpu,
+    "cudnn": attention_cudnn,
+}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -149,7 +157,9 @@ def _ambient_device() -> tuple[str | None, str | None]:
     return jax.devices()[0].device_kind, None
 
 
-def _resolve(backend: Backend, platform: str | None, device_kind: str | None, gpu_holds_it: bool) -> Backend:
+def _resolve(
+    backend: Backend, platform: str | None, device_kind: str | None, gpu_holds_it: bool, one_document: bool
+) -> Backend:
     if backend != "auto":
         return backend
     if platform is None:
@@ -161,7 +171,11 @@ def _resolve(backend: Backend, platform: str | None, device_kind: str | None, gp
         chosen = "pallas_gpu"
     else:
         chosen = "xla"
-    _log_once(f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind})")
+    unmeasured = "; cudnn could serve these rows, but is not measured to be faster, nor repeatable to the bit"
+    _log_once(
+        f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind})"
+        + (unmeasured if chosen == "pallas_gpu" and one_document else "")
+    )
     return chosen
 
 

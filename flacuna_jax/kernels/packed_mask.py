@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("start_bt", "end_bt"), meta_fields=("window",))
+@partial(jax.tree_util.register_dataclass, data_fields=("start_bt", "end_bt"), meta_fields=("window", "one_document"))
 @dataclass(frozen=True)
 class PackedMask:
     """Query q sees key k exactly when `start[q] <= k <= q`, which is the same as `k <= q < end[k]`.
@@ -29,14 +29,17 @@ class PackedMask:
     """int32 [B, T]: one past the last query that sees the key."""
     window: int | None = None
     """Keys per query at most, itself included; None is the whole document. Already contained in both arrays."""
+    one_document: bool = False
+    """Every row is one document and then padding: known before the rows are, for backends that take nothing else."""
 
 
-def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None) -> PackedMask:
+def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None, *, one_document: bool = False) -> PackedMask:
     """Intervals of a batch of packed rows.
 
     `segment_ids_bt` [B, T] integers: equal neighbours belong to one document, 0 is padding (wherever it stands). An
     id that comes again after another one is a new document. `window` limits a query to its last `window` keys,
-    itself included (sliding window attention as Mistral defines it).
+    itself included (sliding window attention as Mistral defines it). `one_document` promises that no row holds more
+    than one document, at its beginning.
 
     Raises ValueError for a window below 1.
     """
@@ -55,7 +58,10 @@ def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None) -> Pa
         end_bt = jnp.minimum(end_bt, position_t + window)
     padding_bt = segment_ids_bt == 0
     return PackedMask(
-        start_bt=jnp.where(padding_bt, length, start_bt), end_bt=jnp.where(padding_bt, 0, end_bt), window=window
+        start_bt=jnp.where(padding_bt, length, start_bt),
+        end_bt=jnp.where(padding_bt, 0, end_bt),
+        window=window,
+        one_document=one_document,
     )
 
 

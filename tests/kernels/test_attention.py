@@ -67,7 +67,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         ({"q": jnp.zeros((4, 64, 4, 16), jnp.bfloat16)}, "share a dtype"),
         ({"mask": make_packed_mask(jnp.ones((4, 32), jnp.int32))}, "the mask is for rows"),
         ({"scale": 0.0}, "above 0"),
-        ({"backend": "cudnn"}, "choose one of auto, xla, pallas_gpu, pallas_tpu"),
+        ({"backend": "flash"}, "choose one of auto, xla, pallas_gpu, pallas_tpu, cudnn"),
         ({"tiles": GpuTiles(TILE, TILE, TILE)}, "GpuTiles given with backend auto"),
     ],
 )

@@ -1,0 +1,116 @@
+"""Attention of rows that hold one document each, by cuDNN through JAX's public function.
+
+That function knows causal rows with a length each, and a sliding window. It knows nothing of documents within a row:
+packed rows would have to become a dense mask, which computes every other document, or go through a private interface
+that exists for Hopper only and whose numbers nobody has checked here. So packed rows are refused, and `auto` never
+comes here: there is no measurement yet that this is faster than our own kernels, whose results are bit-identical from
+run to run, which cuDNN does not promise.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from flacuna_jax.kernels.packed_mask import PackedMask
+
+LARGEST_HEAD = 128
+"""Of what cuDNN takes on every GPU since Ampere."""
+LOG2_E = math.log2(math.e)
+
+
+def check(dim: int, dtype: DTypeLike, mask: PackedMask, platform: str) -> None:
+    """Raises ValueError, by name, for what this backend is not for."""
+    if platform not in ("gpu", "cuda"):
+        raise ValueError(f"attention backend cudnn runs on NVIDIA GPUs, not on {platform}; use auto")
+    if not mask.one_document:
+        raise ValueError(
+            "attention backend cudnn takes rows of one document each (make_packed_mask(..., one_document=True)), and "
+            "these rows may be packed; use auto"
+        )
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention backend cudnn takes bfloat16 and float16, not {jnp.dtype(dtype).name}; use auto")
+    if dim % 8 or dim > LARGEST_HEAD:
+        raise ValueError(
+            f"attention backend cudnn takes a head_dim up to {LARGEST_HEAD} that 8 divides, not {dim}; use auto"
+        )
+
+
+def forward(
+    q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: PackedMask, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, D] and lse [B, H, T] float32, both 0 at padding; o is NaN in a row that is not one document."""
+    length_b, is_one_document_b = row_lengths(mask)
+    o_bthd, pull = _run(_attend(mask, scale, length_b), q_bthd, k_bthd, v_bthd)
+    (lse_bht,) = [leaf for leaf in jax.tree.leaves(pull) if _is_statistic(leaf, q_bthd)]
+    live_bt = jnp.arange(q_bthd.shape[1]) < length_b[:, None]
+    o_bthd = jnp.where(live_bt[:, :, None, None], o_bthd, 0)
+    o_bthd = jnp.where(is_one_document_b[:, None, None, None], o_bthd, jnp.nan)
+    return o_bthd, jnp.where(live_bt[:, None], lse_bht * LOG2_E, 0.0)
+
+
+def backward(
+    q_bthd: jax.Array,
+    k_bthd: jax.Array,
+    v_bthd: jax.Array,
+    mask: PackedMask,
+    o_bthd: jax.Array,
+    lse_bht: jax.Array,
+    do_bthd: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk, dv in the shapes and dtypes of q, k, v, 0 at padding.
+
+    cuDNN's backward pass is reached by differentiating the forward one, whose results are then replaced by those that
+    are at hand. So the forward pass that is traced here is dead code, and never runs.
+    """
+    length_b, _ = row_lengths(mask)
+    live_bt11 = (jnp.arange(q_bthd.shape[1]) < length_b[:, None])[..., None, None]
+    again_bthd, pull = _run(_attend(mask, scale, length_b), q_bthd, k_bthd, v_bthd)
+    kept, structure = jax.tree.flatten(pull)
+    at_hand = [
+        o_bthd if leaf is again_bthd else lse_bht / LOG2_E if _is_statistic(leaf, q_bthd) else leaf for leaf in kept
+    ]
+    gradients = jax.tree.unflatten(structure, at_hand)(jnp.where(live_bt11, do_bthd, 0))
+    dq_bthd, dk_bthd, dv_bthd = (jnp.where(live_bt11, gradient, 0) for gradient in gradients)
+    return dq_bthd, dk_bthd, dv_bthd
+
+
+def row_lengths(mask: PackedMask) -> tuple[jax.Array, jax.Array]:
+    """Tokens of each row, int32 [B], and whether they are one document at the row's beginning, bool [B]."""
+    length = mask.start_bt.shape[1]
+    position_t = jnp.arange(length, dtype=jnp.int32)
+    length_b = jnp.sum(mask.start_bt < length, axis=1, dtype=jnp.int32)
+    first_t = jnp.zeros_like(position_t) if mask.window is None else jnp.maximum(0, position_t - (mask.window - 1))
+    of_one_document_bt = jnp.where(position_t < length_b[:, None], first_t, length)
+    return length_b, jnp.all(mask.start_bt == of_one_document_bt, axis=1)
+
+
+def _attend(mask: PackedMask, scale: float, length_b: jax.Array) -> Callable[..., jax.Array]:
+    return partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        scale=scale,
+        query_seq_lengths=length_b,
+        key_value_seq_lengths=length_b,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _run(attend: Callable[..., jax.Array], *qkv: jax.Array) -> tuple[jax.Array, Any]:
+    try:
+        return jax.vjp(attend, *qkv)
+    except RuntimeError as error:
+        raise ValueError(f"attention backend cudnn: {error} It comes with jax[cuda12] and jax[cuda13]") from error
+
+
+def _is_statistic(leaf: jax.Array, q_bthd: jax.Array) -> bool:
+    """Whether this is what cuDNN keeps of the forward pass beside its result: a logarithm for each query."""
+    batch, length, heads, _ = q_bthd.shape
+    return leaf.dtype == jnp.float32 and leaf.shape == (batch, heads, length)
