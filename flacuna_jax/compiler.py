@@ -25,6 +25,9 @@ ALWAYS: dict[str, Options] = {
     "cuda": {
         # Off: products that share an operand are merged by laying frozen weights beside adapters, in every layer.
         "xla_gpu_dot_merger_threshold_mb": 0,
+        # What is computed again is the remat policy's choice. XLA's own, for programs above three quarters of the
+        # memory, multiplies frozen weights again and saves next to nothing by that.
+        "xla_disable_hlo_passes": "rematerialization",
     },
 }
 SPLIT_WEIGHTS: dict[str, Options] = {
