@@ -1,6 +1,7 @@
 """The language model of this package: log-likelihoods in packed rows, generation in rows that are refilled as answers
 end, both behind prefixes that are computed once."""
 
+import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.data.tokenization import Tokenizer
@@ -15,17 +18,16 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.evaluation.prefixes import Group, plan_prefixes
 from flacuna_jax.kernels.axes import BATCH_AXES
-from flacuna_jax.model import shared_prefix
+from flacuna_jax.model import continuation, shared_prefix
 from flacuna_jax.model.decode import Sampling
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import row_shards
 
-SIZES = tuple(sorted({64 * factor * 2**power for factor in (2, 3) for power in range(14)} | {64}))
-"""Lengths that are compiled for: 64, 128, 192, 256, 384, 512, 768, ..., at most half as much again as is needed."""
+SIZES = (64, 128, 192, *(64 * factor * 2**power for power in range(13) for factor in (4, 5, 6, 7)))
+"""Lengths that are compiled for: 64, 128, 192, 256, 320, 384, 448, 512, 640, ..., above 256 at most a quarter more than
+is needed."""
 STEPS = 16
 """New tokens per row between two looks at which rows have ended."""
-REACHES = 8
-"""Parts of a cache that are looked at: it is compiled for so many lengths at most."""
 STREAMED_STEPS = 4
 """The same where someone is watching."""
 
@@ -57,7 +59,8 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaLanguageModel:
-    """Implements `language_model.LanguageModel`. `mesh` is where `params` live."""
+    """Implements `language_model.LanguageModel`. `mesh` is where `params` live; where it spans several processes,
+    all of them ask the same at the same time and get the same answers."""
 
     spec: ModelSpec
     params: Mapping[str, jax.Array]
@@ -86,8 +89,8 @@ class LlamaLanguageModel:
             # Nothing waited for a result so far: the device computes while the next batch is laid out.
             for owners, log_probability_m, is_greedy_m in pending:
                 count = len(owners)
-                np.add.at(log_probability, owners, np.asarray(log_probability_m, np.float64)[:count])
-                np.logical_and.at(is_greedy, owners, np.asarray(is_greedy_m)[:count])
+                np.add.at(log_probability, owners, _on_host(log_probability_m).astype(np.float64)[:count])
+                np.logical_and.at(is_greedy, owners, _on_host(is_greedy_m)[:count])
         return [Score(float(p), bool(greedy)) for p, greedy in zip(log_probability, is_greedy, strict=True)]
 
     def _documents(self, requests: Sequence[ScoreRequest]) -> list[Document]:
@@ -154,16 +157,14 @@ class LlamaLanguageModel:
         with jax.set_mesh(self.mesh):
             rows = self._new_rows(row_shards(self.mesh), padded_size(len(request.prompt) + request.max_new_tokens))
             rows, first_r = self._begin(rows, {0: 0}, {0: request}, 0, None, 1, sampling)
-        tokens.append(int(first_r[0]))
+        tokens.append(int(_on_host(first_r)[0]))
         while (ended := self._ended(tokens, request)) is None:
             certain = _certain(self.tokenizer.decode(tokens), request.stop)
             yield certain[told:]
             told = max(told, len(certain))
             with jax.set_mesh(self.mesh):
-                rows, new_bm = shared_prefix.advance(
-                    self.spec, self.params, None, rows, STREAMED_STEPS, rows.v_lbkns.shape[-1], sampling
-                )
-            tokens += np.asarray(new_bm)[0].tolist()
+                rows, new_bm = self._advance(None, rows, STREAMED_STEPS, rows.slots, sampling)
+            tokens += _on_host(new_bm)[0].tolist()
         yield ended.text[told:]
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
@@ -175,8 +176,23 @@ class LlamaLanguageModel:
                     f"prompt {index + 1} has {len(request.prompt)} tokens, the model's context {self.context_length}"
                 )
 
-    def _new_rows(self, count: int, slots: int) -> shared_prefix.Rows:
-        return jax.device_put(shared_prefix.empty_rows(self.spec, count, slots), self._rows_sharding())
+    @functools.cached_property
+    def _layers(self) -> list[nnx.State] | None:
+        return continuation.layers_apart(self.spec, self.params)
+
+    def _new_rows(self, count: int, slots: int) -> continuation.Rows:
+        rows = continuation.empty_rows(self.spec, count, slots, apart=self._layers is not None)
+        by_row = PartitionSpec(BATCH_AXES) if self._layers is not None else PartitionSpec(None, BATCH_AXES)
+        blocks = jax.device_put(rows.blocks, NamedSharding(self.mesh, by_row))
+        numbers = jax.device_put(rows[1:], NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+        return continuation.Rows(blocks, *numbers)
+
+    def _advance(
+        self, prefix: shared_prefix.Prefix | None, rows: continuation.Rows, steps: int, reach: int, sampling: Sampling
+    ) -> tuple[continuation.Rows, jax.Array]:
+        """`reach` as many tokens as the longest row may have afterwards."""
+        blocks = min(-(-reach // rows.block_slots), len(rows.blocks))
+        return continuation.advance(self.spec, self.params, self._layers, prefix, rows, steps, blocks, sampling)
 
     def _generate_group(
         self, requests: dict[int, GenerationRequest], group: Group, sampling: Sampling
@@ -209,39 +225,37 @@ class LlamaLanguageModel:
                 free = free[len(entering) :]
                 rows, first_r = self._begin(rows, entering, requests, shared, prefix, at_once, sampling)
                 occupied |= {row: (index, []) for row, index in entering.items()}
-                for row, token in zip(list(entering), np.asarray(first_r).tolist(), strict=False):
+                for row, token in zip(list(entering), _on_host(first_r).tolist(), strict=False):
                     settle(row, [token])
                 free = [row for row in range(count) if row not in occupied]
             if occupied and steps:
                 longest = max(len(requests[index].prompt) + len(made) for index, made in occupied.values()) - shared
-                grain = max(SIZES[0], slots // REACHES)
-                reach = min(-(-(longest + steps) // grain) * grain, slots)
-                rows, new_bm = shared_prefix.advance(self.spec, self.params, prefix, rows, steps, reach, sampling)
-                for row, new in enumerate(np.asarray(new_bm).tolist()):
+                rows, new_bm = self._advance(prefix, rows, steps, longest + steps, sampling)
+                for row, new in enumerate(_on_host(new_bm).tolist()):
                     if row in occupied:
                         settle(row, new)
         return finished
 
     def _begin(
         self,
-        rows: shared_prefix.Rows,
+        rows: continuation.Rows,
         entering: dict[int, int],
         requests: dict[int, GenerationRequest],
         shared: int,
         prefix: shared_prefix.Prefix | None,
         at_once: int,
         sampling: Sampling,
-    ) -> tuple[shared_prefix.Rows, jax.Array]:
+    ) -> tuple[continuation.Rows, jax.Array]:
         prompts = [requests[index].prompt for index in entering.values()]
         rests = [prompt[shared:] for prompt in prompts]
-        length = min(padded_size(max(map(len, rests))), rows.v_lbkns.shape[-1])
+        length = min(padded_size(max(map(len, rests))), rows.slots)
         tokens_rt = np.zeros((at_once, length), np.int32)
         into_r = np.full(at_once, len(rows.token_b), np.int32)
         length_r, seed_r = np.ones(at_once, np.int32), np.zeros(at_once, np.uint32)
         for i, (row, index) in enumerate(entering.items()):
             tokens_rt[i, : len(rests[i])] = rests[i]
             into_r[i], length_r[i], seed_r[i] = row, len(rests[i]), _seed(requests[index])
-        return shared_prefix.begin(self.spec, self.params, prefix, rows, into_r, tokens_rt, length_r, seed_r, sampling)
+        return continuation.begin(self.spec, self.params, prefix, rows, into_r, tokens_rt, length_r, seed_r, sampling)
 
     def _ended(self, tokens: list[int], request: GenerationRequest) -> Generation | None:
         """The generation if these tokens complete it. Cuts at whatever ends it first."""
@@ -267,10 +281,12 @@ class LlamaLanguageModel:
     def _place(self, rows_bt: np.ndarray) -> jax.Array:
         return jax.device_put(rows_bt, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
 
-    def _rows_sharding(self) -> shared_prefix.Rows:
-        cache = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
-        numbers = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-        return shared_prefix.Rows(cache, cache, *[numbers] * 4)  # type: ignore[arg-type]
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """A result whole; a part of it may be in another process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _certain(text: str, stop: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.model import shared_prefix
+from flacuna_jax.model import continuation, shared_prefix
 from flacuna_jax.model.decode import GREEDY
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, Params, lora_shapes
@@ -155,18 +155,18 @@ def continuations(member: Member, prompts: list[list[int]], shared: int, count: 
     tokens_rt = np.zeros((len(prompts), 32), np.int32)
     for row, prompt in zip(tokens_rt, prompts, strict=True):
         row[: len(prompt) - shared] = prompt[shared:]
-    rows, first_r = shared_prefix.begin(
+    rows, first_r = continuation.begin(
         spec,
         params,
         prefix,
-        shared_prefix.empty_rows(spec, len(prompts), 64),
+        continuation.empty_rows(spec, len(prompts), 64, apart=False),
         jnp.arange(len(prompts)),
         jnp.asarray(tokens_rt),
         jnp.array([len(prompt) - shared for prompt in prompts]),
         jnp.zeros(len(prompts), jnp.uint32),
         GREEDY,
     )
-    _, more_bt = shared_prefix.advance(spec, params, prefix, rows, count - 1, 64, GREEDY)
+    _, more_bt = continuation.advance(spec, params, None, prefix, rows, count - 1, 1, GREEDY)
     return np.concatenate([np.asarray(first_r)[:, None], np.asarray(more_bt)], axis=1).tolist()
 
 
