@@ -12,7 +12,6 @@ a bar is missed.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +59,9 @@ PROJECTIONS = {(HIDDEN, HIDDEN), (FEED_FORWARD, HIDDEN), (HIDDEN, FEED_FORWARD)}
 
 def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
     """What the compiler makes of one row; in this process."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # plugins look for devices otherwise
     from flacuna_jax.config import LoraConfig, MeshConfig, TrainingConfig
     from flacuna_jax.model.llama import LlamaConfig
     from flacuna_jax.model.parameters import ModelSpec

@@ -8,9 +8,11 @@ A backend is a pair of functions behind one `custom_vjp`:
 lse is float32, log2 of the sum of exp2(log2(e) scale q·k) over the visible keys, 0 where there are none.
 """
 
+import importlib
 import logging
 from dataclasses import dataclass
 from functools import cache, partial
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from flacuna_jax.kernels import attention_cudnn, attention_gpu, attention_tpu, attention_xla
+from flacuna_jax.kernels import attention_cudnn, attention_tpu, attention_xla
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, tpu_tiles
@@ -26,9 +28,26 @@ from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, 
 Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu", "cudnn"]
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
+NO_TRITON = ": this jax has no Triton lowering of Pallas"
 SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
 """For `jax.checkpoint_policies.save_only_these_names`: with both saved, the forward kernel runs once per step."""
 _logger = logging.getLogger(__name__)
+
+
+def _gpu_module() -> ModuleType | None:
+    """The one module that needs the Triton lowering of Pallas, which JAX has announced to remove. All else goes on."""
+    try:
+        return importlib.import_module("flacuna_jax.kernels.attention_gpu")
+    except ImportError:
+        return None
+
+
+_MODULES: dict[str, ModuleType | None] = {
+    "xla": attention_xla,
+    "pallas_gpu": _gpu_module(),
+    "pallas_tpu": attention_tpu,
+    "cudnn": attention_cudnn,
+}
 
 
 def attention(
@@ -64,7 +83,7 @@ def attention(
     if backend == "cudnn":
         attention_cudnn.check(q_bthd.shape[-1], q_bthd.dtype, mask, platform or jax.default_backend())
     plan = _Plan(
-        backend=_resolve(backend, platform, device_kind, gpu_holds(q_bthd.shape[-1], q_bthd.dtype), mask.one_document),
+        backend=_resolve(backend, platform, device_kind, _gpu_kernels(q_bthd), mask.one_document),
         device_kind=device_kind,
         scale=float(q_bthd.shape[-1] ** -0.5 if scale is None else scale),
         tiles=tiles,
@@ -89,14 +108,6 @@ class _Plan:
         table: Any = gpu_tiles if backend == "pallas_gpu" else tpu_tiles
         chosen = self.tiles or table(self.device_kind, dim, dtype)
         return {"scale": self.scale, "tiles": chosen, "interpret": self.interpret}
-
-
-_MODULES = {
-    "xla": attention_xla,
-    "pallas_gpu": attention_gpu,
-    "pallas_tpu": attention_tpu,
-    "cudnn": attention_cudnn,
-}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -129,7 +140,7 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
 
     def local(*args: Any) -> Any:
         if plan.backend == "auto":
-            gpu: Backend = "pallas_gpu" if gpu_holds(q_bthd.shape[-1], q_bthd.dtype) else "xla"
+            gpu: Backend = "pallas_gpu" if _gpu_kernels(q_bthd) else "xla"
             return lax.platform_dependent(*args, cuda=of(gpu), tpu=of("pallas_tpu"), default=of("xla"))
         return of(plan.backend)(*args)
 
@@ -157,8 +168,13 @@ def _ambient_device() -> tuple[str | None, str | None]:
     return jax.devices()[0].device_kind, None
 
 
+def _gpu_kernels(q_bthd: jax.Array) -> bool:
+    """Whether there are kernels for a GPU, and one that holds heads of this size."""
+    return _MODULES["pallas_gpu"] is not None and gpu_holds(q_bthd.shape[-1], q_bthd.dtype)
+
+
 def _resolve(
-    backend: Backend, platform: str | None, device_kind: str | None, gpu_holds_it: bool, one_document: bool
+    backend: Backend, platform: str | None, device_kind: str | None, gpu_kernels: bool, one_document: bool
 ) -> Backend:
     if backend != "auto":
         return backend
@@ -167,15 +183,16 @@ def _resolve(
         return "auto"
     if platform == "tpu":
         chosen: Backend = "pallas_tpu"
-    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA") and gpu_holds_it:
+    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA") and gpu_kernels:
         chosen = "pallas_gpu"
     else:
         chosen = "xla"
-    unmeasured = "; cudnn could serve these rows, but is not measured to be faster, nor repeatable to the bit"
-    _log_once(
-        f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind})"
-        + (unmeasured if chosen == "pallas_gpu" and one_document else "")
-    )
+    more = ""
+    if chosen == "pallas_gpu" and one_document:
+        more = "; cudnn could serve these rows, but is not measured to be faster, nor repeatable to the bit"
+    elif chosen == "xla" and platform != "cpu":
+        more = " and there are no kernels for them" + (NO_TRITON if _MODULES["pallas_gpu"] is None else "")
+    _log_once(f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind}){more}")
     return chosen
 
 
@@ -233,6 +250,8 @@ def _check_arrays(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask:
 def _check_options(backend: str, scale: float | None, tiles: GpuTiles | TpuTiles | None) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
+    if backend != "auto" and _MODULES[backend] is None:
+        raise ValueError(f"backend {backend} is not there{NO_TRITON}; use auto")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale is {scale}, but must be above 0")
     kinds: dict[str, type] = {"pallas_gpu": GpuTiles, "pallas_tpu": TpuTiles}

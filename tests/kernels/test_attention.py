@@ -1,6 +1,9 @@
 """The entry: what it refuses, what it chooses, what remat saves, how it lies on a mesh."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -196,3 +199,50 @@ def test_auto_on_a_mesh_takes_its_devices_backend(caplog: pytest.LogCaptureFixtu
     assert [message for message in caplog.messages if "backend" in message] == [
         "attention: backend xla, because the mesh is of cpu devices (cpu)"
     ]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import logging
+import jax, jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from flacuna_jax.kernels.attention import attention
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+
+logging.basicConfig(level="INFO", stream=sys.stdout)
+q, mask = jnp.ones((1, 16, 2, 16)), make_packed_mask(jnp.ones((1, 16), jnp.int32))
+print(jax.jit(jax.grad(lambda q: attention(q, q, q, mask).sum()))(q).shape)
+try:
+    attention(q, q, q, mask, backend="pallas_gpu")
+except ValueError as error:
+    print(error)
+for kind, platform in (("NVIDIA H200", "gpu"), ("TPU v5", "tpu")):
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)):
+        jax.make_jaxpr(attention)(q, q, q, mask)
+"""
+
+
+def test_without_pallas_triton_all_else_goes_on() -> None:
+    """JAX has announced to remove it: what depends on it is one module."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line.removeprefix("INFO:flacuna_jax.kernels.attention:") for line in done.stdout.splitlines()]
+    because = "because the mesh is of"
+    assert [line for line in said if "no ambient mesh" not in line] == [
+        "(1, 16, 2, 16)",
+        "backend pallas_gpu is not there: this jax has no Triton lowering of Pallas; use auto",
+        f"attention: backend xla, {because} gpu devices (NVIDIA H200) and there are no kernels for them: this jax has "
+        "no Triton lowering of Pallas",
+        f"attention: backend pallas_tpu, {because} tpu devices (TPU v5)",
+    ]
+
+
+def test_one_module_needs_each_lowering_of_pallas() -> None:
+    kernels = Path(attention_module.__file__).parent
+    importing = {
+        lowering: sorted(path.name for path in kernels.glob("*.py") if f"pallas import {lowering} " in path.read_text())
+        for lowering in ("triton", "tpu", "mosaic_gpu")
+    }
+    assert importing == {"triton": ["attention_gpu.py"], "tpu": ["attention_tpu.py"], "mosaic_gpu": []}
