@@ -19,11 +19,18 @@ from jax.sharding import PartitionSpec as P
 
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 
-CHUNK = 1024
-"""Positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
+LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 128
+"""Positions: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
 
 LOOP_SCOPE = "head_chunks"
 """Name of the loop over chunks in compiled programs and profiles."""
+
+
+def chunk_size(positions: int) -> int:
+    """Positions that meet the head at once, of so many on a device: a tenth, so that the last chunk, which is computed
+    whole, wastes at most that; 128 to 1024."""
+    tenth = positions // 10 // SMALLEST_CHUNK * SMALLEST_CHUNK
+    return min(positions, max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tenth)))
 
 
 def token_losses(
@@ -32,7 +39,8 @@ def token_losses(
     targets_bt: jax.Array,
     loss_mask_bt: jax.Array,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
+    trained_columns: int | None = None,
 ) -> jax.Array:
     """Negative log-likelihood of each supervised target, float32 [b, t], zero where the mask is false.
 
@@ -41,12 +49,14 @@ def token_losses(
       head_vd: language-model head [vocab, model].
       targets_bt: int32 target ids.
       loss_mask_bt: bool, true where the target carries loss.
-      chunk: positions that meet the head at once.
+      chunk: positions that meet the head at once; None: `chunk_size`.
+      trained_columns: how many of the head's last columns have a gradient, where it is differentiated; that of the
+        others is zero and not computed. None: all.
 
     On a mesh (`jax.set_mesh` with axes data, fsdp, tensor) rows are spread over data × fsdp and the vocabulary over
     tensor where it divides.
     """
-    return _token_losses(hidden_btd, head_vd, targets_bt, loss_mask_bt, chunk)
+    return _token_losses(hidden_btd, head_vd, targets_bt, loss_mask_bt, chunk, trained_columns)
 
 
 def token_scores(
@@ -55,7 +65,7 @@ def token_scores(
     targets_bt: jax.Array,
     loss_mask_bt: jax.Array,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """What `token_losses` gives, and whether each supervised target is the most likely token, bool [b, t].
 
@@ -64,29 +74,37 @@ def token_scores(
     return _on_mesh(_scores, chunk, head_vd, ("rows", "rows"))(hidden_btd, head_vd, targets_bt, loss_mask_bt)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _token_losses(
-    hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, chunk: int
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    targets_bt: jax.Array,
+    loss_mask_bt: jax.Array,
+    chunk: int | None,
+    trained_columns: int | None,
 ) -> jax.Array:
     return _on_mesh(_losses, chunk, head_vd, "rows")(hidden_btd, head_vd, targets_bt, loss_mask_bt)
 
 
-def _forward_rule(hidden: Any, head: Any, targets: Any, loss_mask: Any, chunk: int) -> tuple[jax.Array, tuple]:
+def _forward_rule(
+    hidden: Any, head: Any, targets: Any, loss_mask: Any, chunk: int | None, trained_columns: int | None
+) -> tuple[jax.Array, tuple]:
     inputs = (hidden.value, head.value, targets.value, loss_mask.value)
     if head.perturbed:
-        return _token_losses(*inputs, chunk), (None, inputs)
+        return _token_losses(*inputs, chunk, trained_columns), (None, inputs)
     losses_bt, unit_gradient_btd = _on_mesh(_losses_and_gradients, chunk, head.value, ("rows", "rows"))(*inputs)
     return losses_bt, (unit_gradient_btd, None)
 
 
-def _backward_rule(chunk: int, residuals: tuple, cotangent_bt: Any) -> tuple:
+def _backward_rule(chunk: int | None, trained_columns: int | None, residuals: tuple, cotangent_bt: Any) -> tuple:
     unit_gradient_btd, inputs = residuals
     if isinstance(cotangent_bt, SymbolicZero):
         cotangent_bt = jnp.zeros(cotangent_bt.shape, cotangent_bt.dtype)
     if inputs is None:
         gradient_btd = unit_gradient_btd.astype(jnp.float32) * cotangent_bt[..., None]
         return gradient_btd.astype(unit_gradient_btd.dtype), None, None, None
-    hidden_gradient, head_gradient = _on_mesh(_all_gradients, chunk, inputs[1], ("rows", "head"))(*inputs, cotangent_bt)
+    local = functools.partial(_all_gradients, columns=trained_columns or inputs[1].shape[1])
+    hidden_gradient, head_gradient = _on_mesh(local, chunk, inputs[1], ("rows", "head"))(*inputs, cotangent_bt)
     return hidden_gradient, head_gradient, None, None
 
 
@@ -232,44 +250,49 @@ def _all_gradients(
     loss_mask_bt: jax.Array,
     cotangent_bt: jax.Array,
     *,
+    columns: int,
     layout: _Layout,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of Σ cotangent · loss with respect to hidden states and head."""
+    """Gradients of Σ cotangent · loss with respect to hidden states and head; of the head, its last `columns`."""
     hidden_nd, cotangent_n = hidden_btd.reshape(-1, hidden_btd.shape[-1]), cotangent_bt.reshape(-1)
     positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
 
     def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        gradients_nd, head_gradient_vd = carry
+        gradients_nd, head_gradient_vk = carry
         here = positions.at(index, layout.chunk)
         hidden_cd = hidden_nd[here.order_n]
         gradient_cv = (
             _chunk_statistics(hidden_cd, head_vd, here, layout).gradient_cv * cotangent_n[here.order_n][:, None]
         )
         through_cd = _through_head(gradient_cv, head_vd, layout)
-        head_gradient_vd += jnp.einsum(
-            "cv,cd->vd", gradient_cv.astype(hidden_cd.dtype), hidden_cd, preferred_element_type=jnp.float32
+        trained_ck = hidden_cd[:, -columns:]
+        head_gradient_vk += jnp.einsum(
+            "cv,ck->vk", gradient_cv.astype(hidden_cd.dtype), trained_ck, preferred_element_type=jnp.float32
         )
-        return _put(gradients_nd, index, through_cd), head_gradient_vd
+        return _put(gradients_nd, index, through_cd), head_gradient_vk
 
     init = (
         jnp.zeros((positions.order_n.size, hidden_nd.shape[1]), hidden_nd.dtype),
-        jnp.zeros(head_vd.shape, jnp.float32),
+        jnp.zeros((head_vd.shape[0], columns), jnp.float32),
     )
-    gradients_nd, head_gradient_vd = _loop(positions, layout, body, init)
+    gradients_nd, head_gradient_vk = _loop(positions, layout, body, init)
     if layout.row_axes:
-        head_gradient_vd = jax.lax.psum(head_gradient_vd, layout.row_axes)
+        head_gradient_vk = jax.lax.psum(head_gradient_vk, layout.row_axes)
+    # Where the zeros are only cut off again, as those of a frozen matrix beside its adapter, XLA never makes them.
+    head_gradient_vd = jnp.pad(head_gradient_vk, ((0, 0), (head_vd.shape[1] - columns, 0)))
     return _put_back(gradients_nd, positions, hidden_btd.shape), head_gradient_vd.astype(head_vd.dtype)
 
 
-def _on_mesh(local: Callable, chunk: int, head_vd: jax.Array, outputs: Any) -> Callable:
+def _on_mesh(local: Callable, chunk: int | None, head_vd: jax.Array, outputs: Any) -> Callable:
     """Runs `local` on every device's rows; `outputs` says per result whether it lies like "rows" or like the "head"."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     split_vocab = not mesh.empty and mesh.shape[TENSOR_AXIS] > 1 and head_vd.shape[0] % mesh.shape[TENSOR_AXIS] == 0
 
     def run(hidden_btd: jax.Array, *others: jax.Array) -> Any:
+        positions = hidden_btd.shape[0] * hidden_btd.shape[1] // devices
         layout = _Layout(
-            chunk=min(chunk, hidden_btd.shape[0] * hidden_btd.shape[1] // devices),
+            chunk=chunk_size(positions) if chunk is None else min(chunk, positions),
             vocab_axis=TENSOR_AXIS if split_vocab else None,
             row_axes=() if mesh.empty else BATCH_AXES,
         )

@@ -8,6 +8,7 @@ their number, so the result does not depend on how the rows were cut up.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -77,6 +78,9 @@ def micro_batch_losses(
         attention_backend=config.attention_backend,
     )
     wide_btd = model.before_head(hidden_btd, row_keys_b)
+    adapter = wide_btd.shape[-1] - hidden_btd.shape[-1]
+    if adapter and score is token_losses:
+        score = functools.partial(token_losses, trained_columns=adapter)
     return score(wide_btd, model.head(), batch["targets"], batch["loss_mask"])
 
 

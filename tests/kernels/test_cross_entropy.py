@@ -1,6 +1,7 @@
 """Chunked cross-entropy against the plain one that holds all logits."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from flacuna_jax.config import MeshConfig
-from flacuna_jax.kernels.cross_entropy import token_losses, token_scores
+from flacuna_jax.kernels.cross_entropy import chunk_size, token_losses, token_scores
 from flacuna_jax.model.sharding import make_mesh
 
 BATCH, LENGTH, WIDTH, VOCAB = 4, 21, 16, 52
@@ -84,12 +85,38 @@ def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
     np.testing.assert_allclose(odd, plain(hidden, head[:51], jnp.minimum(targets, 50), mask), atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", [8, 100, 1280, 2560, 3000, 10240, 65536])
+def test_the_last_chunk_wastes_little(positions):
+    """At most a tenth of the positions, or 128; and no chunk is larger than fills the hardware."""
+    chunk = chunk_size(positions)
+    assert 0 < chunk <= min(1024, positions)
+    assert chunk <= max(positions / 10, 128)
+
+
 def test_bfloat16_stays_within_its_rounding():
     hidden, head, targets, mask, _ = inputs(0.5, jnp.bfloat16)
     actual = jax.grad(lambda h: jnp.sum(token_losses(h, head, targets, mask)))(hidden).astype(jnp.float32)
     exact = jax.grad(lambda h: jnp.sum(plain(h, head.astype(jnp.float32), targets, mask)))(hidden.astype(jnp.float32))
     # The logit gradient and the result are each rounded to 8 bits of mantissa: 2 · 2⁻⁸ of the norm.
     assert np.linalg.norm(actual - exact) < 8e-3 * np.linalg.norm(exact)
+
+
+def test_some_columns_of_the_head_train():
+    """As an adapter beside a frozen matrix: only its part of the gradient is computed."""
+    hidden, head, targets, mask, weights = inputs(0.5)
+    frozen, adapter = head[:, :-3], head[:, -3:]
+
+    def loss(hidden, adapter, **options):
+        whole = jnp.concatenate([frozen, adapter], axis=1)
+        return jnp.sum(token_losses(hidden, whole, targets, mask, chunk=8, **options) * weights)
+
+    found = jax.jit(jax.grad(functools.partial(loss, trained_columns=3), (0, 1)))
+    for ours, theirs in zip(found(hidden, adapter), jax.grad(loss, (0, 1))(hidden, adapter), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    whole = f"f32[{VOCAB},{WIDTH}]"
+    compiled = found.lower(hidden, adapter).compile().as_text()
+    made = [line for line in compiled.splitlines() if f"= {whole}" in line and " concatenate(" not in line]
+    assert not [line for line in made if " dot(" in line or " pad(" in line], made
 
 
 def test_neither_whole_logits_nor_head_gradient_exist_while_the_head_is_frozen():
