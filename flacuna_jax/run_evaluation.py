@@ -30,10 +30,6 @@ def read_tasks(config: RunConfig) -> Evaluator | None:
     settings = config.evaluation.tasks if config.evaluation else None
     if settings is None:
         return None
-    if jax.process_count() > 1:
-        raise UserError(
-            "evaluation.tasks: benchmarks inside training need a single host; `flacuna evaluate` the result"
-        )
     template = named_template(config.data.template) if settings.protocol == "lm_eval" else None
     return task_evaluator(
         settings.names, Path(settings.data), protocol=settings.protocol, limit=settings.limit, template=template
@@ -70,23 +66,20 @@ def make_measurement(
         settings=settings,
         keep_best=config.checkpoint.keep_best,
         held_out=held_out,
-        sampler=_sampler(setup, tokenizer, say),
+        sampler=_sampler(setup, tokenizer),
         tasks=None if evaluator is None else _on_parameters(setup, evaluator, tokenizer),
         frozen=base,
         history=history,
         tracker=tracker,
-        samples=lambda line: JsonLines.append(directory.samples, line),
+        samples=lambda line: JsonLines.append(directory.samples, line) if jax.process_index() == 0 else None,
         say=say,
         stop=stop,
     )
 
 
-def _sampler(setup: Setup, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sampler | None:
+def _sampler(setup: Setup, tokenizer: Tokenizer) -> Sampler:
     config, settings = setup.config, setup.config.evaluation
     assert settings is not None, "the caller has asked"
-    if jax.process_count() > 1:
-        say("note: no sample answers on several hosts; `flacuna generate --run` gives them afterwards")
-        return None
     template = named_template(config.data.template)
     room = setup.source.config.max_position_embeddings - settings.sample_tokens
     questions = []

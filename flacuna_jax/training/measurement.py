@@ -28,7 +28,7 @@ class Measurement:
       settings: what to measure, and when it is enough.
       keep_best: how many of the best checkpoints stay.
       held_out: None where no records are held out.
-      sampler: asks questions; none on several hosts, whose parameters no host sees whole.
+      sampler: asks questions.
       tasks: benchmarks.
       frozen: parameters besides the trainable ones.
       history: what was measured before.
@@ -40,7 +40,7 @@ class Measurement:
     settings: EvaluationConfig
     keep_best: int
     held_out: HeldOut | None
-    sampler: Sampler | None
+    sampler: Sampler
     tasks: Tasks | None
     frozen: Params
     history: History
@@ -65,9 +65,8 @@ class Measurement:
         params = {**self.frozen, **state.trainable}
         if self.tasks is not None and self._tasks_are_due(state.step):
             record |= {f"tasks/{name}": value for name, value in self.tasks(params).items()}
-        if self.sampler is not None:
-            for line in self.sampler.records(state.step, params):
-                self.samples(line)
+        for line in self.sampler.records(state.step, params):
+            self.samples(line)
         self.tracker.log({"step": state.step, "kind": "evaluation", **record})
         self.say(f"evaluation after step {state.step}: {_in_words(record)} ({time.monotonic() - started:.1f} s)")
         return self._judge(state.step, record)
