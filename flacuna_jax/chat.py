@@ -18,7 +18,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import GenerationRequest
-from flacuna_jax.inference import ModelAddress, ModelLoader
+from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option
 
 COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
 
@@ -115,7 +115,7 @@ class Chat:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
-    loader = ModelLoader(arguments.dtype)
+    loader = ModelLoader(arguments.dtype, stored_base=arguments.stored_base)
     models: dict[ModelAddress, LlamaLanguageModel] = {}
 
     def load(address: ModelAddress) -> LlamaLanguageModel:
@@ -182,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float)
     add("--seed", type=int, default=0)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_base_option(parser)
     return parser
 
 

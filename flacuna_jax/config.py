@@ -8,7 +8,6 @@ directory and is itself a valid config.
 import difflib
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -396,6 +395,7 @@ class DistributedConfig(Section):
 
 class RunConfig(Section):
     output_dir: str
+    """A directory, or gs://BUCKET/PATH, see docs/training.md."""
     seed: NonNegativeInt = 42
     model: ModelConfig
     lora: LoraConfig | None = LoraConfig()
@@ -418,7 +418,3 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.output_dir)

@@ -29,7 +29,7 @@ from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
 from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
-from flacuna_jax.inference import ModelAddress, ModelLoader, eos_text
+from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option, eos_text
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         _harness(arguments, addresses, output)
         return None
     runs = _prepare(arguments, output)
-    loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows))
+    loader = _loader(arguments)
     everything: list[list[TaskResult]] = []
     for address, name in addresses:
         results = []
@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         everything.append(results)
     _report(everything, output, published=not arguments.no_published)
     return None
+
+
+def _loader(arguments: argparse.Namespace) -> ModelLoader:
+    return ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows), stored_base=arguments.stored_base)
 
 
 def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
@@ -172,7 +176,7 @@ def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published:
 def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path) -> None:
     from flacuna_jax.evaluation import harness  # the harness is an optional dependency
 
-    loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.rows))
+    loader = _loader(arguments)
     template = _template(arguments)
     for address, name in addresses:
         with _cached(loader, address, name, output) as model:
@@ -207,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval")
     add("--limit", type=_positive, help="only the first N problems of each subject or task; marks tables incomplete")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_base_option(parser)
     add("--rows", type=_positive, default=16, help="prompts that are decoded side by side")
     add("--no-published", action="store_true", help="leave the published rows out of tables")
     add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")

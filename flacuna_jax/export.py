@@ -24,6 +24,7 @@ from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.golden import Golden, Prompt
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
+from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.rounded import RoundedBase
 from flacuna_jax.huggingface.tensors import TensorReader
@@ -32,12 +33,13 @@ from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model_source import network_sizes
 from flacuna_jax.run_facts import run_facts
+from flacuna_jax.training.bucket import local_run
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
-    run, target = Path(arguments.run), Path(arguments.out)
+    run, target = local_run(arguments.run), Path(arguments.out)
     check_target(target)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
@@ -59,17 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             arguments, settings, directory, named_template(settings.data.template).jinja, config, facts
         )
         companions = dataclasses.replace(companions, base_name=name)
-        merge_base = _merge_base(arguments, settings, reader)
-        _write_merged(arguments, target, merge_base, config, adapter, companions)
+        seen = _seen_by_training(settings, reader)
+        if arguments.merge_base == "dequantised" and seen is None:
+            raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
+        if seen is None or arguments.merge_base == "stored":
+            _write_merged(arguments, target, reader, config, adapter, companions)
+        else:
+            print(f"the base is merged as training saw it, dequantised from {settings.model.quantization}")
+            _write_merged(arguments, target, seen, config, adapter, companions)
+        if seen is not None and arguments.merge_base == "stored":
+            ids = probe_ids(config)
+            logits = [streamed_logits(stored_weights(one, config), config, ids, adapter) for one in (reader, seen)]
+            shift = float(np.abs(logits[0] - logits[1]).max())
+            print(
+                f"note: the run was trained on weights dequantised from {settings.model.quantization}; on the stored "
+                f"ones, which these are, logits are off by up to {shift:.1e}"
+            )
     return None
 
 
-def _merge_base(arguments: argparse.Namespace, settings: RunConfig, reader: TensorReader) -> TensorReader:
-    """What the adapter is merged into: the checkpoint, or what a quantised run made of it."""
-    if arguments.merge_base == "stored":
-        return reader
+def _seen_by_training(settings: RunConfig, reader: TensorReader) -> TensorReader | None:
+    """The base as a quantised run saw it; None where that is what the checkpoint holds."""
     if settings.model.quantization is None:
-        raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
+        return None
     return RoundedBase(reader, settings.model.quantization, np.dtype(jnp.dtype(settings.model.dtype)))
 
 
@@ -202,9 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--merge-base",
-        choices=("stored", "dequantised"),
-        default="stored",
-        help="of a run with a quantised base: merge into the checkpoint's weights, or into those that training saw",
+        choices=("dequantised", "stored"),
+        help="of a run with a quantised base: merge into the weights that training saw (default), or into the "
+        "checkpoint's, which says by how much logits move",
     )
     parser.add_argument("--base", metavar="DIR", help="where the base model is now, if not at the config's model.path")
     parser.add_argument(

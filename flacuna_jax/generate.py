@@ -19,8 +19,9 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, encode_prompt
-from flacuna_jax.inference import ModelAddress, ModelLoader
+from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option
 from flacuna_jax.model.decode import GREEDY, Sampling
+from flacuna_jax.training.bucket import local_run
 
 DEFAULT_TEMPLATE = "vicuna_v1.1"
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
         arguments.seed,
     )
-    loader = ModelLoader(arguments.dtype, placement=Placement(rows=arguments.batch_size))
+    placement = Placement(rows=arguments.batch_size)
+    loader = ModelLoader(arguments.dtype, placement=placement, stored_base=arguments.stored_base)
     answers = complete(loader.load(address), prompts, settings)
     for prompt, answer in zip(prompts, answers, strict=True):
         record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
@@ -140,7 +142,7 @@ def _model(arguments: argparse.Namespace) -> tuple[ModelAddress, str]:
         return ModelAddress(
             Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None
         ), DEFAULT_TEMPLATE
-    run = Path(arguments.run)
+    run = local_run(arguments.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
     config = load_config(run / "config.yaml")
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=Placement.rows, metavar="N", help="prompts decoded together")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_base_option(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line: prompt, answer, tokens, finish")
     return parser
 

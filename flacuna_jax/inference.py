@@ -1,13 +1,15 @@
 """A model for inference from its directories: weights, adapter, tokenizer, mesh. Shared by the verbs that answer."""
 
+import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from flacuna_jax.config import MeshConfig
+from flacuna_jax.config import MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
@@ -16,8 +18,7 @@ from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture, read_json
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
-from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
 from flacuna_jax.model_source import with_rope_scaling
 
@@ -46,47 +47,66 @@ class ModelAddress:
 
 @dataclasses.dataclass
 class ModelLoader:
-    """Loads models one after another; a base that the next one shares stays on the devices."""
+    """Loads models one after another; a base that the next one shares stays on the devices.
+
+    The adapter of a run whose base was quantised goes on the base as that run saw it, unless `stored_base` is set.
+    """
 
     dtype: str = "bfloat16"
     mesh: MeshConfig | str = "auto"
     placement: Placement = dataclasses.field(default_factory=Placement)
-    _held: tuple[Path, Mapping[str, jax.Array]] | None = None
+    stored_base: bool = False
+    _held: tuple[tuple[Path, ModelSpec], Mapping[str, jax.Array]] | None = None
 
     def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
         """Raises UserError where a directory is missing or is no model, adapter or tokenizer of this architecture."""
         if not address.base.is_dir():
             raise UserError(f"{address.base}: no such model directory")
         adapter_directory = _adapter_directory(address.adapter)
-        config = _as_trained(read_architecture(address.base), adapter_directory)
+        run = _run_of(adapter_directory)
+        config = read_architecture(address.base)
+        quantization, held_dtype = None, self.dtype
+        if run is not None:
+            config = with_rope_scaling(config, run.model, run.data.max_length)
+            if run.model.quantization is not None and not self.stored_base:
+                # From the numbers that the run quantised: other roundings before it would give other codes.
+                quantization, held_dtype = run.model.quantization, run.model.dtype
         tokenizer = load_tokenizer(address.base)
         check_vocabulary(tokenizer, config.vocab_size, address.base)
         adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
         mesh = make_mesh(self.mesh)
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
-        spec = ModelSpec(config, None if adapter is None else adapter.lora, self.dtype, self.dtype)
-        if self._held is None or self._held[0] != address.base:
+        base = ModelSpec(config, None, self.dtype, held_dtype, quantization)
+        spec = dataclasses.replace(base, lora=None if adapter is None else adapter.lora)
+        if self._held is None or self._held[0] != (address.base, base):
             self._held = None  # frees the base before the next one is read
-            shardings = parameter_shardings(ModelSpec(config).base_shapes, mesh)
-            self._held = (address.base, load_base(str(address.base), config, shardings, self.dtype))
+            shardings = parameter_shardings(base.base_shapes, mesh)
+            keep = functools.partial(quantize, base, mesh)
+            self._held = ((address.base, base), load_base(str(address.base), config, shardings, held_dtype, keep=keep))
         params = dict(self._held[1])
         if adapter is not None:
             shardings = parameter_shardings(spec.lora_shapes, mesh)
             params |= {key: jax.device_put(jnp.asarray(leaf), shardings[key]) for key, leaf in adapter.params.items()}
         directories = [address.base] if adapter_directory is None else [address.base, adapter_directory]
-        fingerprint = directory_fingerprint(directories, f"flacuna {self.dtype}")
+        rounded = "" if quantization is None else f" on {quantization} of {held_dtype}"
+        fingerprint = directory_fingerprint(directories, f"flacuna {self.dtype}{rounded}")
         return LlamaLanguageModel(
             spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
         )
 
 
-def _as_trained(config: LlamaConfig, adapter_directory: Path | None) -> LlamaConfig:
-    """The network that a run's adapter was trained in, which may have had its positions scaled."""
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stored-base",
+        action="store_true",
+        help="put a run's adapter on the base as it is stored, also where the run quantised it (model.quantization)",
+    )
+
+
+def _run_of(adapter_directory: Path | None) -> RunConfig | None:
+    """The settings that an adapter was trained with; None where it does not lie in its run."""
     settings = None if adapter_directory is None else adapter_directory.parent / "config.yaml"
-    if settings is None or not settings.is_file():
-        return config
-    run = load_config(settings)
-    return with_rope_scaling(config, run.model, run.data.max_length)
+    return None if settings is None or not settings.is_file() else load_config(settings)
 
 
 def eos_text(directory: Path) -> str:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import yaml
 from jax.sharding import Mesh
 
 from flacuna_jax import distributed
 from flacuna_jax.config import DataConfig, DistributedConfig, LoraConfig, MeshConfig, RunConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config_files import parse_config
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.held_out import keys, lowest, select, split
 from flacuna_jax.data.hub import local_sources
@@ -31,6 +32,7 @@ from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_sharding
 from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
+from flacuna_jax.training.bucket import read_text
 from flacuna_jax.training.code_version import code_fingerprints, library_versions, package_fingerprint
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from flacuna_jax.training.state import StateLayout
@@ -125,8 +127,8 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     if config.mesh != "auto" and config.training.remat != "auto":
         return config
     devices = jax.devices()
-    previous = config.directory / "config.yaml"
-    if previous.is_file() and (decided := load_config(previous)).mesh != "auto" and _uses(decided, len(devices)):
+    previous = read_text(config.output_dir, "config.yaml")
+    if previous and (decided := parse_config(yaml.safe_load(previous))).mesh != "auto" and _uses(decided, len(devices)):
         mesh, remat = decided.mesh, str(decided.training.remat)
     elif devices[0].platform == "cpu" or known_target(devices[0]):
         mesh, remat = choose_layout(config, model_spec(config, source), devices)

@@ -30,7 +30,7 @@ def starting_point(
     restored = checkpointer.restore(
         layout.trainable,
         layout.opt_state,
-        check=lambda saved: require_same_run(saved, meta, directory.path, allowed),
+        check=lambda saved: require_same_run(saved, meta, directory.output, allowed),
         notify=say,
     )
     if restored is None:
@@ -64,11 +64,11 @@ def newest_state(setup: Setup, say: Say) -> tuple[TrainState, Params]:
       UserError: the checkpoint is damaged.
     """
     state, frozen = fresh_state(setup)
-    steps = list_checkpoints(setup.config.directory)
+    steps = list_checkpoints(setup.config.output_dir)
     if not steps:
         return state, frozen
     say(f"parameters of step {steps[-1]}")
-    arrays, _ = restore_adapters(setup.config.directory, steps[-1])
+    arrays, _ = restore_adapters(setup.config.output_dir, steps[-1])
     shardings = {name: leaf.sharding for name, leaf in state.trainable.items()}
     return TrainState(steps[-1], jax.device_put(arrays, shardings), state.opt_state), frozen
 

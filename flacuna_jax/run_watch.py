@@ -21,6 +21,7 @@ class Watch:
     """The loop's callbacks. None of the time they take counts as training."""
 
     setup: Setup
+    directory: RunDirectory
     checkpointer: Checkpointer
     stream: BatchStream
     tracker: Tracker
@@ -43,6 +44,7 @@ class Watch:
         }
         best = self.history.best(self.setup.config.checkpoint.keep_best)
         with self.log.throughput.paused():
+            self.directory.publish()
             self.checkpointer.save(state.step, state.trainable, state.opt_state, meta, best)
             self.report.refresh()
 

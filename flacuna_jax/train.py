@@ -38,6 +38,7 @@ from flacuna_jax.run_setup import (
 from flacuna_jax.run_state import chosen_state, fresh_state, newest_state, starting_point
 from flacuna_jax.run_watch import Watch, report_on
 from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
+from flacuna_jax.training.bucket import is_bucket, open_output, require_supported
 from flacuna_jax.training.checkpoint import Checkpointer
 from flacuna_jax.training.determinism import Beginning, NotDeterministic, check_determinism
 from flacuna_jax.training.flops import StepFlops, flops_of_step
@@ -47,7 +48,7 @@ from flacuna_jax.training.metrics import open_tracker
 from flacuna_jax.training.profile import PROFILE, traced
 from flacuna_jax.training.progress import open_progress
 from flacuna_jax.training.resume import WORDS
-from flacuna_jax.training.run_directory import RunDirectory, open_run_directory
+from flacuna_jax.training.run_directory import RunDirectory
 from flacuna_jax.training.step import StepConfig, make_step
 from flacuna_jax.training.step_log import StepLog
 from flacuna_jax.training.stop import Stopped, StopRequest
@@ -95,16 +96,17 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
       BadStep: the loss is not finite, or leapt, and the settings say to stop.
     """
     require_settings(config.checkpoint.allow_changes, tuple(WORDS), "checkpoint.allow_changes")
+    require_supported(config.output_dir)
     distributed.initialize(config.distributed)
     tasks = read_tasks(config)
     model = open_parts(config)
     primary = jax.process_index() == 0
     say: Say = say_at_once if primary else say_nothing
-    with open_run_directory(config.directory, resume=config.checkpoint.resume, primary=primary) as directory:
+    with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
         setup = set_up(model, say)
-        with Checkpointer(
-            directory.path, keep=config.checkpoint.keep, asynchronous=config.lora is None
-        ) as checkpointer:
+        # Adapters are small, and on a disk at once.
+        asynchronous = config.lora is None or is_bucket(config.output_dir)
+        with Checkpointer(directory.output, keep=config.checkpoint.keep, asynchronous=asynchronous) as checkpointer:
             run(setup, directory, checkpointer, stop, tasks, say, profile)
     return EXIT_OK
 
@@ -155,7 +157,7 @@ def run(
             flops=functools.partial(flops_of_step, StepFlops.of(setup.spec), setup.store.lengths),
             peak_flops=peak_flops(),
         )
-        watch = Watch(setup, checkpointer, stream, tracker, history, log, measurement, report)
+        watch = Watch(setup, directory, checkpointer, stream, tracker, history, log, measurement, report)
         inspector = BatchInspector(setup.store, source, step_config, rows, load_tokenizer(config.model.tokenizer_path))
         loop = Loop(
             step=traced(step, directory.path / PROFILE, progress.say) if profile else step,

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import parse_config
+from flacuna_jax.evaluation.language_model import ScoreRequest
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader
 from flacuna_jax.model.lora import peft_module
@@ -82,9 +83,22 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     loaded = ModelLoader("float32").load(ModelAddress(base / "run" / "model", run))
     assert loaded.spec.config.rope_scaling is not None
     assert loaded.spec.config.rope_scaling.factor == 2
-    assert flacuna(["export", str(run), str(tmp_path / "merged"), "--format", "merged"]) == 0
-    rounded = ["--format", "merged", "--merge-base", "dequantised"]
-    assert flacuna(["export", str(run), str(tmp_path / "rounded"), *rounded]) == 0
+    assert loaded.spec.quantization == "nf4", "as the run saw it"
+    capsys.readouterr()
+    stored = ["--format", "merged", "--merge-base", "stored"]
+    assert flacuna(["export", str(run), str(tmp_path / "merged"), *stored]) == 0
+    assert "logits are off by up to" in capsys.readouterr().out
+    assert flacuna(["export", str(run), str(tmp_path / "rounded"), "--format", "merged"]) == 0
+    assert "as training saw it, dequantised from nf4" in capsys.readouterr().out
+    asked = [ScoreRequest((1, 5, 9, 30), (7, 11, 4))]
+    (trained,) = loaded.loglikelihood(asked)
+    for directory, same in (("rounded", True), ("merged", False)):
+        (score,) = ModelLoader("float32").load(ModelAddress(tmp_path / directory)).loglikelihood(asked)
+        # Three log-probabilities, each rounded in float32; NF4 moves them a thousand times as far.
+        assert (abs(score.log_probability - trained.log_probability) < 1e-4) == same
+    on_stored = ModelLoader("float32", stored_base=True).load(ModelAddress(base / "run" / "model", run))
+    assert on_stored.loglikelihood(asked)[0].log_probability == pytest.approx(score.log_probability, abs=1e-4)
+    assert on_stored.fingerprint != loaded.fingerprint, "answers of one are not taken from the other's cache"
     for layer, module in ((0, "layers/q_proj"), (1, "layers/down_proj")):
         name = f"{peft_module(module, layer)}.weight"
         kernel = load_file(base / "run" / "model" / "model.safetensors")[name]

@@ -1,7 +1,8 @@
 """Checkpoints of a run: trained weights, optimizer state and a JSON of everything else, written as one atomic whole.
 
 A checkpoint is a directory `checkpoints/<step>/` with the items `trainable`, `optimizer` and `meta`. It appears by a
-rename when it is complete. Beside the caller's own values `meta` records each array's shape, dtype and a checksum that
+rename when it is complete; in a bucket it counts from the moment that its last object, commit_success.txt, is there.
+Beside the caller's own values `meta` records each array's shape, dtype and a checksum that
 does not depend on the layout over devices, so that a torn or flipped byte is found out and the checkpoint before is
 taken instead. Base weights are never saved with adapters.
 """
@@ -24,15 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.training.bucket import is_bucket
 
 Meta = dict[str, Any]
 
 CHECKPOINTS = "checkpoints"
 UNREADABLE = "unreadable_checkpoints"
 _ITEMS = ("trainable", "optimizer", "meta")
+_COMMITTED = "commit_success.txt"
 
 
 class UnreadableCheckpoint(Exception):
@@ -51,15 +55,15 @@ class Checkpointer:
     """Saves and restores the checkpoints of one run directory; a context manager that finishes pending writes.
 
     Args:
-      run_dir: the run's output directory.
+      run_dir: the run's output directory, or a bucket's name.
       keep: how many checkpoints stay, the last by step number, besides those that `save` is told are the best. An old
         one is deleted only after the new one is on the disk.
       asynchronous: `save` returns once the arrays are copied off the devices. Worth it for full tuning; adapters are
         small.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, asynchronous: bool) -> None:
-        self._directory = (run_dir / CHECKPOINTS).absolute()
+    def __init__(self, run_dir: str | os.PathLike[str], *, keep: int, asynchronous: bool) -> None:
+        self._directory = _checkpoints_of(run_dir)
         self._keep = keep
         self._asynchronous = asynchronous
         self._unsettled: int | None = None
@@ -117,7 +121,13 @@ class Checkpointer:
             _force_to_disk(self._directory / str(step))
             for old in self.steps()[: -self._keep]:
                 if old not in self._best:
-                    self._manager.delete(old)
+                    self._delete(old)
+
+    def _delete(self, step: int) -> None:
+        if is_bucket(self._directory) and jax.process_index() == 0:
+            # Objects go one after another: without this one, those that are left are no checkpoint any more.
+            (self._directory / str(step) / _COMMITTED).unlink(missing_ok=True)
+        self._manager.delete(step)
 
     def close(self) -> None:
         try:
@@ -179,6 +189,8 @@ class Checkpointer:
         if jax.process_index() == 0:
             aside = self._directory.parent / UNREADABLE
             aside.mkdir(exist_ok=True)
+            if is_bucket(aside):
+                (aside / "README.txt").write_text("Checkpoints that were damaged.")  # a bucket has no empty directory
             for step in steps:
                 taken = len(list(aside.glob(f"{step}.*")))
                 (self._directory / str(step)).rename(aside / f"{step}.{taken}")
@@ -187,15 +199,15 @@ class Checkpointer:
         self._manager.reload()
 
 
-def list_checkpoints(run_dir: Path) -> list[int]:
+def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending; empty if there are none."""
-    directory = run_dir / CHECKPOINTS
+    directory = _checkpoints_of(run_dir)
     if not directory.is_dir():
         return []
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
-def restore_adapters(run_dir: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], Meta]:
+def restore_adapters(run_dir: str | os.PathLike[str], step: int | None = None) -> tuple[dict[str, np.ndarray], Meta]:
     """Reads the trained weights of a run into host memory, without its optimizer state, and the checkpoint's meta.
 
     Args:
@@ -214,7 +226,7 @@ def restore_adapters(run_dir: Path, step: int | None = None) -> tuple[dict[str, 
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    directory = (run_dir / CHECKPOINTS).absolute()
+    directory = _checkpoints_of(run_dir)
     options = ocp.CheckpointManagerOptions(read_only=True)
     on_host = jax.default_device(jax.local_devices(backend="cpu")[0])
     with on_host, _open_manager(directory, options) as manager:
@@ -234,7 +246,11 @@ def restore_adapters(run_dir: Path, step: int | None = None) -> tuple[dict[str, 
     return restored["trainable"], restored["meta"]
 
 
-def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _checkpoints_of(run_dir: str | os.PathLike[str]) -> epath.Path:
+    return epath.Path(run_dir if is_bucket(run_dir) else Path(run_dir).absolute()) / CHECKPOINTS
+
+
+def _open_manager(directory: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Every failure reaches us as an exception; the library also logs it from each of its threads, with tracebacks.
     logging.getLogger("absl").addFilter(_not_from_orbax)
     return ocp.CheckpointManager(directory, options=options, item_names=_ITEMS)
@@ -253,7 +269,7 @@ def _read(
     sealed = _read_sealed(manager, step)
     check(sealed["meta"])
     _same_arrays(sealed["leaves"], targets, f"checkpoint {manager.directory / str(step)}")
-    with _read_errors():
+    with _read_errors(manager.directory):
         items = manager.restore(
             step,
             args=ocp.args.Composite(**{name: ocp.args.StandardRestore(target) for name, target in targets.items()}),
@@ -266,7 +282,7 @@ def _read(
 
 
 def _read_sealed(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    with _read_errors():
+    with _read_errors(manager.directory):
         stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         body = stored["body"]
         intact = stored["sha256"] == _sha256(body) and body["step"] == step
@@ -338,8 +354,9 @@ def _sha256(body: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _read_errors() -> Iterator[None]:
-    """A torn checkpoint shows itself as many kinds of exception; want of memory or of permission is none of them."""
+def _read_errors(directory: epath.Path) -> Iterator[None]:
+    """A torn checkpoint shows itself as many kinds of exception; want of memory or of permission is none of them, nor
+    is a bucket that does not answer."""
     reason = None
     try:
         yield
@@ -348,6 +365,8 @@ def _read_errors() -> Iterator[None]:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
+        if is_bucket(directory) and _is_outage(error):
+            raise UserError(f"{directory} cannot be read: {' '.join(str(error).split())[:300]}") from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if reason:
         _collect_abandoned_reads()
@@ -364,24 +383,32 @@ def _collect_abandoned_reads() -> None:
         sys.unraisablehook = hook
 
 
+def _is_outage(error: Exception) -> bool:
+    """Whether a bucket failed to answer, or to let us in; an object that is not there is something else."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return True
+    words = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "HttpError")
+    return any(word in f"{type(error).__name__} {error}" for word in words)
+
+
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def _write_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         # TensorStore reports a full disk as a ValueError that carries the system's text.
         reasons = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
         known = next((reason for reason in reasons if reason in str(error)), None)
-        if known is None and not isinstance(error, OSError):
+        if known is None and not isinstance(error, OSError) and not is_bucket(path):
             raise
         raise UserError(f"checkpoint {path} cannot be written: {known or error}; earlier ones are intact") from error
 
 
-def _force_to_disk(directory: Path) -> None:
+def _force_to_disk(directory: epath.Path) -> None:
     """fsyncs a finished checkpoint, so that a power cut cannot empty it after older ones are deleted."""
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or is_bucket(directory):
         return
-    for path in (*directory.rglob("*"), directory, directory.parent):
+    for path in (*Path(directory).rglob("*"), directory, directory.parent):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,7 +1,6 @@
 """What may change between the two halves of an interrupted run, and what would make it a different run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from flacuna_jax.errors import UserError
@@ -49,9 +48,7 @@ def compare_meta(saved: dict[str, Any], current: dict[str, Any], allowed: Sequen
     return [_line(*change) for change in _refused(saved, current, allowed)]
 
 
-def require_same_run(
-    saved: dict[str, Any], current: dict[str, Any], run_dir: Path, allowed: Sequence[str] = ()
-) -> None:
+def require_same_run(saved: dict[str, Any], current: dict[str, Any], run_dir: str, allowed: Sequence[str] = ()) -> None:
     """Raises `UserError` with every difference that `compare_meta` finds."""
     refused = _refused(saved, current, allowed)
     if refused:

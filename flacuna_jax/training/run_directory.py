@@ -7,9 +7,8 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +16,6 @@ from typing import Literal
 from flacuna_jax.errors import UserError
 
 LOCK = ".lock"
-BUCKET = re.compile(r"[a-z][a-z0-9]+:/")
-"""gs://..., s3://...; a path swallows the second slash."""
 # What a run leaves behind; any of these makes a directory a used one.
 PRODUCTS = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html")
 
@@ -35,9 +32,17 @@ class CutBack:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of a run and the writing of its small files; made by `open_run_directory`."""
+    """Paths of a run and the writing of its small files; made by `open_run_directory`.
+
+    Args:
+      path: where small files are written; the working directory if output_dir is a bucket.
+      output: what the run's user calls it, and where its checkpoints are.
+      publish: makes the small files seen where `output` is; called before each checkpoint.
+    """
 
     path: Path
+    output: str
+    publish: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> Path:
@@ -109,26 +114,26 @@ def open_run_directory(
     Raises:
       UserError: the directory cannot be created, is in use by another run, or is used and `resume` is `never`.
     """
-    if BUCKET.match(str(path)):
-        raise UserError(
-            f"output_dir {path} lies in a bucket, which has neither locks nor atomic renames: take a local directory "
-            "(a mounted bucket will do), and copy it with the bucket's own tool"
-        )
     if not primary:
-        yield RunDirectory(path)
+        yield RunDirectory(path, str(path))
         return
     descriptor = _open_locked(path)
     try:
-        used = [name for name in PRODUCTS if (path / name).exists()]
-        if resume == "never" and used:
-            raise UserError(
-                f"output_dir {path} holds a run already ({', '.join(used)}) and checkpoint.resume is never; "
-                "choose another output_dir, or checkpoint.resume: auto to continue that run"
-            )
-        yield RunDirectory(path)
+        if resume == "never":
+            refuse_used(str(path), [name for name in PRODUCTS if (path / name).exists()])
+        yield RunDirectory(path, str(path))
     finally:
         _remove_if_unused(path)
         os.close(descriptor)
+
+
+def refuse_used(output_dir: str, used: Sequence[str]) -> None:
+    """Raises `UserError` if there are products of a run in a directory that must be new."""
+    if used:
+        raise UserError(
+            f"output_dir {output_dir} holds a run already ({', '.join(used)}) and checkpoint.resume is never; "
+            "choose another output_dir, or checkpoint.resume: auto to continue that run"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

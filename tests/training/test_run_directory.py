@@ -82,7 +82,7 @@ def test_resume_never_refuses_a_used_directory(tmp_path, product):
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_and_the_torn_line_goes(tmp_path):
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path, str(tmp_path))
     write_records(run.metrics, range(1, 8), tail='{"step": 8, "lo')
     assert run.cut_back(5) == CutBack(kept=5, later=2, torn=1)
     assert [record["step"] for record in records(run.metrics)] == [1, 2, 3, 4, 5]
@@ -91,14 +91,14 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_the_torn_line_goes(tmp_path)
 
 @pytest.mark.parametrize("tail", ["\0\0\0\0", "null\n", '{"step": 3, "loss": 0.5'])
 def test_every_kind_of_torn_end_is_removed(tmp_path, tail):
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path, str(tmp_path))
     write_records(run.metrics, [1, 2], tail=tail)
     assert run.cut_back(9).torn == 1
     assert len(records(run.metrics)) == 2
 
 
 def test_every_length_of_the_file_can_be_continued(tmp_path):
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path, str(tmp_path))
     write_records(run.metrics, [1, 2, 3])
     whole = run.metrics.read_bytes()
     for size in range(len(whole) + 1):
@@ -111,14 +111,14 @@ def test_every_length_of_the_file_can_be_continued(tmp_path):
 
 
 def test_a_complete_last_line_without_its_newline_is_kept(tmp_path):
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path, str(tmp_path))
     write_records(run.metrics, [1], tail='{"step": 2}')
     assert run.cut_back(2).kept == 2
     assert run.metrics.read_text().endswith('{"step": 2}\n')
 
 
 def test_a_fresh_start_empties_metrics_and_a_missing_file_is_no_error(tmp_path):
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path, str(tmp_path))
     assert run.cut_back(7) == CutBack(0, 0, 0)
     write_records(run.metrics, [1, 2])
     assert run.cut_back(0) == CutBack(kept=0, later=2, torn=0)
@@ -126,7 +126,7 @@ def test_a_fresh_start_empties_metrics_and_a_missing_file_is_no_error(tmp_path):
 
 
 def test_records_without_a_step_survive_a_resume(tmp_path):
-    run = RunDirectory(tmp_path)
+    run = RunDirectory(tmp_path, str(tmp_path))
     run.metrics.write_text('{"kind": "plan", "rows": 5}\n{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     run.cut_back(1)
     assert records(run.metrics) == [{"kind": "plan", "rows": 5}, {"step": 1, "loss": 2.0}]
