@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.kernels.axes import BATCH_AXES
-from flacuna_jax.kernels.cross_entropy import CHUNK
+from flacuna_jax.kernels.cross_entropy import chunk_size
 from flacuna_jax.model.parameters import Shapes, count
 from flacuna_jax.model.sharding import MESH_AXES, stored_spec
 from flacuna_jax.planning.hlo import Collective
@@ -99,7 +99,7 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
     head = config.vocab_size * d // tensor * size
     largest = max(math.prod(shape[1:]) for name, shape in spec.base_shapes.items() if name.startswith("layers/"))
     gathered = (head + 2 * largest // tensor * size) if layout.mesh.fsdp > 1 else 0
-    chunk = min(CHUNK, workload.tokens_per_pass(layout)) * config.vocab_size // tensor * (4 + size)
+    chunk = chunk_size(workload.tokens_per_pass(layout)) * config.vocab_size // tensor * (4 + size)
     if spec.lora is None:
         gradients = 4 * _stored(spec.base_shapes, layout.mesh)
         # The sums of the micro-batches, each micro-batch's own, and the head's, which is whole on every device.
@@ -132,7 +132,7 @@ def head_chunks(workload: Workload, layout: Layout) -> float:
     """How many chunks of supervised positions meet the head in one micro-batch."""
     statistics = workload.statistics
     tokens = workload.tokens_per_pass(layout)
-    return math.ceil(tokens * statistics.fill * statistics.supervised / min(CHUNK, tokens))
+    return math.ceil(tokens * statistics.fill * statistics.supervised / chunk_size(tokens))
 
 
 def estimate_work(workload: Workload, layout: Layout) -> Work:
@@ -142,7 +142,7 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     weights = count(matrices)
     full_tuning, recomputed = spec.lora is None, layout.remat in MULTIPLYING_AGAIN
     passes = 2 + full_tuning + recomputed
-    head_tokens = head_chunks(workload, layout) * min(CHUNK, workload.tokens_per_pass(layout)) * micro_batches
+    head_tokens = head_chunks(workload, layout) * chunk_size(workload.tokens_per_pass(layout)) * micro_batches
     head = config.vocab_size * config.hidden_size
     matrix_flops = 2 * passes * weights / tensor * tokens + 2 * (4 if full_tuning else 2) * head / tensor * head_tokens
     if not full_tuning:

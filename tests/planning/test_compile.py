@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from flacuna_jax.config import LoraConfig, MeshConfig
-from flacuna_jax.kernels.cross_entropy import CHUNK, LOOP_SCOPE
+from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE, chunk_size
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.planning.compile import CompiledStep, compile_step, lower_step
 from flacuna_jax.planning.estimate import argument_bytes, estimate_work, head_chunks
@@ -147,7 +147,7 @@ def test_the_head_meets_each_chunk_twice(devices):
         flops * use.times for use, flops in step.program.matrix_products() if LOOP_SCOPE in use.instruction.op_name
     )
     chunks = head_chunks(workload, layout) * workload.micro_batches(layout)
-    rows = min(CHUNK, workload.tokens_per_pass(layout))
+    rows = chunk_size(workload.tokens_per_pass(layout))
     assert head == 2 * chunks * 2 * rows * NETWORK.vocab_size * NETWORK.hidden_size
 
 
