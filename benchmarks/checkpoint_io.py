@@ -69,10 +69,10 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool, with_golden: bool) 
         subprocess.run(["cp", "-r", source, scratch / "copy"], check=True)
 
     def converted() -> None:
-        convert(scratch / "native", open_checkpoint(source), config, tokenizer_source=source)
+        convert(scratch / "native", open_checkpoint(source, once=True), config, tokenizer_source=source)
 
     def merged() -> None:
-        write_merged(scratch / "merged", open_checkpoint(source), config, adapter, Companions(source, None, {}))
+        write_merged(scratch / "merged", open_checkpoint(source, once=True), config, adapter, Companions(source, None, {}))
 
     def merged_by_peft() -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
@@ -89,7 +89,7 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool, with_golden: bool) 
         crossings.append(("merge by PEFT", merged_by_peft, "peft"))
 
     if with_golden:
-        crossings.append(("golden prompts", lambda: golden_prompts(open_checkpoint(source), config), "none"))
+        crossings.append(("golden prompts", lambda: golden_prompts(open_checkpoint(source, once=True), config), "none"))
     measured = [(name, *measured_crossing(crossing, scratch / output)) for name, crossing, output in crossings]
     measured.append(("cp again", *measured_crossing(copy, scratch / "copy")))
     baseline = min(seconds for name, seconds, _ in measured if name.startswith("cp"))

@@ -25,7 +25,7 @@ from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     check_target(Path(arguments.out))
-    model = open_checkpoint(arguments.model)
+    model = open_checkpoint(arguments.model, once=True)
     if names.is_training_checkpoint(model):
         if arguments.delta is not None:
             raise UserError(f"--delta: {arguments.model} is a training checkpoint, not the base of a delta")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return None
     if arguments.base or arguments.alpha is not None:
         raise UserError(f"--base and --alpha are for the released Flacuna, which {arguments.model} is not")
-    delta = None if arguments.delta is None else open_checkpoint(arguments.delta)
+    delta = None if arguments.delta is None else open_checkpoint(arguments.delta, once=True)
     _convert_model(arguments, model if delta is None else DeltaReader(model, delta))
     return None
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return None
     base = _base_directory(arguments, settings)
     config = network_sizes(settings.model, settings.data.max_length, base)
-    reader = open_checkpoint(base)
+    reader = open_checkpoint(base, once=True)
     adapter, trained = _adapter(run, arguments.step, settings, settings.lora, config, reader)
     facts = run_facts(run, settings, arguments.results)
     name = arguments.base_name or settings.model.name or str(base)
@@ -135,7 +135,7 @@ def _export_full(arguments: argparse.Namespace, run: Path, target: Path, setting
         raise UserError(f"{run} trained every weight (lora: null); it has no adapter, export it with --format merged")
     if arguments.step is not None or not (run / "model").is_dir():
         raise UserError(f"{run} has no model/ yet, which a run of all weights writes at its end; let it finish")
-    reader = open_checkpoint(run / "model")
+    reader = open_checkpoint(run / "model", once=True)
     config = read_architecture(run / "model")
     facts = run_facts(run, settings, arguments.results)
     companions = _companions(arguments, settings, run / "model", None, config, facts)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
+from flacuna_jax.huggingface.alongside import LogitsAlongside
 from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_config, read_settings
 from flacuna_jax.huggingface.card import Facts, model_card
 from flacuna_jax.huggingface.directories import check_target, whole_directory
@@ -29,11 +30,10 @@ from flacuna_jax.huggingface.merged import (
     write_settings,
     write_shards,
 )
-from flacuna_jax.huggingface.probe import Weights, stored_weights
+from flacuna_jax.huggingface.probe import Side, Weights, stored_weights
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader, common_dtype
 from flacuna_jax.huggingface.verify import (
-    LogitsAlongside,
     compare_logits,
     verify_adapter,
     verify_digest,
@@ -130,7 +130,10 @@ def write_merged(
     dtype: np.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Delivery:
-    """Writes and verifies base + adapter as a Hugging Face model; memory needed is one tensor, for the check one layer.
+    """Writes and verifies base + adapter as a Hugging Face model; memory needed is that of two or three layers.
+
+    The base is read once: its values, added to and not, are written and go through the network for both sides at the
+    same time (see `alongside`); a shard is read back from the disk while the next one is written.
 
     Raises:
       UserError: the target is in the way, or a tensor is not finite.
@@ -138,11 +141,9 @@ def write_merged(
     """
     tensors = merged_tensors(reader, config, adapter, dtype)
     with whole_directory(target) as partial:
-        logits = LogitsAlongside(partial, config, stored_weights(reader, config), adapter)
-        files = _write_weights(partial, tensors, shard_bytes, logits)
-        _write_settings(partial, config, tensors, reader.directory, companions)
-        verify_model(partial, config, tensors)
-        shift = verify_merge(partial, *logits.both(), common_dtype(tensor.dtype for tensor in tensors))
+        meant = Side(stored_weights(reader, config), adapter)
+        files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, reader.directory, companions)
+        shift = verify_merge(partial, *logits, common_dtype(tensor.dtype for tensor in tensors))
         _describe(partial, config, companions, None if adapter is None else adapter.lora, shift)
     return _delivery(target, tensors, files, shift)
 
@@ -169,32 +170,40 @@ def write_model(
     """
     tensors = model_tensors(params, config, dtype)
     with whole_directory(target, replace=replace) as partial:
-        logits = LogitsAlongside(partial, config, _device_weights(params, dtype), None)
-        files = _write_weights(partial, tensors, shard_bytes, logits)
-        _write_settings(partial, config, tensors, model_source, companions)
-        verify_model(partial, config, tensors)
-        shift = compare_logits(partial, *logits.both())
+        meant = Side(_device_weights(params, dtype))
+        files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, model_source, companions)
+        shift = compare_logits(partial, *logits)
         _describe(partial, config, companions, None, None)
     return _delivery(target, tensors, files, shift)
 
 
 def _write_weights(
-    partial: Path, tensors: list[PendingTensor], shard_bytes: int, logits: LogitsAlongside
-) -> tuple[str, ...]:
-    """Writes the shards; each is read back, and goes through the network, while the next one is written."""
+    partial: Path,
+    config: LlamaConfig,
+    tensors: list[PendingTensor],
+    shard_bytes: int,
+    meant: Side,
+    model_source: Path | None,
+    companions: Companions,
+) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+    """Writes weights and settings, and reads them back: names of the files, logits of what is meant and of them."""
+    with LogitsAlongside(config, meant) as alongside:
+        files = _read_back(partial, write_shards(partial, tensors, shard_bytes, alongside.see))
+        _write_settings(partial, config, tensors, model_source, companions)
+        verify_model(partial, config, tensors)
+        return files, alongside.both(stored_weights(open_checkpoint(partial), config))
 
-    def check(file: str, digest: str) -> None:
-        verify_digest(partial / file, digest)
-        logits.add(file)
 
+def _read_back(partial: Path, written: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Checks each (file, digest) while the next one is written; the names."""
     files = []
     with ThreadPoolExecutor(1) as checker:
-        checks: list[Future[None]] = []
-        for file, digest in write_shards(partial, tensors, shard_bytes):
+        checks = []
+        for file, digest in written:
             files.append(file)
-            checks.append(checker.submit(check, file, digest))
-        for done in checks:
-            done.result()
+            checks.append(checker.submit(verify_digest, partial / file, digest))
+        for check in checks:
+            check.result()
     return tuple(files)
 
 
@@ -270,15 +279,18 @@ def convert(
     check_target(Path(target))
     with whole_directory(target) as partial:
         leaves = {}
-        for path, held in sources.items():
-            leaves[path] = native.write_parameter(partial, reader, path, held, dtype)
-            verify_digest(partial / leaves[path]["file"], leaves[path]["digest"])
+
+        def written() -> Iterator[tuple[str, str]]:
+            for path, held in sources.items():
+                leaves[path] = native.write_parameter(partial, reader, path, held, dtype)
+                yield leaves[path]["file"], leaves[path]["digest"]
+
+        files = _read_back(partial, written())
         _write_config(partial, reader, config, leaves)
         copy_tokenizer(tokenizer_source, partial, None)
         native.write_manifest(partial, leaves, base_fingerprint=fingerprint(reader, config))
         match_tensors(open_checkpoint(partial), config)
-    nbytes = sum((Path(target) / entry["file"]).stat().st_size for entry in leaves.values())
-    return Delivery(Path(target), tuple(entry["file"] for entry in leaves.values()), nbytes, None)
+    return Delivery(Path(target), files, sum((Path(target) / file).stat().st_size for file in files), None)
 
 
 def _write_config(

@@ -97,8 +97,12 @@ def _natural(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
+See = Callable[[str, slice, np.ndarray], None]
+"""Told of (tensor, rows, values) before they are written; in several threads, and not quite in the files' order."""
+
+
 def write_shards(
-    directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES
+    directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES, see: See | None = None
 ) -> Iterator[tuple[str, str]]:
     """Writes the tensors into one file, or into shards with an index; gives (file, digest) of each as it is written.
 
@@ -107,11 +111,11 @@ def write_shards(
     """
     shards = _plan_shards(tensors, shard_bytes)
     if len(shards) == 1:
-        yield SAFETENSORS, _write_shard(directory / SAFETENSORS, shards[0])
+        yield SAFETENSORS, _write_shard(directory / SAFETENSORS, shards[0], see)
         return
     files = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
-        yield file, _write_shard(directory / file, shard)
+        yield file, _write_shard(directory / file, shard, see)
     weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
     total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
     index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
@@ -130,20 +134,24 @@ def _plan_shards(tensors: Sequence[PendingTensor], shard_bytes: int) -> list[lis
     return shards
 
 
-def _write_shard(path: Path, tensors: Sequence[PendingTensor]) -> str:
+def _write_shard(path: Path, tensors: Sequence[PendingTensor], see: See | None) -> str:
     described = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
     makers = (
-        functools.partial(_checked, tensor, rows)
+        functools.partial(_checked, tensor, rows, see)
         for tensor in tensors
         for rows in row_blocks(tensor.shape, tensor.dtype.itemsize)
     )
     return write_file(path, described, makers)
 
 
-def _checked(tensor: PendingTensor, rows: slice) -> np.ndarray:
+def _checked(tensor: PendingTensor, rows: slice, see: See | None) -> np.ndarray:
     value = tensor.make(rows)
+    made, due = (value.shape, value.dtype), ((rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
+    assert made == due, f"{tensor.name}: {made} came, {due} was announced"
     if not is_finite(value):
         raise UserError(f"{tensor.name} holds infinities or NaNs; the base is damaged, or training diverged")
+    if see is not None:
+        see(tensor.name, rows, value)
     return value
 
 

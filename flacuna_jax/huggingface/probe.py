@@ -3,9 +3,13 @@
 So a written model, and what it was made from, can be asked on a machine much smaller than either. The layers are the
 model's own (`Block`); only its matrices are stood in for by ones that are read while they are multiplied. Everything is
 float32, whatever the weights are, on the CPU.
+
+Two models can go side by side, such as a base with its adapter and what the two were merged into. Most of their
+matrices are the same; those are made float32 once, and multiplied once with the tokens of both.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -36,6 +40,37 @@ def stored_weights(reader: TensorReader, config: LlamaConfig) -> Weights:
     return lambda path, layer, rows: reader.read(sources[path][layer], rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the models that go side by side.
+
+    Attributes:
+      weights: where its weights come from.
+      adapter: added beside them, not merged into them.
+    """
+
+    weights: Weights
+    adapter: Adapter | None = None
+
+    def has_adapter(self, module: str, layer: int) -> bool:
+        adapter = self.adapter
+        return adapter is not None and f"{module}/lora_a" in adapter.params and layer in adapter.layers_of(module)
+
+    def product(self, x_bti: jax.Array, weight_oi: np.ndarray, module: str, layer: int, rows: slice) -> jax.Array:
+        """x times some rows of a matrix, with its adapter if it has one."""
+        adapter = self.adapter
+        if adapter is None or not self.has_adapter(module, layer):
+            return _product(x_bti, weight_oi)
+        a_ri = adapter.factor(f"{module}/lora_a", layer)
+        scale = np.float32(adapter.lora.scale_of(peft_module(module, layer)))
+        b_or = adapter.factor(f"{module}/lora_b", layer)[rows] * scale
+        y_bto = _sum_of_products(x_bti, weight_oi, a_ri, b_or)
+        if not adapter.lora.use_dora:
+            return y_bto
+        length_o = adapter.factor(f"{module}/lora_magnitude", layer)[rows]
+        return y_bto * (length_o / row_norms(*map(jnp.asarray, (cast(weight_oi, FLOAT), a_ri, b_or))))
+
+
 def probe_ids(config: LlamaConfig, length: int = 8) -> np.ndarray:
     """Fixed token ids spread over the vocabulary, int32 [length]."""
     return (1 + np.arange(length, dtype=np.int64) * 7919 % (config.vocab_size - 1)).astype(np.int32)
@@ -50,7 +85,7 @@ def streamed_logits(weights: Weights, config: LlamaConfig, ids_t: np.ndarray, ad
       ids_t: int32 token ids.
       adapter: added beside the base, not merged into it.
     """
-    return StreamedModel(weights, config, adapter, batch=1, slots=len(ids_t)).extend(ids_t[None])[0]
+    return StreamedModel([Side(weights, adapter)], config, batch=1, slots=len(ids_t)).extend(ids_t[None])[0]
 
 
 def streamed_greedy(
@@ -64,7 +99,7 @@ def streamed_greedy(
     longest = max(map(len, prompts))
     first_b = np.array([longest - len(prompt) for prompt in prompts])
     tokens_bt = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], np.int32)
-    model = StreamedModel(weights, config, None, batch=len(prompts), slots=longest + count, first_b=first_b)
+    model = StreamedModel([Side(weights)], config, batch=len(prompts), slots=longest + count, first_b=first_b)
     chosen, margins = [], []
     for _ in range(count):
         logits_bv = model.extend(tokens_bt, last_only=True)[:, -1]
@@ -76,33 +111,34 @@ def streamed_greedy(
 
 
 class StreamedModel:
-    """A network whose weights are read anew for every call, with a cache of keys and values between calls.
+    """Networks whose weights are read anew for every call, with a cache of keys and values between calls.
 
     Args:
-      weights, config, adapter: as for `streamed_logits`.
-      batch: sequences.
+      sides: the models; all of them get the same tokens, and their sequences follow each other in what comes out.
+      config: sizes.
+      batch: sequences of a side.
       slots: tokens that a sequence can have.
       first_b: slot where each sequence begins, so that all end together; 0 by default.
     """
 
     def __init__(
         self,
-        weights: Weights,
+        sides: Sequence[Side],
         config: LlamaConfig,
-        adapter: Adapter | None,
         *,
         batch: int,
         slots: int,
         first_b: np.ndarray | None = None,
     ) -> None:
-        self._weights, self._config, self._adapter = weights, config, adapter
-        self._first_b = np.zeros(batch, np.int64) if first_b is None else first_b
-        self._kept = np.zeros((2, config.num_layers, batch, slots, config.num_kv_heads, config.head_dim), FLOAT)
+        self._sides, self._config = tuple(sides), config
+        self._first_b = np.tile(np.zeros(batch, np.int64) if first_b is None else first_b, len(sides))
+        kept = (2, config.num_layers, len(sides) * batch, slots, config.num_kv_heads, config.head_dim)
+        self._kept = np.zeros(kept, FLOAT)
         self._filled = 0
         self._shapes = base_shapes(config)
 
     def extend(self, tokens_bt: np.ndarray, *, last_only: bool = False) -> np.ndarray:
-        """Adds tokens; float32 logits [batch, tokens, vocab] of them, or [batch, 1, vocab] of the last alone."""
+        """Adds tokens [batch, tokens]; float32 logits [sides · batch, tokens, vocab] of them, or of the last alone."""
         self.begin(tokens_bt)
         for layer in range(self._config.num_layers):
             self.through(layer)
@@ -115,7 +151,7 @@ class StreamedModel:
         positions_bt = np.maximum(self._slots_t - self._first_b[:, None], 0)
         with _in_float32():
             self._rope = Rope.at(jnp.asarray(positions_bt), self._config.rope_frequencies)
-            self._x_btd = jnp.asarray(self._embed(tokens_bt))
+            self._x_btd = jnp.asarray(np.concatenate([_embed(side.weights, tokens_bt) for side in self._sides]))
 
     def through(self, layer: int) -> None:
         with _in_float32():
@@ -129,11 +165,6 @@ class StreamedModel:
             head = "embed_tokens/weight" if self._config.tie_word_embeddings else "lm_head/weight"
             return np.asarray(self._project(head, 0, hidden_btd))
 
-    def _embed(self, tokens_bt: np.ndarray) -> np.ndarray:
-        """Looks up one row at a time: no other part of the table is read."""
-        rows = {i: self._weights("embed_tokens/weight", 0, slice(i, i + 1)) for i in np.unique(tokens_bt).tolist()}
-        return np.stack([np.stack([cast(rows[i][0], FLOAT) for i in sequence]) for sequence in tokens_bt.tolist()])
-
     def _block(self, layer: int) -> Any:
         """What `Block` has in its place: sizes, and things to call under the names of its modules."""
         modules = {name: functools.partial(self._linear, f"layers/{name}", layer) for name in PROJECTIONS}
@@ -142,33 +173,38 @@ class StreamedModel:
             config=self._config, **modules, **{name: self._norm(f"layers/{name}/weight", layer) for name in norms}
         )
 
-    def _norm(self, path: str, layer: int) -> RMSNorm:
-        norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps, jnp.dtype(FLOAT))
-        norm.weight[...] = jnp.asarray(cast(self._weights(path, layer, slice(None)), FLOAT))
-        return norm
+    def _norm(self, path: str, layer: int) -> Callable[[jax.Array], jax.Array]:
+        def normed(side: Side, x_btd: jax.Array) -> jax.Array:
+            norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps, jnp.dtype(FLOAT))
+            norm.weight[...] = jnp.asarray(cast(side.weights(path, layer, slice(None)), FLOAT))
+            return norm(x_btd)
+
+        return functools.partial(self._by_side, normed)
 
     def _linear(self, module: str, layer: int, x_bti: jax.Array, _: Any = None) -> jax.Array:
         y_bto, bias = self._project(f"{module}/weight", layer, x_bti), f"{module}/bias"
-        return y_bto + cast(self._weights(bias, layer, slice(None)), FLOAT) if bias in self._shapes else y_bto
+        if bias not in self._shapes:
+            return y_bto
+        return self._by_side(lambda side, y: y + cast(side.weights(bias, layer, slice(None)), FLOAT), y_bto)
+
+    def _by_side(self, function: Callable[[Side, jax.Array], jax.Array], x_btd: jax.Array) -> jax.Array:
+        parts = jnp.split(x_btd, len(self._sides))
+        return jnp.concatenate([function(side, part) for side, part in zip(self._sides, parts, strict=True)])
 
     def _project(self, path: str, layer: int, x_bti: jax.Array) -> jax.Array:
-        """x times a matrix, with its adapter if it has one."""
-        module, adapter = path.removesuffix("/weight"), self._adapter
+        """x times a matrix, of each side; once where the sides have the same one."""
+        module = path.removesuffix("/weight")
         shape = self._shapes[path][1:] if names.is_stacked(path) else self._shapes[path]
-        blocks = row_blocks(shape, FLOAT.itemsize)
-        if adapter is None or f"{module}/lora_a" not in adapter.params or layer not in adapter.layers_of(module):
-            return jnp.concatenate([_product(x_bti, self._weights(path, layer, rows)) for rows in blocks], axis=-1)
-        a_ri = adapter.factor(f"{module}/lora_a", layer)
-        b_or = adapter.factor(f"{module}/lora_b", layer) * np.float32(adapter.lora.scale_of(peft_module(module, layer)))
-        pieces = []
-        for rows in blocks:
-            weight_oi = self._weights(path, layer, rows)
-            y_bto = _sum_of_products(x_bti, weight_oi, a_ri, b_or[rows])
-            if adapter.lora.use_dora:
-                length_o = adapter.factor(f"{module}/lora_magnitude", layer)[rows]
-                y_bto = y_bto * (length_o / row_norms(*map(jnp.asarray, (cast(weight_oi, FLOAT), a_ri, b_or[rows]))))
-            pieces.append(y_bto)
-        return jnp.concatenate(pieces, axis=-1)
+        alike = not any(side.has_adapter(module, layer) for side in self._sides)
+        y_bto = np.empty((*x_bti.shape[:-1], shape[0]), FLOAT)
+        for rows in row_blocks(shape, _HALF):
+            weights = [side.weights(path, layer, rows) for side in self._sides]
+            if alike and all(_same(weights[0], other) for other in weights[1:]):
+                y_bto[..., rows] = _product(x_bti, weights[0])
+                continue
+            parts = zip(self._sides, jnp.split(x_bti, len(self._sides)), weights, strict=True)
+            y_bto[..., rows] = np.concatenate([side.product(x, w, module, layer, rows) for side, x, w in parts])
+        return jnp.asarray(y_bto)
 
     def _attend(
         self, layer: int, slots_t: np.ndarray, q_bthn: jax.Array, k_btkn: jax.Array, v_btkn: jax.Array
@@ -180,6 +216,22 @@ class StreamedModel:
         if self._config.sliding_window is not None:
             visible_bts &= slots_s > slots_t[:, None] - self._config.sliding_window
         return _attention(q_bthn, *self._kept[:, layer], visible_bts)
+
+
+_HALF = 2
+"""Bytes of what most weights are stored as; products are cut into blocks as files are."""
+
+
+def _embed(weights: Weights, tokens_bt: np.ndarray) -> np.ndarray:
+    """Looks up one row at a time: no other part of the table is read."""
+    rows = {i: weights("embed_tokens/weight", 0, slice(i, i + 1)) for i in np.unique(tokens_bt).tolist()}
+    return np.stack([np.stack([cast(rows[i][0], FLOAT) for i in sequence]) for sequence in tokens_bt.tolist()])
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same bits."""
+    bits = f"u{a.dtype.itemsize}"
+    return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
 
 
 @contextlib.contextmanager

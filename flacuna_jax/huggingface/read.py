@@ -26,14 +26,16 @@ class CheckpointReader:
     Attributes:
       directory: where they come from, for messages.
       tensors: name → place, shape and dtype.
+      once: see `MappedFiles`.
     """
 
     directory: Path
     tensors: Mapping[str, ReadableTensor]
+    once: bool = False
 
     @functools.cached_property
     def _files(self) -> MappedFiles:
-        return MappedFiles()
+        return MappedFiles(self.once)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -56,10 +58,14 @@ class CheckpointReader:
         return self.tensors[name].read(self._files, rows)
 
 
-def open_checkpoint(directory: str | Path) -> CheckpointReader:
+def open_checkpoint(directory: str | Path, *, once: bool = False) -> CheckpointReader:
     """Opens a LLaMA directory: Hugging Face's (safetensors or legacy .bin, sharded or not), Meta's, or a converted one.
 
     Headers and pickles are read and checked against each other and against file sizes; weights are not touched.
+
+    Args:
+      directory: where it is.
+      once: whether its weights will be read once from end to end, and so need not stay in the system's memory.
 
     Raises:
       UserError: there is no checkpoint, a file is missing, torn or not what it should be, or an index disagrees with
@@ -68,18 +74,22 @@ def open_checkpoint(directory: str | Path) -> CheckpointReader:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; a checkpoint directory is expected")
+    return CheckpointReader(directory, _tensors(directory), once)
+
+
+def _tensors(directory: Path) -> Mapping[str, ReadableTensor]:
     if native.is_native(directory):
-        return CheckpointReader(directory, native.read_tensors(directory))
+        return native.read_tensors(directory)
     for file_name, index_name, read_file in (
         (SAFETENSORS, SAFETENSORS_INDEX, _safetensors),
         (LEGACY, LEGACY_INDEX, read_torch_file),
     ):
         if (directory / file_name).is_file():
-            return CheckpointReader(directory, read_file(directory / file_name))
+            return read_file(directory / file_name)
         if (directory / index_name).is_file():
-            return CheckpointReader(directory, _read_shards(directory / index_name, read_file))
+            return _read_shards(directory / index_name, read_file)
     if is_meta(directory):
-        return CheckpointReader(directory, read_meta(directory))
+        return read_meta(directory)
     raise UserError(f"{directory} holds no checkpoint: {_what_is_there(directory)}")
 
 

@@ -1,8 +1,12 @@
 """A tensor as it lies in a file: a strided window of bytes, viewed through a memory map without being loaded."""
 
+import contextlib
 import dataclasses
 import math
 import mmap
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -51,9 +55,15 @@ class StoredTensor:
         return self.offset + last + self.dtype.itemsize
 
     def read(self, files: "MappedFiles", rows: slice = ALL_ROWS) -> np.ndarray:
-        """A read-only view of the file's pages; slicing it reads only what the slice covers. Raises as `view`."""
-        view = files.view(self)
-        return view if rows == ALL_ROWS else view[rows]
+        """A read-only view of the file's pages; only those of the rows are read. Raises as `view`."""
+        return files.view(self if rows == ALL_ROWS else self.of_rows(rows))
+
+    def of_rows(self, rows: slice) -> "StoredTensor":
+        """Some of the rows as a tensor of their own."""
+        start, stop, _ = rows.indices(self.shape[0])
+        step = math.prod(self.shape[1:]) * self.dtype.itemsize if self.strides is None else self.strides[0]
+        shape = (max(0, stop - start), *self.shape[1:])
+        return dataclasses.replace(self, offset=self.offset + start * step, shape=shape)
 
 
 class ReadableTensor(Protocol):
@@ -71,10 +81,19 @@ class ReadableTensor(Protocol):
 
 
 class MappedFiles:
-    """Memory maps of files, one each, kept open as long as views of them are handed out."""
+    """Memory maps of files, one each, kept open as long as views of them are handed out.
 
-    def __init__(self) -> None:
+    Args:
+      once: whether the files are read from end to end and then no more. Pages that were handed out then leave the
+        system's memory again, all but the last of them; a model as large as memory pushes nothing else out of it.
+        Views stay valid.
+    """
+
+    def __init__(self, once: bool = False) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._once, self._held = once, 0
+        self._recent: OrderedDict[StoredTensor, None] = OrderedDict()
+        self._lock = threading.Lock()
 
     def view(self, tensor: StoredTensor) -> np.ndarray:
         """The tensor as a read-only array over the file's pages.
@@ -87,6 +106,8 @@ class MappedFiles:
         pages = self._map(tensor.file)
         if tensor.end > len(pages):
             raise UserError(f"{tensor.file} ends at byte {len(pages)}, a tensor in it needs {tensor.end}; it is torn")
+        if self._once:
+            self._pass(tensor)
         return np.ndarray(tensor.shape, tensor.dtype, pages, tensor.offset, tensor.strides)
 
     def _map(self, path: Path) -> mmap.mmap:
@@ -97,6 +118,32 @@ class MappedFiles:
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from None
         return self._maps[path]
+
+    def _pass(self, tensor: StoredTensor) -> None:
+        """Notes what is handed out, and lets the oldest of it go."""
+        with self._lock:
+            self._held += 0 if tensor in self._recent else tensor.end - tensor.offset
+            self._recent[tensor] = None
+            self._recent.move_to_end(tensor)
+            while self._held > _LINGERING:
+                oldest, _ = self._recent.popitem(last=False)
+                self._held -= oldest.end - oldest.offset
+                first = oldest.offset // mmap.PAGESIZE * mmap.PAGESIZE
+                if hasattr(mmap, "MADV_DONTNEED"):  # pages that a map refers to cannot leave memory
+                    self._maps[oldest.file].madvise(mmap.MADV_DONTNEED, first, oldest.end - first)
+                with contextlib.suppress(OSError), oldest.file.open("rb") as file:
+                    forget(file.fileno(), first, oldest.end - first)
+
+
+_LINGERING = 2 << 30
+"""Bytes that stay for whoever reads them again soon: two layers of 13B, and more."""
+
+
+def forget(descriptor: int, start: int = 0, size: int = 0) -> None:
+    """Tells the system that some bytes of a file, or all from `start` on, need not stay in memory: it lets go of pages
+    that the disk has, and sends those to it that it does not have."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 class TensorReader(Protocol):

@@ -1,7 +1,7 @@
 """Re-opens what was written and compares it with what was meant, before a directory gets its final name."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,12 +12,10 @@ from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.merged import PendingTensor
 from flacuna_jax.huggingface.pieces import file_digest
-from flacuna_jax.huggingface.probe import StreamedModel, Weights, probe_ids
-from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.safetensors_file import read_header
 from flacuna_jax.huggingface.tensors import StoredTensor, cast
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes
 
 LOGIT_TOLERANCE = 1e-4
 
@@ -83,7 +81,8 @@ def verify_merge(directory: Path, meant: np.ndarray, found: np.ndarray, dtype: n
 
 
 def verify_model(directory: Path, config: LlamaConfig, meant: Sequence[PendingTensor]) -> None:
-    """Checks a written model by its settings and headers: architecture, key set, shapes, dtypes.
+    """Checks a written model by its settings and headers: architecture, key set, shapes, dtypes, and that tensors lie
+    in the order in which they were written, so that each name has the values that were meant for it.
 
     Raises:
       VerificationError: something differs.
@@ -96,70 +95,22 @@ def verify_model(directory: Path, config: LlamaConfig, meant: Sequence[PendingTe
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise VerificationError(f"{directory}: presence, shape or dtype differ for {names.some(differing)}")
+    held = [read_header(file)[0] for file in sorted(directory.glob("*.safetensors"))]
+    lying = [name for tensors in held for name in _in_file_order(tensors)]
+    misplaced = [name for name, tensor in zip(lying, meant, strict=True) if name != tensor.name]
+    if misplaced:
+        raise VerificationError(f"{directory}: the headers give {names.some(misplaced)} the values of other tensors")
+
+
+def _in_file_order(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: tensors[name].offset)
 
 
 def verify_digest(path: Path, digest: str) -> None:
-    """Reads a file again and compares it with the digest taken while it was written.
+    """Reads a file again, from the disk, and compares it with the digest taken while it was written.
 
     Raises:
       VerificationError: they differ.
     """
     if file_digest(path) != digest:
         raise VerificationError(f"{path}: its bytes are not those that were written; check the disk")
-
-
-class LogitsAlongside:
-    """Logits of what is meant and of what is written, made layer by layer while the files appear.
-
-    Both sides are read while the machine still holds them in memory; afterwards a model larger than it would have to
-    come from the disk once more for each side.
-
-    Args:
-      directory: where safetensors files appear, tensors in the order of the layers.
-      config: sizes.
-      meant: weights of what the files are made from, and the adapter beside them.
-    """
-
-    def __init__(self, directory: Path, config: LlamaConfig, meant: Weights, adapter: Adapter | None) -> None:
-        self._directory, self._config = directory, config
-        self._tensors: dict[str, StoredTensor] = {}
-        self._ids_bt = probe_ids(config)[None]
-        slots = self._ids_bt.shape[1]
-        written = _written_weights(CheckpointReader(directory, self._tensors))
-        self._meant = StreamedModel(meant, config, adapter, batch=1, slots=slots)
-        self._found = StreamedModel(written, config, None, batch=1, slots=slots)
-        self._layers = -1
-
-    def add(self, file: str) -> None:
-        """Goes as far as the files, now one more, allow."""
-        self._tensors |= read_header(self._directory / file)[0]
-        while self._layers < self._config.num_layers and self._needed() <= self._tensors.keys():
-            for side in (self._meant, self._found):
-                if self._layers < 0:
-                    side.begin(self._ids_bt)
-                else:
-                    side.through(self._layers)
-            self._layers += 1
-
-    def _needed(self) -> set[str]:
-        if self._layers < 0:
-            return {names.EMBEDDING}
-        stacked = (path for path in base_shapes(self._config) if names.is_stacked(path))
-        return {names.tensor_name(path, self._layers) for path in stacked}
-
-    def both(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [tokens, vocab] of what is meant and of what was written.
-
-        Raises:
-          VerificationError: layers are missing from the files.
-        """
-        if self._layers < self._config.num_layers:
-            raise VerificationError(f"{self._directory}: layer {self._layers} is not in the files that were written")
-        return self._meant.finish()[0], self._found.finish()[0]
-
-
-def _written_weights(reader: CheckpointReader) -> Weights:
-    def weights(path: str, layer: int, rows: slice) -> np.ndarray:
-        return reader.read(names.tensor_name(path, layer if names.is_stacked(path) else None), rows)
-
-    return weights

@@ -1,9 +1,10 @@
 """Whole models out: bit-identical round trips, merges that transformers loads, and nothing left where a check fails."""
 
 import dataclasses
+import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,14 +14,15 @@ import pytest
 from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface import deliver
+from flacuna_jax.huggingface import deliver, safetensors_file
 from flacuna_jax.huggingface.adapter import Adapter, host_adapter
+from flacuna_jax.huggingface.alongside import LogitsAlongside
 from flacuna_jax.huggingface.architecture import hugging_face_config, read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_merged, write_model
 from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
-from flacuna_jax.huggingface.merged import model_tensors, write_shards
+from flacuna_jax.huggingface.merged import merged_tensors, model_tensors, write_shards
 from flacuna_jax.huggingface.native import MANIFEST
-from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
+from flacuna_jax.huggingface.probe import Side, probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.model.llama import LlamaConfig
@@ -224,6 +226,53 @@ def test_a_failed_check_leaves_nothing_that_looks_finished(
     with pytest.raises(VerificationError, match=r"model\.safetensors: its bytes are not those"):
         write_merged(tmp_path / "out", open_checkpoint(plain.path), SMALL, None, companions)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_header_that_swaps_two_tensors_leaves_nothing(
+    plain: Written, companions: Companions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those that went through the network, and names, shapes and dtypes those that were meant."""
+    original = safetensors_file.make_header
+    q_proj, o_proj = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qo")
+    other = {q_proj: o_proj, o_proj: q_proj}
+
+    def swapped(tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]]) -> bytes:
+        return original([(other.get(name, name), shape, dtype) for name, shape, dtype in tensors])
+
+    monkeypatch.setattr(safetensors_file, "make_header", swapped)
+    with pytest.raises(VerificationError, match="the values of other tensors"):
+        write_merged(tmp_path / "out", open_checkpoint(plain.path), SMALL, None, companions)
+    assert not list(tmp_path.iterdir())
+
+
+def test_logits_do_not_depend_on_how_values_arrive(plain: Written) -> None:
+    """In blocks of uneven sizes, mixed within a layer, and with the head first, as files are sorted."""
+    reader = open_checkpoint(plain.path)
+    weights = stored_weights(reader, SMALL)
+    rng = np.random.default_rng(0)
+    blocks = []
+    for tensor in merged_tensors(reader, SMALL, None):
+        cuts = sorted({0, tensor.shape[0], *rng.integers(0, tensor.shape[0], 3).tolist()})
+        rows = [slice(*pair) for pair in itertools.pairwise(cuts)]
+        blocks += [(tensor, rows[i]) for i in rng.permutation(len(rows))]
+    with LogitsAlongside(SMALL, Side(weights)) as alongside:
+        for tensor, rows in blocks:
+            alongside.see(tensor.name, rows, tensor.make(rows))
+        meant, found = alongside.both(weights)
+    np.testing.assert_array_equal(meant, found)
+    # float32 in another order of sums: both sides are multiplied together here, one alone there.
+    np.testing.assert_allclose(found, streamed_logits(weights, SMALL, probe_ids(SMALL), None), atol=1e-5)
+
+
+def test_values_that_were_not_seen_are_missed(plain: Written) -> None:
+    reader = open_checkpoint(plain.path)
+    weights = stored_weights(reader, SMALL)
+    with LogitsAlongside(SMALL, Side(weights)) as alongside:
+        for tensor in merged_tensors(reader, SMALL, None):
+            if tensor.name != "model.layers.1.mlp.up_proj.weight":
+                alongside.see(tensor.name, slice(0, tensor.shape[0]), tensor.make(slice(0, tensor.shape[0])))
+        with pytest.raises(ValueError, match="layer 1"):
+            alongside.both(weights)
 
 
 @pytest.mark.parametrize("fault", ["scale", "transposed layers", "forgotten"])

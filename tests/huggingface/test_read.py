@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import tensors
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.torch_file import read_torch_file
 from tests.huggingface.checkpoints import Written, save
@@ -62,6 +63,29 @@ def test_views_strides_and_shared_storages_are_honoured(zipped: bool, tmp_path: 
     reader = open_checkpoint(tmp_path)
     for name, tensor in state.items():
         np.testing.assert_array_equal(reader.read(name), tensor.numpy(), err_msg=name)
+        if tensor.ndim:
+            np.testing.assert_array_equal(reader.read(name, slice(1, 3)), tensor.numpy()[1:3], err_msg=name)
+
+
+def test_what_was_read_once_leaves_memory_and_stays_readable(plain: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[int] = []
+    forget = tensors.forget
+
+    def counted(descriptor: int, start: int, size: int) -> None:
+        forgotten.append(size)
+        forget(descriptor, start, size)
+
+    monkeypatch.setattr(tensors, "_LINGERING", 10_000)
+    monkeypatch.setattr(tensors, "forget", counted)
+    reader = open_checkpoint(plain.path, once=True)
+    views = {name: reader.read(name) for name in reader}
+    total = sum(view.nbytes for view in views.values())
+    assert total - 10_000 <= sum(forgotten) < 2 * total
+    for name, tensor in plain.model.state_dict().items():
+        assert same_bits(views[name], tensor), name
+    count = len(forgotten)
+    assert all(map(np.size, map(open_checkpoint(plain.path).read, reader)))
+    assert len(forgotten) == count
 
 
 def test_views_are_of_the_file_and_read_only(plain: Written) -> None:
