@@ -1,7 +1,8 @@
 """What model cards say about a run: its settings, how it went, what was measured of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flacuna_jax.config import RunConfig
 from flacuna_jax.errors import UserError
@@ -10,6 +11,8 @@ from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.training.report import read_metrics
 
 EVALUATION = "evaluation"
+HARNESS_FILE = "lm_eval.json"
+"""Of a model, what `flacuna evaluate --protocol lm_eval` writes."""
 
 
 def setting_rows(config: RunConfig) -> dict[str, str]:
@@ -41,9 +44,9 @@ def run_facts(run: Path, config: RunConfig, results: Path | None) -> Facts:
     """
     rows = setting_rows(config) | _course(run)
     place = run / EVALUATION if results is None else results
-    measured = _measured(place)
+    measured = [*_measured(place), *_measured_by_harness(place)]
     if results is not None and not measured:
-        raise UserError(f"{results} holds no results of `flacuna evaluate` (MODEL/TASK-SHOTSshot.json)")
+        raise UserError(f"{results} holds no results of `flacuna evaluate` (MODEL/TASK-SHOTSshot.json, lm_eval.json)")
     return Facts(rows, measured)
 
 
@@ -64,7 +67,12 @@ def _measured(directory: Path) -> Sequence[Measured]:
     files = sorted({*directory.glob("*shot.json"), *directory.glob("*/*shot.json")})
     models = {file.parent for file in files}
     return [
-        Measured(_benchmark(content, file, len(models) > 1), score, _value(summary), content["summary"]["problems"])
+        Measured(
+            _benchmark(f"{content['task']}, {content['shots']} shots", file, len(models) > 1),
+            score,
+            _value(summary),
+            content["summary"]["problems"],
+        )
         for file in files
         for content in [read_json(file)]
         for score, summary in content.get("summary", {}).items()
@@ -72,8 +80,35 @@ def _measured(directory: Path) -> Sequence[Measured]:
     ]
 
 
-def _benchmark(content: dict, file: Path, several: bool) -> str:
-    name = f"{content['task']}, {content['shots']} shots"
+def _measured_by_harness(directory: Path) -> Sequence[Measured]:
+    """What `--protocol lm_eval` left: numbers as the harness gives them, mostly fractions of 1, and standard errors."""
+    files = sorted({*directory.glob(HARNESS_FILE), *directory.glob(f"*/{HARNESS_FILE}")})
+    measured = []
+    for file in files:
+        content = read_json(file)
+        counts, shots = content.get("n-samples") or {}, content.get("n-shot") or {}
+        for task, scores in content.get("results", {}).items():
+            name = task if task not in shots else f"{task}, {shots[task]} shots"
+            benchmark = _benchmark(f"{name}, lm_eval", file, len(files) > 1)
+            problems = counts.get(task, {}).get("effective")
+            measured += [Measured(benchmark, *score, problems) for score in _harness_scores(scores)]
+    return measured
+
+
+def _harness_scores(scores: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """(metric, value) of a task; the harness calls them "metric,filter" and "metric_stderr,filter"."""
+    found = []
+    for name, value in scores.items():
+        metric, _, answers = name.partition(",")
+        if not answers or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = scores.get(f"{metric}_stderr,{answers}")
+        spread = f" ± {error:.4f}" if isinstance(error, int | float) else ""
+        found.append((metric if answers == "none" else f"{metric} ({answers})", f"{value:.4f}{spread}"))
+    return found
+
+
+def _benchmark(name: str, file: Path, several: bool) -> str:
     return f"{name} ({file.parent.name})" if several else name
 
 

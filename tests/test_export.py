@@ -138,6 +138,15 @@ def test_the_card_tells_settings_course_and_results(run: Path, tmp_path: Path) -
     result = TaskResult("mmlu", 5, "tuned", outcomes, "micro", 4)
     summary = {"problems": 4, "complete": True, "accuracy": {"mean": 50.0, "interval": [15.0, 85.0], "groups": {}}}
     write_result(result, run / "evaluation" / "tuned" / "mmlu-5shot.json", summary)
+    harness = {
+        "results": {
+            "arc_easy": {"alias": "arc_easy", "acc,none": 0.625, "acc_stderr,none": 0.171, "sample_len": 8},
+            "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
+        },
+        "n-shot": {"arc_easy": 0},
+        "n-samples": {"arc_easy": {"original": 2376, "effective": 8}},
+    }
+    (run / "evaluation" / "tuned" / "lm_eval.json").write_text(json.dumps(harness))
     for form in ("adapter", "merged"):
         arguments = [str(run), str(tmp_path / form), "--format", form, "--golden-tokens", "0"]
         assert run_verb(export.main, arguments) == 0
@@ -145,6 +154,9 @@ def test_the_card_tells_settings_course_and_results(run: Path, tmp_path: Path) -
         assert "- data: data.json" in card
         assert "- training loss: 3.2500 → 1.5000" in card
         assert "| mmlu, 5 shots | accuracy | 50.00 [15.00, 85.00] | 4 |" in card
+        assert "| arc_easy, 0 shots, lm_eval | acc | 0.6250 ± 0.1710 | 8 |" in card
+        assert "| gsm8k, lm_eval | exact_match (strict-match) | 0.2500 |  |" in card
+        assert "sample_len" not in card
     assert not (tmp_path / "merged" / "golden_prompts.json").exists()
     elsewhere = [str(run), str(tmp_path / "x"), "--format", "adapter", "--results", str(tmp_path)]
     assert run_verb(export.main, elsewhere) == 2

@@ -9,12 +9,12 @@ from flacuna_jax.config import LoraConfig
 
 @dataclass(frozen=True)
 class Measured:
-    """One result of an evaluation, as it is shown."""
+    """One result of an evaluation, as it is shown; `problems` is None where their number is not recorded."""
 
     benchmark: str
     score: str
     value: str
-    problems: int
+    problems: int | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def _card(
     lines = [*head, "", f"# {title}", "", "Made with flacuna_jax.", "", *(f"- {k}: {v}" for k, v in rows.items()), ""]
     if results:
         lines += ["| benchmark | score | value | problems |", "|---|---|---|---|"]
-        lines += [f"| {r.benchmark} | {r.score} | {r.value} | {r.problems:,} |" for r in results]
+        lines += [
+            f"| {r.benchmark} | {r.score} | {r.value} | {'' if r.problems is None else f'{r.problems:,}'} |"
+            for r in results
+        ]
         lines += [""]
     return "\n".join([*lines, "```python", *usage, "```", ""])
 
