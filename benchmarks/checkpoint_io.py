@@ -4,12 +4,13 @@
     python benchmarks/checkpoint_io.py --directory /scratch --layers 6 --peft   # real widths, 4.5 GB
 
 Writes a synthetic checkpoint (random half-precision weights, real shapes, 5 GB shards), then copies, converts and
-merges it, one crossing at a time, deleting behind itself. Every crossing ends with its data on the disk (sync);
-convert and merge include reading everything back, merge also the logits of both sides. cp runs before and after the
-others, and they are compared with the faster of the two. With --peft the model is also loaded, merged and saved as
-PEFT's users do (merge_and_unload, save_pretrained), in memory; with --golden, 3 prompts of 45 tokens get 8 more from
-the files, which an export does besides merging. Prints one JSON object per line; peak_anonymous_gib leaves out mapped
-file pages, which the kernel can take back.
+merges it, one crossing at a time, deleting behind itself. Every crossing, cp included, begins with nothing of the
+source in memory and ends with its data on the disk (sync). convert and merge include reading everything back from
+there, merge also the logits of both sides. cp runs before and after the others, and they are compared with the faster
+of the two. With --peft the model is also loaded, merged and saved as PEFT's users do (merge_and_unload,
+save_pretrained), in memory; with --golden, 3 prompts of 45 tokens get 8 more from the files, which an export does
+besides merging. Prints one JSON object per line; peak_anonymous_gib leaves out mapped file pages, which the kernel can
+take back.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, 
 from flacuna_jax.huggingface.merged import PendingTensor, write_shards
 from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
 from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.tensors import TensorReader
+from flacuna_jax.huggingface.tensors import TensorReader, forget
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes, lora_shapes
 
@@ -72,7 +73,8 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool, with_golden: bool) 
         convert(scratch / "native", open_checkpoint(source, once=True), config, tokenizer_source=source)
 
     def merged() -> None:
-        write_merged(scratch / "merged", open_checkpoint(source, once=True), config, adapter, Companions(source, None, {}))
+        reader = open_checkpoint(source, once=True)
+        write_merged(scratch / "merged", reader, config, adapter, Companions(source, None, {}))
 
     def merged_by_peft() -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
@@ -90,8 +92,8 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool, with_golden: bool) 
 
     if with_golden:
         crossings.append(("golden prompts", lambda: golden_prompts(open_checkpoint(source, once=True), config), "none"))
-    measured = [(name, *measured_crossing(crossing, scratch / output)) for name, crossing, output in crossings]
-    measured.append(("cp again", *measured_crossing(copy, scratch / "copy")))
+    crossings.append(("cp again", copy, "copy"))
+    measured = [(name, *measured_crossing(crossing, source, scratch / output)) for name, crossing, output in crossings]
     baseline = min(seconds for name, seconds, _ in measured if name.startswith("cp"))
     for name, seconds, peak in measured:
         facts = {
@@ -106,7 +108,10 @@ def run(scratch: Path, config: LlamaConfig, with_peft: bool, with_golden: bool) 
         print(json.dumps(facts), flush=True)
 
 
-def measured_crossing(work: Callable[[], None], output: Path) -> tuple[float, int]:
+def measured_crossing(work: Callable[[], None], source: Path, output: Path) -> tuple[float, int]:
+    for file in source.iterdir():
+        with file.open("rb") as opened:
+            forget(opened.fileno())
     seconds, peak = measure(work)
     shutil.rmtree(output, ignore_errors=True)
     return seconds, peak
