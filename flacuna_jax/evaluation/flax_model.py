@@ -17,7 +17,7 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.evaluation.prefixes import Group, plan_prefixes
-from flacuna_jax.kernels.axes import BATCH_AXES
+from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.model import continuation, shared_prefix
 from flacuna_jax.model.decode import Sampling
 from flacuna_jax.model.parameters import ModelSpec
@@ -182,8 +182,8 @@ class LlamaLanguageModel:
 
     def _new_rows(self, count: int, slots: int) -> continuation.Rows:
         rows = continuation.empty_rows(self.spec, count, slots, apart=self._layers is not None)
-        by_row = PartitionSpec(BATCH_AXES) if self._layers is not None else PartitionSpec(None, BATCH_AXES)
-        blocks = jax.device_put(rows.blocks, NamedSharding(self.mesh, by_row))
+        by_row_and_head = PartitionSpec(*() if self._layers is not None else (None,), BATCH_AXES, TENSOR_AXIS)
+        blocks = jax.device_put(rows.blocks, NamedSharding(self.mesh, by_row_and_head))
         numbers = jax.device_put(rows[1:], NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
         return continuation.Rows(blocks, *numbers)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config import LoraConfig, MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement, padded_size
 from flacuna_jax.evaluation.language_model import GenerationRequest, ScoreRequest
@@ -17,7 +17,7 @@ from flacuna_jax.evaluation.prefixes import plan_prefixes
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model import continuation
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.model.sharding import make_mesh
+from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.evaluation.models import story_model
 from tests.tiny import SMALL, random_params
 
@@ -116,10 +116,11 @@ class _Numbers:
         return " ".join(map(str, ids))
 
 
-def _small(spec: ModelSpec, **placement: int) -> LlamaLanguageModel:
+def _small(spec: ModelSpec, mesh: MeshConfig | None = None, **placement: int) -> LlamaLanguageModel:
     """Random weights; its EOS is no token, so that nothing ends early."""
     params = random_params(spec.base_shapes | spec.lora_shapes, 0.2)
-    mesh = make_mesh("auto", jax.devices()[:1])
+    mesh = make_mesh(mesh or MeshConfig())
+    params = jax.device_put(params, parameter_shardings(spec.base_shapes | spec.lora_shapes, mesh))
     return LlamaLanguageModel(spec, params, _Numbers(), mesh, placement=Placement(**placement))
 
 
@@ -151,6 +152,18 @@ def test_the_cache_equals_running_everything_again(
     for prompt, answer in zip(prompts, model.generate([GenerationRequest(p, 20) for p in prompts]), strict=True):
         assert answer.tokens == 20
         assert _is_greedy(model, prompt, model.tokenizer.encode(answer.text))
+
+
+@pytest.mark.parametrize("small_stack", [continuation.SMALL_STACK, 0])
+def test_heads_and_rows_split_over_devices_answer_alike(small_stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows over two devices, heads and caches over two: no token differs from one device's."""
+    monkeypatch.setattr(continuation, "SMALL_STACK", small_stack)
+    spec = ModelSpec(SMALL, None, "float32", "float32")
+    requests = [GenerationRequest(prompt, 9) for prompt in _prompts([3, 40, 12, 21, 7])]
+    split = _small(spec, MeshConfig(fsdp=2, tensor=2), rows=2)
+    cache = jax.tree.leaves(split._new_rows(2, 64).blocks)[0]
+    assert cache.sharding.shard_shape(cache.shape)[-4:-2] == (1, SMALL.num_kv_heads // 2)
+    assert split.generate(requests) == _small(spec).generate(requests)
 
 
 def test_adapters_take_part() -> None:
