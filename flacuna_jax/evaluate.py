@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,14 +150,19 @@ def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "+-._" else "_" for c in name)
 
 
+def _file_name(title: str) -> str:
+    """ "Few-shot (faithful)" as few-shot-faithful."""
+    return "-".join(re.findall(r"[a-z0-9-]+", title.lower()))
+
+
 def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published: bool) -> None:
     rows = published_rows() if published else ()
     tables = [table for reading in ("faithful", "corrected") for table in make_tables(everything, rows, reading)]
     markdown = "\n".join(to_markdown(table) for table in tables)
     write_atomically(output / "tables.md", markdown)
     write_atomically(output / "tables.tex", "\n".join(to_latex(table) for table in tables))
-    for number, table in enumerate(tables, 1):
-        write_atomically(output / f"table-{number}.svg", to_svg(table))
+    for table in tables:
+        write_atomically(output / f"{_file_name(table.title)}.svg", to_svg(table))
     compared = [
         {
             "base": everything[0][0].model,

@@ -203,8 +203,9 @@ def _with_average(cells: Sequence[Cell | None], wanted: bool) -> list[Cell | Non
     values = [cell.value for cell in cells if cell is not None]
     if len(values) < len(cells):
         return [*cells, None]
-    signed = any(cell.signed for cell in cells if cell is not None)
-    return [*cells, Cell(sum(values) / len(values), signed=signed)]
+    present = [cell for cell in cells if cell is not None]
+    marks = "‡" if any("‡" in cell.marks for cell in present) else ""
+    return [*cells, Cell(sum(values) / len(values), marks=marks, signed=any(cell.signed for cell in present))]
 
 
 def _legend(rows: Sequence[TableRow]) -> list[str]:
@@ -247,13 +248,22 @@ def to_latex(table: Table) -> str:
         cells = (_latex(cell.text()) if cell else "" for cell in row.cells)
         lines.append(f"{_latex(row.name)} & " + " & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\\ \footnotesize {_latex(note)}" for note in table.notes]
+    if table.notes:
+        notes = r"\par ".join(map(_latex, table.notes))  # not \\, which takes "[low, high]" for an argument
+        lines += [r"\par\medskip", rf"\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-_LATEX = {"\\": r"\textbackslash{}", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "−": "--", "–": "--", "*": "$^{*}$"} | {
-    c: f"\\{c}" for c in "&%$#_{}"
-}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
+    "−": "--",
+    "–": "--",
+    "*": "$^{*}$",
+    "<": "$<$",
+    ">": "$>$",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def _latex(text: str) -> str:

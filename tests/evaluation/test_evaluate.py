@@ -47,7 +47,8 @@ def test_two_models_side_by_side(
     assert result["outcomes"][0]["record"]["prompt"].startswith("The following are multiple choice")
     differences = json.loads((tmp_path / "out" / "differences.json").read_text())[0]["differences"]
     assert all(d["mean"] == 0 and d["p_value"] == 1 for d in differences)  # the same weights under two names
-    assert list((tmp_path / "out").glob("table-*.svg"))
+    drawn = {path.name for path in (tmp_path / "out").glob("*.svg")}
+    assert drawn == {"zero-shot-faithful.svg", "zero-shot-corrected.svg"}
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,8 @@ def test_markdown_latex_and_plot() -> None:
     assert r"tuned\_1 \& co" in latex
     assert latex.count(r"\\") >= len(table.rows)
     assert r"$^\dagger$" in latex
+    assert "\\\\[" not in latex  # a line break that takes what follows for a length
+    assert "p $<$ 0.05" in latex
     drawn = ElementTree.fromstring(to_svg(table))
     bars = [e for e in drawn if e.tag.endswith("rect") and len(e)]
     assert len(bars) == sum(cell is not None for row in table.rows if row.kind != "difference" for cell in row.cells)
