@@ -7,8 +7,8 @@ very values in their order, and its header names them in that order, with their 
 """
 
 import threading
-from collections import defaultdict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -19,14 +19,12 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
 
 _EMBEDDING = "embed_tokens/weight"
-_BEGINNING = -1
-"""The step before the layers: looking up the embedding."""
+_MOST_BYTES = 1 << 26
+"""Of values that wait for the network; whoever shows more waits, unless it is for others that the network waits."""
 
 
 class LogitsAlongside:
-    """A network that goes on, in a thread of its own, whenever all of a layer's values have been seen.
-
-    Values are kept until their layer is through, those of two or three layers at most: whoever shows more waits.
+    """A network in a thread of its own, fed with values as they come; best in the order in which it asks for them.
 
     Args:
       config: sizes.
@@ -34,14 +32,15 @@ class LogitsAlongside:
     """
 
     def __init__(self, config: LlamaConfig, meant: Side) -> None:
-        self._config, self._shapes = config, base_shapes(config)
-        self._ids_bt = probe_ids(config)[None]
-        self._model = StreamedModel([meant, Side(self._found)], config, batch=1, slots=self._ids_bt.shape[1])
+        self._layers, self._shapes = config.num_layers, base_shapes(config)
+        self._ids = probe_ids(config)
+        self._model = StreamedModel([meant, Side(self._found)], config, batch=1, slots=len(self._ids))
         self._seen: defaultdict[tuple[str, int], list[tuple[slice, np.ndarray]]] = defaultdict(list)
+        self._held, self._starved, self._ended = 0, False, False
+        self._news = threading.Condition()
         self._reopened: Weights | None = None
-        self._next, self._lock = _BEGINNING, threading.Lock()
-        self._steps: deque[Future[None]] = deque()
         self._worker = ThreadPoolExecutor(1)
+        self._through = self._worker.submit(self._go_through)
 
     def __enter__(self) -> "LogitsAlongside":
         return self
@@ -49,23 +48,24 @@ class LogitsAlongside:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        self._end()
+        self._worker.shutdown()
 
     def see(self, name: str, rows: slice, values: np.ndarray) -> None:
-        """Takes some rows of the tensor that is written as `name`; from any thread, layer after layer."""
+        """Takes some rows of the tensor that is written as `name`; from any thread."""
         place = names.parse_tensor_name(name)
         assert place is not None, name
-        path, layer = place
-        if layer is None and path != _EMBEDDING:
-            return
-        with self._lock:
-            self._seen[path, layer or 0].append((rows, values))
-            while self._next < self._config.num_layers and self._is_complete(self._next):
-                self._steps.append(self._worker.submit(self._go_on, self._next))
-                self._next += 1
-            waiting = self._steps.popleft() if len(self._steps) > 1 else None
-        if waiting is not None:
-            waiting.result()
+        path, layer = place[0], place[1] or 0
+        if path == _EMBEDDING:
+            looked_up = sorted({i for i in self._ids.tolist() if rows.start <= i < rows.stop})
+            parts = [(slice(i, i + 1), values[i - rows.start : i - rows.start + 1].copy()) for i in looked_up]
+        else:
+            parts = [(rows, values)] if names.is_stacked(path) else []
+        with self._news:
+            self._news.wait_for(lambda: self._held < _MOST_BYTES or self._starved or self._ended)
+            self._seen[path, layer] += parts
+            self._held += sum(part.nbytes for _, part in parts)
+            self._news.notify_all()
 
     def both(self, reopened: Weights) -> tuple[np.ndarray, np.ndarray]:
         """Logits [tokens, vocab] of what is meant and of what was written.
@@ -74,43 +74,51 @@ class LogitsAlongside:
           reopened: the files, all of which are there now; the last norm and the head are read from them.
 
         Raises:
-          ValueError: values of some layer were never seen.
+          ValueError: some values were never seen.
         """
-        if self._next < self._config.num_layers:
-            raise ValueError(f"not all values of layer {self._next} were seen")
-        while self._steps:
-            self._steps.popleft().result()
+        self._end()
+        self._through.result()
         self._reopened = reopened
         meant, found = self._model.finish()
         return meant, found
 
-    def _is_complete(self, step: int) -> bool:
-        if step == _BEGINNING:
-            return self._rows_seen(_EMBEDDING, 0) == self._shapes[_EMBEDDING][0]
-        stacked = {path: shape[1] for path, shape in self._shapes.items() if names.is_stacked(path)}
-        return all(self._rows_seen(path, step) == rows for path, rows in stacked.items())
+    def _end(self) -> None:
+        """Nothing more will be seen; what is waited for in vain becomes an error."""
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
 
-    def _rows_seen(self, path: str, layer: int) -> int:
-        return sum(len(values) for _, values in self._seen.get((path, layer), ()))
-
-    def _go_on(self, step: int) -> None:
-        if step == _BEGINNING:
-            self._model.begin(self._ids_bt)
-        else:
-            self._model.through(step)
-        with self._lock:
-            for path, layer in list(self._seen):
-                if layer == step or (step == _BEGINNING and path == _EMBEDDING):
-                    del self._seen[path, layer]
+    def _go_through(self) -> None:
+        try:
+            self._model.begin(self._ids[None])
+            for layer in range(self._layers):
+                self._model.through(layer)
+        finally:
+            self._end()
 
     def _found(self, path: str, layer: int, rows: slice) -> np.ndarray:
+        """Waits for rows, and forgets them: the network asks for every row once, in the order of rows."""
         if self._reopened is not None:
             return self._reopened(path, layer, rows)
-        parts = self._seen[path, layer]
-        start, stop, _ = rows.indices(sum(len(values) for _, values in parts))
-        overlapping = sorted((part for part in parts if part[0].start < stop and start < part[0].stop), key=_start)
-        cut = [values[max(0, start - held.start) : stop - held.start] for held, values in overlapping]
+        start, stop, _ = rows.indices(self._shapes[path][1 if names.is_stacked(path) else 0])
+        with self._news:
+            self._starved = True
+            self._news.notify_all()
+            self._news.wait_for(lambda: self._are_there(path, layer, start, stop) or self._ended)
+            self._starved = False
+            if not self._are_there(path, layer, start, stop):
+                raise ValueError(f"rows {start} to {stop} of {path}, layer {layer}, were not seen")
+            parts = sorted(self._seen[path, layer], key=_start)
+            self._seen[path, layer] = [(held, values) for held, values in parts if held.stop > stop]
+            self._held -= sum(values.nbytes for held, values in parts if held.stop <= stop)
+            self._news.notify_all()
+        overlapping = [(held.start, values) for held, values in parts if held.start < stop and start < held.stop]
+        cut = [values[max(0, start - first) : stop - first] for first, values in overlapping]
         return cut[0] if len(cut) == 1 else np.concatenate(cut)
+
+    def _are_there(self, path: str, layer: int, start: int, stop: int) -> bool:
+        overlap = (min(held.stop, stop) - max(held.start, start) for held, _ in self._seen[path, layer])
+        return sum(max(0, rows) for rows in overlap) == stop - start
 
 
 def _start(part: tuple[slice, np.ndarray]) -> int:

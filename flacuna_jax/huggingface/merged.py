@@ -60,7 +60,7 @@ def merged_tensors(
             stored = dtype or reader.dtype(source)
             make = _merger(reader, source, stored, adapter, path, layer)
             pending.append(PendingTensor(names.tensor_name(path, place), reader.shape(source), stored, make))
-    return sorted(pending, key=lambda tensor: _natural(tensor.name))
+    return sorted(pending, key=_turn)
 
 
 def _merger(
@@ -86,15 +86,27 @@ def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: n
         for layer in range(config.num_layers):
             make = _fetcher(params[path], dtype, layer)
             pending.append(PendingTensor(names.tensor_name(path, layer), shape[1:], dtype, make))
-    return sorted(pending, key=lambda tensor: _natural(tensor.name))
+    return sorted(pending, key=_turn)
 
 
 def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[slice], np.ndarray]:
     return lambda rows: cast(np.asarray(array[rows] if layer is None else array[layer, rows]), dtype)
 
 
-def _natural(name: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+_MODULES = (
+    *("embed_tokens", "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "norm", "lm_head"),
+)
+
+
+def _turn(tensor: PendingTensor) -> tuple[float, int, bool]:
+    """When a network that is read from end to end needs a tensor, which is the order they are written in."""
+    place = names.parse_tensor_name(tensor.name)
+    assert place is not None, tensor.name
+    path, layer = place
+    *_, module, leaf = path.split("/")
+    step = layer if layer is not None else (-1 if module == "embed_tokens" else float("inf"))
+    return step, _MODULES.index(module), leaf == "bias"
 
 
 See = Callable[[str, slice, np.ndarray], None]

@@ -136,6 +136,7 @@ class StreamedModel:
         self._kept = np.zeros(kept, FLOAT)
         self._filled = 0
         self._shapes = base_shapes(config)
+        self._scratch = [np.empty(0, np.uint8) for _ in sides]
 
     def extend(self, tokens_bt: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         """Adds tokens [batch, tokens]; float32 logits [sides · batch, tokens, vocab] of them, or of the last alone."""
@@ -200,11 +201,25 @@ class StreamedModel:
         for rows in row_blocks(shape, _HALF):
             weights = [side.weights(path, layer, rows) for side in self._sides]
             if alike and all(_same(weights[0], other) for other in weights[1:]):
-                y_bto[..., rows] = _product(x_bti, weights[0])
+                y_bto[..., rows] = _product(x_bti, self._aligned(weights[0], 0))
                 continue
-            parts = zip(self._sides, jnp.split(x_bti, len(self._sides)), weights, strict=True)
+            x_sides = jnp.split(x_bti, len(self._sides))
+            weights = [self._aligned(weight, place) for place, weight in enumerate(weights)]
+            parts = zip(self._sides, x_sides, weights, strict=True)
             y_bto[..., rows] = np.concatenate([side.product(x, w, module, layer, rows) for side, x, w in parts])
         return jnp.asarray(y_bto)
+
+    def _aligned(self, weight: np.ndarray, place: int) -> np.ndarray:
+        """The weight where XLA takes it as it is; it would copy others to fresh memory, which takes longer than their
+        product. Valid until the next call for the same place."""
+        if weight.ctypes.data % _ALIGNMENT == 0 and weight.flags.c_contiguous:
+            return weight
+        if len(self._scratch[place]) < weight.nbytes:
+            raw = np.empty(weight.nbytes + _ALIGNMENT, np.uint8)
+            self._scratch[place] = raw[-raw.ctypes.data % _ALIGNMENT :][: weight.nbytes]
+        copy = self._scratch[place][: weight.nbytes].view(weight.dtype).reshape(weight.shape)
+        copy[...] = weight
+        return copy
 
     def _attend(
         self, layer: int, slots_t: np.ndarray, q_bthn: jax.Array, k_btkn: jax.Array, v_btkn: jax.Array
@@ -218,6 +233,7 @@ class StreamedModel:
         return _attention(q_bthn, *self._kept[:, layer], visible_bts)
 
 
+_ALIGNMENT = 64
 _HALF = 2
 """Bytes of what most weights are stored as; products are cut into blocks as files are."""
 
@@ -229,9 +245,11 @@ def _embed(weights: Weights, tokens_bt: np.ndarray) -> np.ndarray:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays hold the same bits."""
+    """Whether two arrays hold the same bits; most are the same view of a file."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
     bits = f"u{a.dtype.itemsize}"
-    return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
+    return (a.ctypes.data, a.strides) == (b.ctypes.data, b.strides) or np.array_equal(a.view(bits), b.view(bits))
 
 
 @contextlib.contextmanager

@@ -135,8 +135,8 @@ class MappedFiles:
                     forget(file.fileno(), first, oldest.end - first)
 
 
-_LINGERING = 2 << 30
-"""Bytes that stay for whoever reads them again soon: two layers of 13B, and more."""
+_LINGERING = 1 << 28
+"""Bytes that stay for whoever reads them again soon."""
 
 
 def forget(descriptor: int, start: int = 0, size: int = 0) -> None:
