@@ -2,7 +2,8 @@
 
 A merged model's golden prompts are answered again from its files; with --server by an OpenAI-compatible server (vLLM,
 llama.cpp, TGI), whose tokens of the prompts are compared too where it tells them. An adapter is held against vLLM's
-rules. Exit status 1 where something differs.
+rules, a converted checkpoint against the digests that were taken when it was written. Exit status 1 where something
+differs.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import CONFIG_FILE
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.golden import FILE, Record, compare, compare_text, read_golden
+from flacuna_jax.huggingface.native import is_native, read_manifest
+from flacuna_jax.huggingface.pieces import file_digest
 from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
@@ -29,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     directory = Path(arguments.directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; what `flacuna export` wrote is expected")
+        raise UserError(f"{directory} is not a directory; what `flacuna export` or `flacuna convert` wrote is expected")
     if (directory / CONFIG_FILE).is_file():
         return _check_adapter(directory)
+    if is_native(directory):
+        return _check_converted(directory)
     if not (directory / FILE).is_file():
         raise UserError(f"{directory} has no {FILE}; `flacuna export --format merged` writes it")
     records, count = read_golden(directory)
@@ -53,6 +58,17 @@ def _check_adapter(directory: Path) -> int:
     if not violations:
         print(f"vLLM loads {directory} with {vllm_options(directory)}")
     return EXIT_FAILURE if violations else EXIT_OK
+
+
+def _check_converted(directory: Path) -> int:
+    open_checkpoint(directory)
+    parameters = read_manifest(directory)["parameters"].values()
+    damaged = [entry["file"] for entry in parameters if file_digest(directory / entry["file"]) != entry["digest"]]
+    for file in damaged:
+        print(f"differs: {file} does not hold the bytes that were written; convert the model again")
+    if not damaged:
+        print(f"{len(parameters)} parameters: every file holds the bytes that were written")
+    return EXIT_FAILURE if damaged else EXIT_OK
 
 
 def _check_files(directory: Path, records: Sequence[Record], count: int) -> Iterator[str]:
@@ -117,9 +133,10 @@ def _check_server(server: Server, directory: Path, records: Sequence[Record], co
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flacuna check", description="Compares an exported directory, or its server, with what was recorded."
+        prog="flacuna check",
+        description="Compares what was exported or converted, or a server of it, with what was recorded.",
     )
-    parser.add_argument("directory", metavar="DIR", help="what `flacuna export` wrote")
+    parser.add_argument("directory", metavar="DIR", help="what `flacuna export` or `flacuna convert` wrote")
     parser.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server, http://localhost:8000")
     parser.add_argument("--served-name", metavar="NAME", help="model to ask for; default: the first it lists")
     return parser

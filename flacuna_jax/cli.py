@@ -4,7 +4,9 @@ import importlib
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from flacuna_jax.compiler import prepare_process
 from flacuna_jax.errors import UserError
@@ -16,7 +18,7 @@ VERBS = {
     "plan": "say what a run takes on hardware that need not be here, and whether it fits",
     "train": "fine-tune: LoRA adapters or all weights, on one device or many",
     "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, verified",
-    "check": "compare an exported model, or the server that serves it, with what the export recorded",
+    "check": "compare what was exported or converted, or a server of it, with what was recorded then",
     "evaluate": "benchmark tables: InstructEval or lm-evaluation-harness, models side by side",
     "generate": "complete prompts with exactly the template of training",
     "chat": "talk to a model in the terminal, tuned beside base if you like",
@@ -82,5 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_verb(importlib.import_module(f"flacuna_jax.{verb}").main, rest)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process. Orbax's threads wait ten minutes for the rest of a save that failed, and would keep it so long."""
+    if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
+
+
+def script() -> NoReturn:
+    leave(main())
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flacuna_jax import check, export
+from flacuna_jax import check, convert, export
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.data.conversation import TEMPLATES
@@ -276,3 +276,17 @@ def test_an_adapter_that_vllm_refuses_is_not_exported(
 def test_nothing_to_check(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_verb(check.main, arguments) == 2
+
+
+def test_a_converted_checkpoint_is_held_against_its_digests(
+    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(convert.main, [str(merged), str(tmp_path / "native")]) == 0
+    assert run_verb(check.main, [str(tmp_path / "native")]) == 0
+    assert "every file holds the bytes that were written" in capsys.readouterr().out
+    victim = tmp_path / "native" / "params" / "layers.up_proj.weight.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-7] ^= 4
+    victim.write_bytes(content)
+    assert run_verb(check.main, [str(tmp_path / "native")]) == 1
+    assert "layers.up_proj.weight.safetensors does not hold the bytes" in capsys.readouterr().out
