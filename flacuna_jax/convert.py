@@ -54,7 +54,7 @@ def _convert_model(arguments: argparse.Namespace, reader: TensorReader) -> None:
     seconds = time.monotonic() - started
     print(
         f"{arguments.out}: {len(written.files)} parameters of {config.num_layers} layers, "
-        f"{written.nbytes / 1e9:.2f} GB in {seconds:.1f} s, read back and verified. Next: model.path: {arguments.out}"
+        f"{written.size} in {seconds:.1f} s, read back and verified. Next: model.path: {arguments.out}"
     )
 
 

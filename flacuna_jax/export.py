@@ -194,13 +194,19 @@ def _golden(template: Template, tokenizer: Tokenizer, config: LlamaConfig, count
             prompts.append(Prompt(text, tuple(ids), [tokenizer.bos_id, *tokenizer.encode(text)] == ids))
     if not all(prompt.text_gives_ids for prompt in prompts):
         print("note: this tokenizer gives whole prompts other ids than training, which encodes their parts; serve ids")
-    return Golden(tuple(prompts), count, tokenizer.eos_id, tokenizer.decode) if prompts else None
+    return Golden(tuple(prompts), count, tokenizer.eos_id, tokenizer.decode, _announce) if prompts else None
+
+
+def _announce(seconds: float) -> None:
+    if seconds > 60:
+        print(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 leaves them out")
 
 
 def _report(written: deliver.Delivery) -> None:
     shift = "" if written.logit_shift is None else f"; rounding shifts logits by at most {written.logit_shift:.1e}"
-    size = f"{written.nbytes / 1e9:.2f} GB" if written.nbytes > 1e9 else f"{written.nbytes / 1e6:.3g} MB"
-    print(f"{written.directory}: {size} of weights in {len(written.files)} files, read back and verified{shift}")
+    print(
+        f"{written.directory}: {written.size} of weights in {len(written.files)} files, read back and verified{shift}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,8 @@
 """`flacuna export` from the outside, on run directories as training leaves them."""
 
+import itertools
 import json
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig, RunConfig
 from flacuna_jax.config_files import parse_config
 from flacuna_jax.evaluation.results import Outcome, TaskResult, write_result
+from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
 from flacuna_jax.huggingface.load import fingerprint, read_architecture
@@ -79,13 +82,26 @@ def test_a_merged_model(
 ) -> None:
     out = tmp_path / "out"
     assert run_verb(export.main, [str(run), str(out), "--format", "merged", "--shard-bytes", "1000000"]) == 0
-    assert "verified; rounding shifts logits by at most" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "verified; rounding shifts logits by at most" in said
+    assert "golden prompts takes" not in said  # less than a minute
     ids, adapter = probe_ids(config), Adapter(LORA, random_params(config, 10))
     expected = streamed_logits(stored_weights(open_checkpoint(story_llama), config), config, ids, adapter)
     found = streamed_logits(stored_weights(open_checkpoint(out), config), config, ids, None)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert (out / "model.safetensors.index.json").is_file()
     assert "USER:" in (out / "tokenizer_config.json").read_text()
+
+
+def test_golden_prompts_that_take_minutes_are_announced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock on which every look at it takes a minute."""
+    ticks = itertools.count(step=60.0)
+    monkeypatch.setattr(deliver, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    arguments = [str(run), str(tmp_path / "out"), "--format", "merged", "--golden-tokens", "3"]
+    assert run_verb(export.main, arguments) == 0
+    assert "answering golden prompts takes up to 3 min; --golden-tokens 0" in capsys.readouterr().out
 
 
 def test_a_run_of_all_weights(story_llama: Path, config: LlamaConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,10 @@ class Delivery:
     files: tuple[str, ...]
     nbytes: int
     logit_shift: float | None
+
+    @property
+    def size(self) -> str:
+        return f"{self.nbytes / 1e9:.2f} GB" if self.nbytes > 1e9 else f"{self.nbytes / 1e6:.3g} MB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +146,11 @@ def write_merged(
     """
     tensors = merged_tensors(reader, config, adapter, dtype)
     with whole_directory(target) as partial:
-        meant = Side(stored_weights(reader, config), adapter)
+        meant, started = Side(stored_weights(reader, config), adapter), time.monotonic()
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, reader.directory, companions)
         shift = verify_merge(partial, *logits, common_dtype(tensor.dtype for tensor in tensors))
-        _describe(partial, config, companions, None if adapter is None else adapter.lora, shift)
+        lora = None if adapter is None else adapter.lora
+        _describe(partial, config, companions, lora, shift, time.monotonic() - started)
     return _delivery(target, tensors, files, shift)
 
 
@@ -170,10 +176,10 @@ def write_model(
     """
     tensors = model_tensors(params, config, dtype)
     with whole_directory(target, replace=replace) as partial:
-        meant = Side(_device_weights(params, dtype))
+        meant, started = Side(_device_weights(params, dtype)), time.monotonic()
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, model_source, companions)
         shift = compare_logits(partial, *logits)
-        _describe(partial, config, companions, None, None)
+        _describe(partial, config, companions, None, None, time.monotonic() - started)
     return _delivery(target, tensors, files, shift)
 
 
@@ -241,11 +247,14 @@ def _describe(
     companions: Companions,
     lora: LoraConfig | None,
     logit_shift: float | None,
+    seconds: float,
 ) -> None:
-    """The model card, and what the written weights answer."""
+    """The model card, and what the written weights answer: each token reads them once more, which takes less than the
+    `seconds` of writing and reading them back."""
     card = model_card(lora, companions.base_name, companions.facts, logit_shift)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if companions.golden is not None:
+        companions.golden.announce(companions.golden.count * seconds)
         weights = stored_weights(open_checkpoint(partial), config)
         write_golden(partial, answer(weights, config, companions.golden), companions.golden.count)
 

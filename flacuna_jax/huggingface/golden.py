@@ -41,12 +41,14 @@ class Golden:
 
     Attributes:
       decode: ids → text.
+      announce: told, before the answers are made, how many seconds that will take at most, about.
     """
 
     prompts: tuple[Prompt, ...]
     count: int
     eos_id: int
     decode: Callable[[Sequence[int]], str]
+    announce: Callable[[float], None] = lambda seconds: None
 
 
 @dataclasses.dataclass(frozen=True)
