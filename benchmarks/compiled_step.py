@@ -40,7 +40,7 @@ ROWS = {
         Row("4xa6000", {"fsdp": 4}, 2, most_gb=22),
         Row("4xa6000", {"data": 4}, 2, most_gb=41),
         Row("4xa100-40gb", {"fsdp": 4}, 2),
-        Row("a100-80gb", {}, 4),
+        Row("a100-80gb", {}, 6),
         Row("h100", {}, 8),
         Row("h200", {}, 8),
         Row("h200", {}, 8, "int8_product"),

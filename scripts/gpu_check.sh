@@ -50,7 +50,7 @@ fi
 
 {
     part tiles 120 benchmarks/tune_attention.py "${tuning[@]}" --seconds 60
-    part numerics 90 benchmarks/numerics.py
+    part numerics 100 benchmarks/numerics.py
     part attention 90 benchmarks/attention.py --shape "$shape" --budget 0.3 --seconds 60
     part train_step "$(left)" benchmarks/train_step.py --preset "$preset" --seconds $(($(left) - 15)) \
         --profile "$results/profile"

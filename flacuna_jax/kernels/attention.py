@@ -75,7 +75,7 @@ def attention(
     hardware, slowly, for tests. "cudnn" is for rows of one document each, which the mask must promise, on GPUs; "auto"
     does not take it (`attention_cudnn` says why).
 
-    Raises ValueError where shapes, dtypes or options do not fit together.
+    Raises ValueError where shapes, dtypes or options do not fit together, UserError where "cudnn" is not for them.
     """
     _check_arrays(q_bthd, k_bthd, v_bthd, mask)
     _check_options(backend, scale, tiles)

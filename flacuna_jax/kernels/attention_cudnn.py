@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.packed_mask import PackedMask
 
 LARGEST_HEAD = 128
@@ -24,18 +25,18 @@ LOG2_E = math.log2(math.e)
 
 
 def check(dim: int, dtype: DTypeLike, mask: PackedMask, platform: str) -> None:
-    """Raises ValueError, by name, for what this backend is not for."""
+    """Raises UserError, by name, for what this backend is not for."""
     if platform not in ("gpu", "cuda"):
-        raise ValueError(f"attention backend cudnn runs on NVIDIA GPUs, not on {platform}; use auto")
+        raise UserError(f"attention backend cudnn runs on NVIDIA GPUs, not on {platform}; use auto")
     if not mask.one_document:
-        raise ValueError(
+        raise UserError(
             "attention backend cudnn takes rows of one document each (make_packed_mask(..., one_document=True)), and "
             "these rows may be packed; use auto"
         )
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"attention backend cudnn takes bfloat16 and float16, not {jnp.dtype(dtype).name}; use auto")
+        raise UserError(f"attention backend cudnn takes bfloat16 and float16, not {jnp.dtype(dtype).name}; use auto")
     if dim % 8 or dim > LARGEST_HEAD:
-        raise ValueError(
+        raise UserError(
             f"attention backend cudnn takes a head_dim up to {LARGEST_HEAD} that 8 divides, not {dim}; use auto"
         )
 
@@ -107,7 +108,7 @@ def _run(attend: Callable[..., jax.Array], *qkv: jax.Array) -> tuple[jax.Array, 
     try:
         return jax.vjp(attend, *qkv)
     except RuntimeError as error:
-        raise ValueError(f"attention backend cudnn: {error} It comes with jax[cuda12] and jax[cuda13]") from error
+        raise UserError(f"attention backend cudnn: {error} It comes with jax[cuda12] and jax[cuda13]") from error
 
 
 def _is_statistic(leaf: jax.Array, q_bthd: jax.Array) -> bool:

@@ -230,9 +230,9 @@ class Llama(nnx.Module):
         x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(self.config.num_layers), block_state))
         return self.norm(x_btd)
 
-    def mask(self, segment_ids_bt: jax.Array) -> PackedMask:
-        """Which keys each query of packed rows sees in this network."""
-        return make_packed_mask(segment_ids_bt, self.config.sliding_window)
+    def mask(self, segment_ids_bt: jax.Array, *, one_document: bool = False) -> PackedMask:
+        """Which keys each query of packed rows sees in this network; `one_document` as in `make_packed_mask`."""
+        return make_packed_mask(segment_ids_bt, self.config.sliding_window, one_document=one_document)
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:
         return constrain(jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0), "batch", None, None)

@@ -53,7 +53,8 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
     spec, training = workload.spec, workload.training
     state = StateLayout(spec, make_optimizer(training, workload.statistics.steps or 1_000_000), mesh)
     trainable, opt_state = state.trainable, state.opt_state
-    step = make_step(StepConfig(spec, workload.seed, remat=layout.remat), state.optimizer, mesh, state.shardings)
+    step_config = StepConfig(spec, workload.seed, layout.remat, training.attention, workload.one_document)
+    step = make_step(step_config, state.optimizer, mesh, state.shardings)
     index = jax.ShapeDtypeStruct((), "int32")
     with jax.set_mesh(mesh):
         jitted = step.jitted  # type: ignore[attr-defined]

@@ -63,12 +63,15 @@ class Workload:
     length: int
     statistics: Statistics
     seed: int = 0
+    one_document: bool = False
+    """Rows are not packed."""
 
     @classmethod
     def of(cls, config: RunConfig, architecture: LlamaConfig, statistics: Statistics) -> "Workload":
         """LoRA: adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
         spec = ModelSpec.of_run(architecture, config.model, config.lora)
-        return cls(spec, config.training, config.data.max_length, statistics, config.seed)
+        unpacked = config.data.packing == "none"
+        return cls(spec, config.training, config.data.max_length, statistics, config.seed, unpacked)
 
     @property
     def compute_bytes(self) -> int:

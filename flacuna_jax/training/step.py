@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from flacuna_jax.compiler import compiler_options
+from flacuna_jax.config import RunConfig
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.model.parameters import ModelSpec, Params
@@ -49,6 +50,13 @@ class StepConfig:
     seed: int
     remat: str = "none"
     attention_backend: Backend = "auto"
+    one_document: bool = False
+    """No row holds more than one document: what `attention_backend: cudnn` needs."""
+
+    @classmethod
+    def of_run(cls, spec: ModelSpec, config: RunConfig) -> "StepConfig":
+        training = config.training
+        return cls(spec, config.seed, training.remat, training.attention, config.data.packing == "none")
 
 
 def partition(spec: ModelSpec, base: Params, adapters: Params) -> tuple[Params, Params]:
@@ -72,7 +80,7 @@ def micro_batch_losses(
     hidden_btd = model(
         batch["tokens"],
         batch["positions"],
-        model.mask(batch["segment_ids"]),
+        model.mask(batch["segment_ids"], one_document=config.one_document),
         row_keys_b=row_keys_b,
         remat=config.remat,
         attention_backend=config.attention_backend,

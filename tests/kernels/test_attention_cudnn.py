@@ -5,6 +5,7 @@ Its numbers on a device are checked by benchmarks/numerics.py.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,11 +16,17 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import flacuna_jax.kernels.attention as attention_module
+from flacuna_jax.config import LoraConfig
+from flacuna_jax.errors import UserError
 from flacuna_jax.kernels import attention_cudnn
 from flacuna_jax.kernels.attention import SAVED_NAMES, attention
 from flacuna_jax.kernels.attention_reference import attention_reference, visible_bqk
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.sharding import MESH_AXES
+from flacuna_jax.training.step import StepConfig, micro_batch_losses
 from tests.kernels import packings
+from tests.tiny import SMALL
 
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
 
@@ -37,7 +44,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An H200 to lower for, and a cuDNN that JAX believes in."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    mesh = AbstractMesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         yield
 
@@ -55,13 +62,13 @@ def test_what_it_is_not_for_is_refused(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], one_document: bool, message: str
 ) -> None:
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=one_document)
-    with on_gpu(monkeypatch), pytest.raises(ValueError, match=f"attention backend cudnn .*{message}"):
+    with on_gpu(monkeypatch), pytest.raises(UserError, match=f"attention backend cudnn .*{message}"):
         attention(*inputs(**given), mask, backend="cudnn")
 
 
 def test_other_devices_are_refused() -> None:
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=True)
-    with pytest.raises(ValueError, match="attention backend cudnn runs on NVIDIA GPUs, not on cpu"):
+    with pytest.raises(UserError, match="attention backend cudnn runs on NVIDIA GPUs, not on cpu"):
         attention(*inputs(), mask, backend="cudnn")
 
 
@@ -72,9 +79,7 @@ def test_a_jax_without_cudnn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=True)
     with on_gpu(monkeypatch):
         monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", absent)
-        with pytest.raises(
-            ValueError, match=r"attention backend cudnn: cuDNN is not detected. It comes with jax\[cuda"
-        ):
+        with pytest.raises(UserError, match=r"attention backend cudnn: cuDNN is not detected. It comes with jax\[cuda"):
             attention(*inputs(), mask, backend="cudnn")
 
 
@@ -97,6 +102,29 @@ def test_each_pass_is_one_cudnn_call(monkeypatch: pytest.MonkeyPatch) -> None:
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(FORWARD) == 1
     assert text.count(BACKWARD) == 1
+
+
+@pytest.mark.parametrize("one_document", [True, False])
+def test_a_step_of_unpacked_rows_takes_it_and_others_are_refused(
+    monkeypatch: pytest.MonkeyPatch, one_document: bool
+) -> None:
+    spec = ModelSpec(replace(SMALL, head_dim=16), LoraConfig(), "bfloat16", "bfloat16")
+    config = StepConfig(spec, 0, "dots", "cudnn", one_document)
+    row = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+    batch["loss_mask"] = jax.ShapeDtypeStruct((2, 16), jnp.bool_)
+    held = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in spec.held.items()}
+    adapters = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in spec.lora_shapes.items()}
+
+    def losses(params: Any, batch: Any) -> Any:
+        return micro_batch_losses(config, params, batch)
+
+    with on_gpu(monkeypatch):
+        if one_document:
+            assert "dot_product_attention_fwd" in str(jax.make_jaxpr(losses)(held | adapters, batch))
+            return
+        with pytest.raises(UserError, match="may be packed"):
+            jax.make_jaxpr(losses)(held | adapters, batch)
 
 
 def test_auto_says_why_it_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
