@@ -1,3 +1,3 @@
-from flacuna_jax.cli import main
+from flacuna_jax.cli import script
 
-raise SystemExit(main())
+script()

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process. Orbax's threads wait ten minutes for the rest of a save that failed, and would keep it so long."""
+    """Ends the process. Orbax has threads that wait for minutes for the rest of a save that failed, and so would it."""
     if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -70,11 +70,14 @@ class Watch:
 
 def report_on(setup: Setup, directory: RunDirectory, status: str) -> None:
     """Writes report.html from what the run directory holds. Raises UserError if it cannot be written."""
+    facts: dict[str, str] = {}
+    for label, value in (line.split(maxsplit=1) for line in plan_lines(setup)):
+        facts[label] = f"{facts[label]}; {value}" if label in facts else value  # there may be several warnings
     write_report(
         directory.report,
         title=directory.path.name,
         records=read_metrics(directory.metrics),
-        facts={line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in plan_lines(setup)},
+        facts=facts,
         mixture=mixture_rows(setup.report),
         config_yaml=setup.config.to_yaml(),
         environment=environment(),

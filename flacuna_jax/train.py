@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 
 from flacuna_jax import distributed
-from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, run_verb
+from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, leave, run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, require_settings
 from flacuna_jax.data.pipeline import BatchStream, StepSource
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
+    require_supported(config.output_dir)
     with StopRequest() as stop:
         try:
             if arguments.check_determinism:
@@ -96,7 +97,6 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
       BadStep: the loss is not finite, or leapt, and the settings say to stop.
     """
     require_settings(config.checkpoint.allow_changes, tuple(WORDS), "checkpoint.allow_changes")
-    require_supported(config.output_dir)
     distributed.initialize(config.distributed)
     tasks = read_tasks(config)
     model = open_parts(config)
@@ -229,4 +229,4 @@ def inspect_step(config: RunConfig, number: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_verb(main))
+    leave(run_verb(main))

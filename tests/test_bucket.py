@@ -42,22 +42,37 @@ def test_what_cannot_be_written_to_is_refused(undisturbed, monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+class Emulator:
+    """Has a bucket named `runs`, which outlives a stop."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._at = probe.getsockname()
+        self.url = "http://{}:{}".format(*self._at)
+
+    def start(self) -> None:
+        emulated = pytest.importorskip("gcp_storage_emulator.server")
+        self._server = emulated.create_server(*self._at, default_bucket="runs", data_dir=str(self._data))
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
 @pytest.fixture(scope="module")
-def emulator():
-    """A bucket named `runs`; every process started from here sees it."""
+def emulator(tmp_path_factory):
+    """Every process that is started from here sees it."""
     pytest.importorskip("gcsfs")
-    emulated = pytest.importorskip("gcp_storage_emulator.server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        host, port = probe.getsockname()
-    server = emulated.create_server(host, port, in_memory=True, default_bucket="runs")
-    server.start()
+    found = Emulator(tmp_path_factory.mktemp("objects"))
+    found.start()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
-        patched.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{host}:{port}")
+        patched.setenv("STORAGE_EMULATOR_HOST", found.url)
+        patched.setenv("TENSORSTORE_GCS_HTTP_URL", found.url)
         patched.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
-        yield server
-    server.stop()
+        yield found
+    found.stop()
 
 
 @pytest.fixture
@@ -119,7 +134,7 @@ def test_killed_it_goes_on_elsewhere_from_the_bucket_alone(undisturbed, machine,
     machine("second machine")
     assert run(undisturbed / "config.yaml", out) == 0
     said = capsys.readouterr().out
-    assert "waiting whether it still lives" in said
+    assert "taken over if that shows no life" in said
     assert "resuming after step" in said
     assert_same_run(name, undisturbed / "run", tmp_path)
 
@@ -137,7 +152,7 @@ def test_a_checkpoint_that_is_not_whole_is_never_taken(undisturbed, machine, tmp
     name = "gs://runs/half"
     stopped_after_six(undisturbed, name)
     newest = list_checkpoints(name)[-1]
-    (bucket_module._root(name) / "checkpoints" / str(newest) / "commit_success.txt").unlink()
+    (bucket_module.bucket_path(name) / "checkpoints" / str(newest) / "commit_success.txt").unlink()
     machine("second machine")
     assert run(undisturbed / "config.yaml", f"--output_dir={name}") == 0
     assert f"resuming after step {newest}" not in capsys.readouterr().out
@@ -150,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(undisturbed, machine,
     name = "gs://runs/damaged"
     stopped_after_six(undisturbed, name)
     newest = list_checkpoints(name)[-1]
-    arrays = bucket_module._root(name) / "checkpoints" / str(newest) / "trainable"
+    arrays = bucket_module.bucket_path(name) / "checkpoints" / str(newest) / "trainable"
     for part in (*(arrays / "d").iterdir(), *(arrays / "ocdbt.process_0" / "d").iterdir()):
         part.write_bytes(bytes(len(part.read_bytes())))
     process = start(undisturbed / "config.yaml", f"--output_dir={name}")
@@ -167,7 +182,7 @@ def stranger():
     over = threading.Event()
 
     def live(name: str) -> None:
-        lease, beat = bucket_module._root(name) / "run.lock", 0
+        lease, beat = bucket_module.bucket_path(name) / "run.lock", 0
         while not over.is_set():
             beat += 1
             lease.write_text(json.dumps({"owner": "other", "host": "elsewhere", "pid": 7, "beat": beat}))
@@ -218,9 +233,7 @@ def test_a_bucket_that_stops_answering(undisturbed, machine, emulator, tmp_path,
     try:
         with at_step(4, emulator.stop):
             assert run(undisturbed / "config.yaml", f"--output_dir={name}") == 2
-        said = capsys.readouterr().err
-        assert f"{name} cannot be read or written" in said
-        assert "Traceback" not in said
+        assert f"{name} cannot be read or written" in capsys.readouterr().err
     finally:
         emulator.start()
     assert run(undisturbed / "config.yaml", f"--output_dir={name}") == 0

@@ -100,6 +100,28 @@ def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
         assert_same_run(out, undisturbed / "run")
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_up_under_an_asynchronous_save(tmp_path):
+    """The save fails behind the step; the run ends with the next one, and the process does not linger."""
+    config = write_run(tmp_path / "input", lora=None, training={"epochs": 8, "learning_rate": 1e-4})
+    whole = start(config, f"--output_dir={tmp_path / 'whole'}")
+    assert whole.wait(200) == 0
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=3m", "tmpfs") as disk:
+        out, filler = disk / "run", disk / "filler"
+        process = start(config, f"--output_dir={out}")
+        wait_for(lambda: list_checkpoints(out), process)
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 2, said
+        assert "cannot be written: No space left on device" in said
+        filler.unlink()
+        again = start(config, f"--output_dir={out}")
+        assert again.wait(200) == 0, again.stdout.read()
+        assert_same_run(out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "tmpfs") as disk:

@@ -104,7 +104,10 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
         gradients = 4 * _stored(spec.base_shapes, layout.mesh)
         # The sums of the micro-batches, each micro-batch's own, and the head's, which is whole on every device.
         return int(activations + gathered + chunk + 2 * gradients + 4 * head // size * (layout.mesh.fsdp > 1))
-    return int(activations + gathered + chunk + 3 * 4 * _stored(spec.lora_shapes, layout.mesh))
+    # Kernels in compute dtype for one layer: a whole-layer recomputation has the three of its feed-forward part at
+    # once, and 4-bit codes become numbers on the way to each product.
+    kernels = (3 * (layout.remat == "full") + (spec.quantization == "nf4")) * largest // tensor * size
+    return int(activations + gathered + kernels + chunk + 3 * 4 * _stored(spec.lora_shapes, layout.mesh))
 
 
 def _projection_bytes(workload: Workload) -> int:

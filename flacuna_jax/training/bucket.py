@@ -12,6 +12,7 @@ from one that was killed without comparing clocks: what does not change for a wh
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -49,6 +50,15 @@ def is_bucket(output_dir: str | os.PathLike[str]) -> bool:
     return _URL.match(str(output_dir)) is not None
 
 
+def bucket_path(output_dir: str) -> epath.Path:
+    """A run in a bucket, as a path; also one on a file system."""
+    # Listings that are kept would show the world as it was before another run, or another host, changed it.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    # Where it may not ask for a bucket's type it warns at every access; what fails reaches us as an exception.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    return epath.Path(output_dir)
+
+
 def require_supported(output_dir: str) -> None:
     """Raises `UserError` for a bucket that a run cannot write to from here."""
     found = _URL.match(output_dir)
@@ -74,7 +84,7 @@ def local_run(output_dir: str) -> Path:
 
 def read_text(output_dir: str, name: str) -> str | None:
     """A small file of a run directory, wherever it lies; None if it is not there. Raises UserError."""
-    path = _root(output_dir) / name
+    path = bucket_path(output_dir) / name
     with _talking_to(output_dir):
         try:
             return str(path.read_text())
@@ -100,7 +110,7 @@ def open_output(
             yield directory
         return
     require_supported(output_dir)
-    bucket, working = _root(output_dir), _working_directory(output_dir)
+    bucket, working = bucket_path(output_dir), _working_directory(output_dir)
     with open_run_directory(working, primary=primary) as directory:
         if not primary:
             yield RunDirectory(working, output_dir)
@@ -122,12 +132,15 @@ class Mirror:
     """
 
     def __init__(self, directory: Path, output_dir: str) -> None:
-        self._directory, self._name, self._bucket = directory, output_dir, _root(output_dir)
+        self._directory, self._name, self._bucket = directory, output_dir, bucket_path(output_dir)
         self._owner = _owner(directory)
         self._pushed: dict[Path, tuple[int, int]] = {}
         self._busy = threading.Lock()
         self._over = threading.Event()
         self._beats = 0
+        self._taken_by: str | None = None
+        self._answers = True
+        """Whether the bucket did the last time; each attempt takes a minute where it does not."""
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -137,24 +150,30 @@ class Mirror:
           UserError: another run lives there, or the bucket does not answer.
         """
         self._take(say)
-        beating = threading.Thread(target=self._beat_on, name="bucket", daemon=True)
+        # Two, because copying a whole model takes longer than a run may seem dead.
+        beating = [
+            threading.Thread(target=self._on_each_beat, args=(do,), daemon=True) for do in (self._renew, self.push)
+        ]
+        beating[0].start()
         try:
             self._fetch()
-            beating.start()
+            beating[1].start()
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(UserError):  # the first reason counts
-                    self.push()
+                if self._answers:
+                    with contextlib.suppress(UserError):  # the first reason counts
+                        self.push()
                 raise
             self.push()
             say(f"{self._name} holds the run")
         finally:
             self._over.set()
-            if beating.ident is not None:
-                beating.join()
+            for thread in beating:
+                if thread.ident is not None:
+                    thread.join()
             with contextlib.suppress(Exception):
-                if self._is_own(self._lease()):
+                if self._answers and self._taken_by is None and self._is_own(self._lease()):
                     (self._bucket / LEASE).unlink()
 
     def push(self) -> None:
@@ -163,16 +182,25 @@ class Mirror:
         Raises:
           UserError: the bucket cannot be written, or has become another run's.
         """
+        self._renew()
         with self._busy, _talking_to(self._name):
-            lease = self._lease()
-            if not self._is_own(lease):
-                raise UserError(
-                    f"{self._name} has been taken over by {_describe(lease)}; this run has stopped writing there"
-                )
-            self._write_lease()
             for name in _MIRRORED:
                 for path in _files(self._directory / name):
                     self._copy(path)
+
+    def _renew(self) -> None:
+        """Raises UserError if the bucket has become another run's, or does not answer."""
+        with _talking_to(self._name):
+            self._answers = False
+            lease = self._lease()
+            self._answers = True
+            if self._taken_by is None and not self._is_own(lease):
+                self._taken_by = _describe(lease)
+            if self._taken_by is not None:
+                raise UserError(
+                    f"{self._name} has been taken over by {self._taken_by}; this run has stopped writing there"
+                )
+            self._write_lease()
 
     def _copy(self, path: Path) -> None:
         try:
@@ -189,17 +217,18 @@ class Mirror:
             return  # replaced while we looked
         self._pushed[path] = stamp
 
-    def _beat_on(self) -> None:
+    def _on_each_beat(self, do: Callable[[], None]) -> None:
         """Until the block ends. What fails here fails again in the `push` before the next checkpoint."""
         while not self._over.wait(BEAT_SECONDS):
             with contextlib.suppress(UserError):
-                self.push()
+                do()
 
     def _take(self, say: Callable[[str], None]) -> None:
         with _talking_to(self._name):
             found = self._lease()
             if found is not None and not self._is_own(found):
-                say(f"{self._name} was last written by {_describe(found)}: waiting whether it still lives")
+                seconds = PATIENCE * BEAT_SECONDS
+                say(f"{self._name} is that of {_describe(found)}; taken over if that shows no life for {seconds:.0f} s")
                 for _ in range(PATIENCE):
                     time.sleep(BEAT_SECONDS)
                     if (now := self._lease()) != found and now is not None:
@@ -271,12 +300,6 @@ def _files(path: Path) -> list[Path]:
 
 def _working_directory(output_dir: str) -> Path:
     return user_cache() / "runs" / output_dir.replace("://", "/").rstrip("/")
-
-
-def _root(output_dir: str) -> epath.Path:
-    # Listings that are kept would show the world as it was before another run, or another host, changed it.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    return epath.Path(output_dir)
 
 
 @contextlib.contextmanager

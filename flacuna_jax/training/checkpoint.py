@@ -29,7 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.training.bucket import is_bucket
+from flacuna_jax.training.bucket import bucket_path, is_bucket
 
 Meta = dict[str, Any]
 
@@ -78,8 +78,12 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if failure is None:  # else the first reason counts
+                raise
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -133,7 +137,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with _write_errors(self._directory):
+                self._manager.close()
 
     def restore(
         self,
@@ -247,7 +252,7 @@ def restore_adapters(run_dir: str | os.PathLike[str], step: int | None = None) -
 
 
 def _checkpoints_of(run_dir: str | os.PathLike[str]) -> epath.Path:
-    return epath.Path(run_dir if is_bucket(run_dir) else Path(run_dir).absolute()) / CHECKPOINTS
+    return bucket_path(str(run_dir if is_bucket(run_dir) else Path(run_dir).absolute())) / CHECKPOINTS
 
 
 def _open_manager(directory: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -140,7 +140,8 @@ def _summary(steps: Sequence[Row]) -> dict[str, str]:
     summary = {"steps done": f"{steps[-1]['step']:,}"}
     if losses:
         window = max(1, min(10, len(losses) // 4))
-        summary["loss, first → last"] = f"{_mean(losses[:window]):.3f} → {_mean(losses[-window:]):.3f}"
+        of = f"{window} logged " if window > 1 else ""
+        summary[f"loss, first {of}→ last"] = f"{_mean(losses[:window]):.3f} → {_mean(losses[-window:]):.3f}"
     if rates:
         summary["supervised tokens/s"] = f"{statistics.median(rates):,.0f}"
     if fills := [record["fill"] for record in steps if record.get("fill") is not None]:

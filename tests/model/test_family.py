@@ -65,6 +65,12 @@ DOCUMENTS = [np.random.default_rng(i).integers(3, 97, size).tolist() for i, size
 ROWS = [[0, 1], [2, 3], [4]]
 
 
+def always(*names: str) -> pytest.MarkDecorator:
+    """Every member, but in the quick suite these alone: between them they have whatever the test depends on."""
+    members = [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY]
+    return pytest.mark.parametrize("member", members, indirect=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     path: Path
@@ -132,6 +138,7 @@ def test_packed_logits_equal_transformers(member: Member) -> None:
     assert_equal_logits(packed_logits(member.spec, member.params), torch_logits(member.reference))
 
 
+@always("LLaMA 3.1", "Mistral", "Qwen2 with a window")
 @pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 14])
 def test_greedy_continuations_equal_transformers(member: Member, shared: int) -> None:
     """Prompts of mixed lengths in one batch; their first tokens alone, or behind a prefix that is computed once."""
@@ -177,6 +184,7 @@ def test_converted_and_back(member: Member, tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, member.params[name], err_msg=name)
 
 
+@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2")
 def test_adapters_and_merges_are_pefts(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)

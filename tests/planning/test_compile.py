@@ -13,7 +13,7 @@ from flacuna_jax.config import LoraConfig, MeshConfig
 from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE, chunk_size
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.planning.compile import CompiledStep, compile_step, lower_step
-from flacuna_jax.planning.estimate import argument_bytes, estimate_work, head_chunks
+from flacuna_jax.planning.estimate import argument_bytes, estimate_work, head_chunks, temporary_bytes
 from flacuna_jax.planning.plans import compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import parse_target, present_machine
 from flacuna_jax.planning.workload import Layout
@@ -223,6 +223,19 @@ def test_8_bit_weights_are_not_held_twice(absent, paper):
     step = compile_step(workload, Layout(MeshConfig(), "dots", 8), absent("h200"))
     assert step.arguments <= 13.5e9
     assert step.temporaries <= 51e9, "of bfloat16 weights 49.7 GB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantization", "remat", "micro_batch"),
+    [("nf4", "full", 1), ("nf4", "full", 4), ("nf4", "attention", 1), ("nf4", "dots", 1), ("int8", "full", 1)],
+)
+def test_the_quick_estimate_of_a_quantised_base(absent, paper, quantization, remat, micro_batch):
+    """Where little else is held, what one layer takes counts."""
+    workload = replace(paper, spec=replace(paper.spec, quantization=quantization))
+    layout = Layout(MeshConfig(), remat, micro_batch)
+    step = compile_step(workload, layout, absent("1x4090"))
+    assert step.temporaries == pytest.approx(temporary_bytes(workload, layout), rel=0.15)
 
 
 @pytest.mark.slow
