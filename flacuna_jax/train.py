@@ -133,7 +133,7 @@ def run(
     report = LiveReport(functools.partial(report_on, setup, directory) if primary else say_nothing, say)
     source = StepSource(setup.store, plan, jax.process_index(), jax.process_count())
     stream = BatchStream(source, start_step=state.step, threads=2, ahead=4)
-    step_config = StepConfig(setup.spec, config.seed, remat=config.training.remat)
+    step_config = StepConfig.of_run(setup.spec, config)
     step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
     rows = batch_sharding(setup.mesh)
     started = time.monotonic()
@@ -196,7 +196,7 @@ def prove_determinism(config: RunConfig) -> int:
     setup = set_up(open_parts(config), say)
 
     def begin() -> Beginning:
-        step_config = StepConfig(setup.spec, setup.config.seed, remat=setup.config.training.remat)
+        step_config = StepConfig.of_run(setup.spec, setup.config)
         source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
         state, base = fresh_state(setup)
         step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
@@ -218,7 +218,7 @@ def inspect_step(config: RunConfig, number: int) -> int:
         raise UserError(f"--inspect_step {number}: the run's steps are 1 to {setup.plan.total_steps}")
     state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
     source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
-    step_config = StepConfig(setup.spec, setup.config.seed, remat=setup.config.training.remat)
+    step_config = StepConfig.of_run(setup.spec, setup.config)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     inspector = BatchInspector(setup.store, source, step_config, batch_sharding(setup.mesh), tokenizer)
     losses = inspector.losses(number, state.trainable, base)
