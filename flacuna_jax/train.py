@@ -136,7 +136,7 @@ def run(
     step_config = StepConfig.of_run(setup.spec, config)
     step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
     rows = batch_sharding(setup.mesh)
-    started = time.monotonic()
+    started, first = time.monotonic(), state.step
     with (
         stop.deferred(),
         open_tracker(
@@ -181,7 +181,8 @@ def run(
     if end == "stopped":
         report.finish(f"stopped by {stop.received or 'another host'} after step {state.step}")
         raise Stopped(f"{stop.received or 'another host'}: saved after step {state.step}; start again to continue")
-    say(f"{state.step} steps done in {time.monotonic() - started:.1f} s")
+    before = f", {first:,} of them before" if first else ""
+    say(f"{state.step - first:,} steps in {time.monotonic() - started:.1f} s: {state.step:,} are done{before}")
     if end == "enough":
         say(f"stopped early: no new best in {history.since_best} evaluations")
     state = chosen_state(setup, checkpointer, history, state, say)
