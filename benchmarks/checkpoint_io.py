@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -113,6 +114,7 @@ def measured_crossing(work: Callable[[], None], source: Path, output: Path) -> t
         with file.open("rb") as opened:
             forget(opened.fileno())
     seconds, peak = measure(work)
+    print(f"{output.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     shutil.rmtree(output, ignore_errors=True)
     return seconds, peak
 
