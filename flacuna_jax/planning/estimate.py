@@ -104,9 +104,10 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
         gradients = 4 * _stored(spec.base_shapes, layout.mesh)
         # The sums of the micro-batches, each micro-batch's own, and the head's, which is whole on every device.
         return int(activations + gathered + chunk + 2 * gradients + 4 * head // size * (layout.mesh.fsdp > 1))
-    # Kernels in compute dtype for one layer: a whole-layer recomputation has the three of its feed-forward part at
-    # once, and 4-bit codes become numbers on the way to each product.
-    kernels = (3 * (layout.remat == "full") + (spec.quantization == "nf4")) * largest // tensor * size
+    # Kernels in compute dtype: where none are gathered, a whole-layer recomputation has the three of a feed-forward
+    # part at once, and 4-bit codes become numbers on the way to each product.
+    copies = 3 * (layout.remat == "full") + (spec.quantization == "nf4") if layout.mesh.fsdp == 1 else 0
+    kernels = copies * largest // tensor * size
     return int(activations + gathered + kernels + chunk + 3 * 4 * _stored(spec.lora_shapes, layout.mesh))
 
 

@@ -227,14 +227,23 @@ def test_8_bit_weights_are_not_held_twice(absent, paper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("quantization", "remat", "micro_batch"),
-    [("nf4", "full", 1), ("nf4", "full", 4), ("nf4", "attention", 1), ("nf4", "dots", 1), ("int8", "full", 1)],
+    ("target", "quantization", "remat", "micro_batch"),
+    [
+        ("1x4090", "nf4", "full", 1),
+        ("1x4090", "nf4", "full", 4),
+        ("1x4090", "nf4", "attention", 1),
+        ("1x4090", "nf4", "dots", 1),
+        ("1x4090", "int8", "full", 1),
+        ("4xA6000", "nf4", "full", 1),
+        ("4xA6000", "int8", "full", 1),
+    ],
 )
-def test_the_quick_estimate_of_a_quantised_base(absent, paper, quantization, remat, micro_batch):
+def test_the_quick_estimate_of_a_quantised_base(absent, paper, target, quantization, remat, micro_batch):
     """Where little else is held, what one layer takes counts."""
     workload = replace(paper, spec=replace(paper.spec, quantization=quantization))
-    layout = Layout(MeshConfig(), remat, micro_batch)
-    step = compile_step(workload, layout, absent("1x4090"))
+    devices = absent(target)
+    layout = Layout(MeshConfig(fsdp=len(devices)), remat, micro_batch)
+    step = compile_step(workload, layout, devices)
     assert step.temporaries == pytest.approx(temporary_bytes(workload, layout), rel=0.15)
 
 
@@ -251,6 +260,16 @@ def test_13b_on_a_tpu_slice(absent, paper):
     per_pass = paper.micro_batches(layout) * LLAMA_13B.num_layers
     assert found["all-gather", 2 * 5120 * 5120, 16] == 8 * per_pass
     assert found["all-gather", 2 * 5120 * 13824, 16] == 6 * per_pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "fsdp", "limit"), [("v4:2x2x1", 4, 21e9), ("v5p:2x2x1", 4, 21e9), ("v6e:2x4", 8, 18e9)]
+)
+def test_13b_on_every_kind_of_tpu(absent, paper, target, fsdp, limit):
+    step = compile_step(paper, Layout(MeshConfig(fsdp=fsdp), "dots", 2), absent(target))
+    assert isinstance(step, CompiledStep)
+    assert step.peak <= limit
 
 
 @pytest.mark.slow
