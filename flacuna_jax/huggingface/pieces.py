@@ -143,8 +143,8 @@ def _store(descriptor: int, position: int, parts: Sequence[memoryview]) -> None:
         if written:
             waiting[0] = waiting[0][written:]
     forget(descriptor, start, size)  # pages that the disk does not have yet are sent to it, and stay
-    if start >= _ON_THEIR_WAY:
-        forget(descriptor, start - _ON_THEIR_WAY, PIECE_BYTES)
+    if start > _ON_THEIR_WAY:
+        forget(descriptor, 0, start - _ON_THEIR_WAY)  # from the beginning: a busy disk has some of it only now
 
 
 _local = threading.local()
