@@ -109,3 +109,13 @@ def test_the_table_of_measured_tiles_is_whole():
 def test_results_are_named_after_device_and_day(benchmark_module):
     collect = benchmark_module("collect")
     assert collect.file_name({"device": "NVIDIA H200", "date": "2026-11-22"}) == "nvidia-h200-2026-11-22.json"
+
+
+def test_a_step_that_misses_a_bar_is_named(benchmark_module):
+    compiled_step = benchmark_module("compiled_step")
+    row = compiled_step.Row("4xa6000", {"fsdp": 4}, 2, most_gb=22)
+    good = {"together": 21e9, "products_per_layer": 14, "seconds": 5.0}
+    assert compiled_step.judged(row, good) == []
+    bad = {"together": 23e9, "products_per_layer": 19, "seconds": 30.0}
+    assert compiled_step.judged(row, bad) == ["more than 22 GB", "products", "more than 20 s"]
+    assert compiled_step.judged(row, {"failed": "no compiler"}) == ["no compiler"]
