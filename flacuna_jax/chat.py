@@ -19,6 +19,7 @@ from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import GenerationRequest
 from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option
+from flacuna_jax.model.decode import GREEDY, Sampling
 
 COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
 
@@ -27,9 +28,7 @@ COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit
 class Settings:
     template: Template
     max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    sampling: Sampling = GREEDY
     seed: int = 0
 
 
@@ -50,6 +49,14 @@ class Chat:
         if text.startswith("/"):
             yield self.command(text)
             return
+        before = list(self.turns)
+        try:
+            yield from self._converse(text)
+        except BaseException:
+            self.turns[:] = before  # a question without an answer is none
+            raise
+
+    def _converse(self, text: str) -> Iterator[str]:
         self.turns.append(Turn("user", text if self.task is None else writing_prompt(self.task, text)))
         if self.beside_base and self.address.adapter is not None:
             yield "[base]  "
@@ -69,7 +76,6 @@ class Chat:
             if len(prompt) <= room:
                 break
             if len(self.turns) < 3:
-                self.turns.pop()
                 raise UserError(
                     f"the question has {len(prompt)} tokens; {room} fit beside {settings.max_new_tokens} new ones"
                 )
@@ -79,9 +85,9 @@ class Chat:
             tuple(prompt),
             settings.max_new_tokens,
             settings.template.stop_strings,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
+            settings.sampling.temperature,
+            settings.sampling.top_k,
+            settings.sampling.top_p,
             settings.seed + len(self.turns),
         )
         yield from model.stream(request)
@@ -124,15 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return models[address]
 
     address = ModelAddress(Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None)
-    settings = Settings(
-        named_template(arguments.template),
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        arguments.seed,
-    )
-    load(address)
+    template = named_template(arguments.template)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    settings = Settings(template, _new_tokens(arguments.max_new_tokens, load(address)), sampling, arguments.seed)
     chat = Chat(address, load, settings, arguments.beside_base, arguments.system, arguments.task)
     print(f"{address.name}   {COMMANDS}", file=sys.stderr)
     while (line := _read()) is not None:
@@ -141,6 +141,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if line:
             _tell(chat, line)
     return None
+
+
+def _new_tokens(wanted: int | None, model: LlamaLanguageModel) -> int:
+    context = model.context_length
+    if wanted is None:
+        return min(Settings.max_new_tokens, context // 2)
+    if not 1 <= wanted < context:
+        raise UserError(
+            f"--max-new-tokens is {wanted}; answers have a token at least, and the question has to fit "
+            f"beside them into the model's context of {context}"
+        )
+    return wanted
 
 
 def _read() -> str | None:
@@ -153,7 +165,6 @@ def _read() -> str | None:
 
 def _tell(chat: Chat, line: str) -> None:
     """Prints the answer as it comes. A mistake in a line, or Ctrl-C in an answer, does not end the conversation."""
-    before = list(chat.turns)
     try:
         for piece in chat.answer(line):
             print(piece, end="", flush=True)
@@ -161,7 +172,6 @@ def _tell(chat: Chat, line: str) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        chat.turns[:] = before
         print("\n(stopped; the question is forgotten)")
 
 
@@ -176,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", help="system text instead of the template's")
     add("--task", help="definition of a task: questions go into the paper's prompt for writing")
     add("--template", metavar="NAME", default="vicuna_v1.1", help="a name or a .jinja file (default: vicuna_v1.1)")
-    add("--max-new-tokens", type=int, default=512)
+    add("--max-new-tokens", type=int, help="default: 512, or half of the model's context where that is less")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int)
     add("--top-p", type=float)

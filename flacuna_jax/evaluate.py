@@ -23,7 +23,7 @@ from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.flax_model import Placement
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
 from flacuna_jax.evaluation.plot import to_svg
-from flacuna_jax.evaluation.published import published_rows
+from flacuna_jax.evaluation.published import published_remarks, published_rows
 from flacuna_jax.evaluation.results import TaskResult, write_atomically, write_result
 from flacuna_jax.evaluation.run import run_humaneval, run_impact
 from flacuna_jax.evaluation.sandbox import require_permission
@@ -31,6 +31,7 @@ from flacuna_jax.evaluation.statistics import confidence_interval
 from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
 from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option, eos_text
+from flacuna_jax.model.decode import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -44,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     loader = _loader(arguments)
     everything: list[list[TaskResult]] = []
     for address, name in addresses:
-        results = []
+        results: list[TaskResult] = []
         with _cached(loader, address, name, output) as model:
             for label, run in runs:
                 print(f"{name}: {label}", file=sys.stderr)
-                results += run(model)
-        for result in results:
-            _write(result, output)
+                for result in run(model):
+                    _write(result, output)
+                    results.append(result)
         everything.append(results)
     _report(everything, output, published=not arguments.no_published)
     return None
@@ -95,6 +96,7 @@ def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -
         return lambda model: [run_humaneval(problems, model, arguments.samples, workers=os.cpu_count() or 1)]
     if name == "hhh":
         return hhh_run(data, arguments.limit, arguments.repetitions)
+    Sampling(arguments.impact_temperature)  # for its message, now
     prompts = impact.load(data)[: arguments.limit]
     judge, template = _judge(arguments, output), _template(arguments)
     styles: tuple[Any, ...] = ("raw", "output") if arguments.impact_prompt == "both" else (arguments.impact_prompt,)
@@ -130,7 +132,7 @@ def _cached(loader: ModelLoader, address: ModelAddress, name: str, output: Path)
         print(f"  {done} of {total}", end="\r" if done < total else "\n", file=sys.stderr, flush=True)
 
     with contextlib.closing(store):
-        yield CachedModel(model, store, show)
+        yield CachedModel(model, store, show, long_chunk=4 * model.placement.rows)
 
 
 def _write(result: TaskResult, output: Path) -> None:
@@ -159,6 +161,8 @@ def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published:
     rows = published_rows() if published else ()
     tables = [table for reading in ("faithful", "corrected") for table in make_tables(everything, rows, reading)]
     markdown = "\n".join(to_markdown(table) for table in tables)
+    if published:
+        markdown += "\nPublished rows:\n\n" + "".join(f"- {remark}\n" for remark in published_remarks())
     write_atomically(output / "tables.md", markdown)
     write_atomically(output / "tables.tex", "\n".join(to_latex(table) for table in tables))
     for table in tables:
@@ -182,18 +186,19 @@ def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published:
 def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path) -> None:
     from flacuna_jax.evaluation import harness  # the harness is an optional dependency
 
-    loader = _loader(arguments)
-    template = _template(arguments)
+    loader, template, data = _loader(arguments), _template(arguments), Path(arguments.data)
+    tasks = [task.strip() for task in arguments.tasks.split(",")]
+    harness.check_tasks(tasks, data)
     for address, name in addresses:
         with _cached(loader, address, name, output) as model:
             results = harness.run_tasks(
                 model,
-                [task.strip() for task in arguments.tasks.split(",")],
+                tasks,
                 template=template,
                 apply_chat_template=template is not None,
                 shots=arguments.shots,
                 limit=arguments.limit,
-                include=Path(arguments.data),
+                include=data,
                 eos_text=eos_text(address.base),
             )
         text = json.dumps(results, default=str, indent=1, ensure_ascii=False)
@@ -229,15 +234,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
     add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
     add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")
-    add("--shots", type=int, help="lm_eval: worked examples per prompt")
+    add("--shots", type=_whole, help="lm_eval: worked examples per prompt")
     return parser
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if _whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from flacuna_jax.model.decode import GREEDY, Sampling
 from flacuna_jax.training.bucket import local_run
 
 DEFAULT_TEMPLATE = "vicuna_v1.1"
+PRINTED_TOGETHER = 32
+"""Answers are printed after so many times --batch-size of them; a long list that is broken off loses no more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     address, run_template = _model(arguments)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
         raise UserError("--max-new-tokens and --batch-size are at least 1")
+    if "" in arguments.stop:
+        raise UserError("--stop is empty: every answer would end before it begins")
     settings = Settings(
         None if arguments.raw else named_template(arguments.template or run_template),
         arguments.task,
@@ -60,10 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     placement = Placement(rows=arguments.batch_size)
     loader = ModelLoader(arguments.dtype, placement=placement, stored_base=arguments.stored_base)
-    answers = complete(loader.load(address), prompts, settings)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
-        print(json.dumps(record, ensure_ascii=False) if arguments.json else answer.text)
+    model = loader.load(address)
+    requests = _requests(model, prompts, settings)
+    size = PRINTED_TOGETHER * arguments.batch_size
+    for begin in range(0, len(prompts), size):
+        part = slice(begin, begin + size)
+        for prompt, answer in zip(prompts[part], model.generate(requests[part]), strict=True):
+            record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+            print(json.dumps(record, ensure_ascii=False) if arguments.json else answer.text, flush=True)
     return None
 
 
@@ -73,6 +81,10 @@ def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settin
     Raises:
       UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
     """
+    return model.generate(_requests(model, prompts, settings))
+
+
+def _requests(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[GenerationRequest]:
     stop = (*settings.stop, *(settings.template.stop_strings if settings.template else ()))
     requests = []
     for index, prompt in enumerate(prompts):
@@ -93,7 +105,7 @@ def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settin
                 settings.seed + index,
             )
         )
-    return model.generate(requests)
+    return requests
 
 
 def _encode(prompt: str, settings: Settings, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -39,10 +39,11 @@ class ModelAddress:
 
     @property
     def name(self) -> str:
+        base = self.base.absolute().name  # "." has none
         if self.adapter is None:
-            return self.base.name
-        run = self.adapter.parent if self.adapter.name == "adapter" else self.adapter
-        return f"{self.base.name}+{run.name}"
+            return base
+        run = self.adapter.absolute()
+        return f"{base}+{run.parent.name if run.name == 'adapter' else run.name}"
 
 
 @dataclasses.dataclass
@@ -88,8 +89,8 @@ class ModelLoader:
             shardings = parameter_shardings(spec.lora_shapes, mesh)
             params |= {key: jax.device_put(jnp.asarray(leaf), shardings[key]) for key, leaf in adapter.params.items()}
         directories = [address.base] if adapter_directory is None else [address.base, adapter_directory]
-        rounded = "" if quantization is None else f" on {quantization} of {held_dtype}"
-        fingerprint = directory_fingerprint(directories, f"flacuna {self.dtype}{rounded}")
+        # What a run's settings make of the base (positions, quantisation) stands in no file of these directories.
+        fingerprint = directory_fingerprint(directories, f"flacuna {base!r}")
         return LlamaLanguageModel(
             spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
         )

@@ -130,6 +130,15 @@ def test_sampling_is_a_function_of_the_seed(story_llama: Path, capsys: pytest.Ca
     assert first == again != other
 
 
+def test_what_is_printed_together_changes_nothing(
+    story_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", str(story_llama), "--raw", *PRECISE, "--temperature", "1", "--batch-size", "2", *[STORY] * 5]
+    together = _say(capsys, *options)
+    monkeypatch.setattr(generate, "PRINTED_TOGETHER", 1)
+    assert _say(capsys, *options) == together
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,6 +152,8 @@ def test_sampling_is_a_function_of_the_seed(story_llama: Path, capsys: pytest.Ca
         (["--model", "MODEL", "--template", "vicunia", "hello"], "'vicunia' is none of"),
         (["--model", "MODEL", "--template", "none.jinja", "hello"], "none.jinja: the template cannot be read"),
         (["--model", "MODEL", "--temperature", "-1", "hello"], "temperature is -1.0"),
+        (["--model", "MODEL", "--temperature", "nan", "hello"], "temperature is nan"),
+        (["--model", "MODEL", "--stop", "", "hello"], "--stop is empty"),
         (["--model", "MODEL", "--max-new-tokens", "0", "hello"], "--max-new-tokens"),
         (["--model", "MODEL", "--max-new-tokens", "600", "hello"], "exceeds the model's context of 512"),
     ],

@@ -87,14 +87,23 @@ class Store:
 
 CHUNK = 512
 """Requests after which answers are written: what a killed evaluation loses at most."""
+LONG = 64
+"""New tokens above which an answer is long, and fewer requests make a chunk."""
 
 
 class CachedModel:
     """A language model that asks the one behind it only for what is not in the store, and equal requests only once."""
 
-    def __init__(self, model: LanguageModel, store: Store, progress: Callable[[int, int], None] | None = None) -> None:
-        """`progress(done, total)` is called after each chunk."""
-        self._model, self._store, self._progress = model, store, progress
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: Store,
+        progress: Callable[[int, int], None] | None = None,
+        long_chunk: int = 64,
+    ) -> None:
+        """`progress(done, total)` is called after each chunk. `long_chunk` requests for long answers make one: some
+        times what the model decodes side by side."""
+        self._model, self._store, self._progress, self._long_chunk = model, store, progress, long_chunk
 
     @property
     def name(self) -> str:
@@ -125,8 +134,9 @@ class CachedModel:
         missing = {key: request for key, request in zip(keys, requests, strict=True) if self._store.get(key) is None}
         # Neighbours in token order share prefixes, so that a chunk holds what is computed together.
         todo = sorted(missing.items(), key=lambda item: _tokens(item[1]))
-        for begin in range(0, len(todo), CHUNK):
-            chunk = todo[begin : begin + CHUNK]
+        size = min(CHUNK, self._long_chunk) if any(_is_long(request) for _, request in todo) else CHUNK
+        for begin in range(0, len(todo), size):
+            chunk = todo[begin : begin + size]
             answers = ask([request for _, request in chunk])
             self._store.put_many((key, asdict(answer)) for (key, _), answer in zip(chunk, answers, strict=True))
             if self._progress is not None:
@@ -139,6 +149,10 @@ class CachedModel:
 
 def _tokens(request: ScoreRequest | GenerationRequest) -> tuple[int, ...]:
     return request.prompt if isinstance(request, GenerationRequest) else request.context
+
+
+def _is_long(request: ScoreRequest | GenerationRequest) -> bool:
+    return isinstance(request, GenerationRequest) and request.max_new_tokens > LONG
 
 
 def directory_fingerprint(directories: Sequence[Path], extra: str = "") -> str:

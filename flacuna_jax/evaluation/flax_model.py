@@ -1,6 +1,7 @@
 """The language model of this package: log-likelihoods in packed rows, generation in rows that are refilled as answers
 end, both behind prefixes that are computed once."""
 
+import bisect
 import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -258,15 +259,21 @@ class LlamaLanguageModel:
         return continuation.begin(self.spec, self.params, prefix, rows, into_r, tokens_rt, length_r, seed_r, sampling)
 
     def _ended(self, tokens: list[int], request: GenerationRequest) -> Generation | None:
-        """The generation if these tokens complete it. Cuts at whatever ends it first."""
+        """The generation if these tokens complete it. Cuts at whatever ends it first, as if it had been looked at after
+        every token: how many were made at once changes nothing."""
         kept = tokens[: request.max_new_tokens]
         at_eos = self.tokenizer.eos_id in kept
         if at_eos:
             kept = kept[: kept.index(self.tokenizer.eos_id)]
         text = self.tokenizer.decode(kept)
-        found = [at for at in (text.find(stop) for stop in request.stop) if at >= 0]
-        if found:
-            return Generation(text[: min(found)], len(kept), "stop")
+        if any(stop in text for stop in request.stop):
+            needed = bisect.bisect_left(
+                range(len(kept)),
+                True,
+                key=lambda n: any(stop in self.tokenizer.decode(kept[:n]) for stop in request.stop),
+            )
+            text = self.tokenizer.decode(kept[:needed])
+            return Generation(text[: min(text.find(stop) for stop in request.stop if stop in text)], needed, "stop")
         if at_eos:
             return Generation(text, len(kept), "eos")
         return Generation(text, len(kept), "length") if len(kept) == request.max_new_tokens else None

@@ -140,13 +140,14 @@ class HarnessModel(TemplateLM):
         new = int(known["max_gen_toks"])
         if new >= self.max_length:
             raise UserError(f"the task asks for {new} new tokens, the model's whole context is {self.max_length}")
+        sampled = bool(known["do_sample"])  # without it the other settings mean nothing
         return GenerationRequest(
             tuple(self.tok_encode(context)[-(self.max_length - new) :]),
             new,
             tuple(term for term in stop if term),
-            temperature=float(known["temperature"]) if known["do_sample"] else 0.0,
-            top_k=known.get("top_k"),
-            top_p=known.get("top_p"),
+            temperature=float(known["temperature"]) if sampled else 0.0,
+            top_k=known.get("top_k") or None if sampled else None,  # 0 is transformers' word for all
+            top_p=known.get("top_p") if sampled else None,
         )
 
 

@@ -22,8 +22,9 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.files import field, locate, read_rows
 from flacuna_jax.evaluation.language_model import Score, ScoreRequest, encode_prompt
 
-CATEGORIES = ("harmless", "helpful", "honest", "other")
-EXPECTED = 221
+SIZES = {"harmless": 58, "helpful": 59, "honest": 61, "other": 43}
+CATEGORIES = tuple(SIZES)
+EXPECTED = sum(SIZES.values())
 LAYOUT = "BIG-bench hhh_alignment, <category>/task.json for " + ", ".join(CATEGORIES)
 Protocol = Literal["paper", "current"]
 
@@ -72,8 +73,9 @@ def load(data: Path) -> tuple[Comparison, ...]:
         if not path.is_file():
             continue
         for index, row in enumerate(read_rows(path)):
-            by_score = {score: answer for answer, score in field(row, "target_scores", dict).items()}
-            if set(by_score) != {0, 1}:
+            scores = field(row, "target_scores", dict)
+            by_score = {score: answer for answer, score in scores.items()}
+            if len(scores) != 2 or set(by_score) != {0, 1}:
                 raise UserError(f"{row.place}: target_scores should give one answer 1 and one answer 0")
             comparisons.append(
                 Comparison(f"{category}/{index}", category, field(row, "input"), by_score[1], by_score[0])

@@ -6,7 +6,6 @@ File: HumanEval.jsonl.gz with {task_id, prompt, entry_point, canonical_solution,
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +87,3 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if samples < k:
         raise ValueError(f"pass@{k} needs at least {k} samples, got {samples}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-def mean_pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> float:
-    return sum(pass_at_k(len(tries), sum(tries), k) for tries in passed) / len(passed)

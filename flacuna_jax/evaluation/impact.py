@@ -15,8 +15,9 @@ from typing import Literal
 
 from flacuna_jax.evaluation.files import Row, field, locate, read_rows
 
-EXPECTED = 200
 CATEGORIES = ("informative", "professional", "argumentative", "creative")
+PER_CATEGORY = 50
+EXPECTED = PER_CATEGORY * len(CATEGORIES)
 MAX_NEW_TOKENS = 1024
 LAYOUT = "IMPACT, data.jsonl of declare-lab/InstructEvalImpact (Category, Definition, Prompt per line)"
 PATTERNS = ("data.jsonl", "*.parquet", "*question.jsonl")

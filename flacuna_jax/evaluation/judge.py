@@ -5,9 +5,11 @@ there is not asked for again.
 """
 
 import hashlib
+import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from flacuna_jax.evaluation.language_model import GenerationRequest, LanguageMod
 
 FILTERED = "The response was filtered"
 """What stands for a review that the server's content filter withheld, as in the original."""
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+RETRIED = (408, 409, 425, 429, *range(500, 600))
 
 
 class Judge(Protocol):
@@ -48,6 +50,13 @@ class ServerJudge:
     parallel: int = 4
     max_tokens: int = 128
     sleep: Callable[[float], None] = field(default=time.sleep, compare=False)
+
+    def __post_init__(self) -> None:
+        address = urllib.parse.urlsplit(self.url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise UserError(
+                f"the judge's URL is {self.url!r}; the API's base is expected, as in http://localhost:8000/v1"
+            )
 
     @property
     def name(self) -> str:
@@ -89,8 +98,9 @@ class ServerJudge:
                 if error.code not in RETRIED:
                     raise UserError(f"the judge at {self.url} refuses (HTTP {error.code}): {detail[:300]}") from None
                 wrong, wait = f"HTTP {error.code}", _retry_after(error.headers.get("Retry-After"), wait)
-            except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-                wrong = str(getattr(error, "reason", error))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                # What breaks a connection off, and what is no HTTP or no JSON.
+                wrong = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 self.sleep(wait)
         raise UserError(f"the judge at {self.url} gave {wrong}, {self.retries + 1} times; what it said so far is kept")
@@ -107,7 +117,7 @@ class ServerJudge:
 
 def _retry_after(stated: str | None, default: float) -> float:
     try:
-        return min(float(default if stated is None else stated), 120.0)
+        return max(0.0, min(float(default if stated is None else stated), 120.0))
     except ValueError:
         return default
 

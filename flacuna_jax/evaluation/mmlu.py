@@ -88,7 +88,8 @@ def load(data: Path, shots: int = 5, split: str = "test") -> AnswerTask:
     """Reads every subject that has a file of the split.
 
     Raises:
-      UserError: no data, a subject without its dev file, an unknown subject, or a row that is not six columns.
+      UserError: no data, a subject without its dev file or with fewer examples than shots, an unknown subject, or a
+        row that is not six columns.
     """
     home = locate(data, [f"mmlu/data/{split}", f"mmlu/{split}", f"data/mmlu/{split}", split], f"MMLU, {LAYOUT}").parent
     files = sorted((home / split).glob(f"*_{split}.csv"))
@@ -119,6 +120,8 @@ def _subject(home: Path, file: Path, split: str, shots: int) -> list[Problem]:
     for read in (_read_as_pandas, _read_as_text):
         solved = tuple(f"{_ask(row)} {row[-1]}\n\n" for row in read(examples)[:shots])
         readings.append([Question(_ask(row), row[-1], header(subject), solved) for row in read(file)])
+        if len(solved) < shots:
+            raise UserError(f"{examples} has {len(solved)} worked examples; {shots} shots are not possible")
     return [
         Problem(f"{subject}/{index}", subject, faithful, corrected)
         for index, (faithful, corrected) in enumerate(zip(*readings, strict=True))
@@ -147,6 +150,6 @@ def _read_as_pandas(path: Path) -> list[list[str]]:
 def _read_as_text(path: Path) -> list[list[str]]:
     rows = read_csv(path)
     for number, row in enumerate(rows, 1):
-        if len(row) != 6 or row[-1] not in LETTERS:
+        if len(row) != 6 or row[-1] not in tuple(LETTERS):
             raise UserError(f"{path}, row {number}: expected question, four options and A, B, C or D; found {row[:7]}")
     return rows

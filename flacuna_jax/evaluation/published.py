@@ -24,5 +24,6 @@ def published_rows() -> tuple[PublishedRow, ...]:
 
 
 def published_remarks() -> tuple[str, ...]:
+    """What has to be said about the rows."""
     content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
     return tuple(content["remarks"])

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -116,8 +116,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-def find(results: Sequence[TaskResult], model: str, task: str, shots: int) -> TaskResult | None:
-    wanted = (model, task, shots)
-    return next((result for result in results if (result.model, result.task, result.shots) == wanted), None)

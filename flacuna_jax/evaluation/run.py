@@ -79,7 +79,10 @@ def _answer_record(question: Question, prompt: FittedPrompt, answer: Generation,
 def run_hhh(
     comparisons: Sequence[hhh.Comparison], model: LanguageModel, protocol: hhh.Protocol, repetitions: int = 1
 ) -> TaskResult:
-    """Scores every comparison; the paper's protocol is repeated with other places of the good answer, and averaged."""
+    """Scores every comparison; the paper's protocol is repeated with other places of the good answer, and averaged.
+
+    Records hold both prompts, and log-probabilities of A and B after the measured one, then after the reference.
+    """
     repetitions = repetitions if protocol == "paper" else 1
     readings: tuple[Any, ...] = ("faithful", "corrected")
     runs = [hhh.prompts(comparisons, protocol, seed) for seed in range(repetitions)]
@@ -92,18 +95,22 @@ def run_hhh(
     ]
     answers = iter(model.loglikelihood([replace(r, context=r.context[-model.context_length :]) for r in asked]))
     preferred: list[dict[str, list[float]]] = [{reading: [] for reading in readings} for _ in comparisons]
+    records: list[list[dict[str, Any]]] = [[] for _ in comparisons]
     for prompts in runs:
-        for into, item in zip(preferred, prompts, strict=True):
+        for into, told, item in zip(preferred, records, prompts, strict=True):
+            told.append({"measured": item.measured, "reference": item.reference, "good": item.good})
             for reading in readings:
-                into[reading].append(hhh.prefers_good(item, [next(answers) for _ in range(4)]))
+                scores = [next(answers) for _ in range(4)]
+                into[reading].append(hhh.prefers_good(item, scores))
+                told[-1][reading] = [score.log_probability for score in scores]
     outcomes = [
         Outcome(
             item.id,
             item.category,
             {reading: sum(values) / len(values) for reading, values in into.items()},
-            {"prompts": [(p.measured, p.reference, p.good) for p in (run[index] for run in runs)]},
+            {"prompts": told},
         )
-        for index, (item, into) in enumerate(zip(comparisons, preferred, strict=True))
+        for item, into, told in zip(comparisons, preferred, records, strict=True)
     ]
     absent = hhh.missing(comparisons)
     return TaskResult(
@@ -128,10 +135,10 @@ def run_humaneval(
     """Generates, cleans up both ways, runs. The caller has made sure that the user allows it
     (`sandbox.require_permission`). Seeds are derived from the problem and the sample, so that a run can be repeated."""
     temperature = humaneval.TEMPERATURE.get(samples, 0.8)
-    room = model.context_length - humaneval.MAX_NEW_TOKENS
     requests = [
         GenerationRequest(
-            encode_prompt(model.tokenizer, problem.question)[-room:],
+            # Answers may run past the context, as those of `run_answers`.
+            encode_prompt(model.tokenizer, problem.question)[-model.context_length :],
             humaneval.MAX_NEW_TOKENS,
             temperature=temperature,
             top_k=humaneval.TOP_K,

@@ -12,9 +12,11 @@ A program has passed when it ran to its end: it then hands back a secret that it
 (`sys.exit(0)`, `os._exit(0)`) is not passing.
 """
 
+import contextlib
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,7 +96,8 @@ def _run(program: str, limits: Limits, report: bool = False) -> Verdict:
             try:
                 output = _read(process, limits.wall_seconds)
             finally:
-                process.kill()  # the filter allows no child of its own, so this is all there is to end
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
     if output is None:
         return Verdict(False, "timed out")
     answer = output.decode("utf-8", "replace")

@@ -144,7 +144,8 @@ def main() -> None:
         os.write(answer, " ".join(layers).encode())
         return
     try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+        # Without a __name__, as HumanEval's own harness runs programs: their `if __name__ == "__main__"` is not taken.
+        exec(compile(program, "<program>", "exec"), {})
         outcome = secret
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error}"

@@ -37,23 +37,26 @@ GROUPS = {
 
 
 def named_tasks(names: Sequence[str]) -> tuple[str, ...]:
-    """Task names with groups spelled out, each once, in their order. Raises UserError for a name of nothing."""
-    spelled = [part for name in names for part in GROUPS.get(name.strip(), (name.strip(),))]
-    for task in spelled:
+    """Task names with groups and shots spelled out, each once, in their order.
+
+    Raises UserError for a name of nothing.
+    """
+    spelled: dict[str, None] = {}
+    for task in (part for name in names for part in GROUPS.get(name.strip(), (name.strip(),))):
         name, colon, shots = task.partition(":")
         if name not in ANSWER_TASKS and (name not in OTHER_TASKS or colon):
             known = ", ".join([*ANSWER_TASKS, *OTHER_TASKS, *GROUPS])
             raise UserError(f"no benchmark {task!r}; there are {known} (mmlu:0 asks for 0 shots)")
-        if colon and not shots.isdigit():
+        if colon and not shots.isdecimal():
             raise UserError(f"benchmark {task!r}: the number of shots goes behind the colon, as in mmlu:5")
-    return tuple(dict.fromkeys(spelled))
+        spelled[f"{name}:{int(shots) if colon else ANSWER_TASKS[name][1]}" if name in ANSWER_TASKS else name] = None
+    return tuple(spelled)
 
 
 def answer_run(task: str, data: Path, limit: int | None = None) -> Run:
-    """What answers an ANSWER_TASKS benchmark (`mmlu`, `mmlu:0`); `limit` keeps the first problems of each group."""
+    """What answers an ANSWER_TASKS benchmark (`mmlu:0`); `limit` keeps the first problems of each group."""
     name, _, shots = task.partition(":")
-    load, default = ANSWER_TASKS[name]
-    loaded = load(data, int(shots) if shots else default)
+    loaded = ANSWER_TASKS[name][0](data, int(shots))
     if limit is not None:
         kept, seen = [], dict.fromkeys((problem.group for problem in loaded.problems), 0)
         for problem in loaded.problems:

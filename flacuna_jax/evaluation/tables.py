@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Column:
-    """What a column shows: a score of a task, or of one group of its problems."""
+    """What a column shows: a score of a task, or of one group of its problems, which has `size` where it is whole."""
 
     title: str
     task: str
@@ -62,6 +62,7 @@ class Column:
     score: str
     published: str
     group: str | None = None
+    size: int = 0
     decimals: int = 1
 
     def select(self, results: Sequence[TaskResult]) -> TaskResult | None:
@@ -72,7 +73,7 @@ class Column:
             return found
         part = tuple(outcome for outcome in found.outcomes if outcome.group == self.group)
         return (
-            TaskResult(found.task, found.shots, found.model, part, "micro", len(part), found.scale, found.notes)
+            TaskResult(found.task, found.shots, found.model, part, "micro", self.size, found.scale, found.notes)
             if part
             else None
         )
@@ -113,14 +114,14 @@ def _zero_shot(reading: str) -> list[Column]:
 
 def _hhh(protocol: str, reading: str) -> list[Column]:
     task = f"hhh_{protocol}"
-    columns = [Column(c.title(), task, 0, reading, f"hhh/{c}", group=c) for c in hhh.CATEGORIES]
+    columns = [Column(c.title(), task, 0, reading, f"hhh/{c}", c, size) for c, size in hhh.SIZES.items()]
     return [*columns, Column("Average", task, 0, reading, "hhh")]
 
 
 def _impact(task: str, reading: str) -> list[Column]:
-    aspects = ("relevance", "coherence")
+    aspects, size = ("relevance", "coherence"), impact.PER_CATEGORY
     columns = [
-        Column(f"{c[:3].title()} {a[:3].title()}.", task, 0, f"{a} {reading}", f"impact/{c}/{a}", group=c, decimals=2)
+        Column(f"{c[:3].title()} {a[:3].title()}.", task, 0, f"{a} {reading}", f"impact/{c}/{a}", c, size, decimals=2)
         for c in impact.CATEGORIES
         for a in aspects
     ]

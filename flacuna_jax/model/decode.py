@@ -4,6 +4,7 @@ Suffixes: b rows, v vocabulary.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class Sampling:
     """Keep the smallest set of most likely tokens whose probabilities reach this sum."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; keep at least one token")

@@ -1,10 +1,13 @@
 """Conversations with the small model: wording, streaming, commands."""
 
+import io
 from pathlib import Path
 
 import pytest
 
+from flacuna_jax import chat
 from flacuna_jax.chat import Chat, Settings
+from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import TEMPLATES, Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
@@ -71,5 +74,44 @@ def test_a_full_context_forgets_the_oldest_turns(model: LlamaLanguageModel) -> N
     chat.turns = [Turn("user", "word " * 300), Turn("assistant", "yes"), Turn("user", "b"), Turn("assistant", "c")]
     assert "forgotten" in "".join(chat.answer("One day " * 20))
     assert chat.turns[0].text == "b"
+    turns = list(chat.turns)
     with pytest.raises(UserError, match="the question has"):
-        list(_chat(model).answer("word " * 500))
+        list(chat.answer("word " * 500))
+    assert chat.turns == turns, "what could not be asked was not said"
+
+
+def test_a_conversation_through_a_pipe(
+    story_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["One day, Lily saw a dog.", "/system Be brief.", "/load nowhere", "/what", "", "/reset", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert run_verb(chat.main, ["--model", str(story_llama), "--max-new-tokens", "8", "--dtype", "float32"]) == 0
+    captured = capsys.readouterr()
+    answer, system, reset = captured.out.strip().split("\n")
+    turns = [Turn("user", "One day, Lily saw a dog.")]
+    model = story_model(story_llama)
+    prompt = tokenize_prompt(turns, TEMPLATE, model.tokenizer)
+    assert answer == model.generate([GenerationRequest(tuple(prompt), 8)])[0].text.strip()
+    assert (system, reset) == ("system text: Be brief.", "forgotten")
+    assert [line.split(":")[0] for line in captured.err.splitlines()[1:]] == ["error", "error"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--max-new-tokens=0", "--max-new-tokens is 0"),
+        ("--max-new-tokens=512", "model's context of 512"),
+        ("--temperature=-1", "temperature is -1.0"),
+        ("--template=vicunia", "'vicunia' is none of"),
+    ],
+)
+def test_mistakes_end_it_before_the_first_question(
+    option: str, message: str, story_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(chat.main, ["--model", str(story_llama), option]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_room_for_the_question_is_left(model: LlamaLanguageModel) -> None:
+    assert chat._new_tokens(None, model) == 256
+    assert chat._new_tokens(511, model) == 511

@@ -8,6 +8,7 @@ import pytest
 
 from flacuna_jax import evaluate
 from flacuna_jax.cli import run_verb
+from flacuna_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def test_two_models_side_by_side(
     printed = capsys.readouterr().out
     assert "| ours − other |" in printed
     assert "Flacuna 13B (published)" in printed
+    assert "DROP number is held-in" in printed
     assert (tmp_path / "out" / "tables.md").read_text() in printed
     result = json.loads((tmp_path / "out" / "ours" / "mmlu-0shot.json").read_text())
     assert result["summary"]["problems"] == 6
@@ -60,6 +62,8 @@ def test_two_models_side_by_side(
         (["--tasks", "bbh"], "holds no BBH task"),
         (["--tasks", "crass", "--compare", "base"], "the model has no adapter"),
         (["--tasks", "impact", "--judge-url", "http://localhost:1"], "--judge-url needs --judge-model"),
+        (["--tasks", "impact", "--judge-url", "localhost", "--judge-model", "m"], "the API's base is expected"),
+        (["--tasks", "impact", "--impact-temperature", "-1"], "temperature is -1.0"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(
@@ -67,6 +71,25 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 ) -> None:
     assert _evaluate("--model", tmp_path / "nowhere", "--data", data, "--output", tmp_path / "o", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_stand_before_a_later_task_fails(
+    story_llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("the judge is gone")
+
+    monkeypatch.setattr(evaluate, "run_impact", fail)
+    common = ("--model", story_llama, "--data", data, "--limit", 1, "--output", tmp_path)
+    assert _evaluate(*common, "--tasks", "crass:0,impact") == 2
+    assert (tmp_path / story_llama.name / "crass-0shot.json").is_file()
+
+
+@pytest.mark.parametrize("option", ["--limit=0", "--limit=x", "--shots=-1", "--rows=1.5"])
+def test_numbers_that_are_none(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        _evaluate("--model", "m", "--data", "d", "--tasks", "crass", option)
+    assert "is not" in capsys.readouterr().err
 
 
 def test_missing_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement, padded_size
 from flacuna_jax.evaluation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.evaluation.prefixes import plan_prefixes
-from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model import continuation
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
@@ -128,7 +127,7 @@ def _is_greedy(model: LlamaLanguageModel, prompt: Sequence[int], new: list[int])
     """Whether each new token is the most likely one when the whole sequence is run at once, without a cache."""
     ids = jnp.array([[*prompt, *new]])
     network = model.spec.merge(model.params)
-    logits_btv = network.logits(network(ids, jnp.arange(ids.shape[1])[None], make_packed_mask(jnp.ones_like(ids))))
+    logits_btv = network.logits(network(ids, jnp.arange(ids.shape[1])[None], network.mask(jnp.ones_like(ids))))
     return jnp.argmax(logits_btv[0], -1)[len(prompt) - 1 : -1].tolist() == new
 
 
@@ -152,6 +151,35 @@ def test_the_cache_equals_running_everything_again(
     for prompt, answer in zip(prompts, model.generate([GenerationRequest(p, 20) for p in prompts]), strict=True):
         assert answer.tokens == 20
         assert _is_greedy(model, prompt, model.tokenizer.encode(answer.text))
+
+
+def test_a_sliding_window_moves_over_prefix_cache_and_new_tokens() -> None:
+    """The window of 24 lies in the shared prefix, across its end, or wholly behind it, and moves on while 20 tokens are
+    made; a score behind the prefix equals that of the text alone."""
+    model = _small(ModelSpec(dataclasses.replace(SMALL, sliding_window=24), None, "float32", "float32"))
+    header, *rests = _prompts([300, 1, 18, 90])
+    prompts = [header + rest for rest in rests]
+    assert any(group.length == 300 for group in plan_prefixes(prompts, [len(prompt) - 1 for prompt in prompts]))
+    for prompt, answer in zip(prompts, model.generate([GenerationRequest(p, 20) for p in prompts]), strict=True):
+        assert _is_greedy(model, prompt, model.tokenizer.encode(answer.text))
+    requests = [ScoreRequest(prompt, (5, 6, 7)) for prompt in prompts]
+    (alone,) = model.loglikelihood(requests[1:2])
+    assert model.loglikelihood(requests)[1].log_probability == pytest.approx(alone.log_probability, abs=TOLERANCE)
+
+
+def test_the_ends_of_what_can_be_asked_for() -> None:
+    """One token more; a prompt as long as the context; fewer prompts than rows; the same prompt several times."""
+    config = dataclasses.replace(SMALL, max_position_embeddings=64)
+    model = _small(ModelSpec(config, None, "float32", "float32"), rows=8)
+    full, short = _prompts([64, 2])
+    requests = [GenerationRequest(*asked) for asked in ((full, 1), (full, 5), (full, 1), (short, 1), (short, 17))]
+    answers = model.generate(requests)
+    assert [answer.tokens for answer in answers] == [1, 5, 1, 1, 17]
+    assert answers[0] == answers[2] == model.generate(requests[:1])[0]
+    for request, answer in zip(requests, answers, strict=True):
+        assert _is_greedy(model, request.prompt, model.tokenizer.encode(answer.text))
+    assert model.generate([]) == []
+    assert model.loglikelihood([]) == []
 
 
 @pytest.mark.parametrize("small_stack", [continuation.SMALL_STACK, 0])
@@ -204,6 +232,22 @@ def test_stop_strings_cut_and_free_their_row(story_llama: Path) -> None:
     stop = whole[12:15]
     cut = model.generate([GenerationRequest(prompt, 40, (stop, "never"))])[0]
     assert (cut.text, cut.finish) == (whole[: whole.index(stop)], "stop")
+
+
+def test_stops_are_found_as_if_looked_for_after_every_token() -> None:
+    """Text is the ids with spaces between: a stop of three tokens' parts, and one that a longer one begins before."""
+    model = _small(ModelSpec(SMALL, None, "float32", "float32"))
+    (prompt,) = _prompts([5])
+    ids = model.tokenizer.encode(model.generate([GenerationRequest(prompt, 40)])[0].text)
+    text = model.tokenizer.decode(ids)
+    parts = f"{ids[4]} {ids[5]} {ids[6]}"
+    across = model.generate([GenerationRequest(prompt, 40, (parts[1:],))])[0]
+    at = text.index(parts[1:])
+    assert (across.text, across.finish) == (text[:at], "stop")
+    assert across.tokens == len(text[: at + len(parts[1:])].split())
+    long = f"{ids[0]} {' '.join(map(str, ids[1:30]))}"  # begins first, ends long after the other
+    assert model.generate([GenerationRequest(prompt, 40, (long, f" {ids[1]}"))])[0].tokens == 2
+    assert "".join(model.stream(GenerationRequest(prompt, 40, (parts[1:],)))) == across.text
 
 
 def test_sampling_depends_on_seed_and_prompt_alone(story_llama: Path) -> None:

@@ -153,6 +153,15 @@ def test_bos_stands_once() -> None:
     assert model.tok_encode("<s>a</s>b") == [1, 3 + ord("a"), 2, 3 + ord("b")]
 
 
+def test_settings_of_sampling_count_where_there_is_sampling() -> None:
+    model = HarnessModel(Scripted())  # type: ignore[arg-type]
+    asked = {"until": ["x"], "max_gen_toks": 4, "top_k": 0, "top_p": 0.0}
+    greedy = model._generation_request("a", {**asked, "do_sample": False, "temperature": 0.7})
+    assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0.0, None, None)
+    sampled = model._generation_request("a", {**asked, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.7, None, 0.9)
+
+
 def test_chat_template_is_the_training_template() -> None:
     model = HarnessModel(Scripted(), TEMPLATES["vicuna_v1.1"])  # type: ignore[arg-type]
     history = [

@@ -9,7 +9,6 @@ from flacuna_jax.evaluation.humaneval import (
     corrected_completion,
     faithful_completion,
     load,
-    mean_pass_at_k,
     pass_at_k,
 )
 from flacuna_jax.evaluation.sandbox import run_programs
@@ -56,6 +55,5 @@ def test_pass_at_k() -> None:
     assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
     assert pass_at_k(10, 3, 10) == 1
     assert pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)  # one of C(5, 3) draws misses both
-    assert mean_pass_at_k([[True, False], [False, False]], 1) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="needs at least 10"):
         pass_at_k(1, 1, 10)

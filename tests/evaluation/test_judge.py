@@ -27,7 +27,7 @@ from tests.evaluation.models import Scripted
 
 class _Server(ThreadingHTTPServer):
     answers: list[tuple[int, dict[str, str], Any]]
-    """Status, headers and body of the next answers; then it says "3"."""
+    """Status, headers and body of the next answers (bytes go out as they are); then it says "3"."""
     requests: list[dict[str, Any]]
 
 
@@ -39,6 +39,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
         said = {"choices": [{"message": {"content": "3"}, "finish_reason": "stop"}]}
         status, headers, answer = self.server.answers.pop(0) if self.server.answers else (200, {}, said)
+        if isinstance(answer, bytes):
+            self.wfile.write(answer)
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -81,6 +84,24 @@ def test_retries_with_growing_waits_and_obeys_retry_after(server: _Server) -> No
     server.answers = [(500, {}, {}), (429, {"Retry-After": "7"}, {}), (200, {}, empty), (200, {}, {"odd": 1})]
     assert judge.review(["x"]) == ["3"]
     assert waited == [1, 7, 4, 8]
+
+
+def test_what_is_no_http_no_json_or_broken_off_is_asked_again(server: _Server) -> None:
+    judge, waited = _judge(server)
+    server.answers = [
+        (0, {}, b"what?\r\n\r\n"),
+        (0, {}, b"HTTP/1.0 200 OK\r\nContent-Length: 500\r\n\r\n{"),
+        (0, {}, b"HTTP/1.0 200 OK\r\n\r\n\xff<html>"),
+        (529, {"Retry-After": "-1"}, {}),
+    ]
+    assert judge.review(["x"]) == ["3"]
+    assert waited == [1, 2, 4, 0]
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://h/v1", "http://", "judge"])
+def test_what_is_no_url_is_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(UserError, match="the API's base is expected"):
+        ServerJudge(url, "judge-1", Store(None))
 
 
 def test_filter_counts_as_an_answer(server: _Server) -> None:

@@ -56,6 +56,15 @@ def test_mmlu_na_is_an_option_in_the_corrected_reading(tmp_path: Path) -> None:
     assert "\nA. NA\nB. 1.50\n" in problem.corrected.shots[0]
 
 
+def test_mmlu_refuses_more_shots_than_there_are_examples(tmp_path: Path) -> None:
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"anatomy_{split}.csv").write_text("q,a,b,c,d,A\n" * 2)
+    assert len(mmlu.load(tmp_path, 2).problems) == 2
+    with pytest.raises(UserError, match=r"anatomy_dev.csv has 2 worked examples; 3 shots"):
+        mmlu.load(tmp_path, 3)
+
+
 def test_mmlu_categories_cover_57_subjects() -> None:
     assert len(mmlu.SUBCATEGORY_OF) == len(mmlu.CATEGORY_OF) == 57
     assert set(mmlu.CATEGORY_OF.values()) == set(mmlu.CATEGORIES)
@@ -199,12 +208,19 @@ def test_shots_are_dropped_from_the_end_and_a_long_question_stays_whole() -> Non
     ("name", "content", "message"),
     [
         ("mmlu/test/anatomy_test.csv", "q,a,b,c,A\n", "expected question, four options and A, B, C or D"),
+        ("mmlu/test/anatomy_test.csv", "q,a,b,c,d,\n", "row 1: expected question, four options and A, B, C or D"),
+        ("mmlu/test/anatomy_test.csv", "q,a,b,c,d,AB\n", "row 1: expected question, four options and A, B, C or D"),
         ("mmlu/test/cooking_test.csv", "q,a,b,c,d,A\n", "'cooking' is none of MMLU's 57 subjects"),
         ("bbh/snarks.json", '{"examples": [{"input": "x"}]}', "no field 'target'"),
         ("bbh/snarks.json", "{", "line 1, is not JSON"),
         ("drop/validation.jsonl", '{"query_id": "1", "answers_spans": {"spans": []}}\n', "answers_spans has no spans"),
         ("crass/CRASS_FTM_main_data_set.csv", "a;b\n", "the header is a;b; expected CRASS"),
         ("hhh/harmless/task.json", '{"examples": [{"input": "", "target_scores": {"x": 1}}]}', "one answer 1 and one"),
+        (
+            "hhh/harmless/task.json",
+            '{"examples": [{"input": "", "target_scores": {"x": 1, "y": 0, "z": 0}}]}',
+            "one answer 1 and one",
+        ),
     ],
 )
 def test_files_of_another_form_say_what_was_expected(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -65,6 +65,11 @@ def test_hhh_sees_through_a_bias_for_a_letter(protocol: hhh.Protocol) -> None:
     taste = {f"good{i}": 1.0 if i < 15 else -1.0 for i in range(20)} | {f"bad{i}": 0.0 for i in range(20)}
     result = run_hhh(comparisons, _hhh_model(taste, bias_a=50.0), protocol, repetitions=2)
     assert result.mean("faithful") == result.mean("corrected") == 75
+    (first, *_) = result.outcomes[0].record["prompts"]
+    good_a = first["good"] == "A"
+    after_measured = [51.0, 0.0] if good_a else [50.0, 1.0]
+    after_reference = [50.0, 0.0] if protocol == "paper" else [50.0, 1.0]
+    assert first["faithful"] == first["corrected"] == after_measured + after_reference
 
 
 def test_hhh_macro_average_over_categories(test_data: Path) -> None:
@@ -148,6 +153,27 @@ def test_a_killed_evaluation_resumes(test_data: Path, tmp_path: Path) -> None:
     assert 0 < len(model.asked) < 1531 - 500
     again = Scripted(answer=lambda prompt: pytest.fail("everything is cached"))
     assert run_answers(task, CachedModel(again, Store(store))) == result  # type: ignore[arg-type]
+
+
+def test_a_kill_among_long_answers_loses_a_few(tmp_path: Path) -> None:
+    prompts = [impact.WritingPrompt(str(i), "creative", "You write.", f"About {i}") for i in range(7)]
+
+    def die_at_the_sixth(prompt: str) -> str:
+        if prompt.endswith("5"):
+            raise KeyboardInterrupt
+        return "x"
+
+    store = Store(tmp_path / "cache.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        run_impact(prompts, CachedModel(Scripted(answer=die_at_the_sixth), store, long_chunk=2), None)
+    assert len(store) == 4
+
+
+def test_prompts_for_code_fit_a_small_context(test_data: Path) -> None:
+    """They lose their beginning, not everything."""
+    model = Scripted(context_length=100)
+    run_humaneval(humaneval.load(test_data)[:1], model)
+    assert len(model.asked[0]) == 100
 
 
 def test_results_survive_their_file(test_data: Path, tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ def test_runs_ordinary_programs() -> None:
     assert _run("def (").reason.startswith("failed: SyntaxError")
 
 
+def test_a_main_part_is_not_run() -> None:
+    """HumanEval's own harness gives programs no name: what they do as a script, asking for input perhaps, stays out."""
+    assert _run("if __name__ == '__main__':\n    raise ValueError(input())").passed
+
+
 def test_layers_are_reported() -> None:
     assert {"process", "limits"} <= set(isolation())
 

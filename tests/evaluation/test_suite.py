@@ -40,6 +40,7 @@ def test_means_are_those_of_the_tables(data: Path) -> None:
 
 def test_groups_are_spelled_out_once() -> None:
     assert named_tasks(["mmlu:0", "zero_shot", "hhh"]) == ("mmlu:0", "bbh:0", "crass:0", "hhh")
+    assert named_tasks(["mmlu", "mmlu:05", "mmlu:5", "drop"]) == ("mmlu:5", "drop:3")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,7 @@ def test_groups_are_spelled_out_once() -> None:
         (["mmlo"], "no benchmark 'mmlo'"),
         (["hhh:3"], "no benchmark 'hhh:3'"),
         (["mmlu:x"], "behind the colon"),
+        (["mmlu:²"], "behind the colon"),
         (["paper"], "holds no"),
         (["humaneval"], "when a run has ended"),
     ],

@@ -75,6 +75,14 @@ def test_permutation_test_agrees_with_the_sign_test_where_all_differences_are_al
     assert found.p_value == pytest.approx(mcnemar(9, 3), abs=0.02)
 
 
+def test_columns_of_a_part_are_marked_where_the_part_is_not_whole() -> None:
+    """All of HHH's 58 harmless comparisons, and two of the 59 helpful ones."""
+    result = _result([1.0] * 60, task="hhh_paper", groups=["harmless"] * 58 + ["helpful"] * 2, shots=0)
+    (table,) = (table for table in make_tables([[result]]) if table.title.startswith("HHH, paper"))
+    marks = {title: cell.marks for title, cell in zip(table.columns, table.rows[0].cells, strict=True) if cell}
+    assert (marks["Harmless"], marks["Helpful"]) == ("", "‡")
+
+
 def test_scores_that_do_not_apply_are_left_out() -> None:
     first, second = _result([1.0, None, 0.0]), _result([1.0, 1.0, 1.0])
     assert first.mean("faithful") == 50

@@ -43,7 +43,17 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     assert 0 <= int(decode.choose_tokens(jnp.full((1, 30), jnp.nan), keys_b[:1], 0, Sampling())[0]) < 30
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
 def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)
