@@ -75,6 +75,7 @@ def emulator():
         patched.setenv("STORAGE_EMULATOR_HOST", found.url)
         patched.setenv("TENSORSTORE_GCS_HTTP_URL", found.url)
         patched.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
+        patched.setenv("NO_GCE_CHECK", "true")  # nobody looks for Google's own network first
         yield found
     found.stop()
 

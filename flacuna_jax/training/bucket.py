@@ -135,7 +135,7 @@ class Mirror:
         self._directory, self._name, self._bucket = directory, output_dir, bucket_path(output_dir)
         self._owner = _owner(directory)
         self._pushed: dict[Path, tuple[int, int]] = {}
-        self._busy = threading.Lock()
+        self._busy, self._renewing = threading.Lock(), threading.Lock()
         self._over = threading.Event()
         self._beats = 0
         self._taken_by: str | None = None
@@ -190,7 +190,7 @@ class Mirror:
 
     def _renew(self) -> None:
         """Raises UserError if the bucket has become another run's, or does not answer."""
-        with _talking_to(self._name):
+        with self._renewing, _talking_to(self._name):
             self._answers = False
             lease = self._lease()
             self._answers = True
@@ -263,17 +263,22 @@ class Mirror:
             self._pushed[target] = (found.st_size, found.st_mtime_ns)
 
     def _lease(self) -> dict[str, Any] | None:
-        try:
-            found = json.loads((self._bucket / LEASE).read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return {"owner": "unknown"}
-        return found if isinstance(found, dict) else {"owner": "unknown"}
+        for _ in range(5):
+            try:
+                found = json.loads((self._bucket / LEASE).read_text())
+            except FileNotFoundError:
+                return None
+            except ValueError:  # size and content are asked for one after the other, and it was written in between
+                time.sleep(0.2)
+            else:
+                return found if isinstance(found, dict) else {}
+        return {}
 
     def _write_lease(self) -> None:
         self._beats += 1
-        lease = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats}
+        # Of one length, so that whoever reads it meanwhile reads a whole one.
+        beat = f"{self._beats:012}"
+        lease = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
         (self._bucket / LEASE).write_text(json.dumps(lease))
 
     def _is_own(self, lease: dict[str, Any] | None) -> bool:
