@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 
-LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 128
-"""Positions: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units."""
+LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 256
+"""Positions: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units. Below 256 a
+CPU, too, loses more by reading the head again for each chunk than by the waste in the last one."""
 
 LOOP_SCOPE = "head_chunks"
 """Name of the loop over chunks in compiled programs and profiles."""
@@ -28,7 +29,7 @@ LOOP_SCOPE = "head_chunks"
 
 def chunk_size(positions: int) -> int:
     """Positions that meet the head at once, of so many on a device: a tenth, so that the last chunk, which is computed
-    whole, wastes at most that; 128 to 1024."""
+    whole, wastes at most that; 256 to 1024."""
     tenth = positions // 10 // SMALLEST_CHUNK * SMALLEST_CHUNK
     return min(positions, max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tenth)))
 
