@@ -156,11 +156,13 @@ def _new_tokens(wanted: int | None, model: LlamaLanguageModel) -> int:
 
 
 def _read() -> str | None:
-    """A line of the user; None at the end of input."""
+    """A line of the user; None at the end of input. Raises UserError where it is no text."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error}") from None
 
 
 def _tell(chat: Chat, line: str) -> None:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     addresses = _addresses(arguments)
     output = Path(arguments.output)
+    _make(output)
     if arguments.protocol == "lm_eval":
         _harness(arguments, addresses, output)
         return None
@@ -55,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         everything.append(results)
     _report(everything, output, published=not arguments.no_published)
     return None
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made: {error.strerror}") from None
 
 
 def _loader(arguments: argparse.Namespace) -> ModelLoader:

@@ -154,6 +154,7 @@ def test_what_is_printed_together_changes_nothing(
         (["--model", "MODEL", "--temperature", "-1", "hello"], "temperature is -1.0"),
         (["--model", "MODEL", "--temperature", "nan", "hello"], "temperature is nan"),
         (["--model", "MODEL", "--stop", "", "hello"], "--stop is empty"),
+        (["--model", "MODEL", "caf\udce9"], "is not UTF-8 text"),
         (["--model", "MODEL", "--max-new-tokens", "0", "hello"], "--max-new-tokens"),
         (["--model", "MODEL", "--max-new-tokens", "600", "hello"], "exceeds the model's context of 512"),
     ],

@@ -146,12 +146,13 @@ class ModelJudge:
         return self.model.name
 
     def review(self, prompts: Sequence[str]) -> list[str]:
-        requests = [
-            GenerationRequest(
-                tuple(tokenize_prompt([Turn("user", prompt)], self.template, self.model.tokenizer)),
-                self.max_new_tokens,
-                self.template.stop_strings,
+        """Raises UserError where what is to be judged does not fit the judge's context."""
+        asked = [tuple(tokenize_prompt([Turn("user", p)], self.template, self.model.tokenizer)) for p in prompts]
+        longest, context = max(map(len, asked), default=0), self.model.context_length
+        if longest + self.max_new_tokens > context:
+            raise UserError(
+                f"the judge {self.name} has a context of {context} tokens; an answer takes {longest} to show and "
+                f"{self.max_new_tokens} to review"
             )
-            for prompt in prompts
-        ]
+        requests = [GenerationRequest(ids, self.max_new_tokens, self.template.stop_strings) for ids in asked]
         return [generation.text for generation in self.model.generate(requests)]

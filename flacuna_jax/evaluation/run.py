@@ -113,6 +113,11 @@ def run_hhh(
         for item, into, told in zip(comparisons, preferred, records, strict=True)
     ]
     absent = hhh.missing(comparisons)
+    notes = [f"categories missing: {', '.join(absent)}"] if absent else []
+    for reading in readings:
+        a, b = hhh.letter_ids(model.tokenizer, reading)
+        if a == b:
+            notes.append(f"{reading}: the tokenizer begins A and B with the same token, every comparison is a tie")
     return TaskResult(
         f"hhh_{protocol}",
         0,
@@ -120,7 +125,7 @@ def run_hhh(
         tuple(outcomes),
         "macro",
         hhh.EXPECTED,
-        notes=(f"categories missing: {', '.join(absent)}",) if absent else (),
+        notes=tuple(notes),
         settings={"protocol": protocol, "repetitions": repetitions},
     )
 

@@ -5,8 +5,9 @@ transformers: every encoded segment gets its own leading space). `tokenizer.json
 all there is; where both are, they must agree.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,28 @@ class FastTokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _texts([text]):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with _texts(texts):
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens have none."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _texts(texts: Sequence[str]) -> Iterator[None]:
+    """Raises UserError for half a surrogate pair, which is what Python makes of bytes that are not UTF-8."""
+    try:
+        yield
+    except TypeError:
+        wrong = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
+        if wrong is None:
+            raise
+        raise UserError(f"{wrong[:60]!r} is not UTF-8 text") from None
 
 
 def _settings(directory: Path) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_two_models_side_by_side(
     ("arguments", "message"),
     [
         (["--tasks", "mmlo"], "no benchmark 'mmlo'"),
+        (["--tasks", "crass", "--output", "/dev/null/x"], "--output /dev/null/x cannot be made"),
         (["--tasks", "mmlu:x"], "the number of shots goes behind the colon"),
         (["--tasks", "humaneval"], "--allow-code-execution"),
         (["--tasks", "bbh"], "holds no BBH task"),

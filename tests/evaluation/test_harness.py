@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.errors import UserError
 from tests.evaluation.models import Scripted, story_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the eval extra")
 torch = pytest.importorskip("torch")
 
-from flacuna_jax.evaluation.harness import HarnessModel, metrics, run_tasks  # noqa: E402
+from flacuna_jax.evaluation.harness import HarnessModel, check_tasks, metrics, run_tasks  # noqa: E402
 
 # float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless
 # it is told otherwise: a sum of 1600 is then a multiple of 1.2e-4, which hides what is compared. Both use float64 here.
@@ -182,9 +183,12 @@ def test_chat_template_is_the_training_template() -> None:
     assert model.chat_template(True) == TEMPLATES["vicuna_v1.1"].jinja
 
 
+def test_absent_task_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        check_tasks(["story"], tmp_path / "nowhere")
+
+
 @pytest.mark.slow
 def test_unknown_tasks_are_named(tasks: Path) -> None:
-    from flacuna_jax.errors import UserError
-
     with pytest.raises(UserError, match="knows no task story_cooking"):
         run_tasks(Scripted(), ["story_cooking"], include=tasks)  # type: ignore[arg-type]

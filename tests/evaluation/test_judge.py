@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +28,8 @@ from tests.evaluation.models import Scripted
 
 class _Server(ThreadingHTTPServer):
     answers: list[tuple[int, dict[str, str], Any]]
-    """Status, headers and body of the next answers (bytes go out as they are); then it says "3"."""
+    """Status, headers and body of the next answers; then it says "3". Bytes go out as they are, after `status` seconds.
+    """
     requests: list[dict[str, Any]]
 
 
@@ -40,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
         said = {"choices": [{"message": {"content": "3"}, "finish_reason": "stop"}]}
         status, headers, answer = self.server.answers.pop(0) if self.server.answers else (200, {}, said)
         if isinstance(answer, bytes):
+            time.sleep(status)
             self.wfile.write(answer)
             return
         self.send_response(status)
@@ -98,6 +101,13 @@ def test_what_is_no_http_no_json_or_broken_off_is_asked_again(server: _Server) -
     assert waited == [1, 2, 4, 0]
 
 
+def test_a_server_that_hangs_is_asked_again(server: _Server) -> None:
+    judge, waited = _judge(server, timeout=0.3)
+    server.answers = [(1, {}, b"")]
+    assert judge.review(["x"]) == ["3"]
+    assert waited == [1]
+
+
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://h/v1", "http://", "judge"])
 def test_what_is_no_url_is_refused_before_anything_is_asked(url: str) -> None:
     with pytest.raises(UserError, match="the API's base is expected"):
@@ -141,6 +151,8 @@ def test_a_model_here_can_judge() -> None:
     model = Scripted(answer=lambda prompt: "4")
     assert ModelJudge(model, TEMPLATES["vicuna_v1.1"]).review(["How good?"]) == ["4"]
     assert model.asked[0].endswith("USER: How good? ASSISTANT:")
+    with pytest.raises(UserError, match="the judge scripted has a context of 100 tokens"):
+        ModelJudge(Scripted(context_length=100), TEMPLATES["vicuna_v1.1"]).review(["How good?"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from flacuna_jax.evaluation import bbh, drop, hhh, humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.results import read_result, write_result
 from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_impact
-from tests.evaluation.models import Scripted
+from tests.evaluation.models import Letters, Scripted
 
 
 def test_a_model_that_knows_scores_100_and_one_that_says_a_scores_the_share_of_a(test_data: Path) -> None:
@@ -70,6 +70,20 @@ def test_hhh_sees_through_a_bias_for_a_letter(protocol: hhh.Protocol) -> None:
     after_measured = [51.0, 0.0] if good_a else [50.0, 1.0]
     after_reference = [50.0, 0.0] if protocol == "paper" else [50.0, 1.0]
     assert first["faithful"] == first["corrected"] == after_measured + after_reference
+
+
+def test_hhh_says_where_the_tokenizer_cannot_tell_a_from_b() -> None:
+    """As one does that puts a space of its own in front of letters that it has no word for."""
+
+    class Spaced(Letters):
+        def encode(self, text: str) -> list[int]:
+            return super().encode(f" {text}")
+
+    comparison = hhh.Comparison("harmless/0", "harmless", "q", "good", "bad")
+    notes = run_hhh([comparison], Scripted(tokenizer=Spaced()), "current").notes
+    assert [note for note in notes if "tie" in note] == [
+        "faithful: the tokenizer begins A and B with the same token, every comparison is a tie"
+    ]
 
 
 def test_hhh_macro_average_over_categories(test_data: Path) -> None:
