@@ -1,5 +1,7 @@
 """Runs whose output_dir is a bucket, against an emulator of Google Cloud Storage that speaks HTTP on this machine."""
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -52,7 +54,6 @@ class Emulator:
             probe.bind(("127.0.0.1", 0))
             host, port = probe.getsockname()
         self.url = f"http://{host}:{port}"
-        # In memory: on a disk its generations of objects are now and then not what TensorStore takes for one.
         storage = emulated.create_server(host, port, in_memory=True, default_bucket="runs")._storage
         self._serve = lambda: emulated.APIThread(host, port, storage)
 
@@ -71,7 +72,18 @@ def emulator():
     pytest.importorskip("gcsfs")
     found = Emulator()
     found.start()
+    objects = importlib.import_module("gcp_storage_emulator.handlers.objects")
+    download = objects.download
+
+    def with_generation(request, response, storage, *rest):
+        """As the service does: TensorStore makes its next write conditional on what it read."""
+        with contextlib.suppress(objects.NotFound):  # which `download` tells
+            place = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = storage.get_file_obj(*place)["generation"]
+        return download(request, response, storage, *rest)
+
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(objects, "download", with_generation)
         patched.setenv("STORAGE_EMULATOR_HOST", found.url)
         patched.setenv("TENSORSTORE_GCS_HTTP_URL", found.url)
         patched.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
