@@ -247,7 +247,7 @@ def test_two_hosts_write_into_one_bucket(undisturbed, machine, tmp_path):
 @pytest.mark.slow
 def test_a_bucket_that_stops_answering(undisturbed, machine, emulator):
     name = "gs://runs/away"
-    command = [undisturbed / "config.yaml", f"--output_dir={name}", "--training.epochs=20"]
+    command = [undisturbed / "config.yaml", f"--output_dir={name}", "--training.epochs=8"]
     process = start(*command)
     try:
         wait_for(lambda: list_checkpoints(name), process)
