@@ -37,7 +37,8 @@ class Chat:
     """One conversation with one model, and the same model without its adapter beside it if `beside_base`."""
 
     address: ModelAddress
-    load: Callable[[ModelAddress], LlamaLanguageModel]
+    load: Callable[[ModelAddress, bool], LlamaLanguageModel]
+    """A model that is kept, or read from its files: also again, if the second argument is true."""
     settings: Settings
     beside_base: bool = False
     system: str | None = None
@@ -69,7 +70,7 @@ class Chat:
         self.turns.append(Turn("assistant", said.strip()))
 
     def _ask(self, address: ModelAddress) -> Iterator[str]:
-        model, settings = self.load(address), self.settings
+        model, settings = self.load(address, False), self.settings
         room = model.context_length - settings.max_new_tokens
         while True:
             prompt = tokenize_prompt(self.turns, settings.template, model.tokenizer, self.system)
@@ -105,7 +106,7 @@ class Chat:
                 return f"system text: {argument or 'that of the template'}"
             case "/load":
                 address = ModelAddress(self.address.base, Path(argument) if argument else None)
-                self.load(address)
+                self.load(address, True)  # it may have been trained further since
                 self.address = address
                 return f"answering: {address.name}"
             case "/base":
@@ -124,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     loader = ModelLoader(arguments.dtype, stored_base=arguments.stored_base)
     models: dict[ModelAddress, LlamaLanguageModel] = {}
 
-    def load(address: ModelAddress) -> LlamaLanguageModel:
-        if address not in models:
+    def load(address: ModelAddress, again: bool = False) -> LlamaLanguageModel:
+        if again or address not in models:
             models[address] = loader.load(address)
         return models[address]
 

@@ -1,7 +1,7 @@
 """`flacuna evaluate --model M [--adapter A] --tasks mmlu,bbh --data DIR`: benchmark tables.
 
-Results, tables and the cache of answers lie in --output. An evaluation that was killed goes on where it was; one
-that is repeated costs nothing.
+Results, tables and the cache of answers lie in --output. An evaluation that was killed goes on where it was; one that
+is repeated asks the model nothing again.
 """
 
 import argparse

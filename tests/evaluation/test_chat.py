@@ -26,7 +26,7 @@ def model(story_llama: Path) -> LlamaLanguageModel:
 
 
 def _chat(model: LlamaLanguageModel, new: int = 20) -> Chat:
-    return Chat(ADDRESS, lambda address: model, Settings(TEMPLATE, max_new_tokens=new), system="Tell stories.")
+    return Chat(ADDRESS, lambda address, again: model, Settings(TEMPLATE, max_new_tokens=new), system="Tell stories.")
 
 
 def _expected(model: LlamaLanguageModel, turns: list[Turn], new: int = 20) -> str:
@@ -67,6 +67,20 @@ def test_commands(model: LlamaLanguageModel) -> None:
     assert chat.system == "Be brief."
     with pytest.raises(UserError, match="no command /rest"):
         chat.command("/rest")
+
+
+def test_an_adapter_that_was_trained_further_is_read_again(model: LlamaLanguageModel) -> None:
+    read: list[tuple[str, bool]] = []
+
+    def load(address: ModelAddress, again: bool) -> LlamaLanguageModel:
+        read.append((address.name, again))
+        return model
+
+    chat = Chat(ADDRESS, load, Settings(TEMPLATE, max_new_tokens=2))
+    chat.command("/load adapter")
+    list(chat.answer("One day"))
+    chat.command("/load adapter")
+    assert read == [("base+adapter", True), ("base+adapter", False), ("base+adapter", True)]
 
 
 def test_a_full_context_forgets_the_oldest_turns(model: LlamaLanguageModel) -> None:
