@@ -77,10 +77,10 @@ def test_an_adapter_that_was_trained_further_is_read_again(model: LlamaLanguageM
         return model
 
     chat = Chat(ADDRESS, load, Settings(TEMPLATE, max_new_tokens=2))
-    chat.command("/load adapter")
+    chat.command("/load other/lora")
     list(chat.answer("One day"))
-    chat.command("/load adapter")
-    assert read == [("base+adapter", True), ("base+adapter", False), ("base+adapter", True)]
+    chat.command("/load other/lora")
+    assert read == [("base+lora", True), ("base+lora", False), ("base+lora", True)]
 
 
 def test_a_full_context_forgets_the_oldest_turns(model: LlamaLanguageModel) -> None:
