@@ -161,7 +161,7 @@ def _safe(name: str) -> str:
 
 
 def _file_name(title: str) -> str:
-    """ "Few-shot (faithful)" as few-shot-faithful."""
+    """Letters and digits of a title: few-shot-faithful for "Few-shot (faithful)"."""
     return "-".join(re.findall(r"[a-z0-9-]+", title.lower()))
 
 
@@ -253,9 +253,10 @@ def _whole(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    if _whole(text) < 1:
+    value = _whole(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
+    return value
 
 
 if __name__ == "__main__":
