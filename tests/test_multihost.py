@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,11 @@ def start_hosts(config: Path, *overrides: str, hosts: int = 2, per_host: dict[in
 
 
 def finish(processes: list[subprocess.Popen], seconds: int = 280) -> list[tuple[int, str]]:
+    """The status of each and what it said; all are read at once, because one whose pipe is full stops all."""
     try:
-        return [(process.wait(seconds), process.stdout.read()) for process in processes]
+        with ThreadPoolExecutor(len(processes)) as readers:
+            said = list(readers.map(lambda process: process.communicate(timeout=seconds)[0], processes))
+        return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
     finally:
         for process in processes:
             process.kill()

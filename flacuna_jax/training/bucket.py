@@ -54,8 +54,9 @@ def bucket_path(output_dir: str) -> epath.Path:
     """A run in a bucket, as a path; also one on a file system."""
     # Listings that are kept would show the world as it was before another run, or another host, changed it.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    # Where it may not ask for a bucket's type it warns at every access; what fails reaches us as an exception.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    # Where they may not ask for a bucket's type they warn at every access; what fails reaches us as an exception.
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return epath.Path(output_dir)
 
 
