@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template, Turn, named_template
@@ -105,7 +104,7 @@ class Chat:
                 self.system = argument or None
                 return f"system text: {argument or 'that of the template'}"
             case "/load":
-                address = ModelAddress(self.address.base, Path(argument) if argument else None)
+                address = ModelAddress.of(str(self.address.base), argument or None)
                 self.load(address, True)  # it may have been trained further since
                 self.address = address
                 return f"answering: {address.name}"
@@ -130,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             models[address] = loader.load(address)
         return models[address]
 
-    address = ModelAddress(Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None)
+    address = ModelAddress.of(arguments.model, arguments.adapter)
     template = named_template(arguments.template)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     settings = Settings(template, _new_tokens(arguments.max_new_tokens, load(address)), sampling, arguments.seed)

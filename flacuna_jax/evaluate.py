@@ -71,7 +71,7 @@ def _loader(arguments: argparse.Namespace) -> ModelLoader:
 
 def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
     """What is compared with comes first. `--compare base` is the model without its adapter."""
-    main_address = ModelAddress(Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None)
+    main_address = ModelAddress.of(arguments.model, arguments.adapter)
     others = []
     for text in arguments.compare:
         if text == "base" and main_address.adapter is None:

@@ -33,8 +33,8 @@ from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model_source import network_sizes
 from flacuna_jax.run_facts import run_facts
-from flacuna_jax.training.bucket import local_run
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
+from flacuna_jax.training.local_run import local_run
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     base = _base_directory(arguments, settings)
     config = network_sizes(settings.model, settings.data.max_length, base)
     reader = open_checkpoint(base, once=True)
-    adapter, trained = _adapter(run, arguments.step, settings, settings.lora, config, reader)
+    adapter, trained = _adapter(arguments, run, settings, settings.lora, config, reader)
     facts = run_facts(run, settings, arguments.results)
     name = arguments.base_name or settings.model.name or str(base)
     if arguments.format == "adapter":
@@ -95,23 +95,26 @@ def _base_directory(arguments: argparse.Namespace, settings: RunConfig) -> Path:
 
 
 def _adapter(
+    arguments: argparse.Namespace,
     run: Path,
-    step: int | None,
     settings: RunConfig,
     lora: LoraConfig,
     config: LlamaConfig,
     reader: TensorReader,
 ) -> tuple[Adapter, bool]:
     """The run's adapter, and whether it has been trained: the final one, else that of a checkpoint."""
+    step = arguments.step
     if step is None and (run / "adapter").is_dir():
         adapter = read_adapter(run / "adapter", config)
         return adapter, any(np.any(value) for path, value in adapter.params.items() if path.endswith("lora_b"))
-    params, meta = restore_adapters(run, step)
+    params, meta = restore_adapters(arguments.run, step)
     recorded = meta.get("fingerprints", {}).get("base")
     if recorded is not None and recorded != fingerprint(reader, config):
-        raise UserError(f"{reader.directory} is not the base that {run} was trained on; give that with --base DIR")
-    step = list_checkpoints(run)[-1] if step is None else step
-    print(f"adapter of step {step}, from {run / 'checkpoints'}")
+        raise UserError(
+            f"{reader.directory} is not the base that {arguments.run} was trained on; give that with --base DIR"
+        )
+    step = list_checkpoints(arguments.run)[-1] if step is None else step
+    print(f"adapter of step {step}, from {arguments.run.rstrip('/')}/checkpoints")
     # The first update of a warm-up can have learning rate 0.
     return Adapter(lora, {path: np.asarray(value, np.float32) for path, value in params.items()}), step > 1
 

@@ -21,7 +21,7 @@ from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, encode_prompt
 from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option
 from flacuna_jax.model.decode import GREEDY, Sampling
-from flacuna_jax.training.bucket import local_run
+from flacuna_jax.training.local_run import local_run
 
 DEFAULT_TEMPLATE = "vicuna_v1.1"
 PRINTED_TOGETHER = 32
@@ -151,9 +151,7 @@ def _model(arguments: argparse.Namespace) -> tuple[ModelAddress, str]:
     if (arguments.model is None) == (arguments.run is None) or (arguments.run and arguments.adapter):
         raise UserError("say which model: --model DIR, --model DIR --adapter DIR, or --run DIR")
     if arguments.run is None:
-        return ModelAddress(
-            Path(arguments.model), Path(arguments.adapter) if arguments.adapter else None
-        ), DEFAULT_TEMPLATE
+        return ModelAddress.of(arguments.model, arguments.adapter), DEFAULT_TEMPLATE
     run = local_run(arguments.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")

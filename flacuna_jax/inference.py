@@ -21,6 +21,7 @@ from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
 from flacuna_jax.model_source import with_rope_scaling
+from flacuna_jax.training.local_run import local_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,12 @@ class ModelAddress:
         base, plus, adapter = text.partition("+")
         if not base or (plus and not adapter):
             raise UserError(f"{text!r} names no model; write DIR, or DIR+ADAPTER")
-        return cls(Path(base), Path(adapter) if plus else None)
+        return cls.of(base, adapter or None)
+
+    @classmethod
+    def of(cls, base: str, adapter: str | None) -> "ModelAddress":
+        """Either may be (of) a run in a bucket, which is copied. Raises UserError."""
+        return cls(local_run(base), local_run(adapter) if adapter else None)
 
     @property
     def name(self) -> str:

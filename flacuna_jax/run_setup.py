@@ -34,6 +34,7 @@ from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
 from flacuna_jax.training.bucket import read_text
 from flacuna_jax.training.code_version import code_fingerprints, library_versions, package_fingerprint
+from flacuna_jax.training.local_run import local_run
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from flacuna_jax.training.state import StateLayout
 
@@ -236,7 +237,7 @@ def first_adapters(setup: Setup, base: Params) -> Params:
         return {}
     if lora.init_from is None:
         return setup.layout.fresh_adapters(setup.config.seed, base)
-    adapter = read_adapter(lora.init_from, setup.source.config)
+    adapter = read_adapter(local_run(lora.init_from), setup.source.config)
     for name in LoraConfig.model_fields.keys() - {"dropout", "init_from"}:
         wanted, found = getattr(lora, name), getattr(adapter.lora, name)
         if (set(wanted) != set(found)) if name == "targets" else (wanted != found):

@@ -11,12 +11,22 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
+import jax.numpy as jnp
 import pytest
 
+from flacuna_jax import export, generate
+from flacuna_jax.cli import run_verb
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.deliver import write_adapter
+from flacuna_jax.inference import ModelAddress
 from flacuna_jax.training import bucket as bucket_module
-from flacuna_jax.training.checkpoint import list_checkpoints
+from flacuna_jax.training.checkpoint import Checkpointer, list_checkpoints
+from flacuna_jax.training.local_run import local_run
 from tests.small_run import write_run
 from tests.test_end_to_end import losses, run
+from tests.test_export import LORA, random_params, settings
 from tests.test_faults import at_step, delivered, start, wait_for
 from tests.test_multihost import finish, start_hosts
 
@@ -107,8 +117,6 @@ def machine(emulator, tmp_path, monkeypatch):
 
 def copy_of(name: str, target: Path) -> Path:
     """The bucket's objects as files."""
-    import fsspec
-
     files = fsspec.filesystem("gcs", skip_instance_cache=True)
     files.get(f"{name}/", str(target), recursive=True)
     return target
@@ -231,6 +239,49 @@ def test_a_run_whose_bucket_is_taken_over_stops(undisturbed, machine, stranger, 
         assert run(undisturbed / "config.yaml", "--output_dir=gs://runs/lost") == 2
     assert "has been taken over by pid 7 on elsewhere" in capsys.readouterr().err
     assert list_checkpoints("gs://runs/lost") == [3]
+
+
+@pytest.fixture
+def finished(machine, story_llama, tmp_path) -> Path:
+    """gs://runs/read as it lies on a disk: a checkpoint of step 5, and an adapter that is that of step 10."""
+    path, config = tmp_path / "read", read_architecture(story_llama)
+    path.mkdir()
+    (path / "config.yaml").write_text(settings(story_llama, path, LORA.model_dump(mode="json")).to_yaml())
+    write_adapter(path / "adapter", Adapter(LORA, random_params(config, 10), "base"), config, trained=True)
+    fsspec.filesystem("gcs").put(f"{path}/", "gs://runs/read/", recursive=True)
+    for place in (path, "gs://runs/read"):
+        with Checkpointer(place, keep=1, asynchronous=False) as checkpointer:
+            params = {name: jnp.asarray(value) for name, value in random_params(config, 5).items()}
+            checkpointer.save(5, params, {"count": jnp.zeros(())}, {})
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--step", "5"]], ids=["final", "step 5"])
+def test_an_export_reads_the_bucket(finished, tmp_path, options):
+    for place, name in ((finished, "one"), ("gs://runs/read", "other")):
+        assert run_verb(export.main, [str(place), str(tmp_path / name), "--format", "adapter", *options]) == 0
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
+def test_a_copy_follows_the_bucket(finished, story_llama, capsys):
+    address = ModelAddress.parse(f"{story_llama}+gs://runs/read/adapter")
+    assert address.name.endswith("+read")
+    weights = address.adapter / "adapter_model.safetensors"
+    assert weights.read_bytes() == (finished / "adapter" / weights.name).read_bytes()
+    assert (address.adapter.parent / "config.yaml").is_file()  # the settings that the base is read with
+    before = weights.stat()
+    local_run("gs://runs/read")
+    assert weights.stat().st_ino == before.st_ino  # nothing has changed, so nothing was copied
+    time.sleep(1)  # what a bucket's times are good to
+    there = bucket_module.bucket_path("gs://runs/read/adapter")
+    (there / weights.name).write_bytes(bytes(before.st_size))
+    (there / "README.md").unlink()
+    local_run("gs://runs/read/adapter")
+    assert weights.read_bytes() == bytes(before.st_size)
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["adapter_config.json", weights.name]
+    assert run_verb(generate.main, ["--run", "gs://runs/none", "Why?"]) == 2
+    assert "gs://runs/none holds no run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -76,17 +76,10 @@ def require_supported(output_dir: str) -> None:
         raise UserError(f"output_dir {output_dir}: buckets need gcsfs: pip install 'flacuna-jax[gcs]'")
 
 
-def local_run(output_dir: str) -> Path:
-    """The directory of a run. Raises `UserError` for a bucket: not all that reads runs reads them there."""
-    if is_bucket(output_dir):
-        raise UserError(f"{output_dir} is in a bucket: copy it first, as with gcloud storage cp --recursive")
-    return Path(output_dir)
-
-
 def read_text(output_dir: str, name: str) -> str | None:
     """A small file of a run directory, wherever it lies; None if it is not there. Raises UserError."""
     path = bucket_path(output_dir) / name
-    with _talking_to(output_dir):
+    with talking_to(output_dir):
         try:
             return str(path.read_text())
         except FileNotFoundError:
@@ -118,7 +111,7 @@ def open_output(
             return
         mirror = Mirror(working, output_dir)
         if resume == "never":
-            with _talking_to(output_dir):
+            with talking_to(output_dir):
                 refuse_used(output_dir, [name for name in PRODUCTS if (bucket / name).exists()])
         with mirror.held(say):
             yield RunDirectory(working, output_dir, mirror.push)
@@ -184,14 +177,14 @@ class Mirror:
           UserError: the bucket cannot be written, or has become another run's.
         """
         self._renew()
-        with self._busy, _talking_to(self._name):
+        with self._busy, talking_to(self._name):
             for name in _MIRRORED:
                 for path in _files(self._directory / name):
                     self._copy(path)
 
     def _renew(self) -> None:
         """Raises UserError if the bucket has become another run's, or does not answer."""
-        with self._renewing, _talking_to(self._name):
+        with self._renewing, talking_to(self._name):
             self._answers = False
             lease = self._lease()
             self._answers = True
@@ -225,7 +218,7 @@ class Mirror:
                 do()
 
     def _take(self, say: Callable[[str], None]) -> None:
-        with _talking_to(self._name):
+        with talking_to(self._name):
             found = self._lease()
             if found is not None and not self._is_own(found):
                 seconds = PATIENCE * BEAT_SECONDS
@@ -249,7 +242,7 @@ class Mirror:
                 shutil.rmtree(path)
             elif not path.name.startswith("."):
                 path.unlink()
-        with _talking_to(self._name):
+        with talking_to(self._name):
             for name in _NEEDED:
                 self._fetch_tree(self._bucket / name, self._directory / name)
 
@@ -309,8 +302,9 @@ def _working_directory(output_dir: str) -> Path:
 
 
 @contextlib.contextmanager
-def _talking_to(output_dir: str) -> Iterator[None]:
-    """The libraries below retry for a while; what is left over has many types."""
+def talking_to(output_dir: str) -> Iterator[None]:
+    """Raises `UserError` for whatever goes wrong: the libraries below retry for a while, and what is left over has
+    many types."""
     try:
         yield
     except UserError:
