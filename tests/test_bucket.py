@@ -33,7 +33,7 @@ from tests.test_multihost import finish, start_hosts
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 REFUSED = {
-    "s3": ("s3://bucket/run", "Orbax writes checkpoints to gs:// and to file systems, not to s3://"),
+    "s3": ("s3://bucket/run", "runs are in directories and in gs:// buckets"),
     "no path": ("gs://bucket", "is not of the form gs://BUCKET/PATH"),
     "out of it": ("gs://bucket/../other", "is not of the form gs://BUCKET/PATH"),
     "one slash": ("gs:/bucket/run", "is not of the form gs://BUCKET/PATH"),

@@ -61,19 +61,19 @@ def bucket_path(output_dir: str) -> epath.Path:
 
 
 def require_supported(output_dir: str) -> None:
-    """Raises `UserError` for a bucket that a run cannot write to from here."""
+    """Raises `UserError` for a bucket that a run cannot be in, or that cannot be reached from here."""
     found = _URL.match(output_dir)
     if found is None:
         return
     if found[1] != "gs":
         raise UserError(
-            f"output_dir {output_dir}: Orbax writes checkpoints to gs:// and to file systems, not to {found[1]}://; "
+            f"{output_dir}: runs are in directories and in gs:// buckets, because Orbax writes arrays to no other; "
             "take a local directory or a mounted bucket, and copy it with the bucket's own tool"
         )
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+(/[^/]+)+/?", output_dir) or "/../" in f"{output_dir}/":
-        raise UserError(f"output_dir {output_dir} is not of the form gs://BUCKET/PATH")
+        raise UserError(f"{output_dir} is not of the form gs://BUCKET/PATH")
     if not (importlib.util.find_spec("gcsfs") or importlib.util.find_spec("tensorflow")):
-        raise UserError(f"output_dir {output_dir}: buckets need gcsfs: pip install 'flacuna-jax[gcs]'")
+        raise UserError(f"{output_dir}: buckets need gcsfs: pip install 'flacuna-jax[gcs]'")
 
 
 def read_text(output_dir: str, name: str) -> str | None:
