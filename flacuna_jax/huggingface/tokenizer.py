@@ -88,8 +88,10 @@ class FastTokenizer:
             return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens have none."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Text of ids; BOS, EOS and other special tokens have none."""
+        # A tokenizer.json need not mark BOS and EOS as special, where only tokenizer_config.json says that they are.
+        text = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
+        return self._tokenizer.decode(text, skip_special_tokens=True)
 
 
 @contextlib.contextmanager

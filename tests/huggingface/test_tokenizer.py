@@ -75,6 +75,11 @@ def test_decoding_inverts_encoding(text: str, tiny_sentencepiece: Path) -> None:
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
 
 
+def test_bos_and_eos_have_no_text(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+    ids = tokenizer.encode("Once upon a time")
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == tokenizer.decode(ids)
+
+
 def test_batches_are_single_texts(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
     assert tokenizer.encode_batch([]) == []
