@@ -21,6 +21,9 @@ MEMORY_FRACTION = 0.95
 """Of a GPU's memory for JAX's allocator. JAX's own default, 0.75, would refuse runs that fit; cuBLAS, NCCL and the CUDA
 context live in the rest."""
 
+KEPT_FROM_SECONDS = 0.2
+"""JAX's own default is 1. A start compiles a handful of programs that take less each and seconds together."""
+
 ALWAYS: dict[str, Options] = {
     "cuda": {
         # Off: products that share an operand are merged by laying frozen weights beside adapters, in every layer.
@@ -51,11 +54,16 @@ def compiler_options(platform: str, split_weights: bool, environment: Mapping[st
 def prepare_process(environment: MutableMapping[str, str] = os.environ) -> None:
     """Sets what JAX reads when it first meets a device; call before that. What the environment says stays.
 
-    Programs that took a second or more to compile are kept in the user's cache (`user_cache`), for the next start and
-    for resuming; JAX_ENABLE_COMPILATION_CACHE=false turns that off, JAX_COMPILATION_CACHE_DIR moves it.
+    Programs that took longer than `KEPT_FROM_SECONDS` to compile are kept in the user's cache (`user_cache`), for the
+    next start and for resuming; JAX_ENABLE_COMPILATION_CACHE=false turns that off, JAX_COMPILATION_CACHE_DIR moves it.
     """
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    if "JAX_COMPILATION_CACHE_DIR" not in environment:
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(user_cache(environment) / "compiled")
-        if jax := sys.modules.get("jax"):  # it has already read its environment
-            jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
+    settings = {
+        "jax_compilation_cache_dir": str(user_cache(environment) / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": KEPT_FROM_SECONDS,
+    }
+    for name, value in settings.items():
+        if name.upper() not in environment:
+            environment[name.upper()] = str(value)
+            if jax := sys.modules.get("jax"):  # it has already read its environment
+                jax.config.update(name, value)

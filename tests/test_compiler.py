@@ -57,18 +57,26 @@ def test_the_step_is_compiled_with_them(monkeypatch):
 
 def test_the_process_is_prepared_where_the_environment_says_nothing(tmp_path):
     environment = {"FLACUNA_CACHE": str(tmp_path)}
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     try:
         prepare_process(environment)
-        assert jax.config.jax_compilation_cache_dir == environment["JAX_COMPILATION_CACHE_DIR"]
+        assert {name: str(getattr(jax.config, name)) for name in names} == {
+            name: environment[name.upper()] for name in names
+        }
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
     assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")
     assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == str(MEMORY_FRACTION)
 
-    said = {"JAX_COMPILATION_CACHE_DIR": "elsewhere", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
-    prepare_process(said)
-    assert said == {"JAX_COMPILATION_CACHE_DIR": "elsewhere", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    said = {
+        "JAX_COMPILATION_CACHE_DIR": "elsewhere",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+    }
+    prepare_process(after := dict(said))
+    assert after == said
 
 
 PROGRAM = """
