@@ -7,6 +7,7 @@ directory and is itself a valid config.
 
 import difflib
 import math
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -27,11 +28,15 @@ HEAD = "lm_head"
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 ALL_LINEAR = "all-linear"
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+"""Sizes, steps and layers are counted in 32 bits."""
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or what may stand in its place (gs://..., hf:...); ~ is the home directory, as in a shell."""
 
 TEMPLATE_NAMES = ("vicuna_v1.1", "vicuna_v0", "llama-2-chat", "chatml", "alpaca", "plain")
 
@@ -52,7 +57,12 @@ class Section(BaseModel):
     """Frozen, strict, and closed: an unknown key or a wrong type is an error, never ignored or converted."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        use_attribute_docstrings=True,
     )
 
 
@@ -78,6 +88,8 @@ class ArchitectureConfig(Section):
     def heads_divide(self) -> "ArchitectureConfig":
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if (head_dim := self.head_dim or self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"head_dim {head_dim} is odd; rotary embedding turns pairs")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         return self
@@ -94,9 +106,17 @@ class RopeScalingConfig(Section):
     high_freq_factor: PositiveFloat = 4.0
     """llama3: wavelengths below the model's own context / this stay."""
 
+    @model_validator(mode="after")
+    def factors_in_order(self) -> "RopeScalingConfig":
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} is not below high_freq_factor {self.high_freq_factor:g}"
+            )
+        return self
+
 
 class ModelConfig(Section):
-    path: str | None = None
+    path: LocalPath | None = None
     """A Hugging Face LLaMA directory or a converted one."""
     name: str | None = None
     """What adapters name as their base, for example lmsys/vicuna-13b-v1.1; defaults to `path` as given."""
@@ -109,7 +129,7 @@ class ModelConfig(Section):
     multiplied in 8 bits, with activations and gradients, on units that are faster at it (docs/performance.md)."""
     rope_scaling: RopeScalingConfig | None = None
     """For inputs longer than the model's context; null leaves positions as the checkpoint has them."""
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     """Directory with tokenizer.model or tokenizer.json; defaults to `path`."""
 
     @model_validator(mode="after")
@@ -177,9 +197,7 @@ class LoraConfig(Section):
         "v_proj",
     )
     """Any of the seven projections of a layer, which all-linear names together, and the head, lm_head."""
-    layers_to_transform: (
-        Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_in_order)] | None
-    ) = None
+    layers_to_transform: Layers | None = None
     """Layers that get adapters, counted from 0; null is all of them."""
     rank_pattern: RankPattern = ()
     """Other ranks by module: a regular expression for the end of a name such as model.layers.3.self_attn.q_proj."""
@@ -189,7 +207,7 @@ class LoraConfig(Section):
     """alpha/√rank instead of alpha/rank (Kalajdzievski, 2023)."""
     use_dora: bool = False
     """Trains the length of each row of W + B A apart from its direction (Liu et al., 2024)."""
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """A PEFT adapter directory of the same settings to go on from, instead of a fresh one."""
 
     @model_validator(mode="after")
@@ -213,7 +231,7 @@ class LoraConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str
+    path: LocalPath
     """A .json, .jsonl, .jsonl.gz or .parquet file, a directory of them, or hf:NAME[:CONFIG[:SPLIT]], fetched once."""
     format: Literal["auto", "flan_mini", "sharegpt", "alpaca", "messages", "prompt_completion"] = "auto"
     weight: PositiveFloat = 1.0
@@ -224,7 +242,7 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    max_length: Annotated[int, Field(ge=8)] = 1280
+    max_length: Annotated[int, Field(ge=8, le=2**20)] = 1280
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
     on_bad_record: Literal["error", "skip"] = "error"
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
@@ -319,7 +337,7 @@ class TasksConfig(Section):
 
     names: Annotated[tuple[str, ...], Field(min_length=1)]
     """As in `flacuna evaluate --tasks`: mmlu:5, bbh, hhh, ..., or the harness's tasks."""
-    data: str
+    data: LocalPath
     """Directory of the benchmarks' files, or of the harness's task files."""
     protocol: Literal["instructeval", "lm_eval"] = "instructeval"
     limit: PositiveInt | None = 20
@@ -396,9 +414,9 @@ class DistributedConfig(Section):
 
 
 class RunConfig(Section):
-    output_dir: str
+    output_dir: LocalPath
     """A directory, or gs://BUCKET/PATH, see docs/training.md."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     model: ModelConfig
     lora: LoraConfig | None = LoraConfig()
     """null trains every weight of the base."""

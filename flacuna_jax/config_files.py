@@ -19,11 +19,16 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-5` as text; this loader reads it as the number it is, and refuses duplicate keys."""
+    """YAML 1.1 reads `2e-5` as text; this loader reads it as the number it is. Dates, which no setting is, stay text;
+    duplicate keys and keys that are no words are refused."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`; what it brings gives way to the keys here
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -32,7 +37,22 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: Any) -> Any:
+        """Pairs of escaped surrogates, as JSON writes what lies beyond 16 bits, are one character."""
+        text = super().construct_scalar(node)
+        try:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is no text", node.start_mark) from None
+        if "\0" in text:
+            raise yaml.constructor.ConstructorError(None, None, "a NUL can stand in no setting", node.start_mark)
+        return text
 
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, expression) for tag, expression in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -101,18 +121,26 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        tree = yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain data only
+        tree, lines = _parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise UserError(f"{where}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of settings, this file holds {type(tree).__name__}")
+    return tree, lines
+
+
+def _parse_yaml(text: str) -> tuple[Any, dict[Location, int]]:
+    """Plain data, and the line of each part of it. Raises YAMLError, or ValueError for numbers beyond all sense."""
     lines: dict[Location, int] = {}
-    _collect_lines(node, (), lines)
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain data only
+        _collect_lines(yaml.compose(text, Loader=_Loader), (), lines)
+    except RecursionError:
+        raise ValueError("it is nested without end, or an alias stands within what it names") from None
     return tree, lines
 
 
@@ -145,10 +173,10 @@ def _parse_override(text: str) -> tuple[Location, Any]:
     if not text.startswith("--") or not equals or not all(name.split(".")):
         raise UserError(f"{text!r} is not an override; write --section.key=value, for example --training.epochs=2")
     try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+        parsed, _ = _parse_yaml(value)
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{text!r}: the value is not valid YAML") from None
-    return tuple(int(part) if part.isdigit() else part for part in name.split(".")), parsed
+    return tuple(int(part) if part.isdecimal() else part for part in name.split(".")), parsed
 
 
 def _assign(tree: dict[str, Any], location: Location, value: Any, text: str) -> None:
@@ -224,7 +252,7 @@ def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | No
         limit, way, word = (limits["gt"], 1, "above") if kind == "greater_than" else (limits["lt"], -1, "below")
         return str(limit + way) if isinstance(limit, int) else f"any number {word} {limit:g}"
     if kind in ("greater_than_equal", "less_than_equal"):
-        return f"{limits['ge' if kind == 'greater_than_equal' else 'le']:g}"
+        return str(limits["ge" if kind == "greater_than_equal" else "le"])
     if kind in ("int_type", "int_from_float", "float_type"):
         return _as_number(value, whole=kind != "float_type")
     if kind == "bool_type":

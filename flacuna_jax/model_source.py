@@ -61,6 +61,8 @@ def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -
             f"model.rope_scaling: data.max_length {max_length} is within the model's own context of "
             f"{sizes.max_position_embeddings}; leave model.rope_scaling out, or give its factor"
         )
+    if factor * sizes.max_position_embeddings >= 2**31:
+        raise UserError(f"model.rope_scaling.factor {factor:g}: positions are counted in 32 bits; take a smaller one")
     llama3 = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     return stretched(sizes, scaling.type, factor, **(llama3 if scaling.type == "llama3" else {}))
 

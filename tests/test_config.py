@@ -56,6 +56,16 @@ def test_resolved_config_is_a_config(tmp_path):
     assert again.mesh == MeshConfig(fsdp=2)
 
 
+def test_anchors_dates_and_home_are_what_people_expect(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    shared = "output_dir: ~/2024-01-31\nlora: &l\n  rank: 4\n" + MINIMAL.partition("\n")[2]
+    config = load(tmp_path, shared.replace("learning_rate: 2e-5", "<<: {epochs: 3}\n  learning_rate: 1e-4"))
+    assert (config.training.epochs, config.training.learning_rate) == (3, 1e-4)
+    assert config.output_dir == "/home/me/2024-01-31"
+    assert load(tmp_path, MINIMAL, "--output_dir=2024-13-45").output_dir == "2024-13-45"
+    assert load(tmp_path, MINIMAL, '--output_dir="\\ud83e\\udd99"').output_dir == "🦙", "JSON is YAML"
+
+
 def test_numbers_are_read_as_people_write_them(tmp_path):
     assert load(tmp_path).training.learning_rate == 2e-5
     assert load(tmp_path, MINIMAL, "--training.learning_rate=3E+2").training.learning_rate == 300
@@ -176,6 +186,34 @@ MISTAKES = {
     "unknown optimizer": (MINIMAL, ("--training.optimizer=adam",), "training.optimizer", "did you mean 'adamw'"),
     "rank before the first": (MINIMAL, ("--distributed.process_id=-1",), "process_id", "valid would be 0"),
     "part of a cluster": (MINIMAL, ("--distributed.coordinator=a:1",), "distributed", "num_processes"),
+    "a list for a key": (MINIMAL + "? [a, b]\n: 1\n", (), "c.yaml:9", "a key must be a word"),
+    "an alias in itself": ("output_dir: x\nmodel: &m\n  path: *m\n", (), "c.yaml", "an alias stands within"),
+    "brackets without end": ("output_dir: x\nmodel: " + "[" * 3000 + "]" * 3000, (), "c.yaml", "nested without end"),
+    "thousands of digits": (MINIMAL, ("--seed=" + "9" * 5000,), "--seed=9", "not valid YAML"),
+    "half a surrogate pair": (MINIMAL, ('--output_dir="\\ud800"',), "--output_dir", "not valid YAML"),
+    "a NUL in a path": (MINIMAL.replace("runs/x", '"runs\\0x"'), (), "c.yaml:1", "a NUL can stand"),
+    "an index in superscript": (MINIMAL, ("--data.sources.²=x",), "--data.sources.²=x", "is not an item"),
+    "seed beyond 32 bits": (MINIMAL, ("--seed=4294967296",), "seed", "valid would be 4294967295"),
+    "more rows than are counted": (MINIMAL, ("--training.batch_size=10000000000",), "batch_size", "be 2147483647"),
+    "rows beyond all sense": (MINIMAL, ("--data.max_length=1000000000000",), "data.max_length", "would be 1048576"),
+    "no name at all": (MINIMAL, ("--output_dir=''",), "output_dir", "at least 1 character"),
+    "an empty question": (MINIMAL, ("--evaluation={fraction: 0.1, prompts: ['']}",), "prompts.0", "at least 1 char"),
+    "an empty word spares all": (MINIMAL, ("--training.no_decay=['']",), "no_decay.0", "at least 1 character"),
+    "odd heads": (
+        MINIMAL,
+        (
+            "--model={init: random, tokenizer: t, architecture: "
+            "{hidden_size: 10, intermediate_size: 8, num_layers: 1, num_heads: 2}}",
+        ),
+        "architecture",
+        "head_dim 5 is odd",
+    ),
+    "llama3 without a middle": (
+        MINIMAL,
+        ("--model.rope_scaling={type: llama3, low_freq_factor: 4}",),
+        "rope_scaling",
+        "low_freq_factor 4 is not below high_freq_factor 4",
+    ),
 }
 
 

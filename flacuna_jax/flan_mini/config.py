@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from flacuna_jax.config import NonNegativeInt, PositiveFloat, PositiveInt, Section, TemplateName
+from flacuna_jax.config import LocalPath, NonNegativeInt, PositiveFloat, PositiveInt, Section, TemplateName
 
 Kind = Literal[
     "flan_rows",
@@ -79,7 +79,7 @@ class MixtureSource(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     """How reports and ids call this source."""
     kind: Kind
-    path: str
+    path: LocalPath
     """A file or directory in the source's published layout, or hf:NAME[:CONFIG[:SPLIT]] for a dataset of the hub."""
     examples: PositiveInt
     """Records wanted, at scale 1."""
@@ -134,11 +134,11 @@ class LeakageConfig(Section):
 
 
 class FlanMiniConfig(Section):
-    output_dir: str
+    output_dir: LocalPath
     seed: NonNegativeInt = 42
     scale: PositiveFloat = 1.0
     """Every source's `examples` times this."""
-    tokenizer: str
+    tokenizer: LocalPath
     """Directory with tokenizer.model or tokenizer.json: lengths are counted in its tokens."""
     template: TemplateName = "vicuna_v1.1"
     """The conversation format that lengths are measured in."""

@@ -189,11 +189,14 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
     if kind != "llama3":
         hint = "; model.rope_scaling: {type: ntk} has its effect for one longest input" if kind == "dynamic" else ""
         raise UserError(f"{where} asks for {kind!r}; linear and llama3 are implemented{hint}")
+    low, high = (_number(rope, key, where, 0.0) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise UserError(f"{where}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")
     return RopeScaling(
         "llama3",
         _number(rope, "factor", where, 0.0),
-        _number(rope, "low_freq_factor", where, 0.0),
-        _number(rope, "high_freq_factor", where, 0.0),
+        low,
+        high,
         _size(rope, "original_max_position_embeddings", where, positions),
     )
 

@@ -119,6 +119,10 @@ def test_missing_sizes_follow_the_conventions() -> None:
         ({"rope_scaling": {"type": "linear"}}, "factor is 0.0, not a positive number"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "model.rope_scaling: {type: ntk}"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            "low_freq_factor 4 is not below high_freq_factor 4",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "differ"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters asks for 'yarn'"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta is 500000.0"),
