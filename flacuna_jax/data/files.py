@@ -206,8 +206,8 @@ class _JsonStream:
                     raise _Broken(error.msg, self._line_of(error.pos)) from error
                 if len(self._window) - self._position > LONGEST_RECORD:
                     raise _Broken("a record has no end", self._line) from error
-            except RecursionError as error:
-                raise _Broken("nested too deeply", self._line) from error
+            except (RecursionError, ValueError) as error:  # a number of thousands of digits is a ValueError
+                raise _Broken(_short(error), self._line) from error
             else:
                 # A number may go on behind the window, which then cuts it up to two characters late ("1e+").
                 if end + 2 < len(self._window) or self._at_end:
@@ -264,6 +264,6 @@ def _read_parquet(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -
                 for value in batch.to_pylist():
                     number += 1
                     yield RawRecord(Place(path, number, 0), value)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: no text, no date
         policy.report.read += 1
         policy.reject("torn file", Place(path, number + 1, 0), f"the parquet file is torn or damaged ({error})")

@@ -111,7 +111,10 @@ class _Unclear(Exception):
 def _render(compiled: jinja2.Template, system: str, turns: Sequence[Turn], prompt: bool) -> str:
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages += [{"role": turn.role, "content": turn.text} for turn in turns]
-    return compiled.render(messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=prompt)
+    try:
+        return compiled.render(messages=messages, bos_token=_BOS, eos_token=_EOS, add_generation_prompt=prompt)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # it is a program, and the user's
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def _by_prefix(compiled: jinja2.Template, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:

@@ -241,6 +241,7 @@ BROKEN_LISTS = {
     " \n ": (2, "empty"),
     '{"a": {"b": 1}': (1, "delimiter"),
     "[" * 100_000: (1, "nested too deeply"),
+    '[{"a": ' + "9" * 5000 + "}]": (1, "4300 digits"),
 }
 
 
@@ -329,6 +330,17 @@ def test_parquet_reads_only_what_it_needs(tmp_path: Path) -> None:
     records = [{**chat("q", f"a{i}"), "embedding": [0.0] * 4} for i in range(3)]
     raw = read_records(save(path, records), ("conversations",), BadRecordPolicy(SourceReport("a"), "error"))
     assert [(set(r.value), str(r.place)) for r in raw] == [({"conversations"}, f"{path}, row {i}") for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("column", [pyarrow.array([b"\xff"] * 3), pyarrow.array([2**61] * 3, pyarrow.timestamp("us"))])
+def test_parquet_values_that_python_cannot_hold(tmp_path: Path, column: pyarrow.Array) -> None:
+    if pyarrow.types.is_binary(column.type):  # bytes that say that they are text
+        column = pyarrow.StringArray.from_buffers(3, column.buffers()[1], column.buffers()[2])
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": ["q"] * 3, "output": ["a"] * 3, "id": column}), path)
+    with pytest.raises(UserError, match=r"row 1: the parquet file is torn or damaged \("):
+        read(path)
+    assert read(path, "skip")[1].dropped.total() == 1
 
 
 def test_real_files(test_data: Path) -> None:

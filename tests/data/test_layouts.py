@@ -157,6 +157,7 @@ def test_our_own_jinja_is_a_template_of_the_same_ids(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize(("source", "message"), [
     ("{% for message in messages %}", r"mine\.jinja:1: not a Jinja template"),
+    ("{{ 1 / 0 }}", "the template fails: ZeroDivisionError"),
     ("{{ messages[0].content.__class__.__mro__ }}", "the template fails"),
     ("{{ raise_exception('no') }}", "the template fails: no"),
     ("nothing", "does not tell answers from prompts"),
