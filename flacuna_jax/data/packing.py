@@ -107,7 +107,6 @@ def pack(lengths: NDArray[np.integer[Any]], max_length: int, method: PackingMeth
 def _best_fit(lengths: list[int], capacity: int) -> list[int]:
     """The row of each example: the fullest one with room, else a new one."""
     rows_with_room: list[list[int]] = [[] for _ in range(capacity)]
-    bits = [1 << room for room in range(capacity)]
     rooms = 0  # bit set of the rooms for which rows_with_room is not empty
     rows = 0
     row_of: list[int] = []
@@ -118,7 +117,7 @@ def _best_fit(lengths: list[int], capacity: int) -> list[int]:
             candidates = rows_with_room[room]
             row = candidates.pop()
             if not candidates:
-                rooms ^= bits[room]
+                rooms ^= 1 << room
             room -= length
         else:
             row = rows
@@ -126,7 +125,7 @@ def _best_fit(lengths: list[int], capacity: int) -> list[int]:
             room = capacity - length
         if room:
             rows_with_room[room].append(row)
-            rooms |= bits[room]
+            rooms |= 1 << room
         row_of.append(row)
     return row_of
 

@@ -123,10 +123,15 @@ def plan_run(
             steps = training.max_steps
             break
     assert rows_per_step is not None, "epochs is positive"
+    # A batch larger than the data is every epoch in one step, and no more memory than that.
+    rows_per_step = min(rows_per_step, max(epoch.rows for epoch in epochs))
+    size = f"the run of {steps} steps ({epochs[0].rows} rows per epoch, {rows_per_step} rows per step)"
     if training.warmup_steps >= steps and training.warmup_steps:
+        raise UserError(f"training.warmup_steps {training.warmup_steps} is not shorter than {size}")
+    if training.decay_steps is not None and training.warmup_steps + training.decay_steps > steps:
         raise UserError(
-            f"training.warmup_steps {training.warmup_steps} is not shorter than the run of {steps} steps "
-            f"({epochs[0].rows} rows per epoch, {rows_per_step} rows per step)"
+            f"training.warmup_steps {training.warmup_steps} and decay_steps {training.decay_steps} together are longer "
+            f"than {size}"
         )
     return RunPlan(
         seed=seed,
@@ -160,6 +165,11 @@ def _rows_per_step(training: TrainingConfig, rows: int, examples: int) -> int:
 
 
 def _warnings(training: TrainingConfig, first: EpochPlan) -> tuple[str, ...]:
+    if training.batch_size > (first.rows if training.batch_unit == "rows" else first.examples):
+        return (
+            f"training.batch_size {training.batch_size} is more than an epoch has ({first.examples} examples in "
+            f"{first.rows} rows): every step is an epoch",
+        )
     unpacked_steps = -(-first.examples // training.batch_size)
     if unpacked_steps > 2 * first.steps:
         return (

@@ -111,6 +111,20 @@ def test_max_steps_and_warmup() -> None:
         make_plan(epochs=2, warmup_steps=whole.total_steps)
     with pytest.raises(UserError, match="warmup_steps 5 is not shorter than the run of 5 steps"):
         make_plan(epochs=2, warmup_steps=5, max_steps=5)
+    falling = {"schedule": "warmup_stable_decay", "max_steps": 5, "epochs": 2}
+    assert make_plan(warmup_steps=2, decay_steps=3, **falling).total_steps == 5
+    with pytest.raises(UserError, match="warmup_steps 3 and decay_steps 3 together are longer than the run of 5 steps"):
+        make_plan(warmup_steps=3, decay_steps=3, **falling)
+
+
+@pytest.mark.parametrize("unit", ["examples", "rows"])
+def test_a_batch_larger_than_the_data_takes_no_more_memory_than_they(unit: str) -> None:
+    plan = make_plan(epochs=3, batch_size=2_000_000_000, batch_unit=unit)
+    assert plan.total_steps == 3
+    assert plan.rows_per_step == max(epoch.rows for epoch in plan.epochs)
+    assert "every step is an epoch" in plan.warnings[0]
+    assert StepSource(STORE, plan)[2]["tokens"].shape[0] == -(-plan.rows_per_step // 4)
+    assert not any("every step" in warning for warning in make_plan().warnings)
 
 
 def test_weights_that_leave_nothing() -> None:
