@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig
+from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Quantization
 from flacuna_jax.model.sharding import Axes, constrain, gather_weight
@@ -67,6 +67,18 @@ def adapter_ranks(lora: LoraConfig, num_layers: int) -> dict[str, Ranks]:
             ranks[layer], scales[layer] = lora.rank_of(name), lora.scale_of(name)
         found[path] = Ranks(ranks, scales)
     return found
+
+
+def require_matches(lora: LoraConfig, num_layers: int) -> None:
+    """Raises UserError for a pattern that is about no adapter of the run, which is a name mistyped."""
+    ranks = adapter_ranks(lora, num_layers)
+    names = [
+        peft_module(path, int(layer)) for path, (of_layers, _) in ranks.items() for layer in np.flatnonzero(of_layers)
+    ]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(lora, key):
+            if not any(by_pattern(((pattern, value),), name, None) for name in names):
+                raise UserError(f"lora.{key}: {pattern!r} is the end of no adapter's name, such as {names[0]}")
 
 
 def peft_module(path: str, layer: int) -> str:

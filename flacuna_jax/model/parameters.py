@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from flacuna_jax.config import LoraConfig, ModelConfig
 from flacuna_jax.model.llama import Llama, LlamaConfig
-from flacuna_jax.model.lora import BaseParam, LoRAParam, LoRAScale, Ranks, adapter_ranks
+from flacuna_jax.model.lora import BaseParam, LoRAParam, LoRAScale, Ranks, adapter_ranks, require_matches
 from flacuna_jax.model.quantized import KERNELS, Quantization, QuantParam
 from flacuna_jax.model.sharding import parameter_shardings
 
@@ -36,7 +36,13 @@ class ModelSpec:
 
     @classmethod
     def of_run(cls, config: LlamaConfig, model: ModelConfig, lora: LoraConfig | None) -> "ModelSpec":
-        """LoRA: float32 adapters beside a base in compute dtype or quantised; without: float32 masters of it all."""
+        """LoRA: float32 adapters beside a base in compute dtype or quantised; without: float32 masters of it all.
+
+        Raises:
+          UserError: the adapters' settings select a layer that is not there, or have a pattern that matches nothing.
+        """
+        if lora is not None:
+            require_matches(lora, config.num_layers)
         return cls(config, lora, model.dtype, model.dtype if lora else "float32", model.quantization)
 
     def create(self, seed: int | jax.Array) -> Llama:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig, TrainingConfig
+from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.model.lora import adapter_ranks, peft_module, row_norms
@@ -169,6 +169,15 @@ def test_row_norms_are_those_of_the_sum() -> None:
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="there is no layer 3, the model has 3 layers"):
         adapter_ranks(LoraConfig(layers_to_transform=(1, 3)), SMALL.num_layers)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["q_prj", "layers", r"layers\.1\..*", "k_proj"])
+def test_a_pattern_that_is_about_no_adapter_is_named(key: str, pattern: str) -> None:
+    lora = LoraConfig(targets=("q_proj", "v_proj"), layers_to_transform=(0, 2), **{key: {"v_proj": 3, pattern: 4}})
+    with pytest.raises(UserError, match=rf"lora\.{key}: .* such as model\.layers\.0\.self_attn\.q_proj"):
+        ModelSpec.of_run(SMALL, ModelConfig(path="x"), lora)
+    assert adapter_ranks(lora, SMALL.num_layers), "an adapter that others made may have such a one"
 
 
 def test_dropout_reaches_the_heads_adapter() -> None:
