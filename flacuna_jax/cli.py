@@ -1,5 +1,6 @@
 """`flacuna VERB ...`: finds the verb's module and runs it; `run_verb` gives every verb the same exit statuses."""
 
+import errno
 import importlib
 import os
 import select
@@ -44,9 +45,25 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         if not _stdout_is_closed():
             raise
         return EXIT_FAILURE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:80]}...: longer than the name of a file can be", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0]
+        print(f"error: out of memory; `flacuna plan` says what fits ({what})", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the host, or as XLA says it of a device."""
+    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def _stdout_is_closed() -> bool:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,21 @@ def test_user_errors_are_one_message(capsys: pytest.CaptureFixture[str]) -> None
 
     assert run_verb(verb, []) == 2
     assert capsys.readouterr().err == "error: x.yaml:3: no\n"
+
+
+@pytest.mark.parametrize("says", ["RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nBuffers: ...", None])
+def test_no_memory_is_one_line(says: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    def verb(_: object) -> int:
+        raise MemoryError if says is None else RuntimeError(says)
+
+    assert run_verb(verb, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory")
+    assert said.count("\n") == 1
+
+
+def test_a_name_too_long_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(lambda _: open(tmp_path / ("a" * 5000)), []) == 2  # noqa: SIM115
+    said = capsys.readouterr().err
+    assert "longer than the name of a file can be" in said
+    assert len(said) < 300
