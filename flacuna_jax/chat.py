@@ -1,4 +1,4 @@
-"""`flacuna chat --model M [--adapter A]`: a conversation in the terminal, worded exactly as in training.
+"""`flacuna chat --run RUN`: a conversation in the terminal, worded exactly as in training.
 
 Commands inside: /reset forgets the conversation, /system TEXT replaces the system text, /load ADAPTER changes the
 adapter (/load alone removes it), /base answers with base and tuned side by side, /task TEXT puts the next questions
@@ -17,7 +17,14 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import GenerationRequest
-from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option
+from flacuna_jax.inference import (
+    DEFAULT_TEMPLATE,
+    ModelAddress,
+    ModelLoader,
+    add_base_option,
+    add_model_options,
+    addressed_model,
+)
 from flacuna_jax.model.decode import GREEDY, Sampling
 
 COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
@@ -129,12 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             models[address] = loader.load(address)
         return models[address]
 
-    address = ModelAddress.of(arguments.model, arguments.adapter)
-    template = named_template(arguments.template)
+    address, run_template = addressed_model(arguments)
+    template = named_template(arguments.template or run_template or DEFAULT_TEMPLATE)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     settings = Settings(template, _new_tokens(arguments.max_new_tokens, load(address)), sampling, arguments.seed)
     chat = Chat(address, load, settings, arguments.beside_base, arguments.system, arguments.task)
-    print(f"{address.name}   {COMMANDS}", file=sys.stderr)
+    print(f"{address.name} ({template.name})   {COMMANDS}", file=sys.stderr)
     while (line := _read()) is not None:
         if line == "/quit":
             break
@@ -182,12 +189,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="flacuna chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face LLaMA directory or a converted one")
-    add("--adapter", help="a PEFT adapter, or a training run")
+    add_model_options(parser)
     add("--beside-base", action="store_true", help="answer with the base too")
     add("--system", help="system text instead of the template's")
     add("--task", help="definition of a task: questions go into the paper's prompt for writing")
-    add("--template", metavar="NAME", default="vicuna_v1.1", help="a name or a .jinja file (default: vicuna_v1.1)")
+    add("--template", metavar="NAME", help=f"a name or a .jinja file; default: the run's, or {DEFAULT_TEMPLATE}")
     add("--max-new-tokens", type=int, help="default: 512, or half of the model's context where that is less")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int)

@@ -1,4 +1,4 @@
-"""`flacuna evaluate --model M [--adapter A] --tasks mmlu,bbh --data DIR`: benchmark tables.
+"""`flacuna evaluate --run RUN --compare base --tasks mmlu,bbh --data DIR`: benchmark tables.
 
 Results, tables and the cache of answers lie in --output. An evaluation that was killed goes on where it was; one that
 is repeated asks the model nothing again.
@@ -30,7 +30,14 @@ from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
 from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
-from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option, eos_text
+from flacuna_jax.inference import (
+    ModelAddress,
+    ModelLoader,
+    add_base_option,
+    add_model_options,
+    addressed_model,
+    eos_text,
+)
 from flacuna_jax.model.decode import Sampling
 
 
@@ -71,7 +78,7 @@ def _loader(arguments: argparse.Namespace) -> ModelLoader:
 
 def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
     """What is compared with comes first. `--compare base` is the model without its adapter."""
-    main_address = ModelAddress.of(arguments.model, arguments.adapter)
+    main_address, _ = addressed_model(arguments)
     others = []
     for text in arguments.compare:
         if text == "base" and main_address.adapter is None:
@@ -220,8 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flacuna evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face LLaMA directory or a converted one")
-    add("--adapter", help="a PEFT adapter, or a training run")
+    add_model_options(parser)
     add("--name", help="what tables call the model")
     add("--compare", action="append", default=[], metavar="MODEL", help="DIR, DIR+ADAPTER or base; may be repeated")
     add("--tasks", required=True, help="e.g. mmlu,bbh:0,hhh, or few_shot, zero_shot, paper; with lm_eval, its tasks")

@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config_files import load_config
 from flacuna_jax.data.conversation import TEMPLATES, Template, Turn, named_template
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, encode_prompt
-from flacuna_jax.inference import ModelAddress, ModelLoader, add_base_option
+from flacuna_jax.inference import (
+    DEFAULT_TEMPLATE,
+    ModelLoader,
+    add_base_option,
+    add_model_options,
+    addressed_model,
+)
 from flacuna_jax.model.decode import GREEDY, Sampling
-from flacuna_jax.training.local_run import local_run
 
-DEFAULT_TEMPLATE = "vicuna_v1.1"
 PRINTED_TOGETHER = 32
 """Answers are printed after so many times --batch-size of them; a long list that is broken off loses no more."""
 
@@ -48,13 +51,13 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
-    address, run_template = _model(arguments)
+    address, run_template = addressed_model(arguments)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
         raise UserError("--max-new-tokens and --batch-size are at least 1")
     if "" in arguments.stop:
         raise UserError("--stop is empty: every answer would end before it begins")
     settings = Settings(
-        None if arguments.raw else named_template(arguments.template or run_template),
+        None if arguments.raw else named_template(arguments.template or run_template or DEFAULT_TEMPLATE),
         arguments.task,
         arguments.system,
         arguments.max_new_tokens,
@@ -146,38 +149,13 @@ def _prompt_of(line: str, where: str) -> str:
     return prompt
 
 
-def _model(arguments: argparse.Namespace) -> tuple[ModelAddress, str]:
-    """Where the model is, and the name of the template that it was trained with."""
-    if (arguments.model is None) == (arguments.run is None) or (arguments.run and arguments.adapter):
-        raise UserError("say which model: --model DIR, --model DIR --adapter DIR, or --run DIR")
-    if arguments.run is None:
-        return ModelAddress.of(arguments.model, arguments.adapter), DEFAULT_TEMPLATE
-    run = local_run(arguments.run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
-    config = load_config(run / "config.yaml")
-    if config.lora is None:
-        return ModelAddress(_finished(run, "model")), config.data.template
-    return ModelAddress(Path(str(config.model.path)), _finished(run, "adapter")), config.data.template
-
-
-def _finished(run: Path, product: str) -> Path:
-    if not (run / product).is_dir():
-        raise UserError(
-            f"{run} has no {product}/ yet; it is written when training ends (continue it, or `flacuna export`)"
-        )
-    return run / product
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flacuna generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the user says")
     parser.add_argument("--file", metavar="TXT", help="prompts, one per line, or .jsonl; - is standard input")
-    parser.add_argument("--model", metavar="DIR", help="a Hugging Face directory or a converted one")
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter on that model, or the run that made one")
-    parser.add_argument("--run", metavar="DIR", help="a training run: its base, its adapter and its template")
+    add_model_options(parser)
     wording = parser.add_mutually_exclusive_group()
     wording.add_argument(
         "--template", metavar="NAME", help=f"a name or a .jinja file; default: the run's, or {DEFAULT_TEMPLATE}"

@@ -23,6 +23,9 @@ from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_sharding
 from flacuna_jax.model_source import with_rope_scaling
 from flacuna_jax.training.local_run import local_run
 
+DEFAULT_TEMPLATE = "vicuna_v1.1"
+"""Of what no run is known to have trained."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelAddress:
@@ -100,6 +103,40 @@ class ModelLoader:
         return LlamaLanguageModel(
             spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
         )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `addressed_model` reads."""
+    parser.add_argument("--run", metavar="DIR", help="a training run: its base, its adapter and its template")
+    parser.add_argument("--model", metavar="DIR", help="or a Hugging Face LLaMA directory, or a converted one")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter on that model, or the run that made one")
+
+
+def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, str | None]:
+    """Where the model is, and the template that its run trained it with; None where no run is named.
+
+    Raises:
+      UserError: the options name no model, or two, or a run that has not ended.
+    """
+    if (arguments.model is None) == (arguments.run is None) or (arguments.run and arguments.adapter):
+        raise UserError("say which model: --model DIR, --model DIR --adapter DIR, or --run DIR")
+    if arguments.run is None:
+        return ModelAddress.of(arguments.model, arguments.adapter), None
+    run = local_run(arguments.run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
+    config = load_config(run / "config.yaml")
+    if config.lora is None:
+        return ModelAddress(_finished(run, "model")), config.data.template
+    return ModelAddress(Path(str(config.model.path)), _finished(run, "adapter")), config.data.template
+
+
+def _finished(run: Path, product: str) -> Path:
+    if not (run / product).is_dir():
+        raise UserError(
+            f"{run} has no {product}/ yet; it is written when training ends (continue it, or `flacuna export`)"
+        )
+    return run / product
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:

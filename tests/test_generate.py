@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from flacuna_jax import generate
+from flacuna_jax import chat, generate
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig
 from flacuna_jax.config_files import parse_config
@@ -75,6 +75,15 @@ def test_a_run_brings_its_base_adapter_and_template(
     assert tuned == _say(capsys, *spelled_out, *PRECISE, STORY)
     assert tuned != _say(capsys, "--model", str(story_llama), "--template", "vicuna_v0", *PRECISE, STORY)
     assert tuned != _say(capsys, "--run", str(run), "--template", "vicuna_v1.1", *PRECISE, STORY)
+
+
+def test_chat_takes_a_run_as_generate_does(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = _say(capsys, "--run", str(run), *PRECISE, STORY)
+    monkeypatch.setattr("sys.stdin", io.StringIO(STORY))
+    assert run_verb(chat.main, ["--run", str(run), *PRECISE]) == 0
+    assert capsys.readouterr().out.splitlines() == answer
 
 
 def test_prompts_from_a_file_and_answers_as_json(
