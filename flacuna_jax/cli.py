@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import os
 import select
 import sys
@@ -36,6 +37,8 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     A `UserError` becomes one readable message on stderr; other exceptions keep their traceback.
     """
     prepare_process()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter, and text that is none
     try:
         return main(sys.argv[1:] if argv is None else argv) or EXIT_OK
     except UserError as error:

@@ -1,6 +1,7 @@
 """Shared fixtures. The environment is fixed before jax is imported anywhere: four CPU devices, no accelerator."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("token_cache")
     os.environ["FLACUNA_CACHE"] = str(directory)
     return directory
+
+
+@pytest.fixture
+def signals_of_a_terminal() -> Iterator[None]:
+    """SIGINT and SIGHUP have an effect, here and in processes that are started, also in a suite run by nohup or &."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    for number, handler in zip(before, (signal.default_int_handler, signal.SIG_DFL), strict=True):
+        signal.signal(number, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

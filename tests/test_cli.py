@@ -1,5 +1,6 @@
 """What every verb gets from `flacuna`: exit statuses, and quiet ends."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,11 @@ def test_a_name_too_long_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err
     assert "longer than the name of a file can be" in said
     assert len(said) < 300
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped() -> None:
+    verb = "lambda _: print('4 \u00d7 \\ud800') or 0"
+    script = f"from flacuna_jax.cli import run_verb\nraise SystemExit(run_verb({verb}))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "4 \\xd7 \\ud800\n"), result.stderr

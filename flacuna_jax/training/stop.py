@@ -1,14 +1,16 @@
-"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 end a run between two steps, with its state saved.
+"""Being asked to stop: a signal ends a run between two steps, with its state saved.
 
-Schedulers send one of these before they take a machine away (Slurm: --signal=TERM@90, spot instances, Kubernetes). The
-process then leaves with status 75 (`cli.EXIT_STOPPED`), which neither success nor failure uses: start the same command
-again and it continues.
+Schedulers send one before they take a machine away (Slurm: --signal=TERM@90, LSF: USR2, spot instances, Kubernetes); a
+terminal that is closed, as by a lost connection, sends SIGHUP to all that was started in it. The process then leaves
+with status 75 (`cli.EXIT_STOPPED`), which neither success nor failure uses: start the same command again and it
+continues.
 """
 
 import contextlib
 import functools
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -18,7 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+"""Ignored by who was started so (`nohup`, `&` in a script), they stay ignored."""
+ECHO_SECONDS = 0.3
+"""A signal reaches a process twice where both its terminal and its launcher send it (`uv run`, a shell that ends)."""
 
 
 class Stopped(BaseException):
@@ -41,7 +47,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            caught = [n for n in SIGNALS if n not in OF_A_TERMINAL or signal.getsignal(n) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._on_signal) for number in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +57,10 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN)
+        time.sleep(ECHO_SECONDS)
+        if number != signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)
         self.received = self.received or signal.Signals(number).name
         if not self._deferring:
             raise Stopped(f"{self.received}: nothing was under way that had to be saved")

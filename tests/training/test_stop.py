@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from flacuna_jax.training.stop import SIGNALS, Stopped, StopRequest
+from flacuna_jax.training.stop import ECHO_SECONDS, SIGNALS, Stopped, StopRequest
+
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
 
 
 def send(number):
@@ -39,6 +42,18 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_nohup_or_a_script_ignores_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop, stop.deferred():
+            send(number)
+            assert not stop.poll()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_another_signal_while_saving_does_not_end_the_process():
     """Slurm sends what --signal asks for, and SIGTERM when the time is over."""
     with StopRequest() as stop, stop.deferred():
@@ -49,6 +64,24 @@ def test_another_signal_while_saving_does_not_end_the_process():
 
 def test_no_handler_of_errors_takes_it_for_an_error():
     assert not issubclass(Stopped, Exception)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_echo_is_the_same_request(number):
+    """A terminal's Ctrl-C that the launcher sends on, too; the SIGHUP of a shell that ends, behind that of its jobs."""
+    with StopRequest() as stop, stop.deferred():
+        echo = threading.Timer(ECHO_SECONDS / 3, os.kill, (os.getpid(), number))
+        echo.start()
+        send(number)
+        echo.join()
+        assert stop.poll()
+
+
+def test_a_second_hangup_does_not_end_the_process():
+    with StopRequest() as stop, stop.deferred():
+        send(signal.SIGHUP)
+        send(signal.SIGHUP)
+        assert stop.poll()
 
 
 BUSY = """
