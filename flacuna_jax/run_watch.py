@@ -3,15 +3,15 @@
 import dataclasses
 
 from flacuna_jax.data.pipeline import BatchStream
-from flacuna_jax.run_setup import Setup, plan_lines
+from flacuna_jax.run_setup import Say, Setup, plan_lines
 from flacuna_jax.training.checkpoint import Checkpointer
 from flacuna_jax.training.history import History
 from flacuna_jax.training.live_report import LiveReport
 from flacuna_jax.training.loop import StepRecord, Verdict
-from flacuna_jax.training.measurement import Measurement
+from flacuna_jax.training.measurement import Measurement, is_due
 from flacuna_jax.training.metrics import Tracker
 from flacuna_jax.training.report import environment, mixture_rows, read_metrics, write_report
-from flacuna_jax.training.run_directory import RunDirectory
+from flacuna_jax.training.run_directory import CutBack, RunDirectory
 from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step_log import StepLog
 
@@ -58,7 +58,7 @@ class Watch:
 
     def evaluate_if_due(self, state: TrainState) -> None:
         """Before the first step; and where a run was stopped between a step and its evaluation."""
-        if self.measurement is not None and self.measurement.is_due(state.step):
+        if measurement_is_due(self.setup, self.history, state.step):
             self.evaluate(state)
 
     @property
@@ -66,6 +66,20 @@ class Watch:
         """Whether a run that is started again had stopped early."""
         settings = self.setup.config.evaluation
         return settings is not None and self.history.is_exhausted(settings.patience)
+
+
+def measurement_is_due(setup: Setup, history: History, step: int) -> bool:
+    """Whether a run that begins after `step` updates is first measured."""
+    settings = setup.config.evaluation
+    return settings is not None and is_due(settings, history, step, setup.plan.total_steps)
+
+
+def say_what_is_cut(cut: CutBack, say: Say) -> None:
+    """Of metrics.jsonl, at the start: what is removed because it will be made again, or cannot be read."""
+    if cut.later:
+        say(f"metrics.jsonl: {cut.later:,} records of after the checkpoint are removed, and made again")
+    if cut.torn:
+        say(f"metrics.jsonl: {cut.torn:,} unreadable lines are removed")
 
 
 def report_on(setup: Setup, directory: RunDirectory, status: str) -> None:

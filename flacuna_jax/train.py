@@ -36,7 +36,7 @@ from flacuna_jax.run_setup import (
     set_up,
 )
 from flacuna_jax.run_state import chosen_state, fresh_state, newest_state, starting_point
-from flacuna_jax.run_watch import Watch, report_on
+from flacuna_jax.run_watch import Watch, measurement_is_due, report_on, say_what_is_cut
 from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
 from flacuna_jax.training.bucket import is_bucket, open_output, require_supported
 from flacuna_jax.training.checkpoint import Checkpointer
@@ -49,6 +49,7 @@ from flacuna_jax.training.profile import PROFILE, traced
 from flacuna_jax.training.progress import open_progress
 from flacuna_jax.training.resume import WORDS
 from flacuna_jax.training.run_directory import RunDirectory
+from flacuna_jax.training.steady_output import steady_output
 from flacuna_jax.training.step import StepConfig, make_step
 from flacuna_jax.training.step_log import StepLog
 from flacuna_jax.training.stop import Stopped, StopRequest
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         prog="flacuna train",
         description="Fine-tunes a LLaMA: LoRA adapters, or every weight with lora: null.",
         epilog="Any setting of the config can be overridden: --training.epochs=2 --data.sources.0.path=my.jsonl. "
-        f"Exit status: 0 done; 2 the input is wrong; {EXIT_STOPPED} a signal (SIGTERM, SIGINT, SIGUSR1) ended the run, "
-        "its state is saved, the same command continues it; 1 anything else.",
+        f"Exit status: 0 done; 2 the input is wrong; {EXIT_STOPPED} a signal ended the run (SIGTERM, SIGINT, "
+        "SIGHUP, SIGUSR1, SIGUSR2), its state is saved, the same command continues it; 1 anything else.",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
     parser.add_argument("--profile", action="store_true", help="trace a few steps into output_dir/profile")
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(arguments.config, overrides)
     require_supported(config.output_dir)
-    with StopRequest() as stop:
+    with StopRequest() as stop, steady_output():
         try:
             if arguments.check_determinism:
                 return prove_determinism(config)
@@ -128,7 +129,7 @@ def run(
     state, base, history = starting_point(setup, directory, checkpointer, say)
     if primary:
         directory.write_config(config.to_yaml())
-        directory.cut_back(state.step)
+        say_what_is_cut(directory.cut_back(state.step, measurement_is_due(setup, history, state.step)), say)
 
     report = LiveReport(functools.partial(report_on, setup, directory) if primary else say_nothing, say)
     source = StepSource(setup.store, plan, jax.process_index(), jax.process_count())
@@ -176,11 +177,12 @@ def run(
         watch.evaluate_if_due(state)
         state, end = (state, "enough") if watch.has_enough else loop.run(state)
         stream.close()
-    checkpointer.wait()
+        checkpointer.wait()
 
-    if end == "stopped":
+    if end == "stopped" or stop.poll():
         report.finish(f"stopped by {stop.received or 'another host'} after step {state.step}")
-        raise Stopped(f"{stop.received or 'another host'}: saved after step {state.step}; start again to continue")
+        kept = f"saved after step {state.step}; start again to continue" if state.step else "no step was done"
+        raise Stopped(f"{stop.received or 'another host'}: {kept}")
     before = f", {first:,} of them before" if first else ""
     say(f"{state.step - first:,} steps in {time.monotonic() - started:.1f} s: {state.step:,} are done{before}")
     if end == "enough":

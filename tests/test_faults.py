@@ -7,6 +7,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,10 +23,12 @@ import pytest
 from flacuna_jax import train as train_verb
 from flacuna_jax.cli import EXIT_STOPPED
 from flacuna_jax.training.checkpoint import list_checkpoints
+from flacuna_jax.training.evaluator import HeldOut
+from flacuna_jax.training.stop import SIGNALS
 from tests.small_run import SIZES, write_run
-from tests.test_end_to_end import losses, run
+from tests.test_end_to_end import Stopped, losses, run
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "signals_of_a_terminal")
 
 ROOT = Path(__file__).parent.parent
 
@@ -266,7 +270,9 @@ def steps_logged(directory: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS if n != signal.SIGTERM)]
+)
 def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed, tmp_path, number):
     out = tmp_path / "run"
     process = start(undisturbed / "config.yaml", f"--output_dir={out}", *LONG)
@@ -284,6 +290,60 @@ def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed
     assert "Traceback" not in said
     assert not (out / "adapter").exists()
     assert f"stopped by {number.name} after step {saved}" in (out / "report.html").read_text()
+
+
+def test_ctrl_c_in_a_pipeline_ends_the_reader_first_and_the_run_saves(undisturbed, tmp_path):
+    """`train | tee log`: a terminal sends SIGINT to both, and nobody reads what the run says while it saves."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "flacuna_jax.train", "--config", undisturbed / "config.yaml", f"--output_dir={out}"]
+    command = f"{shlex.join(map(str, [*words, *LONG]))} 2>&1 | cat; echo ${{PIPESTATUS[@]}} > {tmp_path / 'status'}"
+    shell = subprocess.Popen(["bash", "-c", f"trap : INT; {command}"], start_new_session=True)
+    try:
+        wait_for(lambda: steps_logged(out) > 5, shell)
+        os.killpg(shell.pid, signal.SIGINT)
+        shell.wait(60)
+        assert (tmp_path / "status").read_text().split() == [str(EXIT_STOPPED), str(128 + signal.SIGINT)]
+        assert list_checkpoints(out) == [max(losses(out))]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_the_run_saved(undisturbed, tmp_path):
+    """A lost connection: SIGHUP, and every print to the terminal fails from then on."""
+    out = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = ["-m", "flacuna_jax.train", f"--config={undisturbed / 'config.yaml'}", f"--output_dir={out}", *LONG]
+        os.execve(sys.executable, [sys.executable, *words], {**os.environ, "TERM": "xterm"})
+    try:
+        deadline = time.monotonic() + 120
+        while steps_logged(out) <= 5:
+            assert time.monotonic() < deadline
+            os.read(terminal, 65536)
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == EXIT_STOPPED
+    assert list_checkpoints(out) == [max(losses(out))]
+
+
+def test_a_signal_in_the_last_save_is_answered_before_the_delivery(undisturbed, tmp_path, monkeypatch, capsys):
+    out, last, save = tmp_path / "run", max(losses(undisturbed / "run")), train_verb.Watch.save
+
+    def save_and_be_stopped(self, state):
+        save(self, state)
+        if state.step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_verb.Watch, "save", save_and_be_stopped)
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == EXIT_STOPPED
+    assert f"saved after step {last}" in capsys.readouterr().err
+    assert not (out / "adapter").exists()
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+    assert_same_run(out, undisturbed / "run")
 
 
 def test_a_stopped_run_continues_to_the_same_bytes(undisturbed, tmp_path):
@@ -306,6 +366,70 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(undisturbed, tmp_p
     assert run(undisturbed / "config.yaml", f"--output_dir={tmp_path / 'run'}") == EXIT_STOPPED
     assert "stopped: SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# --- Evaluations -------------------------------------------------------------------------------------------------
+
+EVALUATED = "--evaluation={every_steps: 5, fraction: 0.2, samples: 1, sample_tokens: 4}"
+
+
+@pytest.fixture(scope="module")
+def evaluated(undisturbed, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED) == 0
+    return out
+
+
+def evaluations(directory: Path) -> list[tuple]:
+    """What was measured, and what was answered, in the order of the files."""
+    measured = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    answered = map(json.loads, (directory / "samples.jsonl").read_text().splitlines())
+    losses_by_step = [(record["step"], record["eval/loss"]) for record in measured if "eval/loss" in record]
+    return [*losses_by_step, *((record["step"], record["answer"]) for record in answered)]
+
+
+def assert_same_evaluated_run(directory: Path, expected: Path) -> None:
+    assert_same_run(directory, expected)
+    assert evaluations(directory) == evaluations(expected)
+
+
+@pytest.mark.parametrize("at", ["the last step", pytest.param("a step that is due", marks=pytest.mark.slow)])
+def test_stopped_between_a_step_and_its_evaluation_the_next_start_makes_it(undisturbed, evaluated, tmp_path, at):
+    out, step = tmp_path / "run", max(losses(evaluated)) if at == "the last step" else 10
+    arguments = undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED
+    with at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(*arguments) == EXIT_STOPPED
+    assert step not in dict(evaluations(out))
+    assert run(*arguments) == 0
+    assert_same_evaluated_run(out, evaluated)
+
+
+def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evaluated, tmp_path, monkeypatch):
+    """Stopped before it, stopped again in it, killed right behind it; a kill is an exception here, which saves
+    nothing."""
+    out = tmp_path / "run"
+    arguments = undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED
+    with at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(*arguments) == EXIT_STOPPED
+    measure = HeldOut.measure
+
+    def stop_in_it(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HeldOut, "measure", stop_in_it)
+        assert run(*arguments) == EXIT_STOPPED
+    assert list_checkpoints(out)[-1] == 10, "no step is taken before the evaluation that is due"
+
+    def killed():
+        raise Stopped
+
+    with at_step(11, killed), pytest.raises(Stopped):
+        run(*arguments)
+    assert 10 in dict(evaluations(out))
+    assert run(*arguments) == 0
+    assert_same_evaluated_run(out, evaluated)
 
 
 # --- Kills -------------------------------------------------------------------------------------------------------
@@ -373,9 +497,6 @@ def kill_again_and_again(
     killed = Killed(continued, died_at)
     print(json.dumps({"kills": kills, **dataclasses.asdict(killed)}))
     return killed
-
-
-EVALUATED = "--evaluation={every_steps: 7, fraction: 0.2, samples: 1, sample_tokens: 4}"
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ class Loop:
       on_bad: called with a bad step's results and the state of now (one step on, at most); ends the run by raising.
       save: called with the state after every `save_every` steps, after the last, and when an evaluation asks for it.
       evaluate: called with the state after every `evaluate_every` steps and after the last.
-      stop: asked after every step; True ends the run there, saved. The same on all hosts.
+      stop: asked at the start and after every step; True ends the run there, saved. The same on all hosts.
     """
 
     step: Step
@@ -96,7 +96,7 @@ class Loop:
                     self.on_bad(record, state)
 
         first = state.step
-        end: End = "finished"
+        end: End = "stopped" if self.stop() else "finished"
         while state.step < self.total_steps and end == "finished":
             batch = to_devices(next(self.batches), self.batch_sharding)
             evaluating = self._is_due(state.step + 1, self.evaluate_every)

@@ -20,6 +20,12 @@ Tasks = Callable[[Params], dict[str, float]]
 """(all parameters) → scores by name; benchmarks that the verb hands in."""
 
 
+def is_due(settings: EvaluationConfig, history: History, step: int, total_steps: int) -> bool:
+    """Whether a run that begins after `step` updates has yet to be measured there: before the first step, or where it
+    was stopped between a step and its evaluation."""
+    return step > history.last_step and (step % settings.every_steps == 0 or step == total_steps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """Called by the loop after every `settings.every_steps` steps and after the last; also before the first.
@@ -48,10 +54,6 @@ class Measurement:
     samples: Callable[[dict[str, Any]], None]
     say: Callable[[str], None]
     stop: Callable[[], bool]
-
-    def is_due(self, step: int) -> bool:
-        """Whether a run that begins after `step` updates has yet to be measured there."""
-        return step % self.settings.every_steps == 0 and step > self.history.last_step
 
     def __call__(self, state: TrainState) -> Verdict:
         """Raises UserError if there is no such number as `evaluation.metric`."""

@@ -69,10 +69,11 @@ class RunDirectory:
         """
         write_atomically(self.config, text)
 
-    def cut_back(self, step: int) -> CutBack:
+    def cut_back(self, step: int, measure_again: bool = False) -> CutBack:
         """Leaves in metrics.jsonl and samples.jsonl what was known at the checkpoint of `step`; at step 0, nothing.
 
-        A run killed after a checkpoint has logged steps that the resumed run will log again. Records without a step
+        A run killed after a checkpoint has logged steps that the resumed run will log again, and with `measure_again`
+        perhaps the evaluation after that very step, of which the checkpoint does not know. Records without a step
         stay. Lines that are no JSON object (the torn last one, or what a power cut made of it) are removed.
 
         Returns:
@@ -81,15 +82,19 @@ class RunDirectory:
         Raises:
           UserError: a file cannot be read or written.
         """
-        _cut_back(self.samples, step)
-        return _cut_back(self.metrics, step)
+
+        def known(record: dict[str, object], of_evaluation: bool) -> bool:
+            return step > 0 and _step_of(record) <= step - (of_evaluation and measure_again)
+
+        _cut_back(self.samples, lambda record: known(record, True))
+        return _cut_back(self.metrics, lambda record: known(record, record.get("kind") == "evaluation"))
 
 
-def _cut_back(path: Path, step: int) -> CutBack:
+def _cut_back(path: Path, known: Callable[[dict[str, object]], bool]) -> CutBack:
     with _as_user_error(path):
         raw = path.read_bytes() if path.exists() else b""
     records = [(line, _json_object(line)) for line in raw.split(b"\n") if line.strip()]
-    kept = [line for line, record in records if step and record is not None and _step_of(record) <= step]
+    kept = [line for line, record in records if record is not None and known(record)]
     torn = sum(record is None for _, record in records)
     content = b"".join(line + b"\n" for line in kept)
     if content != raw:

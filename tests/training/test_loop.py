@@ -69,6 +69,12 @@ def test_a_request_to_stop_saves_the_step_that_is_done(at):
     assert diary.of("observe") == list(range(1, at + 1))
 
 
+def test_a_request_from_before_the_first_step_is_not_answered_with_a_step():
+    diary = Diary(stop_at=0)
+    assert diary.run() == (0, "stopped")
+    assert diary.events == []
+
+
 def test_evaluations_come_before_saves_and_may_ask_for_one():
     diary = Diary(evaluate_every=3, verdicts={6: Verdict(save=True)})
     diary.run()

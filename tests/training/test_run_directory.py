@@ -132,6 +132,18 @@ def test_records_without_a_step_survive_a_resume(tmp_path):
     assert records(run.metrics) == [{"kind": "plan", "rows": 5}, {"step": 1, "loss": 2.0}]
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_removed_with_its_samples(tmp_path):
+    """Saved after step 2 before its evaluation, continued and measured, killed: it will be measured again."""
+    run = RunDirectory(tmp_path, str(tmp_path))
+    steps = '{"step": 1, "loss": 2.0}\n{"step": 1, "kind": "evaluation"}\n{"step": 2, "loss": 1.0}\n'
+    run.metrics.write_text(steps + '{"step": 2, "kind": "evaluation"}\n')
+    run.samples.write_text('{"step": 1, "answer": "a"}\n{"step": 2, "answer": "b"}\n')
+    assert run.cut_back(2) == CutBack(kept=4, later=0, torn=0)
+    assert run.cut_back(2, measure_again=True) == CutBack(kept=3, later=1, torn=0)
+    assert run.metrics.read_text() == steps
+    assert records(run.samples) == [{"step": 1, "answer": "a"}]
+
+
 def test_a_path_through_a_file_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with (
