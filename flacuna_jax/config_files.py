@@ -1,6 +1,7 @@
 """Reads configs: YAML with exact line numbers, `--a.b=value` overrides, and messages a person can act on."""
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -267,7 +268,7 @@ def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | No
 def _as_number(value: Any, whole: bool) -> str | None:
     try:
         number = float(str(value).replace(",", "").replace("_", "")) if not isinstance(value, bool) else float(value)
-        return str(round(number)) if whole else f"{number:g}"
+        return str(round(number)) if whole else f"{number:g}" if math.isfinite(number) else None
     except (ValueError, OverflowError):
         return None
 

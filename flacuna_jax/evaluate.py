@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flacuna_jax.arguments import whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import TEMPLATES, Template, named_template
 from flacuna_jax.errors import UserError
@@ -234,35 +235,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, help="directory with mmlu/, bbh/, ...; with lm_eval, a directory of task files")
     add("--output", default="evaluation", help="where results and the cache lie")
     add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval")
-    add("--limit", type=_positive, help="only the first N problems of each subject or task; marks tables incomplete")
+    add("--limit", type=whole(1), help="only the first N problems of each subject or task; marks tables incomplete")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add_base_option(parser)
-    add("--rows", type=_positive, default=16, help="prompts that are decoded side by side")
+    add("--rows", type=whole(1), default=16, help="prompts that are decoded side by side")
     add("--no-published", action="store_true", help="leave the published rows out of tables")
     add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")
-    add("--samples", type=_positive, default=1, help="humaneval: samples per problem (1, 10 or 100)")
-    add("--repetitions", type=_positive, default=1, help="hhh: how often the paper's protocol places answers anew")
+    add("--samples", type=whole(1), default=1, help="humaneval: samples per problem (1, 10 or 100)")
+    add("--repetitions", type=whole(1), default=1, help="hhh: how often the paper's protocol places answers anew")
     add("--template", metavar="NAME", default="none", help="impact and lm_eval: as a user's turn of it (a .jinja too)")
     add("--impact-prompt", choices=("raw", "output", "both"), default="raw", help="output: the paper's prompt")
     add("--impact-temperature", type=float, default=0.0, help="the card says 1; LLaMA models were run greedily")
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
     add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
     add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")
-    add("--shots", type=_whole, help="lm_eval: worked examples per prompt")
+    add("--shots", type=whole(0), help="lm_eval: worked examples per prompt")
     return parser
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    value = _whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
 
 
 if __name__ == "__main__":

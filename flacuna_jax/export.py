@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from flacuna_jax.arguments import whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig, RunConfig
 from flacuna_jax.config_files import load_config
@@ -197,6 +198,10 @@ def _golden(template: Template, tokenizer: Tokenizer, config: LlamaConfig, count
             prompts.append(Prompt(text, tuple(ids), [tokenizer.bos_id, *tokenizer.encode(text)] == ids))
     if not all(prompt.text_gives_ids for prompt in prompts):
         print("note: this tokenizer gives whole prompts other ids than training, which encodes their parts; serve ids")
+    if count and len(prompts) < len(QUESTIONS):
+        print(
+            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts: the others, and {count} tokens, exceed the context"
+        )
     return Golden(tuple(prompts), count, tokenizer.eos_id, tokenizer.decode, _announce) if prompts else None
 
 
@@ -241,12 +246,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--golden-tokens",
-        type=int,
+        type=whole(0),
         default=8,
         metavar="N",
         help="length of the answers in golden_prompts.json, each token one reading of the weights; 0 leaves it out",
     )
-    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest weight file of a merged model")
+    parser.add_argument(
+        "--shard-bytes", type=whole(1), default=SHARD_BYTES, help="largest weight file of a merged model"
+    )
     return parser
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from flacuna_jax.arguments import amount, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config
@@ -54,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--search", action="store_true", help="rank layouts × remat × micro-batch instead")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a picture of the memory by kind")
-    parser.add_argument("--price", type=float, metavar="X", help="per device and hour, in any currency")
+    parser.add_argument("--price", type=amount, metavar="X", help="per device and hour, in any currency")
     parser.add_argument("--sizes", choices=LLAMA_SIZES, help="plan for a LLaMA of these sizes instead of model.path's")
-    parser.add_argument("--examples", type=int, metavar="N", help="of an epoch, where the data are not here")
+    parser.add_argument("--examples", type=whole(1), metavar="N", help="of an epoch, where the data are not here")
     parser.add_argument("--estimate", action="store_true", help="from the sizes alone, without compiling")
     arguments, overrides = parser.parse_known_args(argv)
     plan(arguments, load_config(arguments.config, overrides))

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from flacuna_jax.arguments import whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, top_level_keys
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="configs/flan_mini.yaml, or a training config")
     parser.add_argument(
-        "--show", type=_count, default=0, metavar="N", help="print N examples per source, with loss in green"
+        "--show", type=whole(0), default=0, metavar="N", help="print N examples per source, with loss in green"
     )
     parser.add_argument("--output", metavar="DIR", help="where the collection and the report go")
     parser.add_argument("--scale", type=float, metavar="S", help="a proportional sample: 0.01 is one per cent")
@@ -82,12 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         )
     prepare_collection(collection, show=arguments.show, rebuild=arguments.rebuild)
     return None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no number of examples")
-    return int(text)
 
 
 def _benchmarks(pairs: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flacuna_jax.errors import UserError
 from flacuna_jax.planning.plans import Plan
 from flacuna_jax.planning.roofline import summarise
 
@@ -125,7 +126,10 @@ def _assumption(plan: Plan) -> str:
 
 
 def write_html(path: Path, plans: Sequence[Plan]) -> None:
-    """Memory by kind against what is usable, and seconds per step, a line per plan, as one self-contained file."""
+    """Memory by kind against what is usable, and seconds per step, a line per plan, as one self-contained file.
+
+    Raises UserError where it cannot be written.
+    """
     machine, best = plans[0].machine, plans[0]
     kinds = _worth_showing(plans)
     line, top = 26, 44
@@ -163,8 +167,11 @@ def write_html(path: Path, plans: Sequence[Plan]) -> None:
         f'<svg width="1120" height="{bottom + 40}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
     beside = path.with_name(path.name + ".part")
-    beside.write_text(document)
-    beside.replace(path)
+    try:
+        beside.write_text(document)
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

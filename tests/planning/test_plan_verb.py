@@ -62,6 +62,7 @@ def test_search_ranks_and_draws(capsys, tmp_path):
         (["--target", "2xA6000"], "mesh: 4 devices"),
         (["--target", "8xH100", "--mesh={tensor: 3}"], "mesh.tensor"),
         (["--target", "4xA6000", "--model.path=nowhere/llama"], "--sizes"),
+        (["--target", "4xA6000", "--estimate", "--html", "nowhere/x.html"], "--html nowhere/x.html: cannot be written"),
     ],
 )
 def test_mistakes(capsys, arguments, message):
