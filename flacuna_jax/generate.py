@@ -128,7 +128,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         return list(arguments.prompts)
     name = "standard input" if file == "-" else f"prompt file {file}"
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} cannot be read: {error}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -142,7 +142,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         prompt = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{where}: a line of prompts is an object like {{"prompt": "Why?"}}')

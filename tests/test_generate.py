@@ -162,6 +162,7 @@ def test_what_is_printed_together_changes_nothing(
         (["--model", "MODEL", "--template", "none.jinja", "hello"], "none.jinja: the template cannot be read"),
         (["--model", "MODEL", "--temperature", "-1", "hello"], "temperature is -1.0"),
         (["--model", "MODEL", "--temperature", "nan", "hello"], "temperature is nan"),
+        (["--model", "MODEL", "--temperature", "1e-300", "hello"], "temperature is 1e-300; use 0 for greedy"),
         (["--model", "MODEL", "--stop", "", "hello"], "--stop is empty"),
         (["--model", "MODEL", "caf\udce9"], "is not UTF-8 text"),
         (["--model", "MODEL", "--max-new-tokens", "0", "hello"], "--max-new-tokens"),
@@ -177,6 +178,17 @@ def test_mistakes_get_one_message(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_prompt_files_with_a_byte_order_mark_and_without_end(
+    story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + STORY.encode() + b"\r\n")
+    options = ["--model", str(story_llama), "--raw", "--json", *PRECISE]
+    assert json.loads(_say(capsys, *options, "--file", str(tmp_path / "marked.txt"))[0])["prompt"] == STORY
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert run_verb(generate.main, [*options, "--file", str(tmp_path / "deep.jsonl")]) == 2
+    assert "deep.jsonl, line 1: a line of prompts is an object" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

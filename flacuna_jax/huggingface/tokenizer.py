@@ -45,10 +45,12 @@ class SentencePieceTokenizer:
             raise UserError(f"{path} has no {'BOS' if self.bos_id < 0 else 'EOS'} token; LLaMA needs both")
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        with _texts([text]):
+            return self._model.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts), num_threads=1) if texts else []
+        with _texts(texts):
+            return self._model.encode(list(texts), num_threads=1) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; BOS and EOS have none. Ids outside the vocabulary (padding of the embedding) have none."""
@@ -99,7 +101,7 @@ def _texts(texts: Sequence[str]) -> Iterator[None]:
     """Raises UserError for half a surrogate pair, which is what Python makes of bytes that are not UTF-8."""
     try:
         yield
-    except TypeError:
+    except (TypeError, RuntimeError):  # as the libraries' bindings have it
         wrong = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
         if wrong is None:
             raise

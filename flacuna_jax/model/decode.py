@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from flacuna_jax.errors import UserError
 
+LOWEST_TEMPERATURE = 1e-6
+"""Logits divided by much less are no float32 numbers any more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -24,8 +27,10 @@ class Sampling:
     """Keep the smallest set of most likely tokens whose probabilities reach this sum."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; use 0 for greedy decoding or a positive number")
+        if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
+            raise UserError(
+                f"temperature is {self.temperature}; use 0 for greedy decoding or a number from {LOWEST_TEMPERATURE} on"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; keep at least one token")
         if self.top_p is not None and not 0 < self.top_p <= 1:

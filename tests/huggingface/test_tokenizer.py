@@ -60,6 +60,12 @@ def tokenizer(
     return load_tokenizer(tiny_sentencepiece if request.param == "sentencepiece" else story_llama)
 
 
+def test_bytes_that_are_no_text_are_a_users_mistake(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["fine", text])):
+        with pytest.raises(UserError, match="is not UTF-8 text"):
+            encode("caf\udce9")
+
+
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_text_never_makes_a_special_token(text: str, tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
     ids = tokenizer.encode(text)
