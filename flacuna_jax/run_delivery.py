@@ -1,5 +1,6 @@
 """The end of a training run: an adapter or a model in Hugging Face form, written and verified."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,22 @@ def deliver_result(
             logits=_logits_on_run(setup, base) if alone else None,
             replace=True,
         )
-    return f"{delivery.directory}: {delivery.nbytes / 1e6:.1f} MB, read back and verified against the run"
+    return f"{delivery.directory}: {delivery.size}, read back and verified against the run"
+
+
+def what_next(config: RunConfig) -> list[str]:
+    """Where the report of a finished run lies, and the commands that one wants then."""
+    run = shlex.quote(config.output_dir)
+    lines = {"report": f"{config.output_dir}/report.html"}
+    on_disk = config.model.init == "pretrained"
+    if on_disk or config.lora is None:
+        lines["talk"] = f"flacuna chat --run {run}"
+    if on_disk:
+        base = "base" if config.lora else shlex.quote(str(config.model.path))
+        lines["compare"] = f"flacuna evaluate --run {run} --compare {base} --tasks mmlu --data DIR"
+    if on_disk and config.lora:
+        lines["merge"] = f"flacuna export {run} OUT --format merged"
+    return [f"{label:<10} {text}" for label, text in lines.items()]
 
 
 def _companions(config: RunConfig) -> deliver.Companions:

@@ -5,6 +5,7 @@ them together.
 """
 
 import argparse
+import datetime
 import functools
 import json
 import sys
@@ -22,7 +23,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.suite import Evaluator
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.sharding import batch_sharding
-from flacuna_jax.run_delivery import deliver_result
+from flacuna_jax.run_delivery import deliver_result, what_next
 from flacuna_jax.run_evaluation import make_measurement, read_tasks
 from flacuna_jax.run_setup import (
     Say,
@@ -183,13 +184,19 @@ def run(
         report.finish(f"stopped by {stop.received or 'another host'} after step {state.step}")
         kept = f"saved after step {state.step}; start again to continue" if state.step else "no step was done"
         raise Stopped(f"{stop.received or 'another host'}: {kept}")
+    taken = datetime.timedelta(seconds=round(time.monotonic() - started))
     before = f", {first:,} of them before" if first else ""
-    say(f"{state.step - first:,} steps in {time.monotonic() - started:.1f} s: {state.step:,} are done{before}")
+    say(f"{state.step - first:,} steps in {taken}: {state.step:,} are done{before}")
     if end == "enough":
         say(f"stopped early: no new best in {history.since_best} evaluations")
-    state = chosen_state(setup, checkpointer, history, state, say)
-    say(deliver_result(setup, directory, state, base, log.last_loss))
-    report.finish("finished" if end == "finished" else f"finished early, after step {log.last_step}")
+    course = "finished" if end == "finished" else f"finished early, after step {state.step:,}"
+    chosen = chosen_state(setup, checkpointer, history, state, say)
+    if chosen.step != state.step:
+        course += f", the best of step {chosen.step:,} delivered"
+    say(deliver_result(setup, directory, chosen, base, log.last_loss))
+    report.finish(course)
+    for line in what_next(config):
+        say(line)
 
 
 def prove_determinism(config: RunConfig) -> int:

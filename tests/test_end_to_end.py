@@ -13,12 +13,16 @@ from safetensors.numpy import load_file
 from flacuna_jax import train as train_verb
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config import MeshConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config_files import load_config, parse_config
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.run_delivery import what_next
 from tests.small_run import write_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 2}
 
 
 def run(config: Path, *overrides: str) -> int:
@@ -115,6 +119,26 @@ def test_running_a_finished_run_again_changes_nothing(finished):
     before = adapter_bytes(finished / "run"), losses(finished / "run")
     assert run(finished / "config.yaml") == 0
     assert (adapter_bytes(finished / "run"), losses(finished / "run")) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "commands"),
+    [
+        ({"path": "my base"}, {}, ["chat --run runs/x", "evaluate --run runs/x --compare base", "export runs/x OUT"]),
+        ({"path": "my base"}, None, ["chat --run runs/x", "evaluate --run runs/x --compare 'my base'"]),
+        ({"init": "random", "tokenizer": "t", "architecture": SIZES}, None, ["chat --run runs/x"]),
+        ({"init": "random", "tokenizer": "t", "architecture": SIZES}, {}, []),
+    ],
+)
+def test_a_run_ends_with_the_commands_that_go_on_from_it(model, lora, commands):
+    """Only those that its base, on a disk or drawn at random, allows."""
+    config = parse_config(
+        {"output_dir": "runs/x", "model": model, "lora": lora, "data": {"sources": [{"path": "data.json"}]}}
+    )
+    report, *others = what_next(config)
+    assert report == "report     runs/x/report.html"
+    assert len(others) == len(commands)
+    assert all(f"flacuna {command}" in line for command, line in zip(commands, others, strict=True))
 
 
 def test_four_devices_give_the_same_run(finished, tmp_path):
