@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from flacuna_jax.config import RunConfig
 from flacuna_jax.errors import UserError
+from flacuna_jax.other_names import OURS
 
 Location = tuple[str | int, ...]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -281,6 +282,8 @@ def _without_union_tags(location: tuple[str | int, ...]) -> Location:
 def _nearest_key(location: Location, schema: type[BaseModel]) -> str:
     section = _section_at(location[:-1], schema)
     wrong = str(location[-1])
+    if schema is RunConfig and wrong.lower() in OURS:
+        return f"; here it is {OURS[wrong.lower()]}"
     if section:
         near = difflib.get_close_matches(wrong, list(section.model_fields), n=1)
         if near:

@@ -1,13 +1,15 @@
 """Settings: every shipped config loads, and every mistake is answered with its place and the nearest valid key."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config import MeshConfig, RunConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config_files import load_config, require_settings
 from flacuna_jax.errors import UserError
+from flacuna_jax.other_names import OURS
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "flan_mini" not in path.name
@@ -234,6 +236,19 @@ def test_mistakes_end_with_status_2_named_and_placed(tmp_path, capsys, monkeypat
     assert said.strip().count("\n") <= 1, f"one mistake, one message: {said}"
     assert "Traceback" not in said
     assert [entry.name for entry in tmp_path.iterdir()] == ["c.yaml"], "a mistake leaves nothing behind"
+
+
+def test_names_of_other_trainers_lead_to_ours(tmp_path):
+    for theirs, ours in OURS.items():
+        require_settings([re.split(r"[ ,]", ours)[0]], (), theirs)
+    (tmp_path / "c.yaml").write_text(MINIMAL)
+    for override, expected in {
+        "--training.gradient_checkpointing=true": "here it is training.remat",
+        "--lora_r=8": "here it is lora.rank",
+        "--training.lr=1e-4": "here it is training.learning_rate",
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            load_config(tmp_path / "c.yaml", [override])
 
 
 def test_missing_file_names_its_neighbour(tmp_path):

@@ -1,0 +1,83 @@
+"""What other trainers call our settings, for the message that answers to one of their names."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_BATCH = "training.batch_size, the examples of a whole step: accumulation and devices follow from it"
+
+OURS: Mapping[str, str] = MappingProxyType(
+    {
+        # transformers and TRL
+        "model_name_or_path": "model.path",
+        "model_name": "model.path",
+        "torch_dtype": "model.dtype",
+        "bf16": "model.dtype",
+        "fp16": "model.dtype",
+        "load_in_4bit": "model.quantization (nf4)",
+        "load_in_8bit": "model.quantization (int8)",
+        "attn_implementation": "training.attention",
+        "per_device_train_batch_size": "training.micro_batch_size, the rows of a device at a time",
+        "gradient_accumulation_steps": _BATCH,
+        "num_train_epochs": "training.epochs",
+        "lr": "training.learning_rate",
+        "lr_scheduler_type": "training.schedule",
+        "optim": "training.optimizer",
+        "adam_beta1": "training.betas",
+        "adam_beta2": "training.betas",
+        "gradient_checkpointing": "training.remat",
+        "max_seq_length": "data.max_length",
+        "dataset_name": "data.sources",
+        "assistant_only_loss": "data.train_on (assistant)",
+        "eval_steps": "evaluation.every_steps",
+        "metric_for_best_model": "evaluation.metric",
+        "load_best_model_at_end": "evaluation.deliver (best)",
+        "early_stopping_patience": "evaluation.patience",
+        "save_steps": "checkpoint.every_steps",
+        "save_total_limit": "checkpoint.keep",
+        "resume_from_checkpoint": "checkpoint.resume (auto, unless it is set)",
+        "logging_steps": "logging.every_steps",
+        "report_to": "logging.wandb and logging.tensorboard",
+        "fsdp_config": "mesh",
+        "deepspeed": "mesh",
+        # PEFT
+        "r": "lora.rank",
+        "lora_r": "lora.rank",
+        "lora_alpha": "lora.alpha",
+        "lora_dropout": "lora.dropout",
+        "target_modules": "lora.targets",
+        # axolotl and LLaMA-Factory
+        "base_model": "model.path",
+        "adapter": "lora (null trains every weight)",
+        "lora_target_modules": "lora.targets",
+        "lora_target_linear": "lora.targets (all-linear)",
+        "lora_target": "lora.targets",
+        "lora_rank": "lora.rank",
+        "lora_model_dir": "lora.init_from",
+        "adapter_name_or_path": "lora.init_from",
+        "loraplus_lr_ratio": "training.lora_plus_ratio",
+        "peft_use_dora": "lora.use_dora",
+        "peft_use_rslora": "lora.use_rslora",
+        "datasets": "data.sources",
+        "dataset": "data.sources",
+        "sequence_len": "data.max_length",
+        "cutoff_len": "data.max_length",
+        "sample_packing": "data.packing",
+        "chat_template": "data.template",
+        "train_on_inputs": "data.train_on (all)",
+        "num_epochs": "training.epochs",
+        "lr_scheduler": "training.schedule",
+        "flash_attention": "training.attention",
+        "val_set_size": "evaluation.fraction",
+        "val_size": "evaluation.fraction",
+        "wandb_project": "logging.wandb",
+        # torchtune
+        "checkpointer": "model.path",
+        "max_seq_len": "data.max_length",
+        "enable_activation_checkpointing": "training.remat",
+        "max_steps_per_epoch": "training.max_steps",
+        "clip_grad_norm": "training.max_grad_norm",
+        "log_every_n_steps": "logging.every_steps",
+        "lora_attn_modules": "lora.targets",
+    }
+)
+"""Their name, at the end of a dotted path, to ours; what follows it is an explanation."""
