@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -238,11 +240,23 @@ def first_adapters(setup: Setup, base: Params) -> Params:
     if lora.init_from is None:
         return setup.layout.fresh_adapters(setup.config.seed, base)
     adapter = read_adapter(local_run(lora.init_from), setup.source.config)
-    for name in LoraConfig.model_fields.keys() - {"dropout", "init_from"}:
-        wanted, found = getattr(lora, name), getattr(adapter.lora, name)
-        if (set(wanted) != set(found)) if name == "targets" else (wanted != found):
-            raise UserError(f"lora.{name} is {wanted}, the adapter in lora.init_from ({lora.init_from}) has {found}")
+    _require_same_adapters(lora, adapter.lora)
     return jax.device_put(adapter.params, parameter_shardings(setup.spec.lora_shapes, setup.mesh))
+
+
+def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
+    """Raises UserError that says how to set what differs, all of it."""
+    ours, theirs = lora.model_dump(mode="json"), found.model_dump(mode="json")
+    changes = [
+        shlex.quote(f"--lora.{name}={json.dumps(theirs[name])}")
+        for name in LoraConfig.model_fields
+        if name not in ("dropout", "init_from")
+        and ((set(ours[name]) != set(theirs[name])) if name == "targets" else (ours[name] != theirs[name]))
+    ]
+    if changes:
+        raise UserError(
+            f"the adapter in lora.init_from ({lora.init_from}) is of other settings; take it with: {' '.join(changes)}"
+        )
 
 
 def plan_lines(setup: Setup) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,8 +188,13 @@ def test_an_adapter_can_be_continued_from(finished, tmp_path, capsys):
     assert run(finished / "config.yaml", out, f"--lora.init_from={first}", "--training.max_steps=1") == 0
     fresh = losses(finished / "run")[1]
     assert losses(tmp_path / "run")[1] < fresh - 0.05
-    assert run(finished / "config.yaml", out + "2", f"--lora.init_from={first}", "--lora.rank=3") == 2
-    assert "lora.rank" in capsys.readouterr().err
+    other = ["--lora.rank=3", "--lora.alpha=7.5", "--lora.layers_to_transform=[1]", f"--lora.init_from={first}"]
+    capsys.readouterr()
+    assert run(finished / "config.yaml", out + "2", *other, "--training.max_steps=1") == 2
+    said = capsys.readouterr().err
+    advice = shlex.split(said.partition("take it with: ")[2])
+    assert len(advice) == 3
+    assert run(finished / "config.yaml", out + "2", *other, "--training.max_steps=1", *advice) == 0
 
 
 def test_the_tokenizer_keeps_its_protocol(finished):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -292,7 +292,8 @@ def _lora_config(directory: Path, settings: Mapping[str, Any], modules: Mapping[
         raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'there'}")
     if dora and (HEAD, 0) in modules:
         raise UserError(f"{file}: use_dora with {HEAD} among its targets is not implemented")
-    ranks = _patterns(file, settings, "rank_pattern")
+    names_of_modules = [peft_module(*module) for module in modules]
+    ranks = _patterns(file, settings, "rank_pattern", names_of_modules)
     return LoraConfig(
         rank=int(settings["r"]),
         alpha=float(settings["lora_alpha"]),
@@ -300,7 +301,7 @@ def _lora_config(directory: Path, settings: Mapping[str, Any], modules: Mapping[
         targets=_targets(directory, settings, modules),
         layers_to_transform=_layers(settings, modules),
         rank_pattern=tuple((pattern, int(value)) for pattern, value in ranks),
-        alpha_pattern=_patterns(file, settings, "alpha_pattern"),
+        alpha_pattern=_patterns(file, settings, "alpha_pattern", names_of_modules),
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=dora,
     )
@@ -313,18 +314,23 @@ def _layers(settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tup
     return tuple(sorted({layer for _, layer in modules}))
 
 
-def _patterns(file: Path, settings: Mapping[str, Any], key: str) -> tuple[tuple[str, float], ...]:
+def _patterns(
+    file: Path, settings: Mapping[str, Any], key: str, names_of_modules: Sequence[str]
+) -> tuple[tuple[str, float], ...]:
+    """Those that are about a module of the adapter; PEFT ignores others as well."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{file}: {key} is {patterns!r}, not an object")
+    kept = []
     for pattern, value in patterns.items():
         try:
-            by_pattern(((pattern, value),), "", None)
+            matches = any(by_pattern(((pattern, True),), name, False) for name in names_of_modules)
         except re.error:
             raise UserError(f"{file}: the pattern {pattern!r} is not a regular expression") from None
         if not _is_positive(value):
             raise UserError(f"{file}: the pattern {pattern!r} gives {value!r}, not a positive number")
-    return tuple((pattern, float(value)) for pattern, value in patterns.items())
+        kept += [(pattern, float(value))] if matches else []
+    return tuple(kept)
 
 
 def _is_positive(value: Any) -> bool:

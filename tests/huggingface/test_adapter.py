@@ -249,6 +249,13 @@ def test_adapters_by_peft_give_pefts_logits(variant: dict, tmp_path: Path) -> No
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_patterns_that_are_about_no_module_are_left_out_as_by_peft(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="did not match"):
+        by_peft(tmp_path, SMALL, rank_pattern={"zzz": 2, "v_proj": 3}, alpha_pattern={"k_proj": 5})
+    found = read_adapter(tmp_path, SMALL).lora
+    assert (found.rank_pattern, found.alpha_pattern) == ((("v_proj", 3.0),), ())
+
+
 def test_a_legacy_bin_adapter_with_default_infix_reads_alike(tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     expected = read_adapter(tmp_path, SMALL).params
