@@ -200,7 +200,7 @@ def _golden(template: Template, tokenizer: Tokenizer, config: LlamaConfig, count
         print("note: this tokenizer gives whole prompts other ids than training, which encodes their parts; serve ids")
     if count and len(prompts) < len(QUESTIONS):
         print(
-            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts: the others, and {count} tokens, exceed the context"
+            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; with {count} tokens more they exceed the context"
         )
     return Golden(tuple(prompts), count, tokenizer.eos_id, tokenizer.decode, _announce) if prompts else None
 
