@@ -262,6 +262,8 @@ class TrainingConfig(Section):
     lora_plus_ratio: PositiveFloat = 1.0
     """LoRA+ (Hayou et al., 2024): learning rate of B, and of DoRA's magnitudes, as a multiple of that of A."""
     warmup_steps: NonNegativeInt = 0
+    warmup_ratio: Fraction = 0.0
+    """Or warm-up as a part of the run's steps, rounded down."""
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     decay_steps: PositiveInt | None = None
     """Of warmup_stable_decay: how many of the last steps the rate falls in, along a cosine."""
@@ -293,11 +295,17 @@ class TrainingConfig(Section):
     def schedule_is_whole(self) -> "TrainingConfig":
         if (self.schedule == "warmup_stable_decay") != (self.decay_steps is not None):
             raise ValueError("decay_steps belongs to schedule: warmup_stable_decay, which needs it")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio are two ways to say the same; set one of them")
         if self.final_ratio and self.schedule in ("constant", "inverse_sqrt"):
             raise ValueError(f"final_ratio has no meaning with schedule: {self.schedule}")
         if self.betas is not None and self.optimizer == "adafactor":
             raise ValueError("betas are AdamW's and Lion's; Adafactor has a schedule of its own for them")
         return self
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of so many."""
+        return self.warmup_steps or int(self.warmup_ratio * total_steps)
 
 
 class MeshConfig(Section):

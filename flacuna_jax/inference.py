@@ -17,6 +17,7 @@ from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture, read_json
 from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.huggingface.place import require_directory
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
@@ -70,8 +71,7 @@ class ModelLoader:
 
     def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
         """Raises UserError where a directory is missing or is no model, adapter or tokenizer of this architecture."""
-        if not address.base.is_dir():
-            raise UserError(f"{address.base}: no such model directory")
+        require_directory(address.base)
         adapter_directory = _adapter_directory(address.adapter)
         run = _run_of(adapter_directory)
         config = read_architecture(address.base)

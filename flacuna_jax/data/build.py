@@ -49,7 +49,8 @@ def require_examples(report: SourceReport) -> None:
     """Raises UserError for a source that gave no example."""
     if not report.kept:
         reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report.dropped.most_common())
-        raise UserError(f"{report.path}: not one usable example ({reasons or 'no records'})")
+        first = next((f"; first: {report.first_seen[reason]}" for reason, _ in report.dropped.most_common(1)), "")
+        raise UserError(f"{report.path}: not one usable example ({reasons or 'no records'}){first}")
 
 
 class SourceBuild:

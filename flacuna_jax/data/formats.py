@@ -185,10 +185,19 @@ def read_source(config: SourceConfig, policy: BadRecordPolicy) -> Iterator[tuple
                     parse = PARSERS[detect_format(raw.value)]
                 conversation = parse_record(raw, parse, policy)
             except BadRecord as bad:
-                policy.reject(bad.reason, raw.place, bad.detail)
+                policy.reject(bad.reason, raw.place, bad.detail + _other_format(raw.value, config.format))
             else:
                 if conversation is not None:
                     yield raw.place, conversation
+
+
+def _other_format(record: object, name: str) -> str:
+    """Of a record that is not in the format of that name: in which it seems to be."""
+    try:
+        found = detect_format(record)
+    except BadRecord:
+        return ""
+    return "" if name == "auto" or PARSERS[found] is PARSERS[name] else f" (its fields are those of format: {found})"
 
 
 def parse_record(raw: RawRecord, parse: Parser, policy: BadRecordPolicy) -> Conversation | None:

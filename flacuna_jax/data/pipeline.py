@@ -126,12 +126,14 @@ def plan_run(
     # A batch larger than the data is every epoch in one step, and no more memory than that.
     rows_per_step = min(rows_per_step, max(epoch.rows for epoch in epochs))
     size = f"the run of {steps} steps ({epochs[0].rows} rows per epoch, {rows_per_step} rows per step)"
-    if training.warmup_steps >= steps and training.warmup_steps:
-        raise UserError(f"training.warmup_steps {training.warmup_steps} is not shorter than {size}")
-    if training.decay_steps is not None and training.warmup_steps + training.decay_steps > steps:
+    warmup = training.warmup_of(steps)
+    if warmup >= steps and warmup:
         raise UserError(
-            f"training.warmup_steps {training.warmup_steps} and decay_steps {training.decay_steps} together are longer "
-            f"than {size}"
+            f"training.warmup_steps {warmup} is not shorter than {size}; training.warmup_ratio: 0.03 goes with any run"
+        )
+    if training.decay_steps is not None and warmup + training.decay_steps > steps:
+        raise UserError(
+            f"{warmup} steps of warm-up and training.decay_steps {training.decay_steps} together are longer than {size}"
         )
     return RunPlan(
         seed=seed,

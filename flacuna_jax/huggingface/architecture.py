@@ -10,6 +10,7 @@ from flacuna_jax.config import PROJECTIONS, Projection
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, meta_settings
+from flacuna_jax.huggingface.place import require_directory
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.rope import RopeScaling
 
@@ -41,7 +42,7 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: there is neither config.json nor params.json, or it cannot be read.
     """
-    directory = Path(directory)
+    directory = require_directory(directory)
     if (directory / CONFIG_FILE).is_file():
         return read_json(directory / CONFIG_FILE)
     if is_meta(directory):

@@ -11,6 +11,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, read_meta
+from flacuna_jax.huggingface.place import require_directory
 from flacuna_jax.huggingface.safetensors_file import read_header
 from flacuna_jax.huggingface.tensors import ALL_ROWS, MappedFiles, ReadableTensor, StoredTensor
 from flacuna_jax.huggingface.torch_file import read_torch_file
@@ -71,9 +72,7 @@ def open_checkpoint(directory: str | Path, *, once: bool = False) -> CheckpointR
       UserError: there is no checkpoint, a file is missing, torn or not what it should be, or an index disagrees with
         its shards.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; a checkpoint directory is expected")
+    directory = require_directory(directory)
     return CheckpointReader(directory, _tensors(directory), once)
 
 

@@ -16,6 +16,7 @@ import tokenizers
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.place import require_directory
 
 SENTENCEPIECE, FAST = "tokenizer.model", "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -123,7 +124,7 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | FastTokeni
     Raises:
       UserError: neither file is there, it is damaged or lacks BOS or EOS, or both are there and disagree.
     """
-    directory = Path(directory)
+    directory = require_directory(directory)
     if (directory / SENTENCEPIECE).is_file():
         tokenizer = SentencePieceTokenizer(directory / SENTENCEPIECE)
         if (directory / FAST).is_file():

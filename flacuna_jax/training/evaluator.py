@@ -89,7 +89,8 @@ def lay_out(
     mesh = batch_sharding.mesh
     assert isinstance(mesh, Mesh), "batches are of real devices"
     micro_rows = training.micro_batch_size * shards
-    measured: dict[str, Any] = {"epochs": 1, "max_steps": None, "warmup_steps": 0, "batch_unit": "rows"}
+    no_schedule = {"warmup_steps": 0, "warmup_ratio": 0.0, "decay_steps": None}
+    measured: dict[str, Any] = {"epochs": 1, "max_steps": None, "batch_unit": "rows"} | no_schedule
     rows = plan_run(
         store, once, training.model_copy(update={**measured, "batch_size": micro_rows}), seed=0, shards=shards
     ).rows

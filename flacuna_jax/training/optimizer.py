@@ -29,11 +29,11 @@ INVERSE_SQRT_STEPS = 10_000
 def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of each step, float32: the schedules of the same names in transformers.
 
-    Step s = 0 is the first update. Warm-up is linear and begins at exactly 0: with `warmup_steps` = w, step s < w has
+    Step s = 0 is the first update. Warm-up is linear and begins at exactly 0: where it has w steps, step s < w has
     s / w of the peak. Cosine and linear reach `final_ratio` at `total_steps`, one step after the last update, and so
     does warmup_stable_decay, which leaves the peak `decay_steps` earlier.
     """
-    warmup, final = training.warmup_steps, training.final_ratio
+    warmup, final = training.warmup_of(total_steps), training.final_ratio
     falling = max(1, min(training.decay_steps or total_steps, total_steps - warmup))
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:

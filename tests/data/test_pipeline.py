@@ -113,7 +113,9 @@ def test_max_steps_and_warmup() -> None:
         make_plan(epochs=2, warmup_steps=5, max_steps=5)
     falling = {"schedule": "warmup_stable_decay", "max_steps": 5, "epochs": 2}
     assert make_plan(warmup_steps=2, decay_steps=3, **falling).total_steps == 5
-    with pytest.raises(UserError, match="warmup_steps 3 and decay_steps 3 together are longer than the run of 5 steps"):
+    with pytest.raises(
+        UserError, match=r"3 steps of warm-up and training\.decay_steps 3 together are longer than the run of 5 steps"
+    ):
         make_plan(warmup_steps=3, decay_steps=3, **falling)
 
 

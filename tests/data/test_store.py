@@ -100,6 +100,10 @@ def test_over_length_error(tmp_path: Path, llama: SentencePiece) -> None:
 def test_a_source_without_examples_is_an_error(tmp_path: Path, characters: Characters) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: not one usable example \(2 × no answer in the record\)"):
         build_store(config(write(tmp_path / "a.jsonl", [("q", "")] * 2)), characters)
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    of_another = SourceConfig(path=str(tmp_path / "a.jsonl"), format="flan_mini")
+    with pytest.raises(UserError, match=r"first: .*'conversations' must be a list .*are those of format: alpaca"):
+        build_store(config(of_another).model_copy(update={"on_bad_record": "skip"}), characters)
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match="not one usable example \\(no records\\)"):
         build_store(config(SourceConfig(path=str(tmp_path / "a.jsonl"))), characters)

@@ -92,7 +92,7 @@ def test_scale_output_and_leakage_from_the_command_line(collection: Path, capsys
         (["--leakage", "x=/nowhere"], "/nowhere: no such file"),
         (["--output_dir=/dev/null/out"], "/dev/null/out: cannot be written to"),
         (["--leakage", "x"], "write NAME=PATH"),
-        (["--tokenizer=/nowhere"], "/nowhere has no tokenizer"),
+        (["--tokenizer=/nowhere"], "/nowhere is not a directory"),
     ],
 )
 def test_mistakes_exit_with_status_2(

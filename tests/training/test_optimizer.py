@@ -58,6 +58,13 @@ def test_schedule_equals_transformers_at_every_step(schedule, warmup, total):
         assert ours[0] == 0.0
 
 
+def test_warm_up_as_a_part_of_the_run():
+    """Rounded down, so that the shortest run has a step at its full rate."""
+    rate = learning_rate_schedule(settings(schedule="constant", warmup_ratio=0.1, learning_rate=1.0), 25)
+    assert [float(rate(step)) for step in range(4)] == [0.0, 0.5, 1.0, 1.0]
+    assert settings(warmup_ratio=0.9).warmup_of(1) == 0
+
+
 @pytest.mark.parametrize("max_grad_norm", [1.0, None])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_trajectory_equals_torch_adamw_with_clipping(max_grad_norm, weight_decay):
