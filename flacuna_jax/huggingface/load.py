@@ -68,8 +68,10 @@ def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
             f"{reader.directory} is a training checkpoint that holds a base and an adapter together; "
             f"`flacuna convert` makes an adapter of it (with --base, the base)"
         )
-    sources = {path: names.tensor_names(path, config.num_layers) for path in base_shapes(config)}
     left_over = {name for name in reader if not names.is_ignored(name)}
+    if config.num_layers > len(left_over):
+        raise UserError(f"{reader.directory}: config.json has {config.num_layers} layers for {len(left_over)} tensors")
+    sources = {path: names.tensor_names(path, config.num_layers) for path in base_shapes(config)}
     if config.tie_word_embeddings:
         sources["embed_tokens/weight"] = (_tied_source(reader),)
         left_over.discard(names.HEAD)

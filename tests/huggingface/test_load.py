@@ -12,7 +12,7 @@ import pytest
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
-from flacuna_jax.huggingface.load import fingerprint, load_base
+from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
@@ -72,6 +72,12 @@ def test_logits_from_disk_equal_transformers(mesh: str, written: Written) -> Non
     theirs = written.model(torch.tensor(tokens)).logits.detach().numpy()
     # Both sides compute in float32 with different summation orders; logits are O(1).
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4)
+
+
+def test_layers_without_number_are_refused_at_once(plain: Written) -> None:
+    many = dataclasses.replace(SMALL, num_layers=10**9)
+    with pytest.raises(UserError, match=r"config\.json has 1000000000 layers for \d+ tensors"):
+        match_tensors(open_checkpoint(plain.path), many)
 
 
 def test_a_trained_model_tied_under_the_heads_name(story_llama: Path) -> None:
