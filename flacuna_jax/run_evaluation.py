@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from flacuna_jax.config import RunConfig
-from flacuna_jax.data.conversation import Turn, named_template
+from flacuna_jax.data.conversation import Template, Turn, named_template
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
@@ -92,13 +92,22 @@ def _sampler(setup: Setup, tokenizer: Tokenizer) -> Sampler:
             )
         questions.append(Question(f"evaluation.prompts.{number}", ids, text, None))
     if setup.held_out is not None:
-        questions += choose_questions(setup.held_out, settings.samples, room, tokenizer)
+        questions += choose_questions(setup.held_out, settings.samples, room, tokenizer, _frame(template, tokenizer))
 
     def ask(params: Params, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         requests = [GenerationRequest(ids, settings.sample_tokens, template.stop_strings) for ids in prompts]
         return [answer.text for answer in _as_language_model(setup, params, tokenizer).generate(requests)]
 
     return Sampler(questions, ask)
+
+
+def _frame(template: Template, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What a template writes before and after a question, as this tokenizer decodes it."""
+    question = "QUESTION"
+    special = {tokenizer.bos_id, tokenizer.eos_id}
+    ids = tokenize_prompt((Turn("user", question),), template, tokenizer)
+    before, found, after = tokenizer.decode([token for token in ids if token not in special]).partition(question)
+    return (before, after) if found else ("", "")
 
 
 def _on_parameters(setup: Setup, evaluator: Evaluator, tokenizer: Tokenizer) -> Tasks:

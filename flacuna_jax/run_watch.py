@@ -97,4 +97,5 @@ def report_on(setup: Setup, directory: RunDirectory, status: str) -> None:
         environment=environment(),
         samples=read_metrics(directory.samples),
         status=status,
+        total_steps=setup.plan.total_steps,
     )

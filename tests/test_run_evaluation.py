@@ -75,7 +75,8 @@ def test_answers_stand_beside_what_was_expected(measured):
     assert asked["evaluation.prompts.0"]["question"] == "reverse red cat"
     for id, line in asked.items():
         if id != "evaluation.prompts.0":
-            words = line["question"].partition("reverse ")[2].partition(" ASSISTANT")[0].split()
+            assert line["question"].startswith("reverse "), "without the template's words"
+            words = line["question"].split()[1:]
             assert line["expected"] == " ".join(words[::-1])
     page = (measured / "run" / "report.html").read_text()
     assert "Held-out loss" in page

@@ -1,5 +1,6 @@
 """report.html: what a run was and how it went, in one file that opens anywhere; no network, no other file needed."""
 
+import datetime
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ def write_report(
     environment: Mapping[str, str],
     samples: Sequence[Row] = (),
     status: str = "finished",
+    total_steps: int | None = None,
 ) -> None:
     """Writes the report of a run, at its end or while it runs.
 
@@ -50,7 +52,8 @@ def write_report(
       config_yaml: the resolved config.
       environment: see `environment`.
       samples: the lines of samples.jsonl; each question's first and last answer are set side by side.
-      status: how the run stands; as long as it is "running" the page loads itself anew.
+      status: how the run stands; as long as it is "running" the page loads itself anew, and tells the time left.
+      total_steps: where it ends.
 
     Raises:
       UserError: the file cannot be written.
@@ -73,7 +76,7 @@ def write_report(
         refresh="<meta http-equiv=refresh content=60>" if status == "running" else "",
         tiles="".join(
             f"<div class=tile><span>{escape(label)}</span><b>{escape(value)}</b></div>"
-            for label, value in _summary(steps).items()
+            for label, value in _summary(steps, evaluations, total_steps, status == "running").items()
         ),
         plan=_table([{"": label, "value": value} for label, value in facts.items()], header=False),
         charts="".join(curves) or "<p>No step was logged.</p>",
@@ -130,18 +133,28 @@ def environment() -> dict[str, str]:
     }
 
 
-def _summary(steps: Sequence[Row]) -> dict[str, str]:
+def _summary(
+    steps: Sequence[Row], evaluations: Sequence[Row], total_steps: int | None, running: bool
+) -> dict[str, str]:
     if not steps:
         return {}
     losses, rates, peaks = (
         [record[key] for record in steps if record.get(key) is not None]
         for key in ("loss", "supervised_tokens_per_second", "peak_memory_bytes")
     )
-    summary = {"steps done": f"{steps[-1]['step']:,}"}
+    done = steps[-1]["step"]
+    summary = {"steps done": f"{done:,}" + (f" of {total_steps:,}" if total_steps and total_steps > done else "")}
+    paces = [record["seconds_per_step"] for record in steps if record.get("seconds_per_step") is not None]
+    if running and paces and total_steps:
+        left = statistics.median(paces[-10:]) * max(0, total_steps - done)
+        summary["time left, at this pace"] = str(datetime.timedelta(seconds=round(left)))
     if losses:
         window = max(1, min(10, len(losses) // 4))
         of = f"{window} logged " if window > 1 else ""
         summary[f"loss, first {of}→ last"] = f"{_mean(losses[:window]):.3f} → {_mean(losses[-window:]):.3f}"
+    if held_out := [record["eval/loss"] for record in evaluations if record.get("eval/loss") is not None]:
+        then = f" → {min(held_out[1:]):.3f}" if held_out[1:] else ""
+        summary["held-out loss" + (", first → best" if then else "")] = f"{held_out[0]:.3f}{then}"
     if rates:
         summary["supervised tokens/s"] = f"{statistics.median(rates):,.0f}"
     if fills := [record["fill"] for record in steps if record.get("fill") is not None]:
@@ -151,7 +164,7 @@ def _summary(steps: Sequence[Row]) -> dict[str, str]:
     if peaks:
         summary["peak memory"] = f"{max(peaks) / 2**30:.1f} GiB"
     if skipped := steps[-1].get("skipped"):
-        summary["bad steps skipped"] = f"{skipped:,}"
+        summary["bad steps, red in curves"] = f"{skipped:,}"
     return summary
 
 
@@ -185,10 +198,10 @@ def _before_and_after(samples: Sequence[Row]) -> list[Row]:
     first, last = (min(s["step"] for s in samples), max(s["step"] for s in samples))
     return [
         {
-            "question": answers[0]["question"],
-            f"after step {first}": answers[0]["answer"],
-            **({f"after step {last}": answers[-1]["answer"]} if last > first else {}),
-            "expected": answers[0]["expected"] or "",
+            "question": answers[0]["question"].strip(),
+            f"after step {first}": answers[0]["answer"].strip(),
+            **({f"after step {last}": answers[-1]["answer"].strip()} if last > first else {}),
+            "expected": (answers[0]["expected"] or "").strip(),
         }
         for answers in by_id.values()
     ]
@@ -199,12 +212,17 @@ def _section(title: str, content: str) -> str:
 
 
 def _chart(records: Sequence[Row], key: str, title: str, note: str, smooth: bool = False) -> str:
-    points = [(float(r["step"]), float(r[key])) for r in records if r.get(key) is not None]
+    bad = _bad_steps(records)
+    points = [
+        (float(r["step"]), float(r[key]))
+        for r in records
+        if r.get(key) is not None and not (smooth and r["step"] in bad)
+    ]
     if not points:
         return ""
     points *= 2 if len(points) == 1 else 1  # a line of one point is a dot
     shown = _thinned(points)
-    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), whole=True)
+    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), intervals=6, whole=True)
     y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
     x_low, x_high = points[0][0], max(points[-1][0], points[0][0] + 1)
     y_low, y_high = min(y_ticks[0], *(y for _, y in points)), max(y_ticks[-1], *(y for _, y in points))
@@ -224,7 +242,12 @@ def _chart(records: Sequence[Row], key: str, title: str, note: str, smooth: bool
         for x in x_ticks
         if x_low <= x <= x_high
     )
-    lines = _line(shown, at_x, at_y, "raw" if smooth else "main")
+    lines = "".join(
+        f"<line class=bad x1={at_x(step):.1f} x2={at_x(step):.1f} y1={_TOP} y2={_HEIGHT - _BOTTOM} />"
+        for step in sorted(bad)[:_BUCKETS]
+        if smooth and x_low <= step <= x_high
+    )
+    lines += _line(shown, at_x, at_y, "raw" if smooth else "main")
     if smooth:
         lines += _line(_thinned(_smoothed(points)), at_x, at_y, "main")
     data = escape(json.dumps([[x, _number(y), round(at_x(x), 1), round(at_y(y), 1)] for x, y in shown]), quote=True)
@@ -234,6 +257,14 @@ def _chart(records: Sequence[Row], key: str, title: str, note: str, smooth: bool
         f"{grid}{lines}<g class=mark visibility=hidden><line y1={_TOP} y2={_HEIGHT - _BOTTOM} /><circle r=3.5 /></g>"
         "</svg></figure>"
     )
+
+
+def _bad_steps(records: Sequence[Row]) -> set[int]:
+    """Steps that changed nothing. A curve would be drawn out of shape by what they measured; they are marked."""
+    counted = [0, *(record.get("skipped") or 0 for record in records)]
+    return {
+        record["step"] for record, before, after in zip(records, counted, counted[1:], strict=False) if after > before
+    }
 
 
 def _line(
@@ -262,10 +293,10 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [point for pair in extremes for point in sorted(pair)]
 
 
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """About five round numbers that enclose [low, high]."""
+def _ticks(low: float, high: float, intervals: int = 4, whole: bool = False) -> list[float]:
+    """Round numbers that enclose [low, high], about so many apart."""
     span = (high - low) or abs(high) or 1.0
-    rough = span / 4
+    rough = span / intervals
     magnitude = 10.0 ** math.floor(math.log10(rough))
     interval = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= 0.999 * rough)
     interval = max(1.0, round(interval)) if whole else interval
@@ -288,14 +319,18 @@ def _table(rows: Sequence[Row], header: bool = True, style: str = "") -> str:
     if not rows:
         return "<p>None recorded.</p>"
 
-    def cell(tag: str, text: str, beside: Any) -> str:
-        number = isinstance(beside, int | float) or re.fullmatch(r"[\d.,]+ %", str(beside))
-        return f"<{tag}{' class=n' if number else ''}>{escape(text)}</{tag}>"
+    def cell(tag: str, text: str, beside: Any, column: str = "") -> str:
+        number = isinstance(beside, int | float) or re.fullmatch(r"[\d.,]+ ?%?( → [\d.,]+%?)?", str(beside))
+        label = f' data-column="{escape(column)}"' if column else ""
+        return f"<{tag}{' class=n' if number else ''}{label}>{escape(text)}</{tag}>"
 
     head = "".join(cell("th", key, value) for key, value in rows[0].items())
     body = "".join(
         "<tr>"
-        + "".join(cell("td", f"{value:,}" if isinstance(value, int) else str(value), value) for value in row.values())
+        + "".join(
+            cell("td", f"{value:,}" if isinstance(value, int) else str(value), value, column if style else "")
+            for column, value in row.items()
+        )
         + "</tr>"
         for row in rows
     )
@@ -309,7 +344,7 @@ _PAGE = Template("""<!doctype html>
 <style>
 :root { color-scheme: light dark; --ink: light-dark(#1c2330, #e6e9ef); --dim: light-dark(#667085, #98a2b3);
   --page: light-dark(#f6f7f9, #12151b); --card: light-dark(#fff, #1b2029); --rule: light-dark(#e4e7ec, #2c3340);
-  --main: light-dark(#2b5fd9, #7ea6ff); }
+  --main: light-dark(#2b5fd9, #7ea6ff); --bad: light-dark(#d92d20, #f97066); }
 body { margin: 0 auto; padding: 40px 24px 64px; max-width: 1160px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 28px; letter-spacing: -.02em; } h2 { margin: 40px 0 12px; font-size: 17px; }
@@ -325,12 +360,22 @@ svg { display: block; width: 100%; margin-top: 6px; } svg text { font-size: 11.5
 polyline { fill: none; stroke: var(--main); stroke-linejoin: round; stroke-linecap: round;
   vector-effect: non-scaling-stroke; }
 .main { stroke-width: 2; } .raw { stroke-width: 1; opacity: .35; } .grid { stroke: var(--rule); }
+.bad { stroke: var(--bad); stroke-width: 1; opacity: .6; vector-effect: non-scaling-stroke; }
 .mark line { stroke: var(--dim); stroke-dasharray: 3 3; } .mark circle { fill: var(--main); }
 .scroll { overflow-x: auto; padding: 4px 0; } table { border-collapse: collapse; width: 100%; }
 th, td { padding: 7px 16px; text-align: left; vertical-align: top; }
-.even { table-layout: fixed; } td { white-space: pre-wrap; overflow-wrap: anywhere; }
-th { font-weight: 500; font-size: 13px; }
-tr + tr td { border-top: 1px solid var(--rule); } .n { text-align: right; font-variant-numeric: tabular-nums; }
+.even { table-layout: fixed; } td { white-space: pre-wrap; overflow-wrap: break-word; }
+.even td { overflow-wrap: anywhere; } th { font-weight: 500; font-size: 13px; }
+tr + tr td { border-top: 1px solid var(--rule); }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+@media (max-width: 720px) {
+  body { padding: 24px 12px 48px; } th, td { padding: 6px 10px; }
+  .even tr:first-child { display: none; } .even :is(tbody, tr, td) { display: block; }
+  .even tr + tr { border-top: 1px solid var(--rule); padding: 6px 0; }
+  .even tr + tr td { border: 0; padding: 3px 10px; }
+  .even td:empty { display: none; }
+  .even td::before { content: attr(data-column); display: block; font-size: 12.5px; color: var(--dim); }
+}
 pre { padding: 16px; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px;
   align-items: start; } .two pre { margin: 0; }

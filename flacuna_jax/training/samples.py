@@ -38,8 +38,13 @@ class Sampler:
         ]
 
 
-def choose_questions(store: TokenStore, count: int, room: int, tokenizer: Tokenizer) -> list[Question]:
-    """The held-out examples with the lowest keys whose question has at most `room` tokens; each question once."""
+def choose_questions(
+    store: TokenStore, count: int, room: int, tokenizer: Tokenizer, frame: tuple[str, str]
+) -> list[Question]:
+    """The held-out examples with the lowest keys whose question has at most `room` tokens; each question once.
+
+    `frame` is what the template writes before and after a question, which people are not shown.
+    """
     found = keys(store)
     chosen: dict[int, Question] = {}
     for index in np.argsort(found, kind="stable"):
@@ -47,11 +52,11 @@ def choose_questions(store: TokenStore, count: int, room: int, tokenizer: Tokeni
             break
         ids = question(store, int(index))
         if 1 < len(ids) <= room:
-            chosen.setdefault(int(found[index]), _question(store, int(index), ids, tokenizer))
+            chosen.setdefault(int(found[index]), _question(store, int(index), ids, tokenizer, frame))
     return list(chosen.values())
 
 
-def _question(store: TokenStore, index: int, ids: Any, tokenizer: Tokenizer) -> Question:
+def _question(store: TokenStore, index: int, ids: Any, tokenizer: Tokenizer, frame: tuple[str, str]) -> Question:
     example = store.example(index)
     rest = example.loss_mask[len(ids) :]
     answer = example.ids[len(ids) :][: len(rest) if rest.all() else int(np.argmin(rest))].tolist()
@@ -60,6 +65,11 @@ def _question(store: TokenStore, index: int, ids: Any, tokenizer: Tokenizer) -> 
     return Question(
         store.id_of(index),
         tuple(int(token) for token in ids),
-        tokenizer.decode(asked),
+        _unframed(tokenizer.decode(asked), *frame),
         tokenizer.decode([token for token in answer if token not in special]),
     )
+
+
+def _unframed(text: str, before: str, after: str) -> str:
+    framed = len(text) > len(before) + len(after) and text.startswith(before) and text.endswith(after)
+    return text[len(before) : len(text) - len(after)] if framed else text

@@ -79,6 +79,27 @@ def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
     assert [point[0] for point in loss] == sorted(point[0] for point in loss)
 
 
+def test_a_bad_step_is_marked_and_bends_no_curve(tmp_path):
+    rows = records(40)
+    rows[19] |= {"loss": 1e6, "grad_norm": None}
+    for row in rows[19:]:
+        row["skipped"] = 1
+    page = page_of(tmp_path, rows)
+    losses = points_of(page)[0]
+    assert [step for step, *_ in losses] == [step for step in range(1, 41) if step != 20]
+    assert page.count("<line class=bad") == 3  # in loss, gradient norm and throughput
+    assert "class=bad" not in page_of(tmp_path, records(40))
+
+
+def test_tells_how_far_a_run_is_and_how_far_it_is_from_its_best(tmp_path):
+    rows = [evaluation(0, 3.0), *records(40, seconds_per_step=30.0), evaluation(20, 1.5), evaluation(40, 1.75)]
+    page = page_of(tmp_path, rows, status="running", total_steps=160)
+    assert "40 of 160" in page
+    assert "1:00:00" in page
+    assert "3.000 → 1.500" in page
+    assert "time left" not in page_of(tmp_path, rows, total_steps=160)
+
+
 @pytest.mark.parametrize("rows", [[], [{"kind": "plan"}], records(1), records(3, loss=None), records(4, loss=0.0)])
 def test_short_empty_and_diverged_runs_are_drawn_too(tmp_path, rows):
     page = page_of(tmp_path, rows)
