@@ -26,6 +26,8 @@ Row = Mapping[str, Any]
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 58, 26, 12, 28
 # More points than a screen has columns show nothing more; a bucket keeps its extremes, so that spikes stay visible.
 _BUCKETS = 400
+# A share or a change, which stand in columns as numbers do.
+_NUMBERS = re.compile(r"[\d.,]+ %|[\d.,]+%? → [\d.,]+%?")
 
 
 def write_report(
@@ -320,7 +322,7 @@ def _table(rows: Sequence[Row], header: bool = True, style: str = "") -> str:
         return "<p>None recorded.</p>"
 
     def cell(tag: str, text: str, beside: Any, column: str = "") -> str:
-        number = isinstance(beside, int | float) or re.fullmatch(r"[\d.,]+ ?%?( → [\d.,]+%?)?", str(beside))
+        number = isinstance(beside, int | float) or _NUMBERS.fullmatch(str(beside))
         label = f' data-column="{escape(column)}"' if column else ""
         return f"<{tag}{' class=n' if number else ''}{label}>{escape(text)}</{tag}>"
 

@@ -140,7 +140,8 @@ def evaluation(step, loss, sources=("flan", "code")):
 def test_evaluations_have_curves_and_a_table_by_source(tmp_path):
     page = page_of(tmp_path, [evaluation(0, 3.0), *records(9), evaluation(10, 1.5)])
     assert [len(chart) for chart in points_of(page)] == [9, 9, 9, 8, 2, 2, 2]
-    assert "3.0000 → 1.5000" in page
+    assert "<td class=n>3.0000 → 1.5000" in page
+    assert "<td>0.0</td>" in page, "a version is no number"
     assert "25.0% → 25.0%" in page
     assert "mmlu:5/faithful" in page
     assert "<td>code</td>" in page
