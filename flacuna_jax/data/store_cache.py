@@ -187,11 +187,20 @@ def _build(
         reports.append(way.run(done))
         require_examples(reports[-1])
         finished += _finished_parts(workshop, index)
+    _require_unchanged(config, parts, workshop)
     _join([_load_part(part) for part in finished], [source.path for source in config.sources], place, parts, reports)
     shutil.rmtree(workshop)
     opened = _open(place)
     assert opened is not None, "it has just been written"
     return opened
+
+
+def _require_unchanged(config: DataConfig, parts: Mapping[str, Any], workshop: Path) -> None:
+    """Raises `UserError` if what has been read may not be what the key says: it would be given to others for it."""
+    for source, read in zip(config.sources, parts["sources"], strict=True):
+        if _source_identity(source) != read:
+            shutil.rmtree(workshop)
+            raise UserError(f"{source.path} was changed while it was read; start again when it is as it should be")
 
 
 def _finished_parts(workshop: Path, source: int) -> list[Path]:
@@ -299,16 +308,12 @@ def _join(
 
 def _write_joined(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
     total = sum(len(array) for array in arrays)
-    if not total:
-        np.save(path, arrays[0][:0])
-        return
-    joined = np.lib.format.open_memmap(path, mode="w+", dtype=arrays[0].dtype, shape=(total,))
-    start = 0
-    for array in arrays:
-        joined[start : start + len(array)] = array
-        start += len(array)
-    joined.flush()
-    del joined
+    header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (total,)}
+    # Written, not mapped: a mapped file on a disk that is full ends the process without a word.
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _sync_and_move(partial: Path, place: Path) -> None:

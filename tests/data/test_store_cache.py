@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,59 @@ def test_a_source_without_examples_is_an_error_and_nothing_is_kept(tmp_path: Pat
     with pytest.raises(UserError, match="not one usable example"):
         look(config, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/store.json"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the new content would be what everybody gets who asks for the old."""
+    build, source = store_cache._build, Path(config.sources[0].path)
+    content = source.read_text()
+
+    def change_and_build(*arguments: Any) -> Any:
+        source.write_text(content.replace('"aaa"', '"bbb"'))
+        return build(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_cache, "_build", change_and_build)
+        with pytest.raises(UserError, match=r"one\.jsonl was changed while it was read; start again"):
+            look(config, tmp_path / "cache")
+    source.write_text(content)
+    assert_equal(look(config, tmp_path / "cache")[0], build_store(config, Characters())[0])
+
+
+_ON_A_SMALL_DISK = """
+import sys
+from flacuna_jax.config import DataConfig
+from flacuna_jax.data.store_cache import cached_store
+from pathlib import Path
+from tests.data.conftest import Characters
+config = DataConfig.model_validate_json(sys.argv[1], strict=False)
+try:
+    cached_store(config, Characters(), "t", Path(sys.argv[2]), print)
+except OSError as error:
+    print("failed:", error)
+"""
+
+
+def test_a_disk_that_fills_up_is_an_error_and_not_the_end_of_the_process(config: DataConfig, tmp_path: Path) -> None:
+    """The parts have room, the whole beside them has not."""
+    place = tmp_path / "disk"
+    look(config, tmp_path / "cache")
+    size = int(1.5 * sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.npy")))
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        built = subprocess.run(
+            [sys.executable, "-c", _ON_A_SMALL_DISK, config.model_dump_json(), str(place / "cache")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            check=False,
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    assert built.returncode == 0, f"signal {-built.returncode}"
+    assert "failed: [Errno 28] No space left on device" in built.stdout
