@@ -43,7 +43,7 @@ class Watch:
             "counters": {"history": self.history.to_json()},
         }
         best = self.history.best(self.setup.config.checkpoint.keep_best)
-        with self.log.throughput.paused():
+        with self.log.aside("saving"):
             self.directory.publish()
             self.checkpointer.save(state.step, state.trainable, state.opt_state, meta, best)
             self.report.refresh()
@@ -51,7 +51,7 @@ class Watch:
     def evaluate(self, state: TrainState) -> Verdict:
         if self.measurement is None:
             return Verdict()
-        with self.log.throughput.paused():
+        with self.log.aside("evaluating"):
             verdict = self.measurement(state)
             self.report.refresh()
         return verdict

@@ -14,6 +14,9 @@ from rich.text import Text
 
 from flacuna_jax.training.metrics import TrainRecord
 
+COMPILING = "compiling"
+"""What a run does until its first step is done."""
+
 
 class Progress(Protocol):
     def advance(self, step: int) -> None:
@@ -24,6 +27,9 @@ class Progress(Protocol):
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
+
+    def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Tells, where that can be seen, what holds up the steps while the block runs."""
 
 
 @contextlib.contextmanager
@@ -82,24 +88,27 @@ class PlainLines:
     def say(self, text: str) -> None:
         print(text, file=self._file, flush=True)
 
+    def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 class LiveBar:
     def __init__(self, live: Live, total_steps: int, done_steps: int) -> None:
         self._live = live
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("training"),
+            rich.progress.TextColumn("{task.description:<10}"),
             rich.progress.BarColumn(bar_width=None),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TaskProgressColumn(),
             rich.progress.TextColumn("ETA {task.fields[eta]}"),
             expand=True,
         )
-        self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, eta="-:--:--")
+        self._task = self._bar.add_task(COMPILING, total=total_steps, completed=done_steps, eta="-:--:--")
         self._eta = Eta(total_steps)
         live.update(self._bar)
 
     def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step, description="training")
 
     def show(self, record: TrainRecord) -> None:
         self._bar.update(self._task, completed=record.step, eta=self._eta.after(record.step))
@@ -107,6 +116,15 @@ class LiveBar:
 
     def say(self, text: str) -> None:
         self._live.console.print(Text(text))
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        before = self._bar.tasks[0].description
+        self._bar.update(self._task, description=what)
+        self._live.refresh()
+        yield
+        self._bar.update(self._task, description=before)
+        self._live.refresh()
 
 
 class Silent:
@@ -118,6 +136,9 @@ class Silent:
 
     def say(self, text: str) -> None:
         pass
+
+    def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 def _figures(record: TrainRecord) -> list[str]:

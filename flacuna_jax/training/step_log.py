@@ -1,7 +1,8 @@
 """From finished steps to records: counts, rates, learning rate; every n-th step, and every bad one, to the trackers and
 the screen."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 import optax
@@ -60,6 +61,12 @@ class StepLog:
         if not self._compiled:
             self.throughput.start()
             self._compiled = True
+
+    @contextlib.contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Something besides steps, which is in no rate and is told to the person who watches."""
+        with self.throughput.paused(), self._progress.doing(what):
+            yield
 
     def _record(self, result: StepRecord, info: StepInfo) -> TrainRecord:
         rates = self.throughput.lap()

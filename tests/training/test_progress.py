@@ -51,10 +51,18 @@ def test_a_terminal_gets_a_bar_with_the_figures(monkeypatch):
     terminal = Console(file=file, force_terminal=True, width=100)
     monkeypatch.setattr("flacuna_jax.training.progress.Console", lambda **_: terminal)
     with open_progress(200, 50, file=file) as progress:
+        with progress.doing("evaluating"):
+            progress.say("before the first step")
+        assert "evaluating" in file.getvalue()
+        with progress.doing("saving"):
+            pass
+        assert "compiling" in file.getvalue(), "what it says between the two"
+        assert "training" not in file.getvalue()
         progress.advance(51)
         progress.show(record(60))
         progress.say("saved step 60")
     shown = file.getvalue()
+    assert "training" in shown
     assert "60/200" in shown
     assert "loss 2.3457" in shown
     assert "saved step 60" in shown
