@@ -31,7 +31,8 @@ ALL_LINEAR = "all-linear"
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 """Sizes, steps and layers are counted in 32 bits."""
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, lt=3.4e38)]
+"""As float32 has them."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -160,12 +161,16 @@ def _as_pairs(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else value
 
 
+NO_EXPRESSION = (re.error, RecursionError, OverflowError)
+"""What Python's compiler of regular expressions raises."""
+
+
 def _are_expressions(pairs: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
     for pattern, _ in pairs:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        except NO_EXPRESSION as error:
+            raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
     return pairs
 
 

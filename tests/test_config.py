@@ -195,6 +195,13 @@ MISTAKES = {
     "half a surrogate pair": (MINIMAL, ('--output_dir="\\ud800"',), "--output_dir", "not valid YAML"),
     "a NUL in a path": (MINIMAL.replace("runs/x", '"runs\\0x"'), (), "c.yaml:1", "a NUL can stand"),
     "an index in superscript": (MINIMAL, ("--data.sources.²=x",), "--data.sources.²=x", "is not an item"),
+    "an expression of too many": (MINIMAL, ("--lora.rank_pattern={'a{99999999999}': 4}",), "rank_pattern", "not a reg"),
+    "a rate beyond float32": (
+        MINIMAL,
+        ("--training.learning_rate=1e300",),
+        "learning_rate",
+        "any number below 3.4e+38",
+    ),
     "seed beyond 32 bits": (MINIMAL, ("--seed=4294967296",), "seed", "valid would be 4294967295"),
     "more rows than are counted": (MINIMAL, ("--training.batch_size=10000000000",), "batch_size", "be 2147483647"),
     "rows beyond all sense": (MINIMAL, ("--data.max_length=1000000000000",), "data.max_length", "would be 1048576"),

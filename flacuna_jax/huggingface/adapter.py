@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.config import HEAD, LoraConfig, Target, by_pattern
+from flacuna_jax.config import HEAD, NO_EXPRESSION, LoraConfig, Target, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
@@ -230,7 +229,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
             f"convert the adapter to plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion)"
         )
     for key in ("r", "lora_alpha"):
-        if not _is_positive(settings.get(key)):
+        if not _is_positive(settings.get(key), whole=key == "r"):
             raise UserError(f"{path}: {key} is {settings.get(key)!r}, not a positive number")
     return settings
 
@@ -325,16 +324,18 @@ def _patterns(
     for pattern, value in patterns.items():
         try:
             matches = any(by_pattern(((pattern, True),), name, False) for name in names_of_modules)
-        except re.error:
-            raise UserError(f"{file}: the pattern {pattern!r} is not a regular expression") from None
-        if not _is_positive(value):
+        except NO_EXPRESSION:
+            raise UserError(f"{file}: the pattern {pattern[:80]!r} is not a regular expression") from None
+        if not _is_positive(value, whole=key == "rank_pattern"):
             raise UserError(f"{file}: the pattern {pattern!r} gives {value!r}, not a positive number")
         kept += [(pattern, float(value))] if matches else []
     return tuple(kept)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _is_positive(value: Any, whole: bool) -> bool:
+    """And within what `LoraConfig` takes."""
+    kind, limit = (int, 2**31) if whole else (int | float, 3.4e38)
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < limit
 
 
 def _dropout(directory: Path, settings: Mapping[str, Any]) -> float:

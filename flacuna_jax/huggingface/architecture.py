@@ -63,7 +63,7 @@ def read_architecture(directory: str | Path) -> LlamaConfig:
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
     """`LlamaConfig` from the content of a config.json; `origin` names it in errors."""
     family = raw.get("model_type")
-    if family not in _ARCHITECTURES:
+    if family not in tuple(_ARCHITECTURES):  # which a list may be asked for, too
         known = ", ".join(_ARCHITECTURES)
         raise UserError(f"{origin}: model_type is {family!r}; checkpoints of the LLaMA family can be used: {known}")
     for key, (changes, why) in _UNSUPPORTED.items():

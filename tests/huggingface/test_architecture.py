@@ -114,6 +114,7 @@ def test_missing_sizes_follow_the_conventions() -> None:
         ({**QWEN2, "sliding_window": 9, "max_window_layers": 3}, "max_window_layers is 3"),
         ({**QWEN2, "sliding_window": 0.5, "max_window_layers": 0}, "sliding_window is 0.5"),
         ({"model_type": None}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": 1}, "attention_bias is 1"),
         ({"rope_scaling": {"type": "linear"}}, "factor is 0.0, not a positive number"),
