@@ -131,6 +131,40 @@ def test_too_many_in_a_row_end_the_run(poisoned, tmp_path, capsys):
     assert "3 bad steps in a row end the run" in capsys.readouterr().err
 
 
+def test_no_example_is_blamed_for_a_broken_base_or_rate(poisoned, tmp_path, capsys):
+    """NaN in a weight that all examples meet; and updates so large that the next gradient is not finite."""
+    base = tmp_path / "base"
+    shutil.copytree(poisoned / "base" / "model", base)
+    tensors = load_file(base / "model.safetensors")
+    norm = {"model.norm.weight": tensors["model.norm.weight"] * np.nan}
+    save_file({**tensors, **norm}, base / "model.safetensors", {"format": "pt"})
+    out = f"--output_dir={tmp_path / 'run'}"
+    assert run(poisoned / "config.yaml", out, f"--model={{path: {base}, dtype: float32}}") == 1
+    said = capsys.readouterr().err
+    assert "error: step 1: loss nan" in said
+    assert "none of its examples has a finite loss: look for the reason in the base or the learning rate" in said
+
+    huge = ["--training.learning_rate=1e30", "--training.max_grad_norm=null"]
+    assert run(poisoned / "config.yaml", f"--output_dir={tmp_path / 'other'}", *huge) == 1
+    said = capsys.readouterr().err
+    assert "error: step 2: loss 5." in said
+    assert "each of its examples alone has a finite loss: look for the reason in the learning rate" in said
+
+
+def test_a_run_that_skipped_every_step_delivers_nothing(poisoned, tmp_path, capsys):
+    made = records(60)
+    for record in made:
+        record["conversations"][0]["value"] += f" {POISON}"
+    (tmp_path / "data.json").write_text(json.dumps(made))
+    source = f"--data.sources.0.path={tmp_path / 'data.json'}"
+    skip = ["--training.on_bad_step=skip", "--training.max_bad_steps=100", source]
+    assert run(poisoned / "config.yaml", *overrides_of(poisoned, tmp_path / "run", *skip)) == 1
+    said = capsys.readouterr().err
+    assert "nothing was learned" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_the_batch_is_kept_even_if_its_records_are_gone(poisoned, skipped, tmp_path, capsys):
     """The data file is removed between tokenising and the bad step: what the model saw is still there."""
     shutil.copy(poisoned / "data.json", tmp_path / "data.json")

@@ -150,9 +150,17 @@ class BadStepPolicy:
             write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
         except (OSError, UserError) as error:
             return f" (its batch could not be kept: {error})"
+        return f"; its batch is in {path}, {self._to_blame(record, losses)}"
+
+    def _to_blame(self, record: StepRecord, losses: Mapping[int, float]) -> str:
+        """In words: an example, unless all or none of them are as bad as the step."""
+        bad = sum(not math.isfinite(loss) for loss in losses.values())
+        if bad == len(losses) > 1:
+            return "and none of its examples has a finite loss: look for the reason in the base or the learning rate"
+        if not bad and not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+            return "and each of its examples alone has a finite loss: look for the reason in the learning rate"
         worst = max(losses, key=lambda example: _badness(losses[example]))
-        worst_id = self.inspector.store.id_of(worst)
-        return f"; its batch is in {path}, worst example {worst_id!r} with loss {losses[worst]:g}"
+        return f"worst example {self.inspector.store.id_of(worst)!r} with loss {losses[worst]:g}"
 
 
 def _badness(loss: float) -> float:
