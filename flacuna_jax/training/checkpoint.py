@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -37,6 +38,7 @@ CHECKPOINTS = "checkpoints"
 UNREADABLE = "unreadable_checkpoints"
 _ITEMS = ("trainable", "optimizer", "meta")
 _COMMITTED = "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class UnreadableCheckpoint(Exception):
@@ -128,9 +130,14 @@ class Checkpointer:
                     self._delete(old)
 
     def _delete(self, step: int) -> None:
-        if is_bucket(self._directory) and jax.process_index() == 0:
-            # Objects go one after another: without this one, those that are left are no checkpoint any more.
-            (self._directory / str(step) / _COMMITTED).unlink(missing_ok=True)
+        """What a kill leaves of it is no checkpoint any more, though its files go one after another."""
+        if jax.process_index() == 0:
+            if is_bucket(self._directory):
+                (self._directory / str(step) / _COMMITTED).unlink(missing_ok=True)
+            else:
+                doomed = self._directory / f"{step}{_TEMPORARY}"
+                (self._directory / str(step)).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)  # what is left is removed by the next start
         self._manager.delete(step)
 
     def close(self) -> None:
@@ -202,6 +209,11 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unreadable checkpoints are set aside")
         self._manager.reload()
+
+
+def checksum(arrays: Mapping[str, jax.Array]) -> str:
+    """Of every byte of all of them; the same for every layout over devices."""
+    return _sha256(_describe("base", dict(arrays)))[:32]
 
 
 def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[int]:
@@ -360,22 +372,26 @@ def _sha256(body: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _read_errors(directory: epath.Path) -> Iterator[None]:
-    """A torn checkpoint shows itself as many kinds of exception; want of memory or of permission is none of them, nor
-    is a bucket that does not answer."""
-    reason = None
+    """A torn checkpoint shows itself as many kinds of exception; want of memory, of permission or of file descriptors
+    is none of them, nor is a bucket that does not answer."""
+    failure: Exception | None = None
     try:
         yield
-    except (MemoryError, PermissionError):
+    except MemoryError:
         raise
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        in_words = " ".join(str(error).split())
+        if known := _system_reason(error, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
+            failure = UserError(f"{directory} cannot be read: {known}")
+        elif is_bucket(directory) and _is_outage(error):
+            failure = UserError(f"{directory} cannot be read: {in_words[:300]}")
+        elif "RESOURCE_EXHAUSTED" in in_words:
             raise
-        if is_bucket(directory) and _is_outage(error):
-            raise UserError(f"{directory} cannot be read: {' '.join(str(error).split())[:300]}") from None
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if reason:
+        else:
+            failure = UnreadableCheckpoint(f"{type(error).__name__}: {in_words[:200]}")
+    if failure is not None:
         _collect_abandoned_reads()
-        raise UnreadableCheckpoint(reason)
+        raise failure
 
 
 def _collect_abandoned_reads() -> None:
@@ -401,12 +417,16 @@ def _write_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # TensorStore reports a full disk as a ValueError that carries the system's text.
-        reasons = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
-        known = next((reason for reason in reasons if reason in str(error)), None)
+        known = _system_reason(error, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE)
         if known is None and not isinstance(error, OSError) and not is_bucket(path):
             raise
         raise UserError(f"checkpoint {path} cannot be written: {known or error}; earlier ones are intact") from error
+
+
+def _system_reason(error: Exception, *numbers: int) -> str | None:
+    """The system's word for it, if it is one of these: TensorStore reports them as ValueErrors that carry it, and too
+    many open files as exhausted resources."""
+    return next((reason for reason in map(os.strerror, numbers) if reason in str(error)), None)
 
 
 def _force_to_disk(directory: epath.Path) -> None:

@@ -322,6 +322,24 @@ def test_a_path_that_is_a_file_is_one_message(tmp_path):
         Checkpointer(tmp_path / "run", keep=1, asynchronous=False)
 
 
+def test_killed_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path, keep=1, asynchronous=False) as checkpointer:
+        checkpointer.save(1, *state_after(1), META)
+
+        def stop_half_way(directory, **_):
+            next(path for path in Path(directory).rglob("*") if path.is_file()).unlink()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", stop_half_way)
+            with pytest.raises(KeyboardInterrupt):
+                checkpointer.save(2, *state_after(2), META)
+        assert list_checkpoints(tmp_path) == [2]
+    with Checkpointer(tmp_path, keep=1, asynchronous=False) as checkpointer:
+        checkpointer.save(3, *state_after(3), META)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
 SAVES_UNTIL_KILLED = """
 import sys
 from pathlib import Path
@@ -355,5 +373,6 @@ def test_killed_at_any_instant_it_goes_on_from_a_whole_checkpoint(tmp_path, asyn
             assert_is_state_after(restored.step, restored)
             assert restored.step >= reached
             reached = restored.step
-            assert len(list_checkpoints(tmp_path)) <= 4
+            # A kill between a save and the removal of what is older leaves one more, until the next save.
+            assert len(list_checkpoints(tmp_path)) <= 6
     assert reached > 12
