@@ -54,10 +54,7 @@ def run_facts(run: Path, config: RunConfig, results: Path | None) -> Facts:
 def _course(run: Path) -> dict[str, str]:
     """How training went, from metrics.jsonl; nothing where the run was moved without it."""
     path = run / "metrics.jsonl"
-    try:
-        steps = [record for record in read_metrics(path) if record.get("loss") is not None] if path.is_file() else []
-    except ValueError:
-        raise UserError(f"{path} is torn; start the run again to repair it, or remove the file") from None
+    steps = [record for record in read_metrics(path) if "step" in record and record.get("loss") is not None]
     if not steps:
         return {}
     first, last = steps[0], steps[-1]

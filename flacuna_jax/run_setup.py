@@ -103,6 +103,7 @@ class Setup:
                 "code": code_fingerprints(),
             },
             "libraries": library_versions(),
+            "device": self.mesh.devices.flat[0].device_kind,
             "rows_per_step": self.plan.rows_per_step,
             "total_steps": self.plan.total_steps,
         }

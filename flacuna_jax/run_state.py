@@ -1,53 +1,87 @@
 """Where a run starts and what it ends with: checkpoints, adapters, weights."""
 
+import dataclasses
+
 import jax
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.run_setup import Say, Setup, first_adapters, load_weights
-from flacuna_jax.training.checkpoint import Checkpointer, list_checkpoints, restore_adapters
+from flacuna_jax.training.checkpoint import Checkpointer, Meta, checksum, list_checkpoints, restore_adapters
 from flacuna_jax.training.history import History
-from flacuna_jax.training.resume import allowed_changes, require_same_run, rounding_changes
+from flacuna_jax.training.resume import (
+    BASE_CHECKSUM,
+    allowed_changes,
+    base_change,
+    refusal,
+    require_same_run,
+    rounding_changes,
+)
 from flacuna_jax.training.run_directory import RunDirectory
 from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import partition
 
 
-def starting_point(
-    setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, say: Say
-) -> tuple[TrainState, Params, History]:
-    """The state to go on from, the frozen parameters, and what evaluations said before.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The state to go on from, the frozen parameters, what evaluations said before, and what the checkpoints of the run
+    say of it."""
+
+    state: TrainState
+    base: Params
+    history: History
+    meta: Meta
+
+
+def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, say: Say) -> Start:
+    """Where a run begins, or goes on.
 
     The newest intact checkpoint > the adapter of lora.init_from > fresh adapters. Without LoRA: the newest checkpoint >
     the base's weights, or random ones.
 
     Raises:
-      UserError: the checkpoints are of another run, or none of them is intact.
+      UserError: the checkpoints are of another run, or none of them is intact; or there is none any more of a run that
+        was finished.
     """
-    config, layout, meta = setup.config, setup.layout, setup.meta
+    config, layout = setup.config, setup.layout
     lower_is_better = config.evaluation is not None and config.evaluation.lower_is_better
     allowed = config.checkpoint.allow_changes
     restored = checkpointer.restore(
         layout.trainable,
         layout.opt_state,
-        check=lambda saved: require_same_run(saved, meta, directory.output, allowed),
+        check=lambda saved: require_same_run(saved, setup.meta, directory.output, allowed),
         notify=say,
     )
     if restored is None:
-        return *fresh_state(setup), History(lower_is_better)
+        directory.require_undelivered()
+        state, base = fresh_state(setup)
+        return Start(state, base, History(lower_is_better), _meta_with(setup, base))
+    if restored.step > setup.plan.total_steps:
+        raise UserError(
+            f"{directory.output} holds a run that has done {restored.step:,} steps, more than the "
+            f"{setup.plan.total_steps:,} of these settings; choose another output_dir for a shorter one"
+        )
+    base = load_weights(setup) if config.lora else {}
+    meta = _meta_with(setup, base)
+    other_base = base_change(restored.meta, meta)
+    if other_base and "base" not in allowed:
+        raise refusal(directory.output, [other_base], ", ".join((*allowed, "base")))
     say(f"resuming after step {restored.step}")
     for change in rounding_changes(restored.meta, meta):
         say(f"note: equal to rounding only, not bit for bit: {change}")
-    for change in allowed_changes(restored.meta, meta, allowed):
+    for change in (*allowed_changes(restored.meta, meta, allowed), *filter(None, [other_base])):
         say(f"note: another run from here on, as checkpoint.allow_changes says: {change}")
-    base = load_weights(setup) if config.lora else {}
     same_metric = (restored.meta["config"].get("evaluation") or {}).get("metric") == (
         config.evaluation.metric if config.evaluation else None
     )
     history = History(lower_is_better)
     if same_metric and config.evaluation is not None:
         history = History.from_json(lower_is_better, restored.meta["counters"]["history"])
-    return TrainState(restored.step, restored.trainable, restored.opt_state), base, history
+    return Start(TrainState(restored.step, restored.trainable, restored.opt_state), base, history, meta)
+
+
+def _meta_with(setup: Setup, base: Params) -> Meta:
+    return {**setup.meta, BASE_CHECKSUM: checksum(base)} if setup.config.lora else setup.meta
 
 
 def fresh_state(setup: Setup) -> tuple[TrainState, Params]:

@@ -4,7 +4,7 @@ import dataclasses
 
 from flacuna_jax.data.pipeline import BatchStream
 from flacuna_jax.run_setup import Say, Setup, plan_lines
-from flacuna_jax.training.checkpoint import Checkpointer
+from flacuna_jax.training.checkpoint import Checkpointer, Meta
 from flacuna_jax.training.history import History
 from flacuna_jax.training.live_report import LiveReport
 from flacuna_jax.training.loop import StepRecord, Verdict
@@ -29,6 +29,8 @@ class Watch:
     log: StepLog
     measurement: Measurement | None
     report: LiveReport
+    meta: Meta
+    """What every checkpoint says of the run."""
 
     def observe(self, record: StepRecord) -> None:
         self.log(record)
@@ -38,7 +40,7 @@ class Watch:
     def save(self, state: TrainState) -> None:
         self.tracker.sync()
         meta = {
-            **self.setup.meta,
+            **self.meta,
             "cursor": self.stream.cursor(),
             "counters": {"history": self.history.to_json()},
         }
@@ -74,12 +76,12 @@ def measurement_is_due(setup: Setup, history: History, step: int) -> bool:
     return settings is not None and is_due(settings, history, step, setup.plan.total_steps)
 
 
-def say_what_is_cut(cut: CutBack, say: Say) -> None:
-    """Of metrics.jsonl, at the start: what is removed because it will be made again, or cannot be read."""
+def say_what_is_cut(cut: CutBack, step: int, say: Say) -> None:
+    """Of metrics.jsonl, at a start after `step`: what is removed because it is made again, or cannot be read."""
     if cut.later:
-        say(f"metrics.jsonl: {cut.later:,} records of after the checkpoint are removed, and made again")
+        say(f"metrics.jsonl: records removed that no checkpoint knows, after step {step}: {cut.later:,}")
     if cut.torn:
-        say(f"metrics.jsonl: {cut.torn:,} unreadable lines are removed")
+        say(f"metrics.jsonl: unreadable lines removed: {cut.torn:,}")
 
 
 def report_on(setup: Setup, directory: RunDirectory, status: str) -> None:

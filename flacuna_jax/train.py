@@ -22,6 +22,7 @@ from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.suite import Evaluator
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.model.sharding import batch_sharding
 from flacuna_jax.run_delivery import deliver_result, what_next
 from flacuna_jax.run_evaluation import make_measurement, read_tasks
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         except Stopped as reason:
             print(f"stopped: {reason}", file=sys.stderr)
             return EXIT_STOPPED
-        except (BadStep, NotDeterministic) as reason:
+        except (BadStep, NotDeterministic, VerificationError) as reason:
             print(f"error: {reason}", file=sys.stderr)
             return EXIT_FAILURE
 
@@ -127,10 +128,12 @@ def run(
     primary = jax.process_index() == 0
     for line in plan_lines(setup):
         say(line)
-    state, base, history = starting_point(setup, directory, checkpointer, say)
+    start = starting_point(setup, directory, checkpointer, say)
+    state, base, history = start.state, start.base, start.history
     if primary:
         directory.write_config(config.to_yaml())
-        say_what_is_cut(directory.cut_back(state.step, measurement_is_due(setup, history, state.step)), say)
+        cut = directory.cut_back(state.step, measurement_is_due(setup, history, state.step))
+        say_what_is_cut(cut, state.step, say)
 
     report = LiveReport(functools.partial(report_on, setup, directory) if primary else say_nothing, say)
     source = StepSource(setup.store, plan, jax.process_index(), jax.process_count())
@@ -159,7 +162,7 @@ def run(
             flops=functools.partial(flops_of_step, StepFlops.of(setup.spec), setup.store.lengths),
             peak_flops=peak_flops(),
         )
-        watch = Watch(setup, directory, checkpointer, stream, tracker, history, log, measurement, report)
+        watch = Watch(setup, directory, checkpointer, stream, tracker, history, log, measurement, report, start.meta)
         inspector = BatchInspector(setup.store, source, step_config, rows, load_tokenizer(config.model.tokenizer_path))
         loop = Loop(
             step=traced(step, directory.path / PROFILE, progress.say) if profile else step,

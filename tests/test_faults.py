@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flacuna_jax import train as train_verb
 from flacuna_jax.cli import EXIT_STOPPED
@@ -65,6 +66,13 @@ def mounted(directory: Path, *options: str):
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
+def fill(filler: Path) -> None:
+    """Takes what room there is left on a disk."""
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
 @contextlib.contextmanager
 def at_step(number: int, action):
     """Does something to the world when step `number` has been observed."""
@@ -87,13 +95,7 @@ def at_step(number: int, action):
 def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
         out, filler = disk / "run", disk / "filler"
-
-        def fill():
-            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
-
-        with at_step(at, fill):
+        with at_step(at, lambda: fill(filler)):
             status = run(undisturbed / "config.yaml", f"--output_dir={out}")
         said = capsys.readouterr().err
         assert status == 2
@@ -102,6 +104,26 @@ def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
         filler.unlink()
         assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
         assert_same_run(out, undisturbed / "run")
+
+
+def test_a_disk_that_is_full_when_the_result_is_written(undisturbed, tmp_path, capsys, monkeypatch):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
+        out, deliver = disk / "run", train_verb.deliver_result
+
+        def deliver_to_a_full_disk(*arguments):
+            fill(disk / "filler")
+            return deliver(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train_verb, "deliver_result", deliver_to_a_full_disk)
+            assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+        said = capsys.readouterr().err
+        assert f"{out / 'adapter'} cannot be written: No space left on device" in said
+        assert "Traceback" not in said
+        (disk / "filler").unlink()
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+        assert_same_run(out, undisturbed / "run")
+        assert not list(out.glob("adapter.*"))
 
 
 @pytest.mark.slow
@@ -114,9 +136,7 @@ def test_a_disk_that_fills_up_under_an_asynchronous_save(tmp_path):
         out, filler = disk / "run", disk / "filler"
         process = start(config, f"--output_dir={out}")
         wait_for(lambda: list_checkpoints(out), process)
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(b"x" * 4096)
+        fill(filler)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 2, said
         assert "cannot be written: No space left on device" in said
@@ -171,6 +191,73 @@ def test_an_output_directory_that_is_moved_back(undisturbed, tmp_path, capsys):
     assert list_checkpoints(out) == [3]
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
     assert_same_run(out, undisturbed / "run")
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_written_over(undisturbed, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed / "run", out)
+    shutil.rmtree(out / "checkpoints")
+    before = delivered(out), losses(out)
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+    assert "holds adapter of a run whose checkpoints are gone" in capsys.readouterr().err
+    assert (delivered(out), losses(out)) == before
+
+
+def test_a_run_that_has_done_more_steps_than_are_asked_for_is_refused(undisturbed, tmp_path, capsys):
+    arguments = undisturbed / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--training.schedule=constant"
+    assert run(*arguments, "--training.max_steps=3") == 0
+    before = delivered(tmp_path / "run")
+    assert run(*arguments, "--training.max_steps=2") == 2
+    assert "holds a run that has done 3 steps, more than the 2 of these settings" in capsys.readouterr().err
+    assert delivered(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("place", [0.25, pytest.param(0.7, marks=pytest.mark.slow)])
+def test_one_changed_number_of_the_base_is_found(undisturbed, tmp_path, capsys, place):
+    """Its fingerprint, of samples, is the same; what is in memory is not."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    config = undisturbed / "config.yaml"
+    assert run(config, f"--output_dir={tmp_path / 'full'}", "--lora=null", "--training.max_steps=1") == 0
+    (tmp_path / "full" / "model").rename(base)
+    arguments = config, f"--output_dir={out}", f"--model={{path: {base}, dtype: float32}}"
+    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(*arguments) == EXIT_STOPPED
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"].copy()
+    embedding.flat[int(place * embedding.size)] += 1
+    save_file({**tensors, "model.embed_tokens.weight": embedding}, base / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "base_checksum: " in said
+    assert "--checkpoint.allow_changes=[base]" in said
+    assert run(*arguments, "--checkpoint.allow_changes=[base]") == 0
+    assert "another run from here on, as checkpoint.allow_changes says: base_checksum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["meta/metadata", pytest.param("trainable/manifest.ocdbt", marks=pytest.mark.slow)])
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed, tmp_path, file):
+    """Copied by somebody else: the message is about permission, and nothing is set aside. Root may read everything, so
+    the test becomes another user."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("becomes another user, which needs root and setpriv")
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed / "run", out)
+    newest = out / "checkpoints" / str(list_checkpoints(out)[-1])
+    for path in out.rglob("*"):
+        path.chmod(0o777)
+    (newest / file).chmod(0o600)
+    script = (
+        "import sys; from flacuna_jax.training.checkpoint import restore_adapters\n"
+        "from flacuna_jax.cli import run_verb; sys.exit(run_verb(lambda a: restore_adapters(a[0]) and 0, sys.argv[1:]))"
+    )
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    result = subprocess.run([*user, sys.executable, "-c", script, out], capture_output=True, text=True, cwd=ROOT)
+    assert "cannot be read: Permission denied" in result.stderr
+    assert result.returncode == 2
 
 
 # --- Power cuts --------------------------------------------------------------------------------------------------

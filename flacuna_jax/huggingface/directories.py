@@ -1,6 +1,7 @@
 """Directories that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -27,13 +28,16 @@ def whole_directory(target: str | Path, *, replace: bool = False) -> Iterator[Pa
 
     Args:
       target: final name; must not exist, or be empty.
-      replace: whether a finished directory of that name gives way (it stays until the new one is complete).
+      replace: whether a finished directory of that name gives way (it stays until the new one is complete). The caller
+        sees to it that nobody else writes there; what killed processes left of their attempts is removed.
 
     Raises:
-      UserError: the target is in the way, or its parent cannot be written to.
+      UserError: the target is in the way, or its parent cannot be written to, or is full.
     """
     target = Path(target)
     check_target(target, replace)
+    if replace:
+        _remove_leftovers(target, "partial")
     partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
@@ -43,9 +47,25 @@ def whole_directory(target: str | Path, *, replace: bool = False) -> Iterator[Pa
         yield partial
         _flush(partial)
         _rename(partial, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and _is_of_writing(error, target.parent):
+            raise UserError(f"{target} cannot be written: {error.strerror}") from None
         raise
+    if replace:
+        _remove_leftovers(target, "retired")
+
+
+def _is_of_writing(error: OSError, directory: Path) -> bool:
+    """Whether it comes from below `directory`, and not from a file that is read. A full disk names no file."""
+    if error.filename is None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    return Path(os.fsdecode(error.filename)).is_relative_to(directory)
+
+
+def _remove_leftovers(target: Path, kind: str) -> None:
+    for left in target.parent.glob(f"{target.name}.{kind}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:

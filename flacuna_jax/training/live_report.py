@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable
 
-from flacuna_jax.errors import UserError
-
 SECONDS = 30.0
 SHARE = 0.02
 """At most this part of the time is spent on it."""
@@ -27,7 +25,7 @@ class LiveReport:
             return
         try:
             self._write("running")
-        except UserError as error:
+        except Exception as error:
             self._failed = True
             self._say(f"warning: no report while the run goes on: {error}")
         now = self._clock()

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from flacuna_jax.data.report import DataReport
-from flacuna_jax.training.run_directory import write_atomically
+from flacuna_jax.training.run_directory import json_object, write_atomically
 from flacuna_jax.version import __version__
 
 Row = Mapping[str, Any]
@@ -95,9 +95,9 @@ def write_report(
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl or samples.jsonl; none if the file is not there. A line that is still
-    being written is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    being written is left out, and what is no record, which the next start of the run removes."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [record for record in map(json_object, lines) if record is not None]
 
 
 def mixture_rows(report: DataReport) -> list[Row]:

@@ -22,11 +22,15 @@ _FREE = (
     "training.max_bad_steps",
 )
 # The same sums in another order: results agree to rounding.
-_ROUNDING = ("mesh", "training.remat", "training.attention", "training.micro_batch_size", "libraries")
+_ROUNDING = ("mesh", "training.remat", "training.attention", "training.micro_batch_size", "libraries", "device")
 # Without a decaying schedule the length of the run has no influence on the steps before its end.
 _LENGTH = ("training.epochs", "training.max_steps", "total_steps")
 # Numbers that follow from settings and data; if those may change, so may these.
 _DERIVED = ("rows_per_step", "total_steps")
+
+BASE_CHECKSUM = "base_checksum"
+"""Of all frozen weights: what a run finds out once it has read them."""
+_NOT_COMPARED = ("config", "fingerprints", "cursor", "counters", BASE_CHECKSUM)
 
 # What `checkpoint.allow_changes` may name besides settings, and the fingerprints that go by it.
 WORDS = {
@@ -52,17 +56,35 @@ def require_same_run(saved: dict[str, Any], current: dict[str, Any], run_dir: st
     """Raises `UserError` with every difference that `compare_meta` finds."""
     refused = _refused(saved, current, allowed)
     if refused:
-        names = ", ".join(dict.fromkeys(_name_to_allow(key) for key, _, _ in refused if key not in _DERIVED))
-        raise UserError(
-            "\n".join(
-                (
-                    f"{run_dir} holds a run that cannot be continued with these settings:",
-                    *(f"  {_line(*change)}" for change in refused),
-                    "set them back, choose another output_dir, or go on as another run would: "
-                    f"--checkpoint.allow_changes=[{names}]",
-                )
+        named = (_name_to_allow(key) for key, _, _ in refused if key not in _DERIVED)
+        names = ", ".join(dict.fromkeys((*allowed, *named)))
+        raise refusal(run_dir, [_line(*change) for change in refused], names)
+
+
+def refusal(run_dir: str, changes: Sequence[str], names: str) -> UserError:
+    """What is said of changes that may pass if `names` are allowed."""
+    return UserError(
+        "\n".join(
+            (
+                f"{run_dir} holds a run that cannot be continued with these settings:",
+                *(f"  {change}" for change in changes),
+                "set them back, choose another output_dir, or go on as another run would: "
+                f"--checkpoint.allow_changes=[{names}]",
             )
         )
+    )
+
+
+def base_change(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """A line if a byte of the frozen weights is another than in the run of the checkpoint.
+
+    Their fingerprint, which is compared before they are read, knows samples of each tensor; this, all of them as they
+    are in memory. On another kind of device, which may quantise in another way, nothing is said.
+    """
+    before, now = saved.get(BASE_CHECKSUM), current.get(BASE_CHECKSUM)
+    if before is None or before == now or saved.get("device") != current.get("device"):
+        return None
+    return _line(BASE_CHECKSUM, before, now)
 
 
 def allowed_changes(saved: dict[str, Any], current: dict[str, Any], allowed: Sequence[str]) -> list[str]:
@@ -105,7 +127,7 @@ def _comparable(meta: dict[str, Any]) -> dict[str, Any]:
     # Sources are known by the data's fingerprint; a file may move, its path is not part of the run.
     data = dict(config.get("data", {}))
     data["sources"] = [{k: v for k, v in source.items() if k != "path"} for source in data.get("sources", ())]
-    rest = {key: value for key, value in meta.items() if key not in ("config", "fingerprints", "cursor", "counters")}
+    rest = {key: value for key, value in meta.items() if key not in _NOT_COMPARED}
     rest["held_out_fraction"] = (config.get("evaluation") or {}).get("fraction")
     return {**config, "data": data, **rest, "fingerprints": meta.get("fingerprints", {})}
 

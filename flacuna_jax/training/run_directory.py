@@ -11,13 +11,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flacuna_jax.errors import UserError
 
 LOCK = ".lock"
 # What a run leaves behind; any of these makes a directory a used one.
 PRODUCTS = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html")
+DELIVERED = ("adapter", "model")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ class RunDirectory:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    def require_undelivered(self) -> None:
+        """Raises `UserError` if there is a result, which a run from the first step on would write over."""
+        found = [name for name in DELIVERED if (self.path / name).exists()]
+        if found:
+            raise UserError(
+                f"output_dir {self.output} holds {' and '.join(found)} of a run whose checkpoints are gone: it would "
+                "begin again, and write over that at its end; move it away, or choose another output_dir"
+            )
+
     def write_config(self, text: str) -> None:
         """Writes the resolved config.
 
@@ -93,7 +103,7 @@ class RunDirectory:
 def _cut_back(path: Path, known: Callable[[dict[str, object]], bool]) -> CutBack:
     with _as_user_error(path):
         raw = path.read_bytes() if path.exists() else b""
-    records = [(line, _json_object(line)) for line in raw.split(b"\n") if line.strip()]
+    records = [(line, json_object(line)) for line in raw.split(b"\n") if line.strip()]
     kept = [line for line, record in records if record is not None and known(record)]
     torn = sum(record is None for _, record in records)
     content = b"".join(line + b"\n" for line in kept)
@@ -205,7 +215,8 @@ def _lock(path: Path, descriptor: int) -> None:
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
-def _json_object(line: bytes) -> dict[str, object] | None:
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl or samples.jsonl; None for what is none."""
     try:
         record = json.loads(line)
     except ValueError:

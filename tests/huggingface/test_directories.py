@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,27 @@ def test_a_failed_replacement_keeps_the_old(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), whole_directory(tmp_path / "out", replace=True):
         raise RuntimeError
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_what_killed_attempts_left_goes_with_the_next_one_that_may_replace(tmp_path: Path) -> None:
+    for left in ("out.partial-0123abcd", "out.retired-0123abcd", "other.partial-0123abcd"):
+        (tmp_path / left).mkdir()
+    with whole_directory(tmp_path / "first"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 4, "somebody else may be writing"
+    with whole_directory(tmp_path / "out", replace=True) as partial:
+        (partial / "file").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "other.partial-0123abcd", "out"]
+
+
+def test_a_full_disk_is_one_message_and_a_source_that_cannot_be_read_is_not_taken_for_it(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(UserError, match="out cannot be written: No space left"),
+        whole_directory(tmp_path / "d" / "out"),
+    ):
+        raise full
+    with pytest.raises(UserError, match="out cannot be written: No such file"), whole_directory(tmp_path / "d" / "out"):
+        (tmp_path / "d" / "gone").read_text()
+    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "d" / "out"):
+        (tmp_path / "source").read_text()

@@ -174,6 +174,8 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+    path.write_bytes(b'{"step": 1}\nrate too high\n3\n\xff\n{"step": 2}\n')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}], "somebody's note is no record"
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 

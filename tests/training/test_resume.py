@@ -5,7 +5,13 @@ import pytest
 from flacuna_jax.config_files import parse_config
 from flacuna_jax.errors import UserError
 from flacuna_jax.training.code_version import PARTS, code_fingerprints, library_versions
-from flacuna_jax.training.resume import allowed_changes, compare_meta, require_same_run, rounding_changes
+from flacuna_jax.training.resume import (
+    allowed_changes,
+    base_change,
+    compare_meta,
+    require_same_run,
+    rounding_changes,
+)
 
 
 def meta(*overrides, **values):
@@ -138,6 +144,9 @@ def test_every_kind_of_change_is_refused_with_a_diff_and_may_be_allowed_by_name(
     assert allowed_changes(meta(), now, [name]) == [line]
     for other in CHANGES.keys() - {name}:
         assert compare_meta(meta(), now, [other]) == [line]
+        with pytest.raises(UserError) as refusal:
+            require_same_run(meta(), now, tmp_path, allowed=[other])
+        assert f"--checkpoint.allow_changes=[{other}, {name}]" in str(refusal.value), "what is allowed stays so"
 
 
 def test_a_section_may_be_allowed_and_numbers_that_follow_are_with_it(tmp_path):
@@ -164,6 +173,22 @@ def test_other_libraries_are_noted():
     assert compare_meta(meta(), meta(libraries={"jax": "0.11.2"})) == []
     assert rounding_changes(meta(), meta(libraries={"jax": "0.11.2"})) == [
         "libraries.jax: 0.10.2 in the checkpoint, 0.11.2 now"
+    ]
+
+
+def test_a_byte_of_the_base_that_no_sample_shows():
+    before, now = meta(base_checksum="c1", device="A"), meta(base_checksum="c2", device="A")
+    assert base_change(before, now) == "base_checksum: c1 in the checkpoint, c2 now"
+    assert compare_meta(before, meta(device="A")) == [], "it is not known before the weights are read"
+    assert base_change(before, before) is None
+    assert base_change(before, meta(base_checksum="c2", device="B")) is None
+    assert base_change(meta(device="A"), now) is None, "a checkpoint from before it was noted"
+
+
+def test_another_kind_of_device_is_noted():
+    assert compare_meta(meta(device="NVIDIA A100"), meta(device="TPU v5e")) == []
+    assert rounding_changes(meta(device="NVIDIA A100"), meta(device="TPU v5e")) == [
+        "device: NVIDIA A100 in the checkpoint, TPU v5e now"
     ]
 
 

@@ -144,6 +144,15 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_removed_with_its_sam
     assert records(run.samples) == [{"step": 1, "answer": "a"}]
 
 
+@pytest.mark.parametrize("product", ["adapter", "model"])
+def test_a_result_without_checkpoints_is_not_written_over(tmp_path, product):
+    run = RunDirectory(tmp_path, str(tmp_path))
+    run.require_undelivered()
+    (tmp_path / product).mkdir()
+    with pytest.raises(UserError, match=f"holds {product} of a run whose checkpoints are gone"):
+        run.require_undelivered()
+
+
 def test_a_path_through_a_file_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with (
