@@ -63,6 +63,8 @@ def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -
         )
     if factor * sizes.max_position_embeddings >= 2**31:
         raise UserError(f"model.rope_scaling.factor {factor:g}: positions are counted in 32 bits; take a smaller one")
+    if scaling.type == "ntk" and sizes.head_dim == 2:
+        raise UserError("model.rope_scaling: {type: ntk} turns slow pairs alone slower; heads of 2 have one pair")
     llama3 = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     return stretched(sizes, scaling.type, factor, **(llama3 if scaling.type == "llama3" else {}))
 
