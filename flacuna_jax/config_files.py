@@ -215,17 +215,18 @@ def _explain(error: ValidationError, overridden: dict[Location, str], origin_of:
         # A union reports every alternative and a container reports its items' failure again: keep the deepest.
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in items):
             continue
-        override = next(
-            (
-                text
-                for set_at, text in overridden.items()
-                if set_at[: len(location)] == location or location[: len(set_at)] == set_at
-            ),
-            None,
-        )
-        where = repr(override) if override else origin_of(location)
-        messages.append(f"{where}: {_explain_one(item, location, schema)}")
+        message = _explain_one(item, location, schema)
+        override = next((text for at, text in overridden.items() if _concerns(at, location, message)), None)
+        messages.append(f"{repr(override) if override else origin_of(location)}: {message}")
     return "\n".join(dict.fromkeys(messages))
+
+
+def _concerns(set_at: Location, location: Location, message: str) -> bool:
+    """Whether an override is what a complaint about `location` is about: it set that place or what that lies in, or
+    part of what it holds, and the complaint names it."""
+    if location[: len(set_at)] == set_at:
+        return True
+    return set_at[: len(location)] == location and re.search(rf"\b{re.escape(str(set_at[-1]))}\b", message) is not None
 
 
 def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:

@@ -258,6 +258,19 @@ def test_names_of_other_trainers_lead_to_ours(tmp_path):
             load_config(tmp_path / "c.yaml", [override])
 
 
+def test_of_several_overrides_the_one_at_fault_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    others = ["--output_dir=x", "--training.epochs=2", "--model.dtype=float32"]
+    for fault in ("--training.decay_steps=3", "--lora={rank: 4, targets: [q_proj, q_proj]}"):
+        with pytest.raises(UserError) as raised:
+            load_config(path, [*others, fault])
+        assert str(raised.value).startswith(repr(fault))
+    with pytest.raises(UserError) as raised:
+        load_config(path, [*others, "--lora=null", "--model.quantization=nf4"])
+    assert str(raised.value).startswith("'--lora=null'")
+
+
 def test_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "flacuna.yaml").write_text(MINIMAL)
     with pytest.raises(UserError, match=r"flacuna\.yaml\?"):
