@@ -59,14 +59,15 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        what = str(error).partition("\n")[0]
-        print(f"error: out of memory; `flacuna plan` says what fits ({what})", file=sys.stderr)
+        what = str(error).partition("\n")[0] or "of this machine"
+        print(f"error: out of memory ({what}); `flacuna plan` says what fits", file=sys.stderr)
         return EXIT_FAILURE
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Of the host, or as XLA says it of a device."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+    what = str(error).partition("\n")[0]
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what or "Out of memory" in what
 
 
 def _stdout_is_closed() -> bool:
