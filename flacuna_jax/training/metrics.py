@@ -8,6 +8,9 @@ import dataclasses
 import json
 import math
 import os
+import re
+import socket
+import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +23,7 @@ from flacuna_jax.config import LoggingConfig
 from flacuna_jax.errors import UserError
 
 TENSORBOARD = "tensorboard"
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 WANDB = "wandb"
 
 Record = Mapping[str, Any]
@@ -163,7 +167,10 @@ def open_tracker(
         if primary:
             add(JsonLines(run_dir / "metrics.jsonl"))
             if logging.tensorboard:
-                add(TensorBoard(run_dir / TENSORBOARD, after_step))
+                try:
+                    add(TensorBoard(run_dir / TENSORBOARD, after_step))
+                except OSError as error:
+                    print(f"warning: TensorBoard is left out: {error}")
             if logging.wandb is not None:
                 add(WeightsAndBiases(logging.wandb, run_dir, config))
         yield Several(trackers)
@@ -249,25 +256,50 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars as event files. A resumed run starts with a mark that hides what was logged after its checkpoint."""
+    """Scalars as event files. A resumed run starts with a mark that hides what was logged after its checkpoint.
+
+    Written here and not by tensorboardX's own writer: a thread of that works through a queue, and when the disk is full
+    it dies, and whoever waits for the queue waits for ever.
+    """
 
     def __init__(self, directory: Path, after_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        # Files are named by the second and read by name; the number keeps a quick restart from writing over the file
-        # before it, and after it in order.
-        start = len(list(directory.glob("events.*")))
-        self._writer = SummaryWriter(str(directory), purge_step=after_step + 1, filename_suffix=f".{start:04}")
+        self._event = Event
+        directory.mkdir(exist_ok=True)
+        # Files are read in the order of the seconds in their names, which a quick restart, or a clock that was set
+        # back, must not change.
+        earlier = (_EVENT_FILE.match(path.name) for path in directory.iterdir())
+        second = max([int(time.time()), *(int(found[1]) + 1 for found in earlier if found)])
+        self._file = (directory / f"events.out.tfevents.{second:010}.{socket.gethostname()}").open("xb")
+        self._write(file_version="brain.Event:2")
+        self._write(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, record: Record) -> None:
-        for name, value in _scalars(record).items():
-            self._writer.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
+            for name, value in _scalars(record).items()
+        ]
+        if values:
+            self._write(step=record["step"], summary=Summary(value=values))
 
     def sync(self) -> None:
-        self._writer.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, **event: Any) -> None:
+        """As TensorFlow frames a record: length and content, each with a checksum behind it."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        content = self._event(wall_time=time.time(), **event).SerializeToString()
+        length = struct.pack("<Q", len(content))
+        for part in (length, content):
+            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
+        self._file.flush()
 
 
 class WeightsAndBiases:

@@ -1,10 +1,12 @@
 """Records, rates and trackers."""
 
+import contextlib
 import json
 import math
 import shutil
 import struct
 import sys
+import time
 import types
 
 import pytest
@@ -133,6 +135,34 @@ def test_a_resumed_run_shows_every_step_once_in_tensorboard(tmp_path):
     ]
     log_steps(tmp_path, [1], after_step=0)
     assert visible_points(tmp_path / "tensorboard", "train/loss") == [(1, 1.0)]
+
+
+def test_a_clock_that_is_set_back_hides_nothing_in_tensorboard(tmp_path, monkeypatch):
+    log_steps(tmp_path, [1, 2, 3, 4])
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    log_steps(tmp_path, [3, 4, 5], after_step=2)
+    assert [step for step, _ in visible_points(tmp_path / "tensorboard", "train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_leaves_tensorboard_out_and_holds_nobody_up(small_disk, tmp_path, capsys):
+    (tmp_path / "tensorboard").symlink_to(small_disk)
+    with open_tracker(LoggingConfig(), tmp_path, config={}, after_step=0) as tracker:
+        tracker.log(record(1).to_json())
+        with (small_disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 512)
+        for step in range(2, 200):
+            tracker.log(record(step).to_json())
+        tracker.sync()
+    assert capsys.readouterr().out.count("warning: TensorBoard is left out from now on: [Errno 28]") == 1
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 200))
+
+
+def test_tensorboard_that_cannot_begin_is_left_out(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    log_steps(tmp_path, [1, 2])
+    assert "warning: TensorBoard is left out: " in capsys.readouterr().out
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_tensorboard_gets_scalars_only(tmp_path):
