@@ -134,12 +134,19 @@ def open_run_directory(
         return
     descriptor = _open_locked(path)
     try:
+        directory = _lock_itself(path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    try:
         if resume == "never":
             refuse_used(str(path), [name for name in PRODUCTS if (path / name).exists()])
         yield RunDirectory(path, str(path))
     finally:
         _remove_if_unused(path)
         os.close(descriptor)
+        if directory is not None:
+            os.close(directory)
 
 
 def refuse_used(output_dir: str, used: Sequence[str]) -> None:
@@ -199,6 +206,23 @@ def _open_locked(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _lock_itself(path: Path) -> int | None:
+    """Descriptor of a lock on the directory, which holds though somebody takes the file for a stale one and removes it.
+    None where directories cannot be locked, as on NFS."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"output_dir {path} is in use by another run, whose lock file was removed; wait for it or stop it"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _lock(path: Path, descriptor: int) -> None:

@@ -52,6 +52,18 @@ def test_a_second_run_is_refused_with_the_pid_and_a_killed_one_leaves_no_lock(tm
         assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
+def test_a_lock_file_that_somebody_removes_does_not_let_a_second_run_in(tmp_path):
+    with open_run_directory(tmp_path):
+        (tmp_path / ".lock").unlink()
+        with (
+            pytest.raises(UserError, match="in use by another run, whose lock file was removed"),
+            open_run_directory(tmp_path),
+        ):
+            pass
+    with open_run_directory(tmp_path):
+        pass
+
+
 def test_the_lock_ends_with_the_block_also_after_an_exception(tmp_path):
     with pytest.raises(KeyError), open_run_directory(tmp_path):
         raise KeyError
