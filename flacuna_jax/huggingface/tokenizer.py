@@ -7,7 +7,8 @@ all there is; where both are, they must agree.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,13 @@ class FastTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise UserError(f"{path} is not a tokenizer, or is damaged: {error}") from None
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         settings = _settings(path.parent)
         self.bos_id: int = self._special(path, settings, "bos")
         self.eos_id: int = self._special(path, settings, "eos")
+        self._tokenizer = _with_special(self._tokenizer, {self.bos_id, self.eos_id})
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def _special(self, path: Path, settings: dict[str, Any], name: str) -> int:
@@ -95,6 +97,17 @@ class FastTokenizer:
         # A tokenizer.json need not mark BOS and EOS as special, where only tokenizer_config.json says that they are.
         text = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
         return self._tokenizer.decode(text, skip_special_tokens=True)
+
+
+def _with_special(tokenizer: tokenizers.Tokenizer, ids: Set[int]) -> tokenizers.Tokenizer:
+    """One in which no text spells these tokens, also where tokenizer_config.json alone says that they are special."""
+    added = tokenizer.get_added_tokens_decoder()
+    if all(added[number].special for number in ids if number in added):
+        return tokenizer
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["special"] |= token["id"] in ids
+    return tokenizers.Tokenizer.from_str(json.dumps(raw))
 
 
 @contextlib.contextmanager

@@ -81,6 +81,21 @@ def test_decoding_inverts_encoding(text: str, tiny_sentencepiece: Path) -> None:
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
 
 
+def test_bos_and_eos_are_special_whatever_tokenizer_json_says(story_llama: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(story_llama / name, tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    expected, found = load_tokenizer(story_llama), load_tokenizer(tmp_path)
+    for token in raw["added_tokens"][1:3]:
+        for text in (token["content"], f"once {token['content']} more"):
+            assert not {found.bos_id, found.eos_id} & set(found.encode(text))
+            assert found.encode(text) == expected.encode(text)
+            assert found.encode_batch([text]) == [expected.encode(text)]
+
+
 def test_bos_and_eos_have_no_text(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
     ids = tokenizer.encode("Once upon a time")
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == tokenizer.decode(ids)
