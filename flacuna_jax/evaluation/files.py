@@ -28,7 +28,7 @@ def locate(data: Path, candidates: Sequence[str], expected: str) -> Path:
       UserError: none is there; the message says what was looked for and where it is published.
     """
     if not data.is_dir():
-        raise UserError(f"--data {data}: no such directory")
+        raise UserError(f"{data}: no such directory of benchmarks (--data, or evaluation.tasks.data)")
     for candidate in candidates:
         found = sorted(data.glob(candidate)) if candidate != "." else [data]
         if found:

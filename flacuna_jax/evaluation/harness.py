@@ -195,7 +195,7 @@ def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
 def _task_manager(tasks: Sequence[str], include: Path | None) -> TaskManager:
     """One that knows the tasks. The harness's own are read only where they are needed: that takes a while."""
     if include is not None and not include.is_dir():
-        raise UserError(f"--data {include}: no such directory")
+        raise UserError(f"{include}: no such directory of task files (--data, or evaluation.tasks.data)")
     own = None if include is None else str(include)
     managers = ([lambda: TaskManager(include_path=own, include_defaults=False)] if own else []) + [
         lambda: TaskManager(include_path=own)
