@@ -301,6 +301,7 @@ def _join(
         "sources": list(sources),
         "tasks": tasks,
         "reports": [_report_json(report) for report in reports],
+        "fingerprint": _mapped(partial, sources, tasks).fingerprint(),
     }
     (partial / _STORE).write_text(json.dumps(facts), encoding="utf-8")
     _sync_and_move(partial, place)
@@ -330,14 +331,19 @@ def _open(place: Path) -> tuple[TokenStore, DataReport] | None:
         return None
     try:
         facts = _read_json(place / _STORE)
-        names = [field.name for field in dataclasses.fields(TokenStore) if field.name not in ("sources", "tasks")]
-        arrays = {name: _map(place / f"{name}.npy") for name in names}
-        store = TokenStore(**arrays, sources=tuple(facts["sources"]), tasks=tuple(facts["tasks"]))
+        store = _mapped(place, facts["sources"], facts["tasks"])
         reports = tuple(_report_from_json(report) for report in facts["reports"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     consistent = store.offsets[-1] == len(store.tokens) == len(store.loss_mask) and len(store) == len(store.supervised)
-    return (store, DataReport(reports)) if consistent else None
+    intact = consistent and store.fingerprint() == facts.get("fingerprint")
+    return (store, DataReport(reports)) if intact else None
+
+
+def _mapped(place: Path, sources: Sequence[str], tasks: Sequence[str]) -> TokenStore:
+    names = [field.name for field in dataclasses.fields(TokenStore) if field.name not in ("sources", "tasks")]
+    arrays = {name: _map(place / f"{name}.npy") for name in names}
+    return TokenStore(**arrays, sources=tuple(sources), tasks=tuple(tasks))
 
 
 def _map(path: Path) -> NDArray[Any]:

@@ -99,7 +99,7 @@ def test_weight_and_packing_need_no_new_tokens_and_a_moved_file_neither(config: 
     assert [source.path for source in report.sources] == list(store.sources)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garbage", "one bit"])
 def test_a_damaged_corpus_is_built_again(config: DataConfig, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "cache"
     expected, _, _ = look(config, cache)
@@ -108,7 +108,9 @@ def test_a_damaged_corpus_is_built_again(config: DataConfig, tmp_path: Path, dam
     if damage == "remove":
         tokens.unlink()
     else:
-        tokens.write_bytes(tokens.read_bytes()[:500] if damage == "truncate" else b"junk")
+        content = bytearray(tokens.read_bytes())
+        content[len(content) // 2] ^= 1
+        tokens.write_bytes({"truncate": content[:500], "garbage": b"junk", "one bit": content}[damage])
     store, _, said = look(config, cache)
     assert "miss" in said
     assert np.array_equal(store.tokens, expected_tokens)
