@@ -131,8 +131,8 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     if config.mesh != "auto" and config.training.remat != "auto":
         return config
     devices = jax.devices()
-    previous = read_text(config.output_dir, "config.yaml")
-    if previous and (decided := parse_config(yaml.safe_load(previous))).mesh != "auto" and _uses(decided, len(devices)):
+    decided = _decided_before(config)
+    if decided is not None and _uses(decided, len(devices)):
         mesh, remat = decided.mesh, str(decided.training.remat)
     elif devices[0].platform == "cpu" or known_target(devices[0]):
         mesh, remat = choose_layout(config, model_spec(config, source), devices)
@@ -142,6 +142,17 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     chosen_remat = remat if config.training.remat == "auto" else config.training.remat
     training = config.training.model_copy(update={"remat": chosen_remat})
     return config.model_copy(update={"mesh": chosen_mesh, "training": training})
+
+
+def _decided_before(config: RunConfig) -> RunConfig | None:
+    """The settings of the run that is continued; None if there is none, or its config.yaml is damaged or from before a
+    setting had its name. Its checkpoints are what has to be right, and they hold the settings, too."""
+    text = read_text(config.output_dir, "config.yaml")
+    try:
+        tree = yaml.safe_load(text or "")
+        return parse_config(tree) if isinstance(tree, dict) else None
+    except (UserError, yaml.YAMLError):
+        return None
 
 
 def _uses(config: RunConfig, devices: int) -> bool:

@@ -153,6 +153,16 @@ def test_four_devices_give_the_same_run(finished, tmp_path):
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
 
 
+@pytest.mark.parametrize("text", ["{{{ not: yaml", "\0\0\0", "an_old_setting: 3\n", "text"])
+def test_a_damaged_config_of_the_run_is_no_reason_not_to_continue(finished, tmp_path, text):
+    """It is what `auto` was decided by; the checkpoints hold the settings that count."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    automatic = ["--mesh=auto", "--training.remat=auto"]
+    assert run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", *automatic) == 0
+    assert load_config(tmp_path / "run" / "config.yaml").mesh != "auto"
+
+
 def test_full_fine_tuning_ends_in_a_model_that_lora_starts_from(finished, tmp_path, capsys):
     base = tmp_path / "base"
     assert run(finished / "config.yaml", f"--output_dir={base}", "--lora=null", "--training.max_steps=4") == 0

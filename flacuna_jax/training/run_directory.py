@@ -242,7 +242,7 @@ def _lock(path: Path, descriptor: int) -> None:
 def json_object(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl or samples.jsonl; None for what is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -101,10 +101,15 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_the_torn_line_goes(tmp_path)
     assert run.cut_back(5) == CutBack(kept=5, later=0, torn=0)
 
 
-@pytest.mark.parametrize("tail", ["\0\0\0\0", "null\n", '{"step": 3, "loss": 0.5'])
+@pytest.mark.parametrize(
+    "tail",
+    [b"\0\0\0\0", b"null\n", b'{"step": 3, "loss": 0.5', b'{"step": 1, "x": "\xed\xa0\x80"}\n', b"\xff\xfe{\0}\0"],
+)
 def test_every_kind_of_torn_end_is_removed(tmp_path, tail):
     run = RunDirectory(tmp_path, str(tmp_path))
-    write_records(run.metrics, [1, 2], tail=tail)
+    write_records(run.metrics, [1, 2])
+    with run.metrics.open("ab") as file:
+        file.write(tail)
     assert run.cut_back(9).torn == 1
     assert len(records(run.metrics)) == 2
 
