@@ -107,7 +107,7 @@ def test_mistakes_exit_with_status_2(
 def test_show_wants_a_number(collection: Path, capsys: pytest.CaptureFixture[str], count: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--config", str(collection), f"--show={count}"])
-    assert f"{count} is no number of examples" in capsys.readouterr().err
+    assert f"{count!r} is not a whole number from 0 on" in capsys.readouterr().err
 
 
 def test_a_training_config_is_tokenised_packed_and_reported(
