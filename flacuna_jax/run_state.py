@@ -118,7 +118,9 @@ def chosen_state(setup: Setup, checkpointer: Checkpointer, history: History, las
             "evaluation.deliver is best, and no checkpoint that is still there was measured; "
             "checkpoint.keep_best keeps them"
         )
-    say(f"delivering step {kept[0]}, the best by {settings.metric} ({history.values[kept[0]]:.4g})")
+    best = history.best(1)[0]
+    left = "" if kept[0] == best else f" of those that are left; the best was step {best} ({history.values[best]:.4g})"
+    say(f"delivering step {kept[0]}, the best by {settings.metric} ({history.values[kept[0]]:.4g}){left}")
     if kept[0] == last.step:
         return last
     trainable = checkpointer.read_trainable(kept[0], setup.layout.trainable)

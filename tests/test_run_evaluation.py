@@ -3,12 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from flacuna_jax.run_state import chosen_state
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
+from flacuna_jax.training.history import History
+from flacuna_jax.training.state import TrainState
 from tests.small_run import records, write_run
 from tests.test_end_to_end import adapter_bytes, run, stopped_after
 from tests.test_multihost import finish, start_hosts
@@ -268,3 +272,13 @@ def test_two_hosts_measure_what_one_measures(measured, tmp_path):
         assert record["eval/tokens"] == expected[step]["eval/tokens"]
     samples = [lines(directory / "samples.jsonl") for directory in (measured / "run", out)]
     assert samples[1] == samples[0], "greedy answers, from weights that differ by rounding"
+
+
+def test_what_is_delivered_as_best_is_not_called_the_best_if_that_is_gone():
+    """With checkpoint.keep_best: 0 the checkpoint of the best step may not be there any more."""
+    history = History(lower_is_better=True, values={4: 0.25, 8: 0.5, 12: 0.75})
+    setup = SimpleNamespace(config=SimpleNamespace(evaluation=SimpleNamespace(deliver="best", metric="eval/loss")))
+    said: list[str] = []
+    last = TrainState(8, {}, None)
+    assert chosen_state(setup, SimpleNamespace(steps=lambda: [8, 12]), history, last, said.append) is last
+    assert said == ["delivering step 8, the best by eval/loss (0.5) of those that are left; the best was step 4 (0.25)"]

@@ -381,7 +381,7 @@ def _read_errors(directory: epath.Path) -> Iterator[None]:
         raise
     except Exception as error:
         in_words = " ".join(str(error).split())
-        if known := _system_reason(error, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE):
+        if known := _system_reason(error, *_CLOSED, *_GONE):
             failure = UserError(f"{directory} cannot be read: {known}")
         elif is_bucket(directory) and _is_outage(error):
             failure = UserError(f"{directory} cannot be read: {in_words[:300]}")
@@ -417,10 +417,16 @@ def _write_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = _system_reason(error, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE)
+        known = _system_reason(error, *_FULL, *_CLOSED, *_GONE, errno.EIO)
         if known is None and not isinstance(error, OSError) and not is_bucket(path):
             raise
         raise UserError(f"checkpoint {path} cannot be written: {known or error}; earlier ones are intact") from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+_GONE = (errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
+"""What the mounts of a network say when their server went away."""
 
 
 def _system_reason(error: Exception, *numbers: int) -> str | None:

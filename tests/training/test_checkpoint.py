@@ -1,6 +1,8 @@
 """Checkpoints: the same bytes back on any layout, and never wrong bytes from a damaged directory."""
 
+import errno
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -314,6 +317,25 @@ def test_a_full_disk_is_one_message_and_leaves_the_checkpoint_before(small_disk,
         checkpointer.save(2, small, count, META)
     assert list_checkpoints(run_dir) == [2]
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EMFILE])
+def test_a_disk_that_is_gone_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch, number):
+    """A network's mount whose server went away, as TensorStore puts it."""
+    save_steps(tmp_path, [10])
+
+    def fail(*_, **__):
+        raise ValueError(f"RESOURCE_EXHAUSTED: Error reading local file: {os.strerror(number)}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(UserError, match=f"checkpoints cannot be read: {os.strerror(number)}"):
+            restore(tmp_path)
+        patched.setattr(ocp.CheckpointManager, "save", fail)
+        with pytest.raises(UserError, match=f"cannot be written: {os.strerror(number)}; earlier ones are intact"):
+            save_steps(tmp_path, [20])
+    assert list_checkpoints(tmp_path) == [10]
+    assert restore(tmp_path)[0].step == 10
 
 
 def test_a_path_that_is_a_file_is_one_message(tmp_path):
