@@ -176,8 +176,9 @@ def _parse_override(text: str) -> tuple[Location, Any]:
         raise UserError(f"{text!r} is not an override; write --section.key=value, for example --training.epochs=2")
     try:
         parsed, _ = _parse_yaml(value)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"{text!r}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError) as error:
+        what = error.problem if isinstance(error, yaml.MarkedYAMLError) else " ".join(str(error).split())
+        raise UserError(f"{text!r}: the value is not valid YAML: {what}") from None
     return tuple(int(part) if part.isdecimal() else part for part in name.split(".")), parsed
 
 
