@@ -1,8 +1,54 @@
-"""Kinds of numbers on command lines, for argparse's `type`, which names the option that is wrong."""
+"""Command lines: options, the settings that may stand between them, and kinds of numbers for argparse's `type`."""
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class _Paragraphs(argparse.HelpFormatter):
+    """Text in paragraphs, each as wide as the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a verb. What is mistyped gets one line with the nearest option instead of all that there are."""
+
+    def __init__(self, verb: str, description: str | None, epilog: str | None = None) -> None:
+        super().__init__(f"flacuna {verb}", description=description, epilog=epilog, formatter_class=_Paragraphs)
+        self._given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_with_overrides(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+        """Options, and what is left: `--section.key=value` settings of a config."""
+        options, overrides = self.parse_known_args(argv)
+        for text in overrides:
+            if self._nearest(text.partition("=")[0]):
+                self.error(f"unrecognized arguments: {text}")
+        return options, overrides
+
+    def error(self, message: str) -> NoReturn:
+        hints = [f"; write --config {text}" for text in self._given if text.endswith((".yaml", ".yml"))]
+        if not message.endswith("required: --config"):
+            hints = [f"; did you mean {near}?" for near in map(self._nearest, re.findall(r"--[\w-]+", message)) if near]
+        self.exit(2, f"error: {message}{hints[0] if hints else ''} ({self.prog} --help tells them all)\n")
+
+    def _nearest(self, option: str) -> str | None:
+        """The option that one of no such name may be meant for."""
+        known = {name.replace("_", "-"): name for name in self._option_string_actions if name.startswith("--")}
+        if option in known.values():
+            return None
+        near = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.85)
+        return known[near[0]] if near else None
 
 
 def whole(least: int) -> Callable[[str], int]:

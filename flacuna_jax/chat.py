@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template, Turn, named_template
 from flacuna_jax.data.tokenization import tokenize_prompt
@@ -185,9 +186,7 @@ def _tell(chat: Chat, line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flacuna chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("chat", __doc__)
     add = parser.add_argument
     add_model_options(parser)
     add("--beside-base", action="store_true", help="answer with the base too")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, run_verb
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import CONFIG_FILE
@@ -132,9 +133,9 @@ def _check_server(server: Server, directory: Path, records: Sequence[Record], co
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flacuna check",
-        description="Compares what was exported or converted, or a server of it, with what was recorded.",
+    parser = Parser(
+        "check",
+        "Compares what was exported or converted, or a server of it, with what was recorded.",
     )
     parser.add_argument("directory", metavar="DIR", help="what `flacuna export` or `flacuna convert` wrote")
     parser.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server, http://localhost:8000")

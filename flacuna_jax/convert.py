@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver, names
@@ -87,9 +88,9 @@ STORED_DTYPES = {**DTYPES, "float16": np.dtype(np.float16)}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flacuna convert",
-        description="Converts a LLaMA checkpoint, Hugging Face's or Meta's, into the native one.",
+    parser = Parser(
+        "convert",
+        "Converts a LLaMA checkpoint, Hugging Face's or Meta's, into the native one.",
     )
     parser.add_argument(
         "model",

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.arguments import whole
+from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import TEMPLATES, Template, named_template
 from flacuna_jax.errors import UserError
@@ -224,9 +224,7 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flacuna evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("evaluate", __doc__)
     add = parser.add_argument
     add_model_options(parser)
     add("--name", help="what tables call the model")

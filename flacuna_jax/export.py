@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.arguments import whole
+from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig, RunConfig
 from flacuna_jax.config_files import load_config
@@ -218,9 +218,7 @@ def _report(written: deliver.Delivery) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flacuna export", description="Writes a run as a PEFT adapter or a merged Hugging Face model, verified."
-    )
+    parser = Parser("export", "Writes a run as a PEFT adapter or a merged Hugging Face model, verified.")
     parser.add_argument("run", metavar="RUN", help="output directory of a training run")
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--format", required=True, choices=("adapter", "merged"))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import TEMPLATES, Template, Turn, named_template
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
@@ -150,9 +151,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flacuna generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("generate", __doc__)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the user says")
     parser.add_argument("--file", metavar="TXT", help="prompts, one per line, or .jsonl; - is standard input")
     add_model_options(parser)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from flacuna_jax.arguments import amount, whole
+from flacuna_jax.arguments import Parser, amount, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config
@@ -45,9 +45,9 @@ LLAMA_SIZES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="flacuna plan",
-        description="Says what a run takes on a machine: memory, time, exchanges, cost; and whether it fits.",
+    parser = Parser(
+        "plan",
+        "Says what a run takes on a machine: memory, time, exchanges, cost; and whether it fits.",
         epilog="Any setting of the config can be overridden: --mesh='{data: 4}' --training.remat=full --lora=null",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--sizes", choices=LLAMA_SIZES, help="plan for a LLaMA of these sizes instead of model.path's")
     parser.add_argument("--examples", type=whole(1), metavar="N", help="of an epoch, where the data are not here")
     parser.add_argument("--estimate", action="store_true", help="from the sizes alone, without compiling")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_with_overrides(argv)
     plan(arguments, load_config(arguments.config, overrides))
     return None
 

@@ -4,7 +4,6 @@ A config with `sources` describes a collection: it is built into its output_dir 
 with `data` is a training run's: its sources are tokenised, packed and reported, exactly as training sees them.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from flacuna_jax.arguments import whole
+from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, top_level_keys
@@ -43,9 +42,9 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="flacuna prepare",
-        description="Builds the FLAN-mini collection from its sources, or reports the data of a training config.",
+    parser = Parser(
+        "prepare",
+        "Builds the FLAN-mini collection from its sources, or reports the data of a training config.",
         epilog="Any setting of the config can be overridden: --seed=7 --sources.0.examples=1000",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="configs/flan_mini.yaml, or a training config")
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument(
         "--cache", default=str(default_directory()), metavar="DIR", help="tokenised corpora of training configs"
     )
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_with_overrides(argv)
     keys = top_level_keys(arguments.config)
     if "data" in keys or "model" in keys:
         if arguments.scale is not None:

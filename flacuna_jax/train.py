@@ -4,7 +4,6 @@ Reads top to bottom: model, data, plan, starting state, loop, export. Every part
 them together.
 """
 
-import argparse
 import datetime
 import functools
 import json
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 import jax
 
 from flacuna_jax import distributed
+from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, leave, run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, require_settings
@@ -58,9 +58,9 @@ from flacuna_jax.training.stop import Stopped, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="flacuna train",
-        description="Fine-tunes a LLaMA: LoRA adapters, or every weight with lora: null.",
+    parser = Parser(
+        "train",
+        "Fine-tunes a LLaMA: LoRA adapters, or every weight with lora: null.",
         epilog="Any setting of the config can be overridden: --training.epochs=2 --data.sources.0.path=my.jsonl. "
         f"Exit status: 0 done; 2 the input is wrong; {EXIT_STOPPED} a signal ended the run (SIGTERM, SIGINT, "
         "SIGHUP, SIGUSR1, SIGUSR2), its state is saved, the same command continues it; 1 anything else.",
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument(
         "--inspect_step", type=int, metavar="N", help="only tell, as JSON, which examples step N holds and their losses"
     )
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_with_overrides(argv)
     config = load_config(arguments.config, overrides)
     require_supported(config.output_dir)
     with StopRequest() as stop, steady_output():
