@@ -25,7 +25,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.sharding import check_tensor_parallelism
+from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
 from flacuna_jax.model_source import architecture_sizes, with_rope_scaling
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
@@ -79,6 +79,8 @@ def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
         plans = search(choices(workload, machine), machine, devices, notify=note)
     else:
         plans = [_plan_as_configured(config, workload, machine, devices)]
+        for warning in idle_devices(plans[0].layout.mesh.devices, machine.devices):
+            note(f"note: {warning}")
     if arguments.html:
         write_html(arguments.html, plans)
     best = plans[0]

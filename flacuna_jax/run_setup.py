@@ -5,7 +5,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,14 @@ from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params, quantize
-from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings, row_shards, split_everywhere
+from flacuna_jax.model.sharding import (
+    check_mesh,
+    idle_devices,
+    make_mesh,
+    parameter_shardings,
+    row_shards,
+    split_everywhere,
+)
 from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
@@ -284,14 +291,21 @@ def plan_lines(setup: Setup) -> list[str]:
         f"fill {100 * plan.fill:.2f} %",
         f"steps      {plan.total_steps:,} in {epochs}: {plan.rows_per_step} rows, "
         f"{plan.examples_per_step:.1f} examples each",
-        f"devices    {setup.mesh.size} × {kind}: {axes}; {plan.accumulation} micro-batches of {plan.micro_rows} rows, "
-        f"remat {config.training.remat}",
-        *(f"warning    {warning}" for warning in (*plan.warnings, *_context_warning(setup))),
+        f"devices    {setup.mesh.size} × {kind}: {axes}; {_counted(plan.accumulation, 'micro-batch', 'es')} of "
+        f"{_counted(plan.micro_rows, 'row')}, remat {config.training.remat}",
+        *(f"warning    {warning}" for warning in _warnings(setup)),
     ]
 
 
-def _context_warning(setup: Setup) -> list[str]:
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{plural if count != 1 else ''}"
+
+
+def _warnings(setup: Setup) -> Sequence[str]:
+    warnings = [*setup.plan.warnings, *idle_devices(setup.mesh.size, jax.device_count())]
     length, context = setup.config.data.max_length, setup.spec.config.max_position_embeddings
-    if length <= context:
-        return []
-    return [f"max_length {length} exceeds the model's context of {context}; model.rope_scaling stretches it"]
+    if length > context:
+        warnings.append(
+            f"max_length {length} exceeds the model's context of {context}; model.rope_scaling stretches it"
+        )
+    return warnings

@@ -235,6 +235,11 @@ def _slice_index(device: jax.Device) -> int:
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
+def idle_devices(used: int, present: int) -> list[str]:
+    """What is said where a mesh leaves devices out."""
+    return [f"mesh uses {used} of {present} devices; mesh: auto uses all"] if used < present else []
+
+
 def check_mesh(mesh: Mesh, num_heads: int, num_kv_heads: int, intermediate_size: int) -> None:
     """`check_tensor_parallelism` of a mesh."""
     check_tensor_parallelism(mesh.shape["tensor"], num_heads, num_kv_heads, intermediate_size)

@@ -71,9 +71,13 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
 def _run_length(plan: Plan, price: float | None) -> str:
     if plan.hours is None:
         return "number of steps unknown without the data: say --examples N"
-    text = f"{plan.workload.statistics.steps:,} steps, {plan.hours:,.1f} hours"
+    text = f"{plan.workload.statistics.steps:,} steps, {_time(plan.hours)}"
     cost = plan.cost(price)
     return text if cost is None else f"{text}, {cost:,.0f} at {price:g} per device and hour"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
 
 
 def _headroom(plan: Plan) -> str:

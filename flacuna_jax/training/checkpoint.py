@@ -244,7 +244,7 @@ def restore_adapters(run_dir: str | os.PathLike[str], step: int | None = None) -
     if step not in steps:
         raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     directory = _checkpoints_of(run_dir)
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     on_host = jax.default_device(jax.local_devices(backend="cpu")[0])
     with on_host, _open_manager(directory, options) as manager:
         try:

@@ -36,6 +36,13 @@ def test_without_the_compiler_it_says_which_extra_brings_it_and_estimates(capsys
     assert "flacuna-jax[tpu]" in capsys.readouterr().err.replace("\n", "")
 
 
+def test_devices_that_are_left_out_are_told(capsys):
+    assert run("--target", "4xA6000", "--mesh={fsdp: 2}", "--examples", "1000") == 0
+    printed = capsys.readouterr()
+    assert "mesh uses 2 of 4 devices; mesh: auto uses all" in " ".join(printed.err.split())
+    assert "minutes" in printed.out
+
+
 def test_what_does_not_fit_gets_advice(capsys):
     assert run("--target", "4x3090", "--training.remat=none") == 0
     printed = capsys.readouterr().out
