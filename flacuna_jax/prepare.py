@@ -21,6 +21,7 @@ from flacuna_jax.config_files import load_config, top_level_keys
 from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
+from flacuna_jax.data.held_out import split
 from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_run
@@ -120,7 +121,11 @@ def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool =
 def prepare_run(
     config: RunConfig, cache: Path, output: str | None, show: int, benchmarks: dict[str, str], say: Say = print
 ) -> None:
-    """Tokenises (or finds in the cache), packs and reports the data of a training config."""
+    """Tokenises (or finds in the cache), packs and reports the data of a training config, without what it holds out.
+
+    Raises:
+      UserError: the data cannot be used; or, when all is told, a run with these settings would be refused.
+    """
     _make_directory(cache, "--cache")
     if output is not None:
         _make_directory(Path(output), "--output")
@@ -129,11 +134,20 @@ def prepare_run(
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
     store, report = cached_store(config.data, tokenizer, fingerprint, cache, say)
+    held_out: list[tuple[str, str]] = []
+    settings = config.evaluation
+    if settings is not None and settings.fraction is not None:
+        store, measured = split(store, settings.fraction, settings.max_examples)
+        held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
     # One shard: how many rows go through at once does not change which rows there are, nor the steps.
     shards = 1
     if config.training.batch_unit == "rows":
         config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
-    plan = plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+    plan, refused = None, None
+    try:
+        plan = plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+    except UserError as error:
+        refused = error
     weights = [source.weight for source in config.data.sources]
     epoch = epoch_examples(store.source_index, weights, config.seed, 0)
     packing = PackingFacts.of(
@@ -143,16 +157,19 @@ def prepare_run(
         config.data.packing,
         config.seed,
     )
-    batch = [
-        ("rows per step", f"{plan.rows_per_step:,}"),
-        ("examples per step", f"{plan.examples_per_step:.1f}"),
-        ("optimizer steps", f"{plan.total_steps:,}"),
-    ]
+    batch = held_out
+    if plan is not None:
+        batch = [
+            ("rows per step", f"{plan.rows_per_step:,}"),
+            ("examples per step", f"{plan.examples_per_step:.1f}"),
+            ("optimizer steps", f"{plan.total_steps:,}"),
+            *held_out,
+        ]
     leakage = _leakage(scan, _source_texts(config), say)
     document = run_document(store, report, weights, epoch, packing, batch, leakage)
     for line in report.lines():
         say(line)
-    for warning in plan.warnings:
+    for warning in plan.warnings if plan is not None else ():
         say(f"warning: {warning}")
     if output is not None:
         _write_report(Path(output), document, say)
@@ -160,6 +177,8 @@ def prepare_run(
         say("\n".join(f"{label}: {value}" for label, value in document.facts))
     if show:
         _show_store(store, tokenizer, show)
+    if refused is not None:
+        raise refused
 
 
 def _make_directory(directory: Path, setting: str) -> None:

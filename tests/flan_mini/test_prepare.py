@@ -1,4 +1,5 @@
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -131,6 +132,15 @@ def test_a_training_config_is_tokenised_packed_and_reported(
     assert "no answer in the record" in (tmp_path / "report/report.md").read_text()
     assert run_verb(main, command) == 0
     assert "tokenised data: hit" in capsys.readouterr().out
+    assert run_verb(main, [*command, "--data.sources.0.weight=1.0", "--evaluation.fraction=0.2"]) == 0
+    said = capsys.readouterr().out
+    kept, held_out = (int(re.findall(rf"^{label}: (\d+)", said, re.MULTILINE)[0]) for label in ("records", "held out"))
+    assert held_out > 0
+    assert kept + held_out == 40
+    assert run_verb(main, [*command, "--training.warmup_steps=3000"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("with loss") == 2, "the data are shown all the same"
+    assert "training.warmup_steps 3000 is not shorter" in printed.err
     assert run_verb(main, [*command, "--scale", "0.5"]) == 2
     assert run_verb(main, [*command, "--cache", "/dev/null/cache"]) == 2
     assert "/dev/null/cache: cannot be written to" in capsys.readouterr().err
