@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
 from flacuna_jax.flan_mini.draw import UNTRIED, Candidates
-from flacuna_jax.flan_mini.work import Arrays, Result
+from flacuna_jax.flan_mini.work import WRITTEN, Arrays, Result
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,9 @@ class Statistics:
     def of_source(
         name: str, candidates: Candidates, keys: NDArray[np.uint64], used: NDArray[np.int32], written: Sequence[Arrays]
     ) -> "Statistics":
-        merged = {
-            column: np.concatenate([arrays[column] for arrays in written])
-            for column in ("record_keys", "part", "length", "supervised", "traits", "text")
+        merged = {  # of no files, where nothing of the source is wanted
+            column: np.concatenate([np.zeros(0, kind), *(arrays[column] for arrays in written)])
+            for column, kind in WRITTEN.items()
         }
         places = np.minimum(np.searchsorted(keys, merged["record_keys"]), max(len(keys) - 1, 0))
         taken = (keys[places] == merged["record_keys"]) & (merged["part"] < used[places]) if len(keys) else []

@@ -25,7 +25,7 @@ from flacuna_jax.flan_mini.items import Item, hash64, item_from_json, ranks
 from flacuna_jax.flan_mini.readers import READERS
 from flacuna_jax.flan_mini.records import Outcome, RecordMaker
 from flacuna_jax.flan_mini.templates import load_families, load_shapes
-from flacuna_jax.flan_mini.work import Arrays, Result, load_result, writing
+from flacuna_jax.flan_mini.work import WRITTEN, Arrays, Result, load_result, writing
 
 LoadTokenizer = Callable[[], Tokenizer]
 
@@ -220,10 +220,10 @@ def _outcome_result(outcomes: Sequence[Outcome], seed: int) -> Result:
         for part, record in enumerate(outcome.records):
             digest = hash64("text", record.content)
             rows.append((outcome.key, part, record.length, record.supervised, record.traits, digest))
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 6
-    dtypes = (np.uint64, np.int32, np.int32, np.int32, np.int32, np.uint64)
-    names = ("record_keys", "part", "length", "supervised", "traits", "text")
-    arrays = {name: np.array(column, dtype) for name, column, dtype in zip(names, columns, dtypes, strict=True)}
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(WRITTEN)
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.array(column, kind) for (name, kind), column in zip(WRITTEN.items(), columns, strict=True)
+    }
     candidate_columns = list(zip(*per_candidate, strict=True)) if per_candidate else [()] * 3
     for name, column, dtype in zip(
         ("keys", "parts", "reason"), candidate_columns, (np.uint64, np.int32, np.int32), strict=True

@@ -12,12 +12,24 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
+WRITTEN: Mapping[str, type[np.generic]] = MappingProxyType(
+    {
+        "record_keys": np.uint64,
+        "part": np.int32,
+        "length": np.int32,
+        "supervised": np.int32,
+        "traits": np.int32,
+        "text": np.uint64,
+    }
+)
+"""Columns of the records that a job has written."""
 
 
 @dataclass(frozen=True)

@@ -345,3 +345,17 @@ def test_raw_rows_of_the_benchmarks_become_records(tmp_path: Path, test_data: Pa
     built = run(sources.config(tmp_path / "out", source | {"few_shot": 0.5}, on_short="report"))
     assert built.accounts[0].records == built.accounts[0].distinct > 3
     assert set(built.accounts[0].per_task) == {task["name"] for task in tasks}
+
+
+@pytest.mark.parametrize("settings", [{"include": ("typo*",)}, {"exclude": ("*",)}, {"shares": {"fs_opt": 1.0}}])
+def test_a_source_of_which_nothing_is_wanted_is_short_of_all(tmp_path: Path, settings: dict[str, Any]) -> None:
+    flan = str(sources.jsonl(tmp_path / "flan.jsonl", sources.flan_rows(20)))
+    (tmp_path / "alpaca.json").write_text(json.dumps(sources.alpaca_rows(5)))
+    both = (
+        {"name": "flan", "kind": "flan_rows", "path": flan, "examples": 20, **settings},
+        {"name": "alpaca", "kind": "alpaca", "path": str(tmp_path / "alpaca.json"), "examples": 5},
+    )
+    with pytest.raises(UserError, match="flan: 0 of 20 records"):
+        run(sources.config(tmp_path / "a", *both))
+    built = run(sources.config(tmp_path / "b", *both, on_short="report"))
+    assert (built.records, account(built, "flan").records) == (5, 0)
