@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ from flacuna_jax.model.sharding import (
 from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
-from flacuna_jax.training.bucket import read_text
+from flacuna_jax.training.bucket import is_bucket, read_text
 from flacuna_jax.training.code_version import code_fingerprints, library_versions, package_fingerprint
 from flacuna_jax.training.local_run import local_run
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -178,6 +179,17 @@ def open_parts(config: RunConfig) -> Parts:
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
     check_batch_arithmetic(config.training, row_shards(mesh))
     return Parts(config, source, mesh)
+
+
+def require_output_apart(config: RunConfig) -> None:
+    """Raises UserError if a directory of data holds output_dir, whose files would be read as data by the next start."""
+    sources = (*config.data.sources, *(config.evaluation.sources if config.evaluation else ()))
+    for source in () if is_bucket(config.output_dir) else sources:
+        if Path(config.output_dir).resolve().is_relative_to(Path(source.path).resolve()):
+            raise UserError(
+                f"output_dir {config.output_dir} lies in {source.path}, which is read as data with all that it holds; "
+                "choose an output_dir elsewhere, or name the files"
+            )
 
 
 def set_up(parts: Parts, say: Say) -> Setup:

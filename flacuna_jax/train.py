@@ -32,6 +32,7 @@ from flacuna_jax.run_setup import (
     open_parts,
     peak_flops,
     plan_lines,
+    require_output_apart,
     say_at_once,
     say_nothing,
     say_on_stderr,
@@ -101,6 +102,7 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
     """
     require_settings(config.checkpoint.allow_changes, tuple(WORDS), "checkpoint.allow_changes")
     distributed.initialize(config.distributed)
+    require_output_apart(config)
     tasks = read_tasks(config)
     model = open_parts(config)
     primary = jax.process_index() == 0

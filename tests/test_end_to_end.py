@@ -153,6 +153,16 @@ def test_four_devices_give_the_same_run(finished, tmp_path):
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
 
 
+def test_a_run_in_the_directory_of_its_data_is_refused(finished, tmp_path, capsys):
+    """It could not be continued: the next start would read metrics.jsonl as data."""
+    shutil.copy(finished / "data.json", tmp_path)
+    source = f"--data.sources.0.path={tmp_path}"
+    for out in (tmp_path / "run", tmp_path):
+        assert run(finished / "config.yaml", f"--output_dir={out}", source) == 2
+        assert f"output_dir {out} lies in {tmp_path}, which is read as data" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+
+
 @pytest.mark.parametrize("text", ["{{{ not: yaml", "\0\0\0", "an_old_setting: 3\n", "text"])
 def test_a_damaged_config_of_the_run_is_no_reason_not_to_continue(finished, tmp_path, text):
     """It is what `auto` was decided by; the checkpoints hold the settings that count."""
