@@ -399,7 +399,10 @@ class EvaluationConfig(Section):
 
     @property
     def lower_is_better(self) -> bool:
-        return "loss" in self.metric or "perplexity" in self.metric
+        # eval/MEASURE/SOURCE and tasks/NAME/MEASURE; what sources and tasks are called says nothing.
+        parts = self.metric.split("/")
+        measure = parts[1] if self.metric.startswith("eval/") else parts[-1]
+        return "loss" in measure or "perplexity" in measure
 
 
 class LoggingConfig(Section):

@@ -258,6 +258,23 @@ def test_names_of_other_trainers_lead_to_ours(tmp_path):
             load_config(tmp_path / "c.yaml", [override])
 
 
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        ("eval/loss", True),
+        ("eval/perplexity/glossary", True),
+        ("eval/token_accuracy/glossary", False),
+        ("tasks/lambada/perplexity,none", True),
+        ("tasks/glossary/acc,none", False),
+        ("tasks/mmlu:5/faithful", False),
+    ],
+)
+def test_what_is_better_is_told_by_the_measure_and_not_by_names(tmp_path, metric, lower):
+    evaluation = load(tmp_path, MINIMAL, f"--evaluation={{fraction: 0.1, metric: '{metric}'}}").evaluation
+    assert evaluation is not None
+    assert evaluation.lower_is_better == lower
+
+
 def test_of_several_overrides_the_one_at_fault_is_named(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(MINIMAL)
