@@ -79,10 +79,12 @@ def base_change(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     """A line if a byte of the frozen weights is another than in the run of the checkpoint.
 
     Their fingerprint, which is compared before they are read, knows samples of each tensor; this, all of them as they
-    are in memory. On another kind of device, which may quantise in another way, nothing is said.
+    are in memory. Where they are computed, quantised or drawn, another mesh or device may round in another way, and
+    nothing is said.
     """
     before, now = saved.get(BASE_CHECKSUM), current.get(BASE_CHECKSUM)
-    if before is None or before == now or saved.get("device") != current.get("device"):
+    computed = current["config"]["model"]["quantization"] is not None or current["fingerprints"]["base"] == "random"
+    if before is None or before == now or (computed and rounding_changes(saved, current)):
         return None
     return _line(BASE_CHECKSUM, before, now)
 

@@ -177,12 +177,20 @@ def test_other_libraries_are_noted():
 
 
 def test_a_byte_of_the_base_that_no_sample_shows():
-    before, now = meta(base_checksum="c1", device="A"), meta(base_checksum="c2", device="A")
+    before, now = meta(base_checksum="c1"), meta(base_checksum="c2")
     assert base_change(before, now) == "base_checksum: c1 in the checkpoint, c2 now"
-    assert compare_meta(before, meta(device="A")) == [], "it is not known before the weights are read"
+    assert compare_meta(before, meta()) == [], "it is not known before the weights are read"
     assert base_change(before, before) is None
-    assert base_change(before, meta(base_checksum="c2", device="B")) is None
-    assert base_change(meta(device="A"), now) is None, "a checkpoint from before it was noted"
+    assert base_change(meta(), now) is None, "a checkpoint from before it was noted"
+
+
+@pytest.mark.parametrize("elsewhere", [{"device": "B"}, {"libraries": {"jax": "0.11.2"}}])
+def test_a_base_that_is_computed_may_be_rounded_otherwise_elsewhere(elsewhere):
+    quantized = "--model.quantization=nf4"
+    before = meta(quantized, base_checksum="c1")
+    assert base_change(before, meta(quantized, base_checksum="c2")) is not None
+    assert base_change(before, meta(quantized, base_checksum="c2", **elsewhere)) is None
+    assert base_change(meta(base_checksum="c1"), meta(base_checksum="c2", **elsewhere)) is not None, "only read"
 
 
 def test_another_kind_of_device_is_noted():
