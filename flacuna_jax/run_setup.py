@@ -45,7 +45,7 @@ from flacuna_jax.planning.targets import known_target
 from flacuna_jax.training.bucket import is_bucket, read_text
 from flacuna_jax.training.code_version import code_fingerprints, library_versions, package_fingerprint
 from flacuna_jax.training.local_run import local_run
-from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
 from flacuna_jax.training.state import StateLayout
 
 Say = Callable[[str], None]
@@ -174,6 +174,8 @@ def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
 def open_parts(config: RunConfig) -> Parts:
     """Raises UserError for a model that is not there, or devices that do not go with it or with the batch."""
     source = open_model(config.model, config.data.max_length)
+    spec = model_spec(config, source)
+    require_words(config.training.no_decay, (*spec.base_shapes, *spec.lora_shapes))
     config = resolve_auto(config, source)
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)

@@ -4,7 +4,7 @@ Parameters, gradients and moments are flat dicts `{"layers/q_proj/lora_a": array
 float32, whatever the dtype of the parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import TrainingConfig
+from flacuna_jax.errors import UserError
 from flacuna_jax.training.guard import guarded
 
 Params = dict[str, jax.Array]
@@ -152,6 +153,13 @@ def is_decayed(path: str, no_decay: tuple[str, ...] = TrainingConfig().no_decay)
     Decided by name: in stacked layers a norm's weight is a two-dimensional [layers, width] array.
     """
     return not any(word in path for word in no_decay)
+
+
+def require_words(no_decay: Sequence[str], paths: Collection[str]) -> None:
+    """Raises UserError for a word, other than the default ones, that is in no parameter's name: it would spare none."""
+    for word in set(no_decay) - set(TrainingConfig().no_decay):
+        if not any(word in path for path in paths):
+            raise UserError(f"training.no_decay: {word!r} is in no parameter's name; there are {', '.join(paths)}")
 
 
 def optimizer_state_shardings(

@@ -10,6 +10,7 @@ import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import MeshConfig, TrainingConfig
+from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_shapes, init_params
 from flacuna_jax.model.sharding import make_mesh
@@ -17,6 +18,7 @@ from flacuna_jax.training.optimizer import (
     is_decayed,
     learning_rate_schedule,
     make_optimizer,
+    require_words,
     optimizer_state_shardings,
 )
 from flacuna_jax.training.state import StateLayout
@@ -241,6 +243,15 @@ def test_decay_applies_to_matrices_and_adapters_only():
     assert not is_decayed("layers/q_proj/lora_magnitude")
     assert is_decayed("lm_head/weight")
     assert is_decayed("embed_tokens/weight", no_decay=("norm",))
+
+
+def test_a_word_that_spares_nothing_is_named():
+    paths = ["embed_tokens/weight", "layers/input_layernorm/weight", "layers/q_proj/lora_a"]
+    require_words((*TrainingConfig().no_decay, "lora_a", "layernorm"), paths)
+    with pytest.raises(
+        UserError, match=r"'LayerNorm\.weight' is in no parameter's name; there are embed_tokens/weight, "
+    ):
+        require_words(("bias", "LayerNorm.weight"), paths)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
