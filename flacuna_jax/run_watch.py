@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from flacuna_jax.config import EvaluationConfig
 from flacuna_jax.data.pipeline import BatchStream
 from flacuna_jax.run_setup import Say, Setup, plan_lines
 from flacuna_jax.training.checkpoint import Checkpointer, Meta
@@ -74,6 +75,20 @@ def measurement_is_due(setup: Setup, history: History, step: int) -> bool:
     """Whether a run that begins after `step` updates is first measured."""
     settings = setup.config.evaluation
     return settings is not None and is_due(settings, history, step, setup.plan.total_steps)
+
+
+def say_if_worse(directory: RunDirectory, settings: EvaluationConfig | None, history: History, say: Say) -> None:
+    """At the end: that no evaluation was as good as the one before the first step."""
+    if settings is None or not history.values:
+        return
+    at_first = (record for record in read_metrics(directory.metrics) if record.get("kind") == "evaluation")
+    before = next((record.get(settings.metric) for record in at_first if record["step"] == 0), None)
+    best = history.values[history.best(1)[0]]
+    if before is not None and not (best <= before if settings.lower_is_better else best >= before):
+        say(
+            f"warning    {settings.metric} was {before:.4g} before the first step and is {best:.4g} at its best; "
+            "a lower training.learning_rate is the first thing to try"
+        )
 
 
 def say_what_is_cut(cut: CutBack, step: int, say: Say) -> None:

@@ -39,7 +39,7 @@ from flacuna_jax.run_setup import (
     set_up,
 )
 from flacuna_jax.run_state import chosen_state, fresh_state, newest_state, starting_point
-from flacuna_jax.run_watch import Watch, measurement_is_due, report_on, say_what_is_cut
+from flacuna_jax.run_watch import Watch, measurement_is_due, report_on, say_if_worse, say_what_is_cut
 from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
 from flacuna_jax.training.bucket import is_bucket, open_output, require_supported
 from flacuna_jax.training.checkpoint import Checkpointer
@@ -194,6 +194,7 @@ def run(
     say(f"{state.step - first:,} steps in {taken}: {state.step:,} are done{before}")
     if end == "enough":
         say(f"stopped early: no new best in {history.since_best} evaluations")
+    say_if_worse(directory, config.evaluation, history, say)
     course = "finished" if end == "finished" else f"finished early, after step {state.step:,}"
     chosen = chosen_state(setup, checkpointer, history, state, say)
     if chosen.step != state.step:

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from flacuna_jax.config import EvaluationConfig
 from flacuna_jax.run_state import chosen_state
+from flacuna_jax.run_watch import say_if_worse
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.training.history import History
+from flacuna_jax.training.run_directory import RunDirectory
 from flacuna_jax.training.state import TrainState
 from tests.small_run import records, write_run
 from tests.test_end_to_end import adapter_bytes, run, stopped_after
@@ -104,6 +107,28 @@ def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, monkeyp
     assert lines(tmp_path / "run" / "samples.jsonl") == lines(measured / "run" / "samples.jsonl")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(measured / "run")
     assert list_checkpoints(tmp_path / "run") == list_checkpoints(measured / "run")
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "says"),
+    [
+        ("eval/loss", (2.0, 3.0, 2.5), "eval/loss was 2 before the first step and is 2.5 at its best"),
+        ("eval/loss", (2.0, 3.0, 1.9), None),
+        ("tasks/mmlu:5/faithful", (30.0, 10.0, 20.0), "was 30 before the first step and is 20 at its best"),
+        ("tasks/mmlu:5/faithful", (30.0, 10.0, 30.0), None),
+        ("tasks/mmlu:5/faithful", (None, 10.0, 30.0), None),
+    ],
+)
+def test_a_run_that_was_best_before_it_began_says_so(tmp_path, metric, values, says):
+    settings = EvaluationConfig(fraction=0.1, metric=metric)
+    history = History(settings.lower_is_better)
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, value in zip((0, 5, 10), values, strict=True):
+            file.write(json.dumps({"step": step, "kind": "evaluation"} | ({metric: value} if value else {})) + "\n")
+            history.add(step, value if step else None)
+    said: list[str] = []
+    say_if_worse(RunDirectory(tmp_path, str(tmp_path)), settings, history, said.append)
+    assert [says in line for line in said] == [True] * bool(says)
 
 
 def test_a_run_that_gets_worse_stops_and_delivers_its_best(measured, tmp_path, capsys):

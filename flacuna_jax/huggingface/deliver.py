@@ -63,7 +63,9 @@ class Delivery:
 
     @property
     def size(self) -> str:
-        return f"{self.nbytes / 1e9:.2f} GB" if self.nbytes > 1e9 else f"{self.nbytes / 1e6:.3g} MB"
+        if self.nbytes > 1e9:
+            return f"{self.nbytes / 1e9:.2f} GB"
+        return f"{self.nbytes / 1e6:.3g} MB" if self.nbytes > 1e6 else f"{self.nbytes / 1e3:.3g} kB"
 
 
 @dataclasses.dataclass(frozen=True)
