@@ -18,8 +18,8 @@ from flacuna_jax.training.optimizer import (
     is_decayed,
     learning_rate_schedule,
     make_optimizer,
-    require_words,
     optimizer_state_shardings,
+    require_words,
 )
 from flacuna_jax.training.state import StateLayout
 
