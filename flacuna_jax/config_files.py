@@ -269,8 +269,10 @@ def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | No
 
 
 def _as_number(value: Any, whole: bool) -> str | None:
+    text = str(float(value)) if isinstance(value, bool) else str(value).strip()
+    thousands = re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text)
     try:
-        number = float(str(value).replace(",", "").replace("_", "")) if not isinstance(value, bool) else float(value)
+        number = float(text.replace(",", "" if thousands else "."))
         return str(round(number)) if whole else f"{number:g}" if math.isfinite(number) else None
     except (ValueError, OverflowError):
         return None

@@ -124,6 +124,7 @@ MISTAKES = {
     "no epochs": (MINIMAL, ("--training.epochs=0",), "training.epochs", "valid would be 1"),
     "a part of an epoch": (MINIMAL, ("--training.epochs=2.4",), "training.epochs", "valid would be 2"),
     "count in quotes": (MINIMAL, ("--training.max_steps='1,000'",), "training.max_steps", "valid would be 1000"),
+    "a decimal comma": (MINIMAL, ("--lora.dropout=0,05",), "lora.dropout", "valid would be 0.05"),
     "rate in quotes": (MINIMAL, ("--training.learning_rate='2e-5'",), "training.learning_rate", "valid would be 2e-05"),
     "infinite rate": (MINIMAL, ("--training.learning_rate=.inf",), "training.learning_rate", "finite"),
     "rate not a number": (MINIMAL, ("--training.learning_rate=.nan",), "training.learning_rate", "finite"),
