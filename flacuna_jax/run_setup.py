@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -187,7 +188,8 @@ def require_output_apart(config: RunConfig) -> None:
     """Raises UserError if a directory of data holds output_dir, whose files would be read as data by the next start."""
     sources = (*config.data.sources, *(config.evaluation.sources if config.evaluation else ()))
     for source in () if is_bucket(config.output_dir) else sources:
-        if Path(config.output_dir).resolve().is_relative_to(Path(source.path).resolve()):
+        # Not Path.resolve, which raises where links lead in a circle.
+        if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(source.path)):
             raise UserError(
                 f"output_dir {config.output_dir} lies in {source.path}, which is read as data with all that it holds; "
                 "choose an output_dir elsewhere, or name the files"

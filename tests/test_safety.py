@@ -80,3 +80,9 @@ def test_errors_and_refusals_name_no_secret(ran, capsys, monkeypatch):
     assert run(config, "--model.tokenizer=nowhere", f"--output_dir={ran.parent / 'other'}") == 2
     said = capsys.readouterr()
     assert "1d7c0ffee" not in said.out + said.err
+
+
+def test_links_that_lead_in_a_circle(tmp_path, ran, capsys):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    assert run(ran.parent / "config.yaml", f"--output_dir={tmp_path / 'circle'}") == 2
+    assert "circle cannot be written" in capsys.readouterr().err
