@@ -491,7 +491,7 @@ def test_stopped_between_a_step_and_its_evaluation_the_next_start_makes_it(undis
     assert_same_evaluated_run(out, evaluated)
 
 
-def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evaluated, tmp_path, monkeypatch):
+def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evaluated, tmp_path, monkeypatch, capsys):
     """Stopped before it, stopped again in it, killed right behind it; a kill is an exception here, which saves
     nothing."""
     out = tmp_path / "run"
@@ -516,6 +516,7 @@ def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evalua
         run(*arguments)
     assert 10 in dict(evaluations(out))
     assert run(*arguments) == 0
+    assert "records removed that no checkpoint knows, after step 10: 2" in capsys.readouterr().out
     assert_same_evaluated_run(out, evaluated)
 
 
