@@ -212,9 +212,8 @@ def _announce(seconds: float) -> None:
 
 def _report(written: deliver.Delivery) -> None:
     shift = "" if written.logit_shift is None else f"; rounding shifts logits by at most {written.logit_shift:.1e}"
-    print(
-        f"{written.directory}: {written.size} of weights in {len(written.files)} files, read back and verified{shift}"
-    )
+    files = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
+    print(f"{written.directory}: {written.size} of weights in {files}, read back and verified{shift}")
 
 
 def _parser() -> argparse.ArgumentParser:

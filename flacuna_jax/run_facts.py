@@ -21,14 +21,16 @@ def setting_rows(config: RunConfig) -> dict[str, str]:
     length = f"{training.epochs} epoch" + ("s" if training.epochs > 1 else "")
     if training.max_steps is not None:
         length += f" or {training.max_steps:,} steps, whichever is first"
-    warmup = f"{training.warmup_ratio:.3g} of all as" if training.warmup_ratio else training.warmup_steps
+    warmup = f"{training.warmup_steps} warm-up steps"
+    if training.warmup_ratio:
+        warmup = f"warm-up in the first {100 * training.warmup_ratio:g} % of the steps"
     return {
         "data": ", ".join(source.path for source in data.sources),
         "template": data.template,
         "loss on": f"{data.train_on} tokens, examples of at most {data.max_length} tokens",
         "length": length,
         "batch": f"{training.batch_size} {training.batch_unit}",
-        "learning rate": f"{training.learning_rate:g}, {training.schedule}, {warmup} warm-up steps",
+        "learning rate": f"{training.learning_rate:g}, {training.schedule}, {warmup}",
         "seed": str(config.seed),
     }
 

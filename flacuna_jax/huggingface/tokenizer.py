@@ -94,7 +94,7 @@ class FastTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; BOS, EOS and other special tokens have none."""
-        # A tokenizer.json need not mark BOS and EOS as special, where only tokenizer_config.json says that they are.
+        # tokenizers does not skip those that the vocabulary has besides, as that of TinyStories-656K does.
         text = [int(i) for i in ids if i not in (self.bos_id, self.eos_id)]
         return self._tokenizer.decode(text, skip_special_tokens=True)
 
