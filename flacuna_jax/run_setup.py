@@ -44,7 +44,12 @@ from flacuna_jax.model_source import ModelSource, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
 from flacuna_jax.training.bucket import is_bucket, read_text
-from flacuna_jax.training.code_version import code_fingerprints, library_versions, package_fingerprint
+from flacuna_jax.training.code_version import (
+    code_fingerprints,
+    compiler_settings,
+    library_versions,
+    package_fingerprint,
+)
 from flacuna_jax.training.local_run import local_run
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
 from flacuna_jax.training.state import StateLayout
@@ -113,6 +118,7 @@ class Setup:
             },
             "libraries": library_versions(),
             "device": self.mesh.devices.flat[0].device_kind,
+            "compiler": compiler_settings(),
             "rows_per_step": self.plan.rows_per_step,
             "total_steps": self.plan.total_steps,
         }

@@ -180,8 +180,12 @@ def run(
             evaluate_every=config.evaluation.every_steps if config.evaluation else None,
             stop=stop.poll,
         )
-        watch.evaluate_if_due(state)
-        state, end = (state, "enough") if watch.has_enough else loop.run(state)
+        try:
+            watch.evaluate_if_due(state)
+            state, end = (state, "enough") if watch.has_enough else loop.run(state)
+        except BadStep as reason:
+            report.finish(f"ended at a bad step: {str(reason).partition(';')[0]}")
+            raise
         stream.close()
         checkpointer.wait()
 

@@ -90,6 +90,7 @@ def test_stopping_says_where_and_leaves_the_checkpoints(poisoned, skipped, tmp_p
     assert "'the culprit'" in said
     assert "Traceback" not in said
     assert list(bad_steps(out)) == [first]
+    assert f"ended at a bad step: step {first}: loss nan, gradient norm nan" in (out / "report.html").read_text()
     assert not (out / "adapter").exists()
     # The policy may be changed on resume; what follows is what the run that skipped from its start did.
     assert run(poisoned / "config.yaml", *overrides_of(poisoned, out, "--training.on_bad_step=skip")) == 0

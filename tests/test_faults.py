@@ -416,6 +416,18 @@ def test_a_terminal_that_is_closed_ends_the_run_saved(undisturbed, tmp_path):
     assert list_checkpoints(out) == [max(losses(out))]
 
 
+def test_a_report_that_cannot_be_written_changes_no_status(undisturbed, tmp_path, capsys):
+    out = tmp_path / "run"
+    (out / "report.html").mkdir(parents=True)
+    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == EXIT_STOPPED
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
+    assert (
+        capsys.readouterr().out.count("warning: no report of a run that is ") == 4
+    )  # running, and how it ended; twice
+    assert_same_run(out, undisturbed / "run")
+
+
 def test_a_signal_in_the_last_save_is_answered_before_the_delivery(undisturbed, tmp_path, monkeypatch, capsys):
     out, last, save = tmp_path / "run", max(losses(undisturbed / "run")), train_verb.Watch.save
 

@@ -4,6 +4,7 @@ A run that is continued with other code may go on differently, and nothing in it
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from importlib import metadata, resources
 from pathlib import Path
@@ -18,6 +19,7 @@ PARTS = {
 the data's own fingerprint tells its result."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+COMPILER_SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
 def code_fingerprints() -> dict[str, str]:
@@ -27,6 +29,11 @@ def code_fingerprints() -> dict[str, str]:
 
 def library_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in LIBRARIES}
+
+
+def compiler_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the environment tells the compiler, with which the same code may round in another way."""
+    return {name: environment.get(name, "") for name in COMPILER_SETTINGS}
 
 
 def package_fingerprint() -> str:

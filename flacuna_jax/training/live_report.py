@@ -9,7 +9,10 @@ SHARE = 0.02
 
 
 class LiveReport:
-    """Args: `write` writes the report with the status it is given; `say` is told of the first failure."""
+    """One that cannot be written ends no run, and does not change how one ended.
+
+    Args: `write` writes the report with the status it is given; `say` is told of a failure.
+    """
 
     def __init__(
         self, write: Callable[[str], None], say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
@@ -19,18 +22,22 @@ class LiveReport:
         self._failed = False
 
     def refresh(self) -> None:
-        """Writes it, if the last time is long enough ago. A report that cannot be written does not end a run."""
+        """Writes it, if the last time is long enough ago."""
         began = self._clock()
         if self._failed or began < self._not_before:
             return
-        try:
-            self._write("running")
-        except Exception as error:
-            self._failed = True
-            self._say(f"warning: no report while the run goes on: {error}")
+        self._failed = not self._try("running")
         now = self._clock()
         self._not_before = now + max(SECONDS, (now - began) / SHARE)
 
     def finish(self, status: str) -> None:
-        """Writes it for the last time. Raises UserError if that fails."""
-        self._write(status)
+        """Writes it for the last time."""
+        self._try(status)
+
+    def _try(self, status: str) -> bool:
+        try:
+            self._write(status)
+        except Exception as error:
+            self._say(f"warning: no report of a run that is {status}: {error}")
+            return False
+        return True

@@ -22,7 +22,15 @@ _FREE = (
     "training.max_bad_steps",
 )
 # The same sums in another order: results agree to rounding.
-_ROUNDING = ("mesh", "training.remat", "training.attention", "training.micro_batch_size", "libraries", "device")
+_ROUNDING = (
+    "mesh",
+    "training.remat",
+    "training.attention",
+    "training.micro_batch_size",
+    "libraries",
+    "device",
+    "compiler",
+)
 # Without a decaying schedule the length of the run has no influence on the steps before its end.
 _LENGTH = ("training.epochs", "training.max_steps", "total_steps")
 # Numbers that follow from settings and data; if those may change, so may these.

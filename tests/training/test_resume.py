@@ -4,7 +4,7 @@ import pytest
 
 from flacuna_jax.config_files import parse_config
 from flacuna_jax.errors import UserError
-from flacuna_jax.training.code_version import PARTS, code_fingerprints, library_versions
+from flacuna_jax.training.code_version import PARTS, code_fingerprints, compiler_settings, library_versions
 from flacuna_jax.training.resume import (
     allowed_changes,
     base_change,
@@ -191,6 +191,15 @@ def test_a_base_that_is_computed_may_be_rounded_otherwise_elsewhere(elsewhere):
     assert base_change(before, meta(quantized, base_checksum="c2")) is not None
     assert base_change(before, meta(quantized, base_checksum="c2", **elsewhere)) is None
     assert base_change(meta(base_checksum="c1"), meta(base_checksum="c2", **elsewhere)) is not None, "only read"
+
+
+def test_what_the_environment_tells_the_compiler_is_noted():
+    name = "JAX_DEFAULT_MATMUL_PRECISION"
+    before, now = (compiler_settings({name: precision}) for precision in ("highest", "bfloat16"))
+    assert compare_meta(meta(compiler=before), meta(compiler=now)) == []
+    assert rounding_changes(meta(compiler=before), meta(compiler=now)) == [
+        f"compiler.{name}: highest in the checkpoint, bfloat16 now"
+    ]
 
 
 def test_another_kind_of_device_is_noted():
