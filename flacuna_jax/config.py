@@ -439,6 +439,7 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig | Literal["auto"] = "auto"
+    """auto: what the planner finds best for the devices here; or devices per axis."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     logging: LoggingConfig = LoggingConfig()

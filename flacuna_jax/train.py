@@ -40,6 +40,7 @@ from flacuna_jax.run_setup import (
 )
 from flacuna_jax.run_state import chosen_state, fresh_state, newest_state, starting_point
 from flacuna_jax.run_watch import Watch, measurement_is_due, report_on, say_if_worse, say_what_is_cut
+from flacuna_jax.settings import ShowSettings
 from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
 from flacuna_jax.training.bucket import is_bucket, open_output, require_supported
 from flacuna_jax.training.checkpoint import Checkpointer
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "SIGHUP, SIGUSR1, SIGUSR2), its state is saved, the same command continues it; 1 anything else.",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
+    parser.add_argument("--settings", action=ShowSettings, help="print every setting, what it does and its default")
     parser.add_argument("--profile", action="store_true", help="trace a few steps into output_dir/profile")
     parser.add_argument(
         "--check_determinism", action="store_true", help="only prove, on 3 steps, that a seed gives the same bytes"
