@@ -8,6 +8,7 @@ continues.
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
@@ -58,6 +59,8 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         signal.signal(number, signal.SIG_IGN)
+        if self._deferring:
+            _tell(f"{signal.Signals(number).name}: saving after the step at work; the same again ends the run at once")
         time.sleep(ECHO_SECONDS)
         if number != signal.SIGHUP:
             signal.signal(number, signal.SIG_DFL)
@@ -84,6 +87,12 @@ class StopRequest:
             return self.received is not None
         self._pending.append(_any_host(self.received is not None))
         return len(self._pending) > 1 and bool(jax.device_get(self._pending.popleft()))
+
+
+def _tell(text: str) -> None:
+    """On standard error, past Python's streams: these may be in the middle of a write that the signal interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _any_host(flag: bool) -> jax.Array:

@@ -26,10 +26,11 @@ def test_outside_of_a_run_a_signal_ends_the_program_where_it_is(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_inside_a_run_it_is_noted_for_the_next_poll(number):
+def test_inside_a_run_it_is_noted_for_the_next_poll(number, capfd):
     with StopRequest() as stop, stop.deferred():
         assert not stop.poll()
         send(number)
+        assert f"{number.name}: saving after the step at work" in capfd.readouterr().err
         assert stop.received == number.name
         assert stop.poll()
         assert stop.poll()
