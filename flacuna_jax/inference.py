@@ -148,9 +148,11 @@ def add_base_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_of(adapter_directory: Path | None) -> RunConfig | None:
-    """The settings that an adapter was trained with; None where it does not lie in its run."""
-    settings = None if adapter_directory is None else adapter_directory.parent / "config.yaml"
-    return None if settings is None or not settings.is_file() else load_config(settings)
+    """The settings that an adapter was trained with; None where it does not lie in its run, in which it has its name."""
+    directory = None if adapter_directory is None else adapter_directory.absolute()
+    if directory is None or directory.name != "adapter" or not (directory.parent / "config.yaml").is_file():
+        return None
+    return load_config(directory.parent / "config.yaml")
 
 
 def eos_text(directory: Path) -> str:

@@ -77,6 +77,15 @@ def test_a_run_brings_its_base_adapter_and_template(
     assert tuned != _say(capsys, "--run", str(run), "--template", "vicuna_v1.1", *PRECISE, STORY)
 
 
+def test_an_adapter_that_no_longer_lies_in_its_run(
+    run: Path, story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What else is called config.yaml beside it is none of its business."""
+    (run / "adapter").rename(tmp_path / "mine")
+    (tmp_path / "config.yaml").write_text("services: [web]")
+    assert _say(capsys, "--model", str(story_llama), "--adapter", str(tmp_path / "mine"), *PRECISE, STORY)
+
+
 def test_chat_takes_a_run_as_generate_does(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
