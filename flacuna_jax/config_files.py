@@ -244,10 +244,13 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
     if kind == "literal_error":
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", item["ctx"]["expected"]), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{key} must be {item['ctx']['expected']}, not {value!r}{hint}"
+        section = _section_at(location, schema)
+        others = f" or a section of {', '.join(section.model_fields)}" if section else ""
+        return f"{key} must be {item['ctx']['expected']}{others}, not {value!r}{hint}"
     nearest = _nearest_value(kind, value, item.get("ctx", {})) if _section_at(location, schema) is None else None
     hint = f"; valid would be {nearest}" if nearest is not None else ""
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {value!r}){hint}"
+    message = "input should be a list" if kind == "tuple_type" else f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{key}: {message} (got {value!r}){hint}"
 
 
 def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | None:
@@ -273,7 +276,7 @@ def _as_number(value: Any, whole: bool) -> str | None:
     thousands = re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text)
     try:
         number = float(text.replace(",", "" if thousands else "."))
-        return str(round(number)) if whole else f"{number:g}" if math.isfinite(number) else None
+        return str(round(number) or math.ceil(number)) if whole else f"{number:g}" if math.isfinite(number) else None
     except (ValueError, OverflowError):
         return None
 

@@ -96,7 +96,8 @@ def _sampler(setup: Setup, tokenizer: Tokenizer) -> Sampler:
 
     def ask(params: Params, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         requests = [GenerationRequest(ids, settings.sample_tokens, template.stop_strings) for ids in prompts]
-        return [answer.text for answer in _as_language_model(setup, params, tokenizer).generate(requests)]
+        answers = _as_language_model(setup, params, tokenizer).generate(requests)
+        return [f"{answer.text} …" if answer.finish == "length" else answer.text for answer in answers]
 
     return Sampler(questions, ask)
 
