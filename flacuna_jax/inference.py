@@ -148,7 +148,7 @@ def add_base_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_of(adapter_directory: Path | None) -> RunConfig | None:
-    """The settings that an adapter was trained with; None where it does not lie in its run, in which it has its name."""
+    """The settings that an adapter was trained with; None where it does not lie, under its name, in its run."""
     directory = None if adapter_directory is None else adapter_directory.absolute()
     if directory is None or directory.name != "adapter" or not (directory.parent / "config.yaml").is_file():
         return None
