@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.training.bucket import bucket_path, is_bucket
+from flacuna_jax.training.checksum import checksums
 
 Meta = dict[str, Any]
 
@@ -335,27 +336,11 @@ def _named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
 
 def _describe(name: str, tree: Any) -> dict[str, Any]:
     named = _named_leaves(name, tree)
-    checksums = jax.device_get([_checksum(leaf) for _, leaf in named])
+    sums = checksums([leaf for _, leaf in named])
     return {
-        leaf_name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": int(checksum)}
-        for (leaf_name, leaf), checksum in zip(named, checksums, strict=True)
+        leaf_name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": number}
+        for (leaf_name, leaf), number in zip(named, sums, strict=True)
     }
-
-
-@jax.jit
-def _checksum(array: jax.Array) -> jax.Array:
-    """Sum of bits × (2 × position + 1) modulo 2³²: exact integers, so it is the same for every layout over devices.
-
-    The odd weights make any change of one element visible.
-    """
-    if array.dtype.itemsize < 4:
-        bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
-    else:
-        bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
-    position = jnp.uint32(0)
-    for axis, size in enumerate(bits.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _sealed(body: dict[str, Any]) -> dict[str, Any]:
