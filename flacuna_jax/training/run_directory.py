@@ -232,7 +232,10 @@ def _lock(path: Path, descriptor: int) -> None:
         owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "an unknown process"
         raise UserError(f"output_dir {path} is in use by another run ({owner}); wait for it or stop it") from None
     except OSError as error:
-        raise UserError(f"output_dir {path} cannot be locked: {error.strerror}") from None
+        raise UserError(
+            f"output_dir {path} cannot be locked ({error.strerror}), so that a second run there would not be noticed; "
+            "choose one on another file system"
+        ) from None
     # Only a courtesy to the next reader: without room for it the lock holds all the same.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
