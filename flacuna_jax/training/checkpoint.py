@@ -7,17 +7,12 @@ does not depend on the layout over devices, so that a torn or flipped byte is fo
 taken instead. Base weights are never saved with adapters.
 """
 
-import contextlib
-import errno
-import gc
 import hashlib
 import json
 import logging
 import os
 import shutil
-import sys
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.training.bucket import bucket_path, is_bucket
+from flacuna_jax.training.checkpoint_disk import UnreadableCheckpoint, force_to_disk, read_errors, write_errors
 from flacuna_jax.training.checksum import checksums
 
 Meta = dict[str, Any]
@@ -40,10 +36,6 @@ UNREADABLE = "unreadable_checkpoints"
 _ITEMS = ("trainable", "optimizer", "meta")
 _COMMITTED = "commit_success.txt"
 _TEMPORARY = ".orbax-checkpoint-tmp"
-
-
-class UnreadableCheckpoint(Exception):
-    """A checkpoint that exists but is torn, or whose bytes are not those that were saved."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._unsettled: int | None = None
         self._best: frozenset[int] = frozenset()
-        with _write_errors(self._directory):
+        with write_errors(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
@@ -112,7 +104,7 @@ class Checkpointer:
             optimizer=ocp.args.StandardSave(opt_state),
             meta=ocp.args.JsonSave(_sealed({"step": step, "leaves": leaves, "meta": meta})),
         )
-        with _write_errors(self._directory / str(step)):
+        with write_errors(self._directory / str(step)):
             self._manager.save(step, args=items, force=True)
         self._unsettled = step
         if not self._asynchronous:
@@ -123,9 +115,9 @@ class Checkpointer:
         step, self._unsettled = self._unsettled, None
         if step is None:
             return
-        with _write_errors(self._directory / str(step)):
+        with write_errors(self._directory / str(step)):
             self._manager.wait_until_finished()
-            _force_to_disk(self._directory / str(step))
+            force_to_disk(self._directory / str(step))
             for old in self.steps()[: -self._keep]:
                 if old not in self._best:
                     self._delete(old)
@@ -145,7 +137,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            with _write_errors(self._directory):
+            with write_errors(self._directory):
                 self._manager.close()
 
     def restore(
@@ -287,7 +279,7 @@ def _read(
     sealed = _read_sealed(manager, step)
     check(sealed["meta"])
     _same_arrays(sealed["leaves"], targets, f"checkpoint {manager.directory / str(step)}")
-    with _read_errors(manager.directory):
+    with read_errors(manager.directory):
         items = manager.restore(
             step,
             args=ocp.args.Composite(**{name: ocp.args.StandardRestore(target) for name, target in targets.items()}),
@@ -300,7 +292,7 @@ def _read(
 
 
 def _read_sealed(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    with _read_errors(manager.directory):
+    with read_errors(manager.directory):
         stored = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         body = stored["body"]
         intact = stored["sha256"] == _sha256(body) and body["step"] == step
@@ -350,83 +342,3 @@ def _sealed(body: dict[str, Any]) -> dict[str, Any]:
 
 def _sha256(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-# --- The disk ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _read_errors(directory: epath.Path) -> Iterator[None]:
-    """A torn checkpoint shows itself as many kinds of exception; want of memory, of permission or of file descriptors
-    is none of them, nor is a bucket that does not answer."""
-    failure: Exception | None = None
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        in_words = " ".join(str(error).split())
-        if known := _system_reason(error, *_CLOSED, *_GONE):
-            failure = UserError(f"{directory} cannot be read: {known}")
-        elif is_bucket(directory) and _is_outage(error):
-            failure = UserError(f"{directory} cannot be read: {in_words[:300]}")
-        elif "RESOURCE_EXHAUSTED" in in_words:
-            raise
-        else:
-            failure = UnreadableCheckpoint(f"{type(error).__name__}: {in_words[:200]}")
-    if failure is not None:
-        _collect_abandoned_reads()
-        raise failure
-
-
-def _collect_abandoned_reads() -> None:
-    """Drops the reads that a failed restore leaves half done; each would print a traceback when it is finalised."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            gc.collect()
-    finally:
-        sys.unraisablehook = hook
-
-
-def _is_outage(error: Exception) -> bool:
-    """Whether a bucket failed to answer, or to let us in; an object that is not there is something else."""
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        return True
-    words = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "HttpError")
-    return any(word in f"{type(error).__name__} {error}" for word in words)
-
-
-@contextlib.contextmanager
-def _write_errors(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        known = _system_reason(error, *_FULL, *_CLOSED, *_GONE, errno.EIO)
-        if known is None and not isinstance(error, OSError) and not is_bucket(path):
-            raise
-        raise UserError(f"checkpoint {path} cannot be written: {known or error}; earlier ones are intact") from error
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-_GONE = (errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
-"""What the mounts of a network say when their server went away."""
-
-
-def _system_reason(error: Exception, *numbers: int) -> str | None:
-    """The system's word for it, if it is one of these: TensorStore reports them as ValueErrors that carry it, and too
-    many open files as exhausted resources."""
-    return next((reason for reason in map(os.strerror, numbers) if reason in str(error)), None)
-
-
-def _force_to_disk(directory: epath.Path) -> None:
-    """fsyncs a finished checkpoint, so that a power cut cannot empty it after older ones are deleted."""
-    if jax.process_index() != 0 or is_bucket(directory):
-        return
-    for path in (*Path(directory).rglob("*"), directory, directory.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
