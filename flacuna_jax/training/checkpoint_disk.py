@@ -1,5 +1,4 @@
-"""What goes wrong between a checkpoint and its disk or bucket, told apart: what may not be read, is full, is gone, or is
-damaged."""
+"""What goes wrong between a checkpoint and its disk or bucket, told apart: not to be read, full, gone, or damaged."""
 
 import contextlib
 import errno
