@@ -85,9 +85,9 @@ def shortlist(among: Iterable[Choice], machine: Machine, length: int) -> list[Pl
     return sorted(plans, key=lambda plan: plan.peak)[:1]
 
 
-def _rank(plan: Plan) -> tuple[bool, float, int]:
-    """Those that fit first, then by time; equally fast ones by memory."""
-    return not plan.fits, float(f"{plan.time.step:.2e}"), plan.peak
+def _rank(plan: Plan) -> tuple[bool, float, bool, int]:
+    """Those that fit first, then by time; of equally fast ones those whose base is not rounded, then by memory."""
+    return not plan.fits, float(f"{plan.time.step:.2e}"), plan.workload.spec.quantization is not None, plan.peak
 
 
 def search(

@@ -73,6 +73,8 @@ def test_a_search_ranks_quantised_bases_where_they_are_needed():
     assert best.fits
     assert best.workload.spec.quantization is not None
     assert best.name.endswith(f", base {best.workload.spec.quantization}")
+    roomy = parse_target("1xA100")
+    assert search(choices(PAPER, roomy), roomy, None)[0].workload.spec.quantization is None, "no faster, and rounded"
     given = dataclasses.replace(PAPER, spec=dataclasses.replace(PAPER.spec, quantization="int8"))
     assert {form.spec.quantization for form, _ in choices(given, card)} == {"int8"}, "what the config says is kept"
     full = dataclasses.replace(PAPER, spec=dataclasses.replace(PAPER.spec, lora=None))
