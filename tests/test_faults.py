@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -236,28 +237,31 @@ def test_one_changed_number_of_the_base_is_found(undisturbed, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("file", ["meta/metadata", pytest.param("trainable/manifest.ocdbt", marks=pytest.mark.slow)])
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed, tmp_path, file):
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed, file):
     """Copied by somebody else: the message is about permission, and nothing is set aside. Root may read everything, so
-    the test becomes another user."""
+    the test becomes another user, from whom pytest's own directories are kept."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("becomes another user, which needs root and setpriv")
-    out = tmp_path / "run"
-    shutil.copytree(undisturbed / "run", out)
-    newest = out / "checkpoints" / str(list_checkpoints(out)[-1])
-    for path in out.rglob("*"):
-        path.chmod(0o777)
-    (newest / file).chmod(0o600)
     script = (
         "import sys; from flacuna_jax.training.checkpoint import restore_adapters\n"
         "from flacuna_jax.cli import run_verb; sys.exit(run_verb(lambda a: restore_adapters(a[0]) and 0, sys.argv[1:]))"
     )
-    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    result = subprocess.run([*user, sys.executable, "-c", script, out], capture_output=True, text=True, cwd=ROOT)
-    assert "cannot be read: Permission denied" in result.stderr
-    assert result.returncode == 2
+    python = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c"]
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        out = Path(place, "run")
+        shutil.copytree(undisturbed / "run", out)
+        newest = out / "checkpoints" / str(list_checkpoints(out)[-1])
+        for path in out.rglob("*"):
+            path.chmod(0o777)
+        (newest / file).chmod(0o600)
+        probe = "import os, sys, flacuna_jax; sys.exit(not os.path.isdir(sys.argv[1]))"
+        if subprocess.run([*python, probe, out], capture_output=True, cwd=ROOT).returncode:
+            pytest.skip("another user may not come here: the interpreter, the package or TMPDIR is root's alone")
+        result = subprocess.run([*python, script, out], capture_output=True, text=True, cwd=ROOT)
+        assert "cannot be read: Permission denied" in result.stderr
+        assert result.returncode == 2
+        assert newest.is_dir()
 
 
 # --- Power cuts --------------------------------------------------------------------------------------------------
