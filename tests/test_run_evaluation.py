@@ -58,6 +58,13 @@ def measured(tmp_path_factory, compiled_once) -> Path:
     return directory
 
 
+def test_the_held_out_rows_have_no_schedule(measured, tmp_path):
+    """They are fewer than the steps of warm-up and fall, of which no more than the run itself must be long enough."""
+    schedule = ["--training.schedule=warmup_stable_decay", "--training.warmup_steps=3", "--training.decay_steps=9"]
+    assert run(measured / "config.yaml", f"--output_dir={tmp_path / 'run'}", *schedule) == 0
+    assert evaluations(tmp_path / "run").keys() == evaluations(measured / "run").keys()
+
+
 def test_measures_before_while_and_after(measured):
     found = evaluations(measured / "run")
     last = max(found)
