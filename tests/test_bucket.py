@@ -297,8 +297,14 @@ def test_two_hosts_write_into_one_bucket(undisturbed, machine, tmp_path):
 
 @pytest.mark.slow
 def test_a_bucket_that_stops_answering(undisturbed, machine, emulator):
+    """Between two saves: within one, TensorStore tries for a quarter of an hour."""
     name = "gs://runs/away"
-    command = [undisturbed / "config.yaml", f"--output_dir={name}", "--training.epochs=8"]
+    command = [
+        undisturbed / "config.yaml",
+        f"--output_dir={name}",
+        "--training.epochs=8",
+        "--checkpoint.every_steps=25",
+    ]
     process = start(*command)
     try:
         wait_for(lambda: list_checkpoints(name), process)
