@@ -111,7 +111,7 @@ class Setup:
         return {
             "config": self.config.model_dump(mode="json"),
             "fingerprints": {
-                "data": self.store.fingerprint(),
+                "data": self.store.fingerprint,
                 "tokenizer": tokenizer_fingerprint(self.config.model.tokenizer_path),
                 "base": fingerprint(self.source.reader, self.source.config) if self.source.reader else "random",
                 "code": code_fingerprints(),

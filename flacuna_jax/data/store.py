@@ -3,6 +3,7 @@
 Built as a stream: every array grows in place, so that 400 million tokens need no second copy while they come in.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class TokenStore:
             self.tasks[self.task_index[index]],
         )
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides what is trained on: tokens, masks, lengths and the sources they belong to."""
         digest = hashlib.blake2b(digest_size=16)

@@ -301,7 +301,7 @@ def _join(
         "sources": list(sources),
         "tasks": tasks,
         "reports": [_report_json(report) for report in reports],
-        "fingerprint": _mapped(partial, sources, tasks).fingerprint(),
+        "fingerprint": _mapped(partial, sources, tasks).fingerprint,
     }
     (partial / _STORE).write_text(json.dumps(facts), encoding="utf-8")
     _sync_and_move(partial, place)
@@ -336,7 +336,7 @@ def _open(place: Path) -> tuple[TokenStore, DataReport] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     consistent = store.offsets[-1] == len(store.tokens) == len(store.loss_mask) and len(store) == len(store.supervised)
-    intact = consistent and store.fingerprint() == facts.get("fingerprint")
+    intact = consistent and store.fingerprint == facts.get("fingerprint")
     return (store, DataReport(reports)) if intact else None
 
 

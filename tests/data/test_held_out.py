@@ -88,9 +88,9 @@ def test_plain_text_without_a_question_is_split_by_its_whole(tmp_path, tokenizer
 
 def test_no_seed_enters_and_the_fingerprint_tells_the_split(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(100))
-    assert split(store, 0.3).training.fingerprint() == split(store, 0.3).training.fingerprint()
-    assert split(store, 0.3).training.fingerprint() != store.fingerprint()
-    assert split(store, 0.3).training.fingerprint() != split(store, 0.5).training.fingerprint()
+    assert split(store, 0.3).training.fingerprint == split(store, 0.3).training.fingerprint
+    assert split(store, 0.3).training.fingerprint != store.fingerprint
+    assert split(store, 0.3).training.fingerprint != split(store, 0.5).training.fingerprint
 
 
 def test_a_limit_takes_the_lowest_keys_and_still_trains_on_none(tmp_path, tokenizer):

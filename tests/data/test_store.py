@@ -139,7 +139,7 @@ def test_progress(tmp_path: Path, characters: Characters, monkeypatch: pytest.Mo
 
 def test_fingerprint(tmp_path: Path, characters: Characters) -> None:
     def fingerprint(pairs: list[tuple[str, str]], **settings: Any) -> str:
-        return build_store(config(write(tmp_path / "a.jsonl", pairs), **settings), characters)[0].fingerprint()
+        return build_store(config(write(tmp_path / "a.jsonl", pairs), **settings), characters)[0].fingerprint
 
     base = fingerprint([("q", "a"), ("r", "b")])
     assert base == fingerprint([("q", "a"), ("r", "b")])

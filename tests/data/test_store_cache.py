@@ -62,7 +62,7 @@ def test_gives_what_build_store_gives_whatever_the_parts(
         assert expected_word in said
         assert_equal(store, expected_store)
         assert report == expected_report
-        assert store.fingerprint() == expected_store.fingerprint()
+        assert store.fingerprint == expected_store.fingerprint
         assert store.example(3).id == expected_store.example(3).id
     assert not isinstance(store.tokens, np.memmap)
     assert isinstance(store.tokens.base, np.memmap)  # mapped, not read
