@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from flacuna_jax.data.jinja_template import load_jinja_template
 from flacuna_jax.data.layouts import LAYOUTS
@@ -60,12 +61,19 @@ def named_template(name: str) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns that alternate, a user's first. `system` replaces the template's system text; None keeps that."""
+    """A conversation as a record gives it.
+
+    Attributes:
+      turns: Messages in order, without a system message that stands first.
+      system: Replaces the template's system text. None keeps that text.
+      tools: JSON schemas of the functions that the assistant may call, as transformers takes them.
+    """
 
     id: str
     source: str
     turns: tuple[Turn, ...]
     system: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def render(conversation: Conversation, template: Template) -> list[Segment]:

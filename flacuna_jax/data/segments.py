@@ -10,17 +10,27 @@ with a space behind another character and none that holds a newline and somethin
 (`join_segments` sees to the rest).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-Role = Literal["user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """One message of a conversation.
+
+    Attributes:
+      trained: Whether an assistant's turn carries loss. Other roles never do.
+      extra: The other keys of the message, which are passed to the template as transformers passes them: tool_calls,
+        tool_call_id, name, reasoning_content, thinking. None if there are none.
+    """
+
     role: Role
     text: str
+    trained: bool = True
+    extra: Mapping[str, Any] | None = None
 
 
 class Segment(NamedTuple):
