@@ -12,21 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import Template, Turn, named_template
+from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import GenerationRequest
 from flacuna_jax.inference import (
-    DEFAULT_TEMPLATE,
     ModelAddress,
     ModelLoader,
     add_base_option,
     add_model_options,
+    add_template_option,
     addressed_model,
+    template_of,
 )
 from flacuna_jax.model.decode import GREEDY, Sampling
+from flacuna_jax.run_setup import say_on_stderr
 
 COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
 
@@ -97,6 +99,7 @@ class Chat:
             settings.sampling.top_k,
             settings.sampling.top_p,
             settings.seed + len(self.turns),
+            settings.template.ends,
         )
         yield from model.stream(request)
 
@@ -137,12 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             models[address] = loader.load(address)
         return models[address]
 
-    address, run_template = addressed_model(arguments)
-    template = named_template(arguments.template or run_template or DEFAULT_TEMPLATE)
+    address, trained = addressed_model(arguments)
+    template = template_of(address, arguments.template, trained, say_on_stderr)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     settings = Settings(template, _new_tokens(arguments.max_new_tokens, load(address)), sampling, arguments.seed)
     chat = Chat(address, load, settings, arguments.beside_base, arguments.system, arguments.task)
-    print(f"{address.name} ({template.name})   {COMMANDS}", file=sys.stderr)
+    print(f"{address.name}   {COMMANDS}", file=sys.stderr)
     while (line := _read()) is not None:
         if line == "/quit":
             break
@@ -192,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--beside-base", action="store_true", help="answer with the base too")
     add("--system", help="system text instead of the template's")
     add("--task", help="definition of a task: questions go into the paper's prompt for writing")
-    add("--template", metavar="NAME", help=f"a name or a .jinja file; default: the run's, or {DEFAULT_TEMPLATE}")
+    add_template_option(add)
     add("--max-new-tokens", type=int, help="default: 512, or half of the model's context where that is less")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int)

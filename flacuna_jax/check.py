@@ -17,9 +17,11 @@ from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, run_verb
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import CONFIG_FILE
+from flacuna_jax.huggingface.answer_ends import checkpoint_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.golden import FILE, Record, compare, compare_text, read_golden
 from flacuna_jax.huggingface.native import is_native, read_manifest
+from flacuna_jax.huggingface.other_encoder import encoder_of
 from flacuna_jax.huggingface.pieces import file_digest
 from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
 from flacuna_jax.huggingface.read import open_checkpoint
@@ -76,14 +78,19 @@ def _check_files(directory: Path, records: Sequence[Record], count: int) -> Iter
     config = read_architecture(directory)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
+    encoder = encoder_of(directory)
+    ends = {tokenizer.eos_id, *checkpoint_ends(directory)}
     for record in records:
-        if record.text_gives_ids and [tokenizer.bos_id, *tokenizer.encode(record.text)] != list(record.ids):
-            yield f"{record.text[-60:]!r}: the tokenizer gives other ids than recorded"
+        if encoder is not None and record.text_gives_ids and encoder.text(record.text) != list(record.ids):
+            yield f"{record.text[-60:]!r}: {encoder.name} gives other ids than recorded"
+        chat = None if encoder is None else encoder.chat
+        if encoder and chat and record.message_gives_ids and chat(record.message) != list(record.ids):
+            yield f"{record.message!r}: {encoder.name} with the chat template gives other ids than recorded"
     weights = stored_weights(open_checkpoint(directory), config)
     chosen, _ = streamed_greedy(weights, config, [record.ids for record in records], count)
     for record, ids in zip(records, chosen.tolist(), strict=True):
-        found = ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
-        if fault := compare(record, found):
+        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        if fault := compare(record, ids[:length]):
             yield f"{record.text[-60:]!r}: {fault}"
 
 
@@ -123,7 +130,7 @@ def _check_server(server: Server, directory: Path, records: Sequence[Record], co
         ids = server.tokens(record.text) if record.text_gives_ids else list(record.ids)
         told &= ids is not None
         if ids is not None and ids != list(record.ids):
-            twice = " (it puts BOS in front twice)" if ids[:2] == [tokenizer.bos_id] * 2 else ""
+            twice = " (it puts BOS in front twice)" if ids[1:] == list(record.ids) else ""
             yield f"{record.text[-60:]!r}: the server's ids are not those of training{twice}"
         prompt = record.text if record.text_gives_ids else list(record.ids)
         if fault := compare_text(record, server.complete(prompt, count), tokenizer.decode):

@@ -40,18 +40,21 @@ LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or what may stand in its place (gs://..., hf:...); ~ is the home directory, as in a shell."""
 
 TEMPLATE_NAMES = ("vicuna_v1.1", "vicuna_v0", "llama-2-chat", "chatml", "alpaca", "plain")
+AUTO, CHECKPOINT = "auto", "checkpoint"
+"""The checkpoint's own chat template if it has one, else vicuna_v1.1; the checkpoint's own."""
 
 
-def _known_template(name: str) -> str:
-    if name in TEMPLATE_NAMES or name.endswith(".jinja"):
+def _known_template(name: str, names: tuple[str, ...]) -> str:
+    if name in names or name.endswith(".jinja"):
         return name
-    near = difflib.get_close_matches(name, TEMPLATE_NAMES, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name!r} is none of {', '.join(TEMPLATE_NAMES)}, nor a .jinja file{hint}")
+    raise ValueError(f"{name!r} is none of {', '.join(names)}, nor a .jinja file{hint}")
 
 
-TemplateName = Annotated[str, AfterValidator(_known_template)]
-"""A conversation format of ours, or a Jinja file of one's own."""
+TemplateName = Annotated[str, AfterValidator(lambda name: _known_template(name, TEMPLATE_NAMES))]
+"""A conversation format of ours, or a Jinja file."""
+TemplateChoice = Annotated[str, AfterValidator(lambda name: _known_template(name, (AUTO, CHECKPOINT, *TEMPLATE_NAMES)))]
 
 
 class Section(BaseModel):
@@ -251,7 +254,14 @@ class DataConfig(Section):
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
     on_bad_record: Literal["error", "skip"] = "error"
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
-    template: TemplateName = "vicuna_v1.1"
+    template: TemplateChoice = AUTO
+    """How conversations become text: the name of a format, a .jinja file, or checkpoint, the chat template that the
+    base model brings. auto: checkpoint if there is one, else vicuna_v1.1."""
+    template_variables: dict[str, bool | int | str] = {}
+    """Passed to a Jinja template beside the messages, for example enable_thinking: false."""
+    tools_as_text: bool = False
+    """Whether a format of ours writes tools, tool calls, tool results and reasoning as text. Otherwise a record that
+    has them is a bad record. Chat templates write them as they define it."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens carry loss: every assistant turn, only the last one, or everything but the BOS."""
 

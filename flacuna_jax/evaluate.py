@@ -17,7 +17,7 @@ from typing import Any
 
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import TEMPLATES, Template, named_template
+from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation import humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
@@ -37,9 +37,10 @@ from flacuna_jax.inference import (
     add_base_option,
     add_model_options,
     addressed_model,
-    eos_text,
+    template_of,
 )
 from flacuna_jax.model.decode import Sampling
+from flacuna_jax.run_setup import say_on_stderr
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.protocol == "lm_eval":
         _harness(arguments, addresses, output)
         return None
-    runs = _prepare(arguments, output)
+    runs = _prepare(arguments, addresses, output)
     loader = _loader(arguments)
     everything: list[list[TaskResult]] = []
     for address, name in addresses:
@@ -93,19 +94,25 @@ def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
     return named
 
 
-def _prepare(arguments: argparse.Namespace, output: Path) -> list[tuple[str, Run]]:
+def _prepare(
+    arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path
+) -> list[tuple[str, Run]]:
     """Every benchmark read and checked before a model is loaded."""
     data = Path(arguments.data)
     return [
         (
             task,
-            _other(task, arguments, data, output) if task in OTHER_TASKS else answer_run(task, data, arguments.limit),
+            _other(task, arguments, addresses, data, output)
+            if task in OTHER_TASKS
+            else answer_run(task, data, arguments.limit),
         )
         for task in named_tasks(arguments.tasks.split(","))
     ]
 
 
-def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -> Run:
+def _other(
+    name: str, arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], data: Path, output: Path
+) -> Run:
     if name == "humaneval":
         require_permission(arguments.allow_code_execution)
         problems = humaneval.load(data)[: arguments.limit]
@@ -114,15 +121,18 @@ def _other(name: str, arguments: argparse.Namespace, data: Path, output: Path) -
         return hhh_run(data, arguments.limit, arguments.repetitions)
     Sampling(arguments.impact_temperature)  # for its message, now
     prompts = impact.load(data)[: arguments.limit]
-    judge, template = _judge(arguments, output), _template(arguments)
+    judge = _judge(arguments, output)
+    templates = {name: _template(arguments, address) for address, name in addresses}
     styles: tuple[Any, ...] = ("raw", "output") if arguments.impact_prompt == "both" else (arguments.impact_prompt,)
     return lambda model: [
-        run_impact(prompts, model, judge, style, template, arguments.impact_temperature) for style in styles
+        run_impact(prompts, model, judge, style, templates[model.name], arguments.impact_temperature)
+        for style in styles
     ]
 
 
-def _template(arguments: argparse.Namespace) -> Template | None:
-    return None if arguments.template == "none" else named_template(arguments.template)
+def _template(arguments: argparse.Namespace, address: ModelAddress) -> Template | None:
+    """The template of one of the models that are compared; each tokenizer has its own special tokens."""
+    return None if arguments.template == "none" else template_of(address, arguments.template, None, say_on_stderr)
 
 
 def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
@@ -135,7 +145,7 @@ def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
         address = ModelAddress.parse(arguments.judge_model)
         store = Store(output / "cache" / "judge-model.jsonl")
         model = CachedModel(ModelLoader(arguments.dtype).load(address), store)
-        return ModelJudge(model, TEMPLATES["vicuna_v1.1"])
+        return ModelJudge(model, template_of(address, None, None, say_on_stderr))
     return None
 
 
@@ -202,10 +212,11 @@ def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published:
 def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path) -> None:
     from flacuna_jax.evaluation import harness  # the harness is an optional dependency
 
-    loader, template, data = _loader(arguments), _template(arguments), Path(arguments.data)
+    loader, data = _loader(arguments), Path(arguments.data)
     tasks = [task.strip() for task in arguments.tasks.split(",")]
     harness.check_tasks(tasks, data)
     for address, name in addresses:
+        template = _template(arguments, address)
         with _cached(loader, address, name, output) as model:
             results = harness.run_tasks(
                 model,
@@ -215,7 +226,6 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
                 shots=arguments.shots,
                 limit=arguments.limit,
                 include=data,
-                eos_text=eos_text(address.base),
             )
         text = json.dumps(results, default=str, indent=1, ensure_ascii=False)
         write_atomically(output / _safe(name) / "lm_eval.json", text)
@@ -241,7 +251,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")
     add("--samples", type=whole(1), default=1, help="humaneval: samples per problem (1, 10 or 100)")
     add("--repetitions", type=whole(1), default=1, help="hhh: how often the paper's protocol places answers anew")
-    add("--template", metavar="NAME", default="none", help="impact and lm_eval: as a user's turn of it (a .jinja too)")
+    add(
+        "--template",
+        metavar="NAME",
+        default="none",
+        help="impact and lm_eval: ask in this template; auto: the checkpoint's",
+    )
     add("--impact-prompt", choices=("raw", "output", "both"), default="raw", help="output: the paper's prompt")
     add("--impact-temperature", type=float, default=0.0, help="the card says 1; LLaMA models were run greedily")
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")

@@ -13,7 +13,7 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig, RunConfig
 from flacuna_jax.config_files import load_config
 from flacuna_jax.convert import STORED_DTYPES
-from flacuna_jax.data.conversation import Template, Turn, named_template, render_prompt, render_text
+from flacuna_jax.data.conversation import Template, Turn, render_prompt, render_text
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
@@ -21,6 +21,7 @@ from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.card import Facts
+from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.golden import Golden, Prompt
 from flacuna_jax.huggingface.load import fingerprint
@@ -33,6 +34,7 @@ from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model_source import network_sizes
+from flacuna_jax.run_delivery import companions
 from flacuna_jax.run_facts import run_facts
 from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.training.local_run import local_run
@@ -57,19 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.format == "adapter":
         _export_adapter(arguments, target, Adapter(adapter.lora, adapter.params, name), config, trained, facts)
     else:
-        directory = Path(settings.model.tokenizer_path)
-        companions = _companions(
-            arguments, settings, directory, named_template(settings.data.template).jinja, config, facts
-        )
-        companions = dataclasses.replace(companions, base_name=name)
+        beside = dataclasses.replace(_companions(arguments, settings, config, facts), base_name=name)
         seen = _seen_by_training(settings, reader)
         if arguments.merge_base == "dequantised" and seen is None:
             raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
         if seen is None or arguments.merge_base == "stored":
-            _write_merged(arguments, target, reader, config, adapter, companions)
+            _write_merged(arguments, target, reader, config, adapter, beside)
         else:
             print(f"the base is merged as training saw it, dequantised from {settings.model.quantization}")
-            _write_merged(arguments, target, seen, config, adapter, companions)
+            _write_merged(arguments, target, seen, config, adapter, beside)
         if seen is not None and arguments.merge_base == "stored":
             ids = probe_ids(config)
             logits = [streamed_logits(stored_weights(one, config), config, ids, adapter) for one in (reader, seen)]
@@ -142,9 +140,11 @@ def _export_full(arguments: argparse.Namespace, run: Path, target: Path, setting
     reader = open_checkpoint(run / "model", once=True)
     config = read_architecture(run / "model")
     facts = run_facts(run, settings, arguments.results)
-    companions = _companions(arguments, settings, run / "model", None, config, facts)
-    companions = dataclasses.replace(companions, base_name=settings.model.name or settings.model.path)
-    _write_merged(arguments, target, reader, config, None, companions)
+    beside = dataclasses.replace(
+        _companions(arguments, settings, config, facts, of=run / "model"),
+        base_name=settings.model.name or settings.model.path,
+    )
+    _write_merged(arguments, target, reader, config, None, beside)
 
 
 def _write_merged(
@@ -153,56 +153,56 @@ def _write_merged(
     reader: TensorReader,
     config: LlamaConfig,
     adapter: Adapter | None,
-    companions: deliver.Companions,
+    beside: deliver.Companions,
 ) -> None:
     if arguments.check:
         raise UserError(f"--check {arguments.check[0]} is for adapters; `flacuna check` compares a served model")
     dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
     _report(
-        deliver.write_merged(
-            target, reader, config, adapter, companions, dtype=dtype, shard_bytes=arguments.shard_bytes
-        )
+        deliver.write_merged(target, reader, config, adapter, beside, dtype=dtype, shard_bytes=arguments.shard_bytes)
     )
 
 
 def _companions(
     arguments: argparse.Namespace,
     settings: RunConfig,
-    directory: Path,
-    jinja: str | None,
     config: LlamaConfig,
     facts: Facts,
+    of: Path | None = None,
 ) -> deliver.Companions:
+    """What goes beside the weights of a run; `of` is the model directory that a run of all weights wrote."""
+    if of is not None:  # it holds the tokenizer, with the template that the run was trained with
+        model = settings.model.model_copy(update={"path": str(of), "tokenizer": str(of)})
+        settings = settings.model_copy(update={"model": model})
+    directory = Path(settings.model.tokenizer_path)
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
-    golden = _golden(named_template(settings.data.template), tokenizer, config, arguments.golden_tokens)
-    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return deliver.Companions(directory, jinja, token_ids, facts=facts, golden=golden)
+    template = open_template(settings.data, directory, tokenizer)
+    made = companions(settings, template, tokenizer)
+    golden = _golden(template, tokenizer, config, made.ends, arguments.golden_tokens)
+    return dataclasses.replace(made, facts=facts, golden=golden)
 
 
 QUESTIONS = ("Why is the sky blue?", "Name three colours.", "Write one sentence about rain.")
 """What golden prompts ask; short, because the written model answers them on whatever machine exports it."""
 
 
-def _golden(template: Template, tokenizer: Tokenizer, config: LlamaConfig, count: int) -> Golden | None:
+def _golden(
+    template: Template, tokenizer: Tokenizer, config: LlamaConfig, ends: tuple[int, ...], count: int
+) -> Golden | None:
     prompts = []
     for question in QUESTIONS if count else ():
         turns = (Turn("user", question),)
         ids = tokenize_prompt(turns, template, tokenizer)
-        if ids.count(tokenizer.bos_id) > 1:
-            raise UserError(
-                f"data.template: {template.name} puts BOS into a prompt {ids.count(tokenizer.bos_id)} times"
-            )
         if len(ids) + count <= config.max_position_embeddings:
-            text = render_text(render_prompt(turns, template), bos="")
-            prompts.append(Prompt(text, tuple(ids), [tokenizer.bos_id, *tokenizer.encode(text)] == ids))
-    if not all(prompt.text_gives_ids for prompt in prompts):
-        print("note: this tokenizer gives whole prompts other ids than training, which encodes their parts; serve ids")
+            text = render_text(render_prompt(turns, template))
+            added = "".join(tokenizer.special.spellings[token] for token in tokenizer.prefix_ids)
+            prompts.append(Prompt(question, text.removeprefix(added), tuple(ids)))
     if count and len(prompts) < len(QUESTIONS):
         print(
             f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; with {count} tokens more they exceed the context"
         )
-    return Golden(tuple(prompts), count, tokenizer.eos_id, tokenizer.decode, _announce) if prompts else None
+    return Golden(tuple(prompts), count, ends, tokenizer.decode, _announce) if prompts else None
 
 
 def _announce(seconds: float) -> None:
@@ -214,6 +214,8 @@ def _report(written: deliver.Delivery) -> None:
     shift = "" if written.logit_shift is None else f"; rounding shifts logits by at most {written.logit_shift:.1e}"
     files = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
     print(f"{written.directory}: {written.size} of weights in {files}, read back and verified{shift}")
+    for note in written.notes:
+        print(f"note: {note}")
 
 
 def _parser() -> argparse.ArgumentParser:

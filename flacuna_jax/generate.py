@@ -13,20 +13,22 @@ from pathlib import Path
 
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import TEMPLATES, Template, Turn, named_template
+from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, encode_prompt
 from flacuna_jax.inference import (
-    DEFAULT_TEMPLATE,
     ModelLoader,
     add_base_option,
     add_model_options,
+    add_template_option,
     addressed_model,
+    template_of,
 )
 from flacuna_jax.model.decode import GREEDY, Sampling
+from flacuna_jax.run_setup import say_on_stderr
 
 PRINTED_TOGETHER = 32
 """Answers are printed after so many times --batch-size of them; a long list that is broken off loses no more."""
@@ -36,8 +38,8 @@ PRINTED_TOGETHER = 32
 class Settings:
     """How prompts are worded and answers are made."""
 
-    template: Template | None = TEMPLATES[DEFAULT_TEMPLATE]
-    """None takes the prompt as it is, after BOS."""
+    template: Template | None
+    """None takes the prompt as it is, with BOS in front where the tokenizer puts it there."""
     task: str | None = None
     """Definition of a task: prompts go into the paper's prompt for writing."""
     system: str | None = None
@@ -52,13 +54,13 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
-    address, run_template = addressed_model(arguments)
+    address, trained = addressed_model(arguments)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
         raise UserError("--max-new-tokens and --batch-size are at least 1")
     if "" in arguments.stop:
         raise UserError("--stop is empty: every answer would end before it begins")
     settings = Settings(
-        None if arguments.raw else named_template(arguments.template or run_template or DEFAULT_TEMPLATE),
+        None if arguments.raw else template_of(address, arguments.template, trained, say_on_stderr),
         arguments.task,
         arguments.system,
         arguments.max_new_tokens,
@@ -107,6 +109,7 @@ def _requests(model: LlamaLanguageModel, prompts: Sequence[str], settings: Setti
                 settings.sampling.top_k,
                 settings.sampling.top_p,
                 settings.seed + index,
+                settings.template.ends if settings.template else (),
             )
         )
     return requests
@@ -156,9 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--file", metavar="TXT", help="prompts, one per line, or .jsonl; - is standard input")
     add_model_options(parser)
     wording = parser.add_mutually_exclusive_group()
-    wording.add_argument(
-        "--template", metavar="NAME", help=f"a name or a .jinja file; default: the run's, or {DEFAULT_TEMPLATE}"
-    )
+    add_template_option(wording.add_argument)
     wording.add_argument("--raw", action="store_true", help="no template: continue the text itself")
     parser.add_argument("--task", metavar="TEXT", help="definition of a task: the paper's prompt for writing")
     parser.add_argument("--system", metavar="TEXT", help="system text instead of the template's")

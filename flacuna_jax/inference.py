@@ -3,19 +3,22 @@
 import argparse
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from flacuna_jax.config import MeshConfig, RunConfig
+from flacuna_jax.config import AUTO, DataConfig, MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config
+from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.huggingface.adapter import read_adapter
-from flacuna_jax.huggingface.architecture import read_architecture, read_json
+from flacuna_jax.huggingface.answer_ends import answer_ends
+from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.place import require_directory
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
@@ -23,9 +26,6 @@ from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
 from flacuna_jax.model_source import with_rope_scaling
 from flacuna_jax.training.local_run import local_run
-
-DEFAULT_TEMPLATE = "vicuna_v1.1"
-"""Of what no run is known to have trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,9 @@ class ModelLoader:
             if run.model.quantization is not None and not self.stored_base:
                 # From the numbers that the run quantised: other roundings before it would give other codes.
                 quantization, held_dtype = run.model.quantization, run.model.dtype
-        tokenizer = load_tokenizer(address.base)
-        check_vocabulary(tokenizer, config.vocab_size, address.base)
+        directory = tokenizer_directory(address)
+        tokenizer = load_tokenizer(directory)
+        check_vocabulary(tokenizer, config.vocab_size, directory)
         adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
         mesh = make_mesh(self.mesh)
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
@@ -101,7 +102,14 @@ class ModelLoader:
         # What a run's settings make of the base (positions, quantisation) stands in no file of these directories.
         fingerprint = directory_fingerprint(directories, f"flacuna {base!r}")
         return LlamaLanguageModel(
-            spec, params, tokenizer, mesh, name or address.name, fingerprint, placement=self.placement
+            spec,
+            params,
+            tokenizer,
+            mesh,
+            name or address.name,
+            fingerprint,
+            placement=self.placement,
+            ends=answer_ends(None, tokenizer, address.base),
         )
 
 
@@ -112,8 +120,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter on that model, or the run that made one")
 
 
-def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, str | None]:
-    """Where the model is, and the template that its run trained it with; None where no run is named.
+def add_template_option(add: Callable[..., object]) -> None:
+    add(
+        "--template",
+        metavar="NAME",
+        help="name of a format, a .jinja file, or checkpoint; default: the run's, else the checkpoint's own, else "
+        "vicuna_v1.1",
+    )
+
+
+def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, DataConfig | None]:
+    """Where the model is, and the data settings of the run that trained it; None if that is not known.
 
     Raises:
       UserError: the options name no model, or two, or a run that has not ended.
@@ -121,14 +138,16 @@ def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, str | 
     if (arguments.model is None) == (arguments.run is None) or (arguments.run and arguments.adapter):
         raise UserError("say which model: --model DIR, --model DIR --adapter DIR, or --run DIR")
     if arguments.run is None:
-        return ModelAddress.of(arguments.model, arguments.adapter), None
+        address = ModelAddress.of(arguments.model, arguments.adapter)
+        trained = _run_of(_adapter_directory(address.adapter))
+        return address, None if trained is None else trained.data
     run = local_run(arguments.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
     config = load_config(run / "config.yaml")
     if config.lora is None:
-        return ModelAddress(_finished(run, "model")), config.data.template
-    return ModelAddress(Path(str(config.model.path)), _finished(run, "adapter")), config.data.template
+        return ModelAddress(_finished(run, "model")), config.data
+    return ModelAddress(Path(str(config.model.path)), _finished(run, "adapter")), config.data
 
 
 def _finished(run: Path, product: str) -> Path:
@@ -155,13 +174,37 @@ def _run_of(adapter_directory: Path | None) -> RunConfig | None:
     return load_config(directory.parent / "config.yaml")
 
 
-def eos_text(directory: Path) -> str:
-    """How a model directory's tokenizer spells EOS."""
-    path = directory / "tokenizer_config.json"
-    spelled = read_json(path).get("eos_token") if path.is_file() else None
-    if isinstance(spelled, dict):
-        spelled = spelled.get("content")
-    return spelled if isinstance(spelled, str) and spelled else "</s>"
+def tokenizer_directory(address: ModelAddress) -> Path:
+    """Where a model's tokenizer is: where the run of its adapter had it if that still exists, else beside the base."""
+    run = _run_of(_adapter_directory(address.adapter))
+    configured = None if run is None or run.model.tokenizer is None else Path(run.model.tokenizer)
+    return configured if configured is not None and configured.is_dir() else address.base
+
+
+def template_of(
+    address: ModelAddress, name: str | None, trained: DataConfig | None, say: Callable[[str], None]
+) -> Template:
+    """The template for a model: the named one, else that of its run, else the checkpoint's own, else vicuna_v1.1.
+
+    Args:
+      address: The model.
+      name: Of a template, a .jinja file, auto or checkpoint. None if the user named none.
+      trained: Data settings of the run that trained the model.
+      say: Is given a line that says which template it is, and what to know about it.
+
+    Raises:
+      UserError: There is no such template.
+    """
+    directory = tokenizer_directory(address)
+    tokenizer = load_tokenizer(directory)
+    if name is None and trained is not None:
+        template, asked = open_template(trained, directory, tokenizer), trained.template
+    else:
+        template, asked = choose_template(name or AUTO, directory, tokenizer), name or AUTO
+    say(f"template: {describe_choice(asked, directory)}")
+    for note in template.notes:
+        say(f"note: {note}")
+    return template
 
 
 def _adapter_directory(path: Path | None) -> Path | None:

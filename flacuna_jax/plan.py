@@ -23,6 +23,7 @@ from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_run
 from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
@@ -157,7 +158,8 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
         return assumed_statistics(config.data, config.training, examples)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
-    store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note)
+    template = open_template(config.data, config.model.tokenizer_path, tokenizer)
+    store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
     if config.evaluation is not None and config.evaluation.fraction is not None:
         store, _ = split(store, config.evaluation.fraction, config.evaluation.max_examples)
     # Steps and rows per step are the same on any number of shards.

@@ -18,7 +18,7 @@ from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import RunConfig
 from flacuna_jax.config_files import load_config, top_level_keys
-from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
+from flacuna_jax.data.conversation import Conversation, Turn, named_template
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
 from flacuna_jax.data.held_out import split
@@ -37,6 +37,7 @@ from flacuna_jax.flan_mini.leakage import BenchmarkLeakage, LeakageScan
 from flacuna_jax.flan_mini.manifest import find_built, write_manifest
 from flacuna_jax.flan_mini.report import PackingFacts, mixture_document, run_document
 from flacuna_jax.flan_mini.work import writing
+from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 Say = Callable[[str], None]
@@ -131,9 +132,13 @@ def prepare_run(
         _make_directory(Path(output), "--output")
     scan = _leakage_scan(LeakageConfig(files=benchmarks) if benchmarks else None)
     config = config.model_copy(update={"data": local_sources(config.data, cache / "downloads")})
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
-    store, report = cached_store(config.data, tokenizer, fingerprint, cache, say)
+    directory = config.model.tokenizer_path
+    tokenizer = load_tokenizer(directory)
+    template = open_template(config.data, directory, tokenizer)
+    say(f"template: {describe_choice(config.data.template, directory)}")
+    for note in template.notes:
+        say(f"note: {note}")
+    store, report = cached_store(config.data, tokenizer, tokenizer_fingerprint(directory), cache, say, template)
     held_out: list[tuple[str, str]] = []
     settings = config.evaluation
     if settings is not None and settings.fraction is not None:
@@ -258,11 +263,12 @@ def _show_collection(config: FlanMiniConfig, built: Built, tokenizer: Tokenizer,
     left = {account.name: count for account in built.accounts if account.records}
     builder = StoreBuilder(list(left), tokenizer.vocab_size)
     names = list(left)
+    template = named_template(config.template, tokenizer.special)
     for conversation in _conversations(built.path):
         source = source_of[conversation.source]
         if left.get(source):
             left[source] -= 1
-            example = tokenize(conversation, TEMPLATES[config.template], tokenizer)
+            example = tokenize(conversation, template, tokenizer)
             builder.add(names.index(source), [example], [0])
         elif not any(left.values()):
             break
@@ -270,7 +276,8 @@ def _show_collection(config: FlanMiniConfig, built: Built, tokenizer: Tokenizer,
 
 
 def _show_store(store: TokenStore, tokenizer: Tokenizer, count: int) -> None:
-    """Prints the first `count` examples of each source. Loss is green, or stands in ⟦⟧ where there are no colours."""
+    """Prints the first `count` examples of each source. Tokens with loss are green, special tokens are reversed.
+    Without colours, tokens with loss stand in ⟦⟧ and a special token in ‹›."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for source, name in enumerate(store.sources):
         members = [index for index in range(len(store)) if store.source_index[index] == source][:count]
@@ -283,8 +290,12 @@ def _show_store(store: TokenStore, tokenizer: Tokenizer, count: int) -> None:
             )
             text = Text()
             for piece in describe_example(store, index, tokenizer):
-                plain = f"⟦{piece.text}⟧" if piece.supervised and not console.is_terminal else piece.text
-                text.append(plain, style="green" if piece.supervised else "dim")
+                plain = piece.text
+                if not console.is_terminal:
+                    plain = f"‹{plain}›" if piece.special else plain
+                    plain = f"⟦{plain}⟧" if piece.supervised else plain
+                style = "green" if piece.supervised else "dim"
+                text.append(plain, style=f"{style} reverse" if piece.special else style)
             console.print(text)
             console.print()
 

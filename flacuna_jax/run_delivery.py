@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flacuna_jax.config import RunConfig
-from flacuna_jax.data.conversation import named_template
+from flacuna_jax.config import CHECKPOINT, RunConfig
+from flacuna_jax.data.conversation import Template
+from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.card import Facts
+from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.probe import probe_ids
-from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import (
     parameter_shardings,
@@ -40,7 +42,7 @@ def deliver_result(
             directory.path / "model",
             trained,
             setup.source.config,
-            _companions(config),
+            companions(config, setup.template, setup.tokenizer),
             dtype=jnp.dtype(config.model.dtype),
             model_source=Path(config.model.path) if config.model.path else None,
             replace=True,
@@ -85,11 +87,15 @@ def what_next(config: RunConfig) -> list[str]:
     return [f"{label:<10} {text}" for label, text in lines.items()]
 
 
-def _companions(config: RunConfig) -> deliver.Companions:
+def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> deliver.Companions:
+    """What a model of this run has beside its weights: the tokenizer's files, and the template that it was trained with
+    where that is not the checkpoint's own."""
     directory = Path(config.model.tokenizer_path)
-    tokenizer = load_tokenizer(directory)
+    base = Path(config.model.path) if config.model.path else None
+    jinja = None if resolve_name(config.data.template, directory) == CHECKPOINT else template.jinja
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return deliver.Companions(directory, named_template(config.data.template).jinja, token_ids)
+    end = tokenizer.special.spellings[template.ends[0]] if template.ends else None
+    return deliver.Companions(directory, jinja, token_ids, answer_ends(template, tokenizer, base), end)
 
 
 def _on_every_host(params: Params) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from pathlib import Path
 import jax
 
 from flacuna_jax.config import RunConfig
-from flacuna_jax.data.conversation import Template, Turn, named_template
+from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.language_model import GenerationRequest
 from flacuna_jax.evaluation.suite import Evaluator, task_evaluator
+from flacuna_jax.huggingface.answer_ends import answer_ends
+from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import batch_sharding, row_shards
@@ -30,7 +32,9 @@ def read_tasks(config: RunConfig) -> Evaluator | None:
     settings = config.evaluation.tasks if config.evaluation else None
     if settings is None:
         return None
-    template = named_template(config.data.template) if settings.protocol == "lm_eval" else None
+    directory = config.model.tokenizer_path
+    is_harness = settings.protocol == "lm_eval"
+    template = open_template(config.data, directory, load_tokenizer(directory)) if is_harness else None
     return task_evaluator(
         settings.names, Path(settings.data), protocol=settings.protocol, limit=settings.limit, template=template
     )
@@ -51,7 +55,6 @@ def make_measurement(
     config, settings = setup.config, setup.config.evaluation
     if settings is None:
         return None
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
     held_out = None
     if setup.held_out is not None:
         held_out = lay_out(
@@ -66,8 +69,8 @@ def make_measurement(
         settings=settings,
         keep_best=config.checkpoint.keep_best,
         held_out=held_out,
-        sampler=_sampler(setup, tokenizer),
-        tasks=None if evaluator is None else _on_parameters(setup, evaluator, tokenizer),
+        sampler=_sampler(setup),
+        tasks=None if evaluator is None else _on_parameters(setup, evaluator),
         frozen=base,
         history=history,
         tracker=tracker,
@@ -77,10 +80,10 @@ def make_measurement(
     )
 
 
-def _sampler(setup: Setup, tokenizer: Tokenizer) -> Sampler:
-    config, settings = setup.config, setup.config.evaluation
+def _sampler(setup: Setup) -> Sampler:
+    settings, tokenizer = setup.config.evaluation, setup.tokenizer
     assert settings is not None, "the caller has asked"
-    template = named_template(config.data.template)
+    template = setup.template
     room = setup.source.config.max_position_embeddings - settings.sample_tokens
     questions = []
     for number, text in enumerate(settings.prompts):
@@ -95,8 +98,10 @@ def _sampler(setup: Setup, tokenizer: Tokenizer) -> Sampler:
         questions += choose_questions(setup.held_out, settings.samples, room, tokenizer, _frame(template, tokenizer))
 
     def ask(params: Params, prompts: Sequence[tuple[int, ...]]) -> list[str]:
-        requests = [GenerationRequest(ids, settings.sample_tokens, template.stop_strings) for ids in prompts]
-        answers = _as_language_model(setup, params, tokenizer).generate(requests)
+        requests = [
+            GenerationRequest(ids, settings.sample_tokens, template.stop_strings, ends=template.ends) for ids in prompts
+        ]
+        answers = _as_language_model(setup, params).generate(requests)
         return [f"{answer.text} …" if answer.finish == "length" else answer.text for answer in answers]
 
     return Sampler(questions, ask)
@@ -105,15 +110,16 @@ def _sampler(setup: Setup, tokenizer: Tokenizer) -> Sampler:
 def _frame(template: Template, tokenizer: Tokenizer) -> tuple[str, str]:
     """What a template writes before and after a question, as this tokenizer decodes it."""
     question = "QUESTION"
-    special = {tokenizer.bos_id, tokenizer.eos_id}
     ids = tokenize_prompt((Turn("user", question),), template, tokenizer)
-    before, found, after = tokenizer.decode([token for token in ids if token not in special]).partition(question)
+    before, found, after = tokenizer.decode(ids).partition(question)
     return (before, after) if found else ("", "")
 
 
-def _on_parameters(setup: Setup, evaluator: Evaluator, tokenizer: Tokenizer) -> Tasks:
-    return lambda params: evaluator(_as_language_model(setup, params, tokenizer))
+def _on_parameters(setup: Setup, evaluator: Evaluator) -> Tasks:
+    return lambda params: evaluator(_as_language_model(setup, params))
 
 
-def _as_language_model(setup: Setup, params: Params, tokenizer: Tokenizer) -> LlamaLanguageModel:
-    return LlamaLanguageModel(setup.spec, params, tokenizer, setup.mesh, "model in training")
+def _as_language_model(setup: Setup, params: Params) -> LlamaLanguageModel:
+    files = setup.config.model.path
+    ends = answer_ends(None, setup.tokenizer, Path(files) if files else None)
+    return LlamaLanguageModel(setup.spec, params, setup.tokenizer, setup.mesh, "model in training", ends=ends)

@@ -20,6 +20,7 @@ from flacuna_jax import distributed
 from flacuna_jax.config import DataConfig, DistributedConfig, LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.config_files import parse_config
 from flacuna_jax.data.build import build_store
+from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.held_out import keys, lowest, select, split
 from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_run
@@ -29,6 +30,7 @@ from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
+from flacuna_jax.huggingface.chat_template import describe_choice, open_template, resolve_name
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params, quantize
@@ -90,6 +92,8 @@ class Setup:
     store: TokenStore
     report: DataReport
     plan: RunPlan
+    tokenizer: Tokenizer
+    template: Template
     held_out: TokenStore | None = None
     """Records that are measured and not learned from."""
 
@@ -184,6 +188,8 @@ def open_parts(config: RunConfig) -> Parts:
     spec = model_spec(config, source)
     require_words(config.training.no_decay, (*spec.base_shapes, *spec.lora_shapes))
     config = resolve_auto(config, source)
+    template = resolve_name(config.data.template, config.model.tokenizer_path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template": template})})
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
     check_batch_arithmetic(config.training, row_shards(mesh))
@@ -205,7 +211,15 @@ def require_output_apart(config: RunConfig) -> None:
 def set_up(parts: Parts, say: Say) -> Setup:
     """Adds data and plan; the same on all hosts. Raises UserError for what is wrong with them."""
     config, source, mesh = parts
-    setup = Setup(config, mesh, source, *build_data(config, source, row_shards(mesh), say))
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
+    template = open_template(config.data, config.model.tokenizer_path, tokenizer)
+    say(f"template   {describe_choice(config.data.template, config.model.tokenizer_path)}")
+    for note in template.notes:
+        say(f"note       {note}")
+    data = build_data(config, tokenizer, template, row_shards(mesh), say)
+    store, report, plan, held_out = data
+    setup = Setup(config, mesh, source, store, report, plan, tokenizer, template, held_out)
     distributed.require_agreement(setup.shared_facts)
     return setup
 
@@ -218,22 +232,20 @@ def peak_flops() -> float | None:
 
 
 def build_data(
-    config: RunConfig, source: ModelSource, shards: int, say: Say
+    config: RunConfig, tokenizer: Tokenizer, template: Template, shards: int, say: Say
 ) -> tuple[TokenStore, DataReport, RunPlan, TokenStore | None]:
     """The tokenised corpus, what became of every record, the plan of the run, and what is held out of it.
 
     Raises:
-      UserError: the data, the tokenizer or the numbers of the config are not as they should be.
+      UserError: the data or the numbers of the config are not as they should be.
     """
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
-    store, report = _tokenised(config, config.data, tokenizer, say)
+    store, report = _tokenised(config, config.data, tokenizer, template, say)
     held_out = None
     settings = config.evaluation
     if settings is not None and settings.fraction is not None:
         store, held_out = split(store, settings.fraction, settings.max_examples)
     elif settings is not None and settings.sources:
-        measured, _ = _tokenised(config, evaluation_data(config), tokenizer, say)
+        measured, _ = _tokenised(config, evaluation_data(config), tokenizer, template, say)
         found = keys(measured)
         held_out = select(measured, lowest(found, np.arange(len(measured)), settings.max_examples))
         common = int(np.isin(found, keys(store)).sum())
@@ -252,14 +264,16 @@ def evaluation_data(config: RunConfig) -> DataConfig:
     return config.data.model_copy(update={"sources": config.evaluation.sources or config.data.sources})
 
 
-def _tokenised(config: RunConfig, data: DataConfig, tokenizer: Tokenizer, say: Say) -> tuple[TokenStore, DataReport]:
+def _tokenised(
+    config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
+) -> tuple[TokenStore, DataReport]:
     data = local_sources(data, default_directory() / "downloads")
     try:
         tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
-        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say)
+        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)
     except OSError as error:
         say(f"tokenised data: no cache ({error}); built in memory")
-        store, report = build_store(data, tokenizer)
+        store, report = build_store(data, tokenizer, template=template)
     for line in report.lines():
         say(line)
     return store, report

@@ -21,7 +21,6 @@ from flacuna_jax.config_files import load_config, require_settings
 from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.suite import Evaluator
-from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.model.sharding import batch_sharding
 from flacuna_jax.run_delivery import deliver_result, what_next
@@ -167,7 +166,7 @@ def run(
             peak_flops=peak_flops(),
         )
         watch = Watch(setup, directory, checkpointer, stream, tracker, history, log, measurement, report, start.meta)
-        inspector = BatchInspector(setup.store, source, step_config, rows, load_tokenizer(config.model.tokenizer_path))
+        inspector = BatchInspector(setup.store, source, step_config, rows, setup.tokenizer)
         loop = Loop(
             step=traced(step, directory.path / PROFILE, progress.say) if profile else step,
             frozen=base,
@@ -241,8 +240,7 @@ def inspect_step(config: RunConfig, number: int) -> int:
     state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
     source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
     step_config = StepConfig.of_run(setup.spec, setup.config)
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    inspector = BatchInspector(setup.store, source, step_config, batch_sharding(setup.mesh), tokenizer)
+    inspector = BatchInspector(setup.store, source, step_config, batch_sharding(setup.mesh), setup.tokenizer)
     losses = inspector.losses(number, state.trainable, base)
     if primary:
         found = {"step": number, "losses_are_of_the_parameters_after_step": state.step}

@@ -6,13 +6,13 @@ from itertools import islice
 import numpy as np
 
 from flacuna_jax.config import DataConfig, SourceConfig
-from flacuna_jax.data.conversation import TEMPLATES, Conversation
+from flacuna_jax.data.conversation import Conversation, Segment, Template, TemplateRefusal, named_template
 from flacuna_jax.data.files import Place
 from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.over_length import Shortener
 from flacuna_jax.data.report import BadRecordPolicy, DataReport, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore
-from flacuna_jax.data.tokenization import SegmentEncoder, TokenizedExample, Tokenizer, tokenize_batch
+from flacuna_jax.data.tokenization import SegmentEncoder, TokenizedExample, Tokenizer, segments_of, tokenize_batch
 from flacuna_jax.errors import UserError
 
 BLOCK = 512
@@ -23,22 +23,37 @@ TRUNCATED = "question shortened to data.max_length"
 TURNS_REMOVED = "turns removed to fit data.max_length"
 ANSWER_TOO_LONG = "no room in data.max_length for an answer and a shortened question"
 NO_LOSS = "no supervised token"
+REFUSED = "the template has no form for the record"
+
+Located = tuple[int, Place, Conversation]
+"""Number of a record in its source, its place, and what it says."""
 
 Progress = Callable[[int], None]
 """Called now and then with the number of records read so far."""
 
 
 def build_store(
-    config: DataConfig, tokenizer: Tokenizer, on_progress: Progress | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    on_progress: Progress | None = None,
+    template: Template | None = None,
 ) -> tuple[TokenStore, DataReport]:
-    """Tokenises every source of a config. Raises UserError for bad input and for a source that gives no example."""
+    """Tokenises every source of a config.
+
+    Args:
+      template: None takes the one that `config` names, which must then be one of ours or a file.
+
+    Raises:
+      UserError: The input is bad, or a source gives no example.
+    """
+    template = template or named_template(config.template, tokenizer.special, tools_as_text=config.tools_as_text)
     builder = StoreBuilder([source.path for source in config.sources], tokenizer.vocab_size)
     encoder = SegmentEncoder(tokenizer)
     reports: list[SourceReport] = []
     for index, source in enumerate(config.sources):
         report = SourceReport(source.path)
         reports.append(report)
-        for _ in SourceBuild(config, source, index, tokenizer, encoder, report, builder).blocks():
+        for _ in SourceBuild(config, template, source, index, tokenizer, encoder, report, builder).blocks():
             if on_progress:
                 on_progress(sum(r.read for r in reports))
         require_examples(report)
@@ -59,6 +74,7 @@ class SourceBuild:
     def __init__(
         self,
         config: DataConfig,
+        template: Template,
         source: SourceConfig,
         index: int,
         tokenizer: Tokenizer,
@@ -72,7 +88,7 @@ class SourceBuild:
         self._encoder = encoder
         self._report = report
         self.builder = builder
-        self._template = TEMPLATES[config.template]
+        self._template = template
         self._shortener = Shortener(self._template, tokenizer, encoder, config.train_on, config.max_length)
 
     def blocks(self, passed: int = 0, report: SourceReport | None = None) -> Iterator[int]:
@@ -102,13 +118,13 @@ class SourceBuild:
         for place, conversation in read_source(self._source, policy):
             yield self._report.read - 1, place, conversation
 
-    def _add(self, block: list[tuple[int, Place, Conversation]]) -> None:
-        examples = tokenize_batch(
-            [conversation for _, _, conversation in block], self._template, self._encoder, self._config.train_on
-        )
+    def _add(self, block: list[Located]) -> None:
+        accepted, rendered = self._render(block)
+        conversations = [conversation for _, _, conversation in accepted]
+        examples = tokenize_batch(conversations, rendered, self._encoder, self._config.train_on)
         kept: list[TokenizedExample] = []
         records: list[int] = []
-        for (record, place, conversation), example in zip(block, examples, strict=True):
+        for (record, place, conversation), example in zip(accepted, examples, strict=True):
             fitting = self._fit(place, conversation, example)
             if fitting is not None:
                 kept.append(fitting)
@@ -117,6 +133,19 @@ class SourceBuild:
         self._report.kept += len(kept)
         self._report.tokens += sum(len(example.ids) for example in kept)
         self._report.supervised_tokens += sum(int(np.count_nonzero(example.loss_mask)) for example in kept)
+
+    def _render(self, block: list[Located]) -> tuple[list[Located], list[list[Segment]]]:
+        """The conversations that the template has a form for, and their segments."""
+        policy = BadRecordPolicy(self._report, self._config.on_bad_record)
+        accepted: list[Located] = []
+        rendered: list[list[Segment]] = []
+        for record, place, conversation in block:
+            try:
+                rendered.append(segments_of(conversation, self._template, self._encoder.tokenizer))
+                accepted.append((record, place, conversation))
+            except TemplateRefusal as refusal:
+                policy.reject(REFUSED, place, str(refusal))
+        return accepted, rendered
 
     def _fit(self, place: Place, conversation: Conversation, example: TokenizedExample) -> TokenizedExample | None:
         """The example within the length limit and with something to learn; None, and counted, if that cannot be."""

@@ -1,62 +1,64 @@
-"""Conversations, and the templates that turn them into text with the supervised spans known by construction.
+"""Conversations, and the templates that turn them into segments with the supervised spans known by construction.
 
-A template is a function from turns to segments (`segments.py`); `layouts.py` has those that come with the project, and
-`jinja_template.py` makes one of a file.
+A template is a function from turns to segments (`segments.py`), bound to the special tokens of one tokenizer:
+`layouts.py` has the formats that come with the project, `jinja_template.py` makes one from a chat template.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from flacuna_jax.data.jinja_template import load_jinja_template
-from flacuna_jax.data.layouts import LAYOUTS
-from flacuna_jax.data.segments import Layout, Role, Segment, Template, Turn, join_segments
+from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
+from flacuna_jax.data.layouts import NAMES, our_template, source_of
+from flacuna_jax.data.segments import Role, Segment, Template, TemplateRefusal, Tools, Turn
+from flacuna_jax.data.special_tokens import SpecialTokens
 from flacuna_jax.errors import UserError
 
 __all__ = [
-    "TEMPLATES",
+    "NAMES",
     "Conversation",
-    "Layout",
     "Role",
     "Segment",
     "Template",
+    "TemplateRefusal",
+    "Tools",
     "Turn",
-    "join_segments",
     "named_template",
     "render",
     "render_prompt",
     "render_text",
+    "template_source",
 ]
 
 
-class _Templates(Mapping[str, Template]):
-    """Ours by name. A name that ends in .jinja is a file to make one of (UserError where that cannot be)."""
+def named_template(
+    name: str, special: SpecialTokens, *, tools_as_text: bool = False, variables: Mapping[str, Any] | None = None
+) -> Template:
+    """One of our templates, or that of a .jinja file, with the tokens of one tokenizer.
 
-    _ours: Mapping[str, Template] = MappingProxyType({template.name: template for template in LAYOUTS})
+    Args:
+      name: One of `NAMES`, or a path that ends in .jinja.
+      special: The tokenizer's special tokens.
+      tools_as_text: Whether our templates write tools, calls, results and reasoning as text instead of refusing them.
+      variables: Passed to a .jinja file beside the messages.
 
-    def __getitem__(self, name: str) -> Template:
-        return load_jinja_template(Path(name)) if name.endswith(".jinja") else self._ours[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ours)
-
-    def __len__(self) -> int:
-        return len(self._ours)
-
-
-TEMPLATES: Mapping[str, Template] = _Templates()
-
-
-def named_template(name: str) -> Template:
-    """One of ours, or that of a .jinja file. Raises UserError for a name of neither."""
-    if not name.endswith(".jinja") and name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
+    Raises:
+      UserError: The name is neither, or the file cannot be used as a template.
+    """
+    if name.endswith(".jinja"):
+        return jinja_template({"default": read_jinja_file(Path(name))}, name, special, variables)
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"template {name!r} is none of {', '.join(TEMPLATES)}, nor a .jinja file{hint}")
-    return TEMPLATES[name]
+        raise UserError(f"template {name!r} is none of {', '.join(NAMES)}, nor a .jinja file{hint}")
+    return our_template(name, special, tools_as_text)
+
+
+def template_source(name: str) -> str:
+    """The Jinja of a template by name, before it meets a tokenizer. Raises UserError for a file that cannot be read."""
+    return read_jinja_file(Path(name)) if name.endswith(".jinja") else source_of(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Conversation:
       turns: Messages in order, without a system message that stands first.
       system: Replaces the template's system text. None keeps that text.
       tools: JSON schemas of the functions that the assistant may call, as transformers takes them.
+      raw: Whether the record is a text without roles: `turns` is one turn of the assistant with that text, no template
+        is applied, and every token of it carries loss.
     """
 
     id: str
@@ -74,22 +78,27 @@ class Conversation:
     turns: tuple[Turn, ...]
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    raw: bool = False
 
 
 def render(conversation: Conversation, template: Template) -> list[Segment]:
-    """Segments of a conversation; ends ready for the answer if the last turn is a user's."""
+    """Segments of a conversation; ends ready for the answer unless the last turn is the assistant's.
+
+    Raises TemplateRefusal for what the template has no form for.
+    """
     system = template.system if conversation.system is None else conversation.system
-    return join_segments(template.layout(system, conversation.turns))
+    return [s for s in template.layout(system, conversation.turns, conversation.tools) if s.text or s.token is not None]
 
 
-def render_prompt(turns: Sequence[Turn], template: Template, system: str | None = None) -> list[Segment]:
-    """Segments of a generation prompt, from turns that end with a user's. Nothing follows "ASSISTANT:"."""
-    if not turns or turns[-1].role != "user":
-        raise ValueError("a prompt ends with a user's turn")
-    return join_segments(template.layout(template.system if system is None else system, turns))
+def render_prompt(
+    turns: Sequence[Turn], template: Template, system: str | None = None, tools: Tools = ()
+) -> list[Segment]:
+    """Segments of a generation prompt, from turns that do not end with the assistant's."""
+    if not turns or turns[-1].role == "assistant":
+        raise ValueError("a prompt ends with a turn of the user or of a tool")
+    return render(Conversation("", "", tuple(turns), system, tuple(tools)), template)
 
 
-def render_text(segments: Sequence[Segment], bos: str = "<s>", eos: str = "</s>") -> str:
-    """What a person (or an engine that tokenises whole strings) sees."""
-    special = {"bos": bos, "eos": eos}
-    return "".join(segment.text if segment.kind == "text" else special[segment.kind] for segment in segments)
+def render_text(segments: Sequence[Segment]) -> str:
+    """The whole text, special tokens as the tokenizer spells them."""
+    return "".join(segment.text for segment in segments)

@@ -1,30 +1,38 @@
-"""The conversation formats: as segments, and as the Jinja that Hugging Face's tokenizers carry."""
+"""The conversation formats that come with the project: as segments, and as the Jinja that tokenizers carry.
 
-from collections.abc import Iterator, Sequence
+They know a system text and turns that alternate between user and assistant. What else a conversation holds (tools,
+their calls and results, reasoning) is refused, or written as text first (`as_text.py`).
+"""
 
-from flacuna_jax.data.segments import Segment, Template, Turn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from flacuna_jax.data.as_text import check_plain, written_as_text
+from flacuna_jax.data.segments import Segment, Template, Tools, Turn, Writer, text
+from flacuna_jax.data.special_tokens import SpecialTokens
 
 
-def _vicuna_v1_1(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
+def _vicuna_v1_1(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     """`{system} USER: {u} ASSISTANT: {a}</s>USER: {u2} ASSISTANT: {a2}</s>`, as FastChat's get_prompt writes it.
 
-    Its quirk with empty texts is kept, since it is what such a prompt looks like when served: an empty turn is its role
-    and colon with no separator after it ("USER:ASSISTANT:"), so an empty answer has no EOS and nothing to learn.
+    FastChat's form of empty texts is kept, since it is what such a prompt looks like when served: an empty turn is its
+    role and colon without a separator after it ("USER:ASSISTANT:"), so an empty answer has no EOS and no loss.
     """
-    yield Segment("bos", "", False, -1)
-    yield Segment("text", system, False, -1)
+    yield from write.bos(-1)
+    yield text(system, False, -1)
     separator = " "
     for index, turn in enumerate(turns):
         if turn.role == "user":
             question = f" {turn.text} " if turn.text else ""
-            yield Segment("text", f"{separator}USER:{question}ASSISTANT:", False, index)
+            yield text(f"{separator}USER:{question}ASSISTANT:", False, index)
         elif turn.text:
-            yield Segment("text", " " + turn.text, True, index)
-            yield Segment("eos", "", True, index)
+            yield text(" " + turn.text, turn.trained, index)
+            yield write.eos(turn.trained, index)
         separator = ""
 
 
-def _vicuna_v0(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
+def _vicuna_v0(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     r"""`{system}\n\n### Human: {u}\n### Assistant: {a}\n### Human: ...`, the layout FastChat trained v0 with.
 
     (Its later get_prompt variants put no newline between turns; the training code is followed.) Two things are ours:
@@ -32,81 +40,101 @@ def _vicuna_v0(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     learns to stop in both places; and the "### Assistant:" in front of an answer does not carry loss, as it is given
     in generation. FastChat did it the other way round, with no EOS at all.
     """
-    yield Segment("bos", "", False, -1)
-    yield Segment("text", f"{system}\n\n###", False, -1)
+    yield from write.bos(-1)
+    yield text(f"{system}\n\n###", False, -1)
     for index, turn in enumerate(turns):
         if turn.role == "user":
-            yield Segment("text", f" Human: {turn.text}\n### Assistant:", False, index)
+            yield text(f" Human: {turn.text}\n### Assistant:", False, index)
             continue
-        supervised = bool(turn.text)
+        supervised = _supervised(turn)
         is_last = index == len(turns) - 1
-        yield Segment("text", f" {turn.text}\n" if is_last else f" {turn.text}\n###", supervised, index)
+        yield text(f" {turn.text}\n" if is_last else f" {turn.text}\n###", supervised, index)
         if is_last:
-            yield Segment("eos", "", supervised, index)
+            yield write.eos(supervised, index)
 
 
-def _llama_2(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
+def _llama_2(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     r"""`<s>[INST] {u} [/INST] {a} </s><s>[INST] {u2} [/INST] {a2} </s>`, texts stripped, as Llama 2 Chat was trained.
 
     A system text stands in the first user's turn: `[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{u} [/INST]`.
     """
     head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     for index, turn in enumerate(turns):
-        text = turn.text.strip()
+        stripped = turn.text.strip()
         if turn.role == "user":
-            yield Segment("bos", "", False, index)
-            yield Segment("text", f"[INST] {head}{text} [/INST]", False, index)
+            yield from write.bos(index)
+            yield write.mark("[INST]", False, index)
+            yield text(f" {head}{stripped} ", False, index)
+            yield write.mark("[/INST]", False, index)
             head = ""
         else:
-            yield Segment("text", f" {text} ", bool(text), index)
-            yield Segment("eos", "", bool(text), index)
+            supervised = bool(stripped) and turn.trained
+            yield text(f" {stripped} ", supervised, index)
+            yield write.eos(supervised, index)
 
 
-def _chatml(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
-    r"""`<|im_start|>user\n{u}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n`, the marks as text.
+def _chatml(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
+    r"""`<|im_start|>user\n{u}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n`.
 
-    EOS follows the last answer, so that the model learns to stop where the marks are no tokens of their own, too.
+    Where the tokenizer has no `<|im_end|>`, the marks are text, and EOS follows the last answer, so that the model
+    learns to stop.
     """
-    yield Segment("bos", "", False, -1)
+    yield from write.bos(-1)
     if system:
-        yield Segment("text", f"<|im_start|>system\n{system}<|im_end|>\n", False, -1)
+        yield from _message(write, "system", system, -1)
     for index, turn in enumerate(turns):
         if turn.role == "user":
-            text = f"<|im_start|>user\n{turn.text}<|im_end|>\n<|im_start|>assistant\n"
-            yield Segment("text", text, False, index)
+            yield from _message(write, "user", turn.text, index)
+            yield write.mark(_IM_START, False, index)
+            yield text("assistant\n", False, index)
             continue
-        supervised = bool(turn.text)
-        yield Segment("text", f"{turn.text}<|im_end|>", supervised, index)
-        if index == len(turns) - 1:
-            yield Segment("eos", "", supervised, index)
+        supervised = _supervised(turn)
+        yield text(turn.text, supervised, index)
+        yield write.mark(_IM_END, supervised, index)
+        if index == len(turns) - 1 and not write.owns(_IM_END):
+            yield write.eos(supervised, index)
         else:
-            yield Segment("text", "\n", False, index)
+            yield text("\n", False, index)
 
 
-def _alpaca(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
+_IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
+
+
+def _message(write: Writer, role: str, content: str, turn: int) -> Iterator[Segment]:
+    yield write.mark(_IM_START, False, turn)
+    yield text(f"{role}\n{content}", False, turn)
+    yield write.mark(_IM_END, False, turn)
+    yield text("\n", False, turn)
+
+
+def _alpaca(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     r"""`{system}\n\n### Instruction:\n{u}\n\n### Response:\n{a}</s>`; further turns begin at "### Instruction:"."""
-    yield Segment("bos", "", False, -1)
+    yield from write.bos(-1)
     if system:
-        yield Segment("text", f"{system}\n\n", False, -1)
+        yield text(f"{system}\n\n", False, -1)
     for index, turn in enumerate(turns):
         if turn.role == "user":
-            yield Segment("text", f"### Instruction:\n{turn.text}\n\n### Response:\n", False, index)
+            yield text(f"### Instruction:\n{turn.text}\n\n### Response:\n", False, index)
         else:
-            yield Segment("text", turn.text, True, index)
-            yield Segment("eos", "", bool(turn.text), index)
+            yield text(turn.text, turn.trained, index)
+            yield write.eos(_supervised(turn), index)
 
 
-def _plain(system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
+def _plain(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     r"""`{u}\n{a}</s>`: no marks at all, as models of the FLAN family are asked."""
-    yield Segment("bos", "", False, -1)
+    yield from write.bos(-1)
     if system:
-        yield Segment("text", f"{system}\n\n", False, -1)
+        yield text(f"{system}\n\n", False, -1)
     for index, turn in enumerate(turns):
         if turn.role == "user":
-            yield Segment("text", f"{turn.text}\n", False, index)
+            yield text(f"{turn.text}\n", False, index)
         else:
-            yield Segment("text", turn.text, True, index)
-            yield Segment("eos", "", bool(turn.text), index)
+            yield text(turn.text, turn.trained, index)
+            yield write.eos(_supervised(turn), index)
+
+
+def _supervised(turn: Turn) -> bool:
+    return bool(turn.text) and turn.trained
 
 
 _JINJA_HEAD = (
@@ -181,7 +209,7 @@ _CHATML_JINJA = _jinja(
     r"{{- bos_token + ('<|im_start|>system\n' + system + '<|im_end|>\n' if system else '') -}}"
     "{%- for message in turns -%}CHECK"
     r"{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' -}}"
-    r"{{- eos_token if loop.last and message['role'] == 'assistant' else '\n' -}}"
+    r"{{- LAST_END if loop.last and message['role'] == 'assistant' else '\n' -}}"
     "{%- endfor -%}"
     r"{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}",
 )
@@ -205,11 +233,65 @@ _PLAIN_JINJA = _jinja(
     "{%- endfor -%}",
 )
 
-LAYOUTS = (
-    Template("vicuna_v1.1", _V1_1_SYSTEM, _vicuna_v1_1, (), _V1_1_JINJA),
-    Template("vicuna_v0", _V0_SYSTEM, _vicuna_v0, ("###",), _V0_JINJA),
-    Template("llama-2-chat", "", _llama_2, (), _LLAMA_2_JINJA),
-    Template("chatml", _CHATML_SYSTEM, _chatml, ("<|im_end|>",), _CHATML_JINJA),
-    Template("alpaca", _ALPACA_SYSTEM, _alpaca, ("### Instruction:",), _ALPACA_JINJA),
-    Template("plain", "", _plain, (), _PLAIN_JINJA),
+
+@dataclass(frozen=True)
+class _Format:
+    """One of our formats before it meets a tokenizer."""
+
+    system: str
+    layout: Callable[[Writer, str, Sequence[Turn]], Iterator[Segment]]
+    jinja: str
+    stop_string: str | None = None
+    end: str | None = None
+    """The mark that ends an answer where the tokenizer has it as a token. None: EOS ends it."""
+
+
+_FORMATS: Mapping[str, _Format] = MappingProxyType(
+    {
+        "vicuna_v1.1": _Format(_V1_1_SYSTEM, _vicuna_v1_1, _V1_1_JINJA),
+        "vicuna_v0": _Format(_V0_SYSTEM, _vicuna_v0, _V0_JINJA, "###"),
+        "llama-2-chat": _Format("", _llama_2, _LLAMA_2_JINJA),
+        "chatml": _Format(_CHATML_SYSTEM, _chatml, _CHATML_JINJA, _IM_END, end=_IM_END),
+        "alpaca": _Format(_ALPACA_SYSTEM, _alpaca, _ALPACA_JINJA, "### Instruction:"),
+        "plain": _Format("", _plain, _PLAIN_JINJA),
+    }
 )
+NAMES = tuple(_FORMATS)
+
+
+def system_text(name: str) -> str:
+    """The system text of one of our formats."""
+    return _FORMATS[name].system
+
+
+def source_of(name: str) -> str:
+    """The Jinja of one of our formats, before it meets a tokenizer."""
+    return _FORMATS[name].jinja
+
+
+def our_template(name: str, special: SpecialTokens, tools_as_text: bool = False) -> Template:
+    """One of our formats with the tokens of one tokenizer.
+
+    Args:
+      name: One of `NAMES`.
+      special: The tokenizer's.
+      tools_as_text: Whether tools, calls, results and reasoning are written as text. Otherwise they are refused.
+    """
+    format_, write = _FORMATS[name], Writer(special)
+    owns_end = format_.end is not None and write.owns(format_.end)
+
+    def layout(system: str, turns: Sequence[Turn], tools: Tools) -> Iterator[Segment]:
+        if tools_as_text:
+            system, turns = written_as_text(system, turns, tools)
+        check_plain(name, turns, () if tools_as_text else tools)
+        yield from format_.layout(write, system, turns)
+
+    end = special.tokens[format_.end if owns_end and format_.end else special.eos].id
+    stop = (format_.stop_string,) if format_.stop_string and not owns_end else ()
+    return Template(name, format_.system, layout, stop, (end,), _jinja_for(format_.jinja, special.bos, owns_end))
+
+
+def _jinja_for(source: str, bos: str | None, owns_end: bool) -> str:
+    """The Jinja of a format for one tokenizer: transformers does not define bos_token where there is none."""
+    source = source.replace("LAST_END", r"'\n'" if owns_end else "eos_token")
+    return source if bos is not None else source.replace("bos_token + ", "")

@@ -15,6 +15,7 @@ from flacuna_jax.data.tokenization import (
     TokenizedExample,
     Tokenizer,
     TrainOn,
+    segments_of,
     tokenize_batch,
 )
 
@@ -87,10 +88,11 @@ class Shortener:
         # A cut through the bytes of one character leaves replacement characters at the edges.
         start = self.tokenizer.decode(head).rstrip("\ufffd").rstrip()
         end = self.tokenizer.decode(tail).lstrip("\ufffd").lstrip()
-        return Turn("user", f"{start}{GAP}{end}")
+        return replace(turn, text=f"{start}{GAP}{end}")
 
     def _tokenize(self, conversation: Conversation) -> TokenizedExample:
-        return tokenize_batch([conversation], self.template, self.encoder, self.train_on)[0]
+        segments = segments_of(conversation, self.template, self.tokenizer)
+        return tokenize_batch([conversation], [segments], self.encoder, self.train_on)[0]
 
 
 def common_limit(lengths: list[int], budget: int, gap: int) -> int:

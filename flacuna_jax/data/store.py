@@ -148,25 +148,24 @@ def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Piece(NamedTuple):
-    """A stretch of an example's text; special tokens are pieces of their own."""
+    """A part of an example's text; special tokens are pieces of their own."""
 
     text: str
     supervised: bool
+    special: bool = False
 
 
-def describe_example(
-    store: TokenStore, index: int, tokenizer: Tokenizer, bos: str = "<s>", eos: str = "</s>"
-) -> list[Piece]:
-    """The text of an example as the model sees it, cut where loss begins and ends."""
+def describe_example(store: TokenStore, index: int, tokenizer: Tokenizer) -> list[Piece]:
+    """The text of an example as the model sees it, cut at special tokens and where loss begins and ends."""
     example = store.example(index)
     ids, mask = example.ids.tolist(), example.loss_mask.tolist()
-    special = {tokenizer.bos_id: bos, tokenizer.eos_id: eos}
+    special = tokenizer.special.spellings
     pieces: list[Piece] = []
     chunk_start = 0  # a text is decoded from its start, so that the spaces between its pieces come out right
     start = 0
     while start < len(ids):
         if ids[start] in special:
-            pieces.append(Piece(special[ids[start]], mask[start]))
+            pieces.append(Piece(special[ids[start]], mask[start], special=True))
             start += 1
             chunk_start = start
             continue

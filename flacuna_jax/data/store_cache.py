@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data.build import SourceBuild, require_examples
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.conversation import Template, named_template
 from flacuna_jax.data.files import find_files
 from flacuna_jax.data.report import DataReport, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore
@@ -43,7 +43,7 @@ PART_EXAMPLES = 32_768
 UNUSED_DAYS = 30
 """Days after which a corpus that nobody opened, or a build that nobody went on with, is removed."""
 
-_SHAPING = ("max_length", "over_length", "on_bad_record", "train_on")
+_SHAPING = ("max_length", "over_length", "on_bad_record", "train_on", "template_variables", "tools_as_text")
 _FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
 _STORE, _FACTS = "store.json", "facts.json"
 
@@ -56,13 +56,19 @@ def default_directory() -> Path:
 
 
 def cached_store(
-    config: DataConfig, tokenizer: Tokenizer, tokenizer_hash: str, directory: Path, say: Say
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    tokenizer_hash: str,
+    directory: Path,
+    say: Say,
+    template: Template | None = None,
 ) -> tuple[TokenStore, DataReport]:
     """What `build_store` gives, from the cache if it is there; else built into it, in parts.
 
     `say` is told whether it was a hit or a miss, and why. Raises UserError like `build_store`.
     """
-    parts = identity(config, tokenizer_hash)
+    template = template or named_template(config.template, tokenizer.special, tools_as_text=config.tools_as_text)
+    parts = identity(config, template, tokenizer_hash)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     place = directory / key
     directory.mkdir(parents=True, exist_ok=True)
@@ -76,7 +82,7 @@ def cached_store(
             return _renamed(found, [source.path for source in config.sources])
         say(f"tokenised data: miss, {_why(directory, parts)}; building {place}")
         _remove_unused(directory, place, say)
-        return _build(config, tokenizer, parts, place, say)
+        return _build(config, template, tokenizer, parts, place, say)
 
 
 @contextmanager
@@ -105,13 +111,13 @@ def _renamed(found: tuple[TokenStore, DataReport], paths: Sequence[str]) -> tupl
     return dataclasses.replace(store, sources=tuple(paths)), DataReport(tuple(reports))
 
 
-def identity(config: DataConfig, tokenizer_hash: str) -> dict[str, Any]:
+def identity(config: DataConfig, template: Template, tokenizer_hash: str) -> dict[str, Any]:
     """Everything that decides the examples of a config, as settings and hashes."""
     return {
         "tokenizer": tokenizer_hash,
         "code": _code_hash(),
         "settings": {name: getattr(config, name) for name in _SHAPING},
-        "template": TEMPLATES[config.template].jinja,
+        "template": template.jinja,
         "sources": [_source_identity(source) for source in config.sources],
     }
 
@@ -170,7 +176,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build(
-    config: DataConfig, tokenizer: Tokenizer, parts: Mapping[str, Any], place: Path, say: Say
+    config: DataConfig, template: Template, tokenizer: Tokenizer, parts: Mapping[str, Any], place: Path, say: Say
 ) -> tuple[TokenStore, DataReport]:
     workshop = place.with_name(f"{place.name}.parts")
     workshop.mkdir(parents=True, exist_ok=True)
@@ -183,7 +189,7 @@ def _build(
         done = _finished_parts(workshop, index)
         if done:
             say(f"{source.path}: continuing after {len(done)} finished parts")
-        way = _Way(config, source, index, tokenizer, encoder, workshop)
+        way = _Way(config, template, source, index, tokenizer, encoder, workshop)
         reports.append(way.run(done))
         require_examples(reports[-1])
         finished += _finished_parts(workshop, index)
@@ -213,6 +219,7 @@ class _Way:
     def __init__(
         self,
         config: DataConfig,
+        template: Template,
         source: SourceConfig,
         index: int,
         tokenizer: Tokenizer,
@@ -224,7 +231,9 @@ class _Way:
         self._index = index
         self._workshop = workshop
         self._report = SourceReport(source.path)
-        self._source_build = SourceBuild(config, source, index, tokenizer, encoder, self._report, self._new_builder())
+        self._source_build = SourceBuild(
+            config, template, source, index, tokenizer, encoder, self._report, self._new_builder()
+        )
 
     def run(self, done: Sequence[Path]) -> SourceReport:
         """Builds the parts that are not done; returns the counts of the whole source."""

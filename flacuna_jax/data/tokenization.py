@@ -14,35 +14,55 @@ neither lose the sample ("tokenization mismatch") nor move its mask; nothing is 
 off at the right but treated as data.over_length says. An empty question reads "USER:ASSISTANT:", as in FastChat's text.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.data.conversation import Conversation, Segment, Template, Turn, render, render_prompt
+from flacuna_jax.data.conversation import Conversation, Template, Tools, Turn, render, render_prompt
+from flacuna_jax.data.segments import Segment, join_segments
+from flacuna_jax.data.special_tokens import SpecialTokens
 
 TrainOn = Literal["assistant", "last", "all"]
 
 
 class Tokenizer(Protocol):
-    bos_id: int
+    """What data and evaluation need of a tokenizer.
+
+    Attributes:
+      special: Its special tokens.
+      bos_id: None if it has no BOS.
+      prefix_ids: What it puts in front of a plain text: BOS, or nothing.
+      vocab_size: One more than its largest id.
+    """
+
+    special: SpecialTokens
+    bos_id: int | None
     eos_id: int
+    unk_id: int | None
+    prefix_ids: tuple[int, ...]
     vocab_size: int
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text: no BOS or EOS added, and never a special id, whatever the text says."""
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of a text, without BOS or EOS, and never a special id, whatever the text says.
+
+        Args:
+          text: What to encode.
+          first: Whether the text begins the sequence. Otherwise it follows a special token.
+        """
         ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode_batch(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
+        """As `encode`, for many texts; None means that each begins a sequence."""
+        ...
 
-
-@runtime_checkable
-class BatchTokenizer(Protocol):
-    """A tokenizer that encodes many texts faster than one by one."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens have none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,77 +80,118 @@ class TokenizedExample:
 
 
 def puts_space_in_front(tokenizer: Tokenizer) -> bool:
-    """Whether encode("x") gives the ids that " x" has within a text (SentencePiece's dummy prefix).
+    """Whether a text behind a special token gets the ids that " " + text has within a text (SentencePiece's dummy
+    prefix).
 
     If so, no two texts that meet without a space can be encoded apart; if not, some of these pairs surely can.
     """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, first=False)
+
     pairs = (")", "\n"), ("7", "Q"), ("%", "é"), ("\n", "W")
-    return all(tokenizer.encode(a + b) != tokenizer.encode(a) + tokenizer.encode(b) for a, b in pairs)
+    return all(encode(a + b) != encode(a) + encode(b) for a, b in pairs)
+
+
+class Encoded(NamedTuple):
+    """The ids of one segment (or of several that were joined), whether they carry loss, and the turn they end in."""
+
+    ids: list[int]
+    supervised: bool
+    turn: int
 
 
 class SegmentEncoder:
     """Encodes segments with one tokenizer; remembers the ids of system texts, which nearly all examples share."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._has_dummy_prefix = puts_space_in_front(tokenizer)
-        self._newline_length = len(tokenizer.encode("\n"))
-        self._system_ids: dict[str, list[int]] = {}
+        self._newline_length = len(tokenizer.encode("\n", first=False))
+        self._system_ids: dict[tuple[str, bool], list[int]] = {}
 
-    def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
-        """The ids of every segment of every conversation; all texts go to the tokenizer in one batch."""
+    def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[list[Encoded]]:
+        """The ids of every conversation's segments; all texts go to the tokenizer in one batch."""
+        joined = [join_segments(segments, keep_spaces=self._has_dummy_prefix) for segments in conversations]
         texts: list[str] = []
+        first: list[bool] = []
         after_newline: list[bool] = []
-        for segments in conversations:
-            continues = False
-            for segment in segments:
-                if segment.kind == "text" and not self._is_known(segment):
-                    inside = continues and self._has_dummy_prefix
-                    has_space = segment.text.startswith(" ")
-                    # The space that the tokenizer puts in front is the segment's own, or is cut off with a newline.
-                    after_newline.append(inside and not has_space)
-                    texts.append(segment.text[1:] if inside and has_space else "\n" * after_newline[-1] + segment.text)
-                continues = segment.kind == "text"
+        for segments in joined:
+            for index, segment in enumerate(segments):
+                if segment.token is not None or self._is_known(segment, index):
+                    continue
+                inside = index > 0 and segments[index - 1].token is None and self._has_dummy_prefix
+                has_space = segment.text.startswith(" ")
+                # The space that the tokenizer puts in front is the segment's own, or is cut off with a newline.
+                after_newline.append(inside and not has_space)
+                texts.append(segment.text[1:] if inside and has_space else "\n" * after_newline[-1] + segment.text)
+                first.append(index == 0)
         encoded = (
             ids[self._newline_length :] if cut else ids
-            for ids, cut in zip(self._encode_texts(texts), after_newline, strict=True)
+            for ids, cut in zip(self.tokenizer.encode_batch(texts, first), after_newline, strict=True)
         )
-        special = {"bos": [self._tokenizer.bos_id], "eos": [self._tokenizer.eos_id]}
-        return [
-            [
-                special[segment.kind]
-                if segment.kind != "text"
-                else self._system_ids[segment.text]
-                if self._is_known(segment)
-                else next(encoded)
-                for segment in segments
-            ]
-            for segments in conversations
-        ]
+        return [list(self._encoded(segments, encoded)) for segments in joined]
 
-    def _is_known(self, segment: Segment) -> bool:
+    def _encoded(self, segments: Sequence[Segment], encoded: Iterator[list[int]]) -> Iterator[Encoded]:
+        for index, segment in enumerate(segments):
+            if segment.token is not None:
+                ids = [segment.token]
+            elif self._is_known(segment, index):
+                ids = self._system_ids[segment.text, index == 0]
+            else:
+                ids = next(encoded)
+            yield Encoded(ids, segment.supervised, segment.turn)
+
+    def _is_known(self, segment: Segment, index: int) -> bool:
         if segment.turn >= 0:
             return False
-        if segment.text not in self._system_ids:
+        key = (segment.text, index == 0)
+        if key not in self._system_ids:
             if len(self._system_ids) >= 1024:
                 return False
-            self._system_ids[segment.text] = self._tokenizer.encode(segment.text)
+            self._system_ids[key] = self.tokenizer.encode(segment.text, first=index == 0)
         return True
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        if isinstance(self._tokenizer, BatchTokenizer):
-            return self._tokenizer.encode_batch(texts)
-        return [self._tokenizer.encode(text) for text in texts]
+
+_MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_of_\w+>|\[/?[A-Z]{3,}(?:_[A-Z]+)*\]")
+"""What chat templates write as marks, and tokenizers usually have as tokens."""
+
+
+def with_notes_on_marks(template: Template, tokenizer: Tokenizer) -> Template:
+    """The template, with a note for each mark that it writes and the tokenizer has no token for."""
+    turns = (Turn("user", "x"), Turn("assistant", "y"))
+    rendered = render(Conversation("", "", turns), template)
+    text = "".join(segment.text for segment in rendered if segment.token is None)
+    notes = []
+    for mark in dict.fromkeys(_MARK.findall(text)):
+        ids = tokenizer.encode(mark, first=False)
+        if len(ids) > 1:
+            pieces = " ".join(repr(tokenizer.decode([token])) for token in ids)
+            notes.append(f"the tokenizer has no token {mark}, which the template writes; it is spelled {pieces}")
+    return dataclasses.replace(template, notes=(*template.notes, *notes))
+
+
+def segments_of(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> list[Segment]:
+    """The segments of a conversation, or of a text without roles. Raises TemplateRefusal."""
+    if not conversation.raw:
+        return render(conversation, template)
+    special = tokenizer.special
+    front = [Segment(special.spellings[token], token, False, 0) for token in tokenizer.prefix_ids]
+    text = "".join(turn.text for turn in conversation.turns)
+    return [*front, Segment(text, None, True, 0), Segment(special.eos, tokenizer.eos_id, True, 0)]
 
 
 def tokenize_batch(
-    conversations: Sequence[Conversation], template: Template, encoder: SegmentEncoder, train_on: TrainOn
+    conversations: Sequence[Conversation],
+    rendered: Sequence[Sequence[Segment]],
+    encoder: SegmentEncoder,
+    train_on: TrainOn,
 ) -> list[TokenizedExample]:
-    """Tokenises conversations together. An example may come out without loss; its caller must not keep it."""
-    rendered = [render(conversation, template) for conversation in conversations]
+    """Tokenises conversations together, each with its segments. An example may come out without loss; its caller must
+    not keep it."""
     return [
-        _assemble(conversation, segments, ids, train_on)
-        for conversation, segments, ids in zip(conversations, rendered, encoder.encode(rendered), strict=True)
+        _assemble(conversation, encoded, "all" if conversation.raw else train_on)
+        for conversation, encoded in zip(conversations, encoder.encode(rendered), strict=True)
     ]
 
 
@@ -142,31 +203,32 @@ def tokenize(
     Loss on: every answer and the token that ends it ("assistant"); the same for the last answered turn alone ("last");
     or every token but BOS ("all").
     """
-    return tokenize_batch([conversation], template, SegmentEncoder(tokenizer), train_on)[0]
+    segments = segments_of(conversation, template, tokenizer)
+    return tokenize_batch([conversation], [segments], SegmentEncoder(tokenizer), train_on)[0]
 
 
 def tokenize_prompt(
-    turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, system: str | None = None
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: Tokenizer,
+    system: str | None = None,
+    tools: Tools = (),
 ) -> list[int]:
     """Ids of a generation prompt: exactly what stands before an answer in training."""
-    encoded = SegmentEncoder(tokenizer).encode([render_prompt(turns, template, system)])[0]
-    return [token for ids in encoded for token in ids]
+    encoded = SegmentEncoder(tokenizer).encode([render_prompt(turns, template, system, tools)])[0]
+    return [token for part in encoded for token in part.ids]
 
 
-def _assemble(
-    conversation: Conversation, segments: Sequence[Segment], encoded: Sequence[list[int]], train_on: TrainOn
-) -> TokenizedExample:
-    only_turn = max((s.turn for s in segments if s.supervised), default=-1) if train_on == "last" else None
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for segment, part in zip(segments, encoded, strict=True):
-        if segment.supervised and (only_turn is None or segment.turn == only_turn):
-            spans.append((len(ids), len(ids) + len(part)))
-        ids += part
+def _assemble(conversation: Conversation, encoded: Sequence[Encoded], train_on: TrainOn) -> TokenizedExample:
+    last = max((part.turn for part in encoded if part.supervised), default=-1)
+    ids = [token for part in encoded for token in part.ids]
     loss_mask = np.zeros(len(ids), np.bool_)
+    start = 0
+    for part in encoded:
+        end = start + len(part.ids)
+        loss_mask[start:end] = part.supervised and (train_on != "last" or part.turn == last)
+        start = end
     if train_on == "all":
-        loss_mask[1:] = True
-    else:
-        for start, end in spans:
-            loss_mask[start:end] = True
+        loss_mask[:] = True
+    loss_mask[:1] = False
     return TokenizedExample(np.array(ids, np.int32), loss_mask, conversation.id, conversation.source)

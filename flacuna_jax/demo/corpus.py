@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.layouts import system_text
 from flacuna_jax.demo import words
 from flacuna_jax.demo.families import FAMILIES, Family, Item, Wordings
 
@@ -82,7 +82,7 @@ def texts(corpus: Corpus) -> list[str]:
     """Everything that a model is trained on, worded as the template words it; what the tokenizer is made from."""
     records = (*corpus.conversations, *corpus.train)
     turns = [turn["value"] for record in records for turn in record["conversations"]]
-    return turns + [f"{TEMPLATES[TEMPLATE].system} USER: ASSISTANT:"] * len(records)
+    return turns + [f"{system_text(TEMPLATE)} USER: ASSISTANT:"] * len(records)
 
 
 def check_separation(corpus: Corpus) -> None:

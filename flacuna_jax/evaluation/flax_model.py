@@ -70,6 +70,8 @@ class LlamaLanguageModel:
     name: str = "model"
     fingerprint: str = ""
     placement: Placement = field(default=Placement())
+    ends: tuple[int, ...] = ()
+    """Tokens that end every answer, besides the tokenizer's EOS."""
 
     @property
     def context_length(self) -> int:
@@ -262,9 +264,10 @@ class LlamaLanguageModel:
         """The generation if these tokens complete it. Cuts at whatever ends it first, as if it had been looked at after
         every token: how many were made at once changes nothing."""
         kept = tokens[: request.max_new_tokens]
-        at_eos = self.tokenizer.eos_id in kept
-        if at_eos:
-            kept = kept[: kept.index(self.tokenizer.eos_id)]
+        ends = {self.tokenizer.eos_id, *self.ends, *request.ends}
+        length = next((i for i, token in enumerate(kept) if token in ends), len(kept))
+        at_end = length < len(kept)
+        kept = kept[:length]
         text = self.tokenizer.decode(kept)
         if any(stop in text for stop in request.stop):
             needed = bisect.bisect_left(
@@ -274,7 +277,7 @@ class LlamaLanguageModel:
             )
             text = self.tokenizer.decode(kept[:needed])
             return Generation(text[: min(text.find(stop) for stop in request.stop if stop in text)], needed, "stop")
-        if at_eos:
+        if at_end:
             return Generation(text, len(kept), "eos")
         return Generation(text, len(kept), "length") if len(kept) == request.max_new_tokens else None
 

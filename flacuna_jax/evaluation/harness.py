@@ -6,12 +6,12 @@ goes in as an object: `simple_evaluate(model=HarnessModel(...))`, or `evaluate -
 Numbers of this protocol and of InstructEval are not comparable: the harness scores MMLU by log-probability, for one.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.data.conversation import Role, Template, Turn, render_text
+from flacuna_jax.data.conversation import Conversation, Role, Template, Turn, render, render_text
+from flacuna_jax.data.special_tokens import Span
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.language_model import GenerationRequest, LanguageModel, ScoreRequest
 
@@ -27,23 +27,20 @@ except ImportError as error:
         f"--protocol lm_eval needs lm-evaluation-harness: pip install 'flacuna-jax[eval]' ({error})"
     ) from None
 
-BOS, EOS = "<s>", "</s>"
-"""How special tokens are spelled in text that `apply_chat_template` made."""
-
 
 class HarnessModel(TemplateLM):
     """Answers the harness's three kinds of request as its Hugging Face backend does.
 
-    Text is encoded with BOS in front, unless it begins with one. Contexts that are too long lose tokens at the left.
-    `template` is what `--apply_chat_template` uses; `eos_text` is how the tokenizer spells EOS, which ends a generation
-    as text too (a model can write it letter by letter).
+    Text is encoded with BOS in front where the tokenizer puts it there, unless it begins with BOS. Contexts that are
+    too long lose tokens at the left. `template` is what `--apply_chat_template` uses; once it was used, texts that
+    spell special tokens have their ids. EOS ends a generation as text too: a model can write it letter by letter.
     """
 
-    def __init__(
-        self, model: LanguageModel, template: Template | None = None, max_gen_toks: int = 256, eos_text: str = EOS
-    ) -> None:
+    def __init__(self, model: LanguageModel, template: Template | None = None, max_gen_toks: int = 256) -> None:
         super().__init__()
-        self.model, self.template, self.max_gen_toks, self.eos_text = model, template, max_gen_toks, eos_text
+        self.model, self.template, self.max_gen_toks = model, template, max_gen_toks
+        self._special = model.tokenizer.special
+        self._is_templated = False
 
     @property
     def eot_token_id(self) -> int:
@@ -51,7 +48,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.model.tokenizer.bos_id
+        tokenizer = self.model.tokenizer
+        return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
     @property
     def max_length(self) -> int:
@@ -71,10 +69,16 @@ class HarnessModel(TemplateLM):
         system = None
         if chat_history and chat_history[0]["role"] == "system":
             system, chat_history = chat_history[0]["content"], chat_history[1:]
-        turns = [Turn(_role(message["role"]), message["content"]) for message in chat_history]
+        turns = tuple(Turn(_role(message["role"]), message["content"]) for message in chat_history)
         template = self._template()
-        text = render_text(list(template.layout(template.system if system is None else system, turns)), BOS, EOS)
-        return text if add_generation_prompt else text.removesuffix(EOS)
+        segments = render(Conversation("", "", turns, system), template)
+        self._is_templated = True
+        if not add_generation_prompt:  # without what closes the answer, and what follows that
+            last = max(
+                (i for i, segment in enumerate(segments) if segment.token is None and segment.supervised), default=-1
+            )
+            segments = segments[: last + 1] if last >= 0 else segments
+        return render_text(segments)
 
     def _template(self) -> Template:
         if self.template is None:
@@ -83,14 +87,15 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         tokenizer = self.model.tokenizer
-        if add_special_tokens is None and string.startswith(BOS):
-            special = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
-            parts = [part for part in re.split(f"({BOS}|{EOS})", string) if part]
-            return [
-                token for part in parts for token in ([special[part]] if part in special else tokenizer.encode(part))
-            ]
-        ids = tokenizer.encode(string)
-        return ids if add_special_tokens is False else [tokenizer.bos_id, *ids]
+        begins_with_prefix = string.startswith(self._special.spellings[self.prefix_token_id])
+        prefix = () if add_special_tokens is False or begins_with_prefix else tokenizer.prefix_ids
+        if add_special_tokens and tokenizer.bos_id is not None:
+            prefix = (tokenizer.bos_id,)
+        ids = list(prefix)
+        parts = self._special.split(string) if self._is_templated or begins_with_prefix else [Span(string, None)]
+        for part in parts:
+            ids += [part.id] if part.id is not None else tokenizer.encode(part.text, first=not ids)
+        return ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
@@ -136,7 +141,7 @@ class HarnessModel(TemplateLM):
 
     def _generation_request(self, context: str, settings: dict[str, Any]) -> GenerationRequest:
         known = normalize_gen_kwargs(settings, self.max_gen_toks)
-        stop = handle_stop_sequences(known.get("until"), eos=self.eos_text)
+        stop = handle_stop_sequences(known.get("until"), eos=self._special.eos)
         new = int(known["max_gen_toks"])
         if new >= self.max_length:
             raise UserError(f"the task asks for {new} new tokens, the model's whole context is {self.max_length}")
@@ -166,7 +171,6 @@ def run_tasks(
     shots: int | None = None,
     limit: int | None = None,
     include: Path | None = None,
-    eos_text: str = EOS,
 ) -> dict[str, Any]:
     """The harness's results for its tasks, by name or from task files below `include`.
 
@@ -175,7 +179,7 @@ def run_tasks(
     """
     manager = _task_manager(tasks, include)
     results = lm_eval.simple_evaluate(
-        model=HarnessModel(model, template, eos_text=eos_text),
+        model=HarnessModel(model, template),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,

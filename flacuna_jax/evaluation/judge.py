@@ -154,5 +154,6 @@ class ModelJudge:
                 f"the judge {self.name} has a context of {context} tokens; an answer takes {longest} to show and "
                 f"{self.max_new_tokens} to review"
             )
-        requests = [GenerationRequest(ids, self.max_new_tokens, self.template.stop_strings) for ids in asked]
+        stop, ends = self.template.stop_strings, self.template.ends
+        requests = [GenerationRequest(ids, self.max_new_tokens, stop, ends=ends) for ids in asked]
         return [generation.text for generation in self.model.generate(requests)]

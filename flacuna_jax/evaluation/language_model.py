@@ -31,7 +31,8 @@ class Score:
 class GenerationRequest:
     """Asks for a continuation of `prompt` (token ids). Temperature 0 is greedy; `seed` matters otherwise.
 
-    The text ends before the first of `stop`, at EOS, or after `max_new_tokens` tokens.
+    The text ends before the first of `stop`, at a token that ends answers (the model's, and those of `ends`), or after
+    `max_new_tokens` tokens.
     """
 
     prompt: tuple[int, ...]
@@ -41,13 +42,14 @@ class GenerationRequest:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Generation:
     text: str
     tokens: int
-    """New tokens made, EOS not counted."""
+    """New tokens made, the one that ends the answer not counted."""
     finish: Literal["eos", "stop", "length"]
 
 
@@ -84,5 +86,5 @@ class LanguageModel(Scorer, Generator, Protocol):
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """BOS and the ids of the raw text, as LlamaTokenizer encodes a prompt without a template."""
-    return (tokenizer.bos_id, *tokenizer.encode(text))
+    """Ids of a text without a template: BOS in front where the tokenizer puts it there, as in transformers."""
+    return (*tokenizer.prefix_ids, *tokenizer.encode(text, first=not tokenizer.prefix_ids))

@@ -214,6 +214,7 @@ def run_impact(
             template.stop_strings if template else (),
             temperature=temperature,
             seed=_seed(prompt.id, 0),
+            ends=template.ends if template else (),
         )
         for prompt, question in zip(prompts, questions, strict=True)
     ]

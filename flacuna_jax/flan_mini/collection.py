@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.conversation import template_source
 from flacuna_jax.data.hub import local_path
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.account import SourceAccount, Statistics
@@ -82,7 +82,7 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
         "settings": settings_that_count(config),
         "inputs": hashes,
         "tokenizer": tokenizer_hash,
-        "template": TEMPLATES[config.template].jinja,
+        "template": template_source(config.template),
         "family_templates": {path.name: file_hash(path) for path in extra},
     }
     return Inputs(tuple(sources), hashes, parts)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from flacuna_jax.data.conversation import Conversation, Template, Turn
-from flacuna_jax.data.tokenization import SegmentEncoder, TokenizedExample, Tokenizer, tokenize_batch
+from flacuna_jax.data.tokenization import SegmentEncoder, TokenizedExample, Tokenizer, segments_of, tokenize_batch
 from flacuna_jax.flan_mini.few_shot import Draft, Pool, Writer
 from flacuna_jax.flan_mini.items import DIALOGUE, READY, Item
 from flacuna_jax.flan_mini.sharegpt import split
@@ -159,7 +159,8 @@ class RecordMaker:
         return f"identity_{self.source}_{key:016x}"
 
     def _tokenize(self, conversations: Sequence[Conversation]) -> list[TokenizedExample]:
-        return tokenize_batch(conversations, self.template, self.encoder, "assistant")
+        segments = [segments_of(conversation, self.template, self.encoder.tokenizer) for conversation in conversations]
+        return tokenize_batch(conversations, segments, self.encoder, "assistant")
 
 
 def _is_dialogue(item: Item) -> bool:

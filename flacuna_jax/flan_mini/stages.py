@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.conversation import named_template
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
@@ -143,7 +143,7 @@ def write(
     traits int32 [m], text uint64 [m].
     """
     tokenizer = load_tokenizer()
-    template = TEMPLATES[config.template]
+    template = named_template(config.template, tokenizer.special)
     writer = Writer(
         load_families(config.family_templates),
         load_shapes(),

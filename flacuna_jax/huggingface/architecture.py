@@ -1,6 +1,6 @@
 """config.json of Hugging Face ↔ `LlamaConfig`, as transformers 4 (`rope_theta`) and 5 (`rope_parameters`) write it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +267,17 @@ def _scaling_settings(scaling: RopeScaling | None) -> dict[str, Any]:
     return written
 
 
-def generation_config(written: Mapping[str, Any]) -> dict[str, Any]:
+def generation_config(written: Mapping[str, Any], ends: Sequence[int] = ()) -> dict[str, Any]:
     """Content of a generation_config.json: token ids alone.
+
+    Args:
+      written: Content of config.json.
+      ends: Every token that ends an answer; () takes the eos_token_id of `written`.
 
     Sampling fields without `do_sample` (as old LLaMA and Vicuna files have them) make transformers refuse to save.
     """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: written[key] for key in keys if written.get(key) is not None and written[key] != -1}
+    content = {key: written[key] for key in keys if written.get(key) is not None and written[key] != -1}
+    if ends:
+        content["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+    return content

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,12 @@ from flacuna_jax.huggingface import names, native
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
 from flacuna_jax.huggingface.alongside import LogitsAlongside
+from flacuna_jax.huggingface.answer_ends import GENERATION_CONFIG
 from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_config, read_settings
 from flacuna_jax.huggingface.card import Facts, model_card
 from flacuna_jax.huggingface.directories import check_target, whole_directory
 from flacuna_jax.huggingface.golden import Golden, answer, write_golden
+from flacuna_jax.huggingface.golden import notes as golden_notes
 from flacuna_jax.huggingface.load import fingerprint, match_tensors
 from flacuna_jax.huggingface.merged import (
     SHARD_BYTES,
@@ -31,6 +34,7 @@ from flacuna_jax.huggingface.merged import (
     write_settings,
     write_shards,
 )
+from flacuna_jax.huggingface.other_encoder import encoder_of
 from flacuna_jax.huggingface.probe import Side, Weights, stored_weights
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader, common_dtype
@@ -54,12 +58,14 @@ class Delivery:
       nbytes: size of the weights.
       logit_shift: largest difference of a logit on the probe ids, against what the directory was made from; None where
         it was not asked for.
+      notes: what a person who serves it should know, a line each.
     """
 
     directory: Path
     files: tuple[str, ...]
     nbytes: int
     logit_shift: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> str:
@@ -74,8 +80,11 @@ class Companions:
 
     Attributes:
       tokenizer: directory whose tokenizer files are copied unchanged.
-      chat_template: jinja text for tokenizer_config.json, None to leave that file as it is.
+      chat_template: jinja text for tokenizer_config.json, None to leave the directory's own template.
       token_ids: bos_token_id and eos_token_id, for a config.json that does not state them.
+      ends: ids of every token that ends an answer, for generation_config.json.
+      end: spelling of the token that the template writes behind an answer, which becomes eos_token unless the template
+        refers to eos_token itself.
       base_name: the base model, for the model card.
       facts: for the model card.
       golden: prompts whose continuations are recorded beside the weights; None records none.
@@ -84,6 +93,8 @@ class Companions:
     tokenizer: Path
     chat_template: str | None
     token_ids: Mapping[str, int | None]
+    ends: tuple[int, ...] = ()
+    end: str | None = None
     base_name: str | None = None
     facts: Facts = dataclasses.field(default_factory=Facts)
     golden: Golden | None = None
@@ -152,8 +163,8 @@ def write_merged(
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, reader.directory, companions)
         shift = verify_merge(partial, *logits, common_dtype(tensor.dtype for tensor in tensors))
         lora = None if adapter is None else adapter.lora
-        _describe(partial, config, companions, lora, shift, time.monotonic() - started)
-    return _delivery(target, tensors, files, shift)
+        notes = _describe(partial, config, companions, lora, shift, time.monotonic() - started)
+    return _delivery(target, tensors, files, shift, notes)
 
 
 def write_model(
@@ -181,8 +192,8 @@ def write_model(
         meant, started = Side(_device_weights(params, dtype)), time.monotonic()
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, model_source, companions)
         shift = compare_logits(partial, *logits)
-        _describe(partial, config, companions, None, None, time.monotonic() - started)
-    return _delivery(target, tensors, files, shift)
+        notes = _describe(partial, config, companions, None, None, time.monotonic() - started)
+    return _delivery(target, tensors, files, shift, notes)
 
 
 def _write_weights(
@@ -240,6 +251,8 @@ def _write_settings(
         tokenizer_source=companions.tokenizer,
         chat_template=companions.chat_template,
         token_ids=companions.token_ids,
+        ends=companions.ends,
+        end=companions.end,
     )
 
 
@@ -250,19 +263,25 @@ def _describe(
     lora: LoraConfig | None,
     logit_shift: float | None,
     seconds: float,
-) -> None:
-    """The model card, and what the written weights answer: each token reads them once more, which takes less than the
-    `seconds` of writing and reading them back."""
+) -> list[str]:
+    """Writes the model card, and what the written weights answer: each token reads them once more, which takes less
+    than the `seconds` of writing and reading them back. Returns notes on how prompts are encoded."""
     card = model_card(lora, companions.base_name, companions.facts, logit_shift)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    if companions.golden is not None:
-        companions.golden.announce(companions.golden.count * seconds)
-        weights = stored_weights(open_checkpoint(partial), config)
-        write_golden(partial, answer(weights, config, companions.golden), companions.golden.count)
+    if companions.golden is None:
+        return []
+    companions.golden.announce(companions.golden.count * seconds)
+    weights = stored_weights(open_checkpoint(partial), config)
+    encoder = encoder_of(partial)
+    records = answer(weights, config, companions.golden, encoder)
+    write_golden(partial, records, companions.golden.count)
+    return golden_notes(records, encoder)
 
 
-def _delivery(target: str | Path, tensors: list[PendingTensor], files: tuple[str, ...], shift: float) -> Delivery:
-    return Delivery(Path(target), files, sum(tensor.nbytes for tensor in tensors), shift)
+def _delivery(
+    target: str | Path, tensors: list[PendingTensor], files: tuple[str, ...], shift: float, notes: Sequence[str]
+) -> Delivery:
+    return Delivery(Path(target), files, sum(tensor.nbytes for tensor in tensors), shift, tuple(notes))
 
 
 def convert(
@@ -299,6 +318,8 @@ def convert(
         files = _read_back(partial, written())
         _write_config(partial, reader, config, leaves)
         copy_tokenizer(tokenizer_source, partial, None)
+        if (reader.directory / GENERATION_CONFIG).is_file():
+            shutil.copyfile(reader.directory / GENERATION_CONFIG, partial / GENERATION_CONFIG)
         native.write_manifest(partial, leaves, base_fingerprint=fingerprint(reader, config))
         match_tensors(open_checkpoint(partial), config)
     return Delivery(Path(target), files, sum((Path(target) / file).stat().st_size for file in files), None)

@@ -1,8 +1,9 @@
 """`golden_prompts.json`: what a merged model answers, so that whatever serves it can be checked against training.
 
-A prompt is written as text without BOS (servers add one), as the ids that training would see, BOS included, and with
-the greedy continuation of the written files in float32. Margins tell how clear each choice was: where the two likeliest
-tokens are close, a server in half precision may take the other one.
+A prompt is written as the user's message, as text (without BOS if the tokenizer puts it in front), as the ids that
+training would see, and with the greedy continuation of the written files in float32. transformers or tokenizers, and
+not our own encoder, find out whether a server makes the same ids of the message and of the text. Margins tell how clear
+each choice was: where the two likeliest tokens are close, a server in half precision may take the other one.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.other_encoder import OtherEncoder
 from flacuna_jax.huggingface.probe import Weights, streamed_greedy
 from flacuna_jax.model.llama import LlamaConfig
 
@@ -23,16 +25,11 @@ CLOSE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Text without BOS, and ids with it.
+    """The user's message, the whole prompt as text, and the ids of training."""
 
-    Attributes:
-      text_gives_ids: whether the whole text has these ids. Training encodes a conversation part by part, which is the
-        same for LLaMA's vocabulary, but not for one with pieces that reach over the end of a word.
-    """
-
+    message: str
     text: str
     ids: tuple[int, ...]
-    text_gives_ids: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +37,29 @@ class Golden:
     """What to ask, for how many tokens, and how to read the answer.
 
     Attributes:
+      ends: tokens that end an answer.
       decode: ids → text.
       announce: told, before the answers are made, how many seconds that will take at most, about.
     """
 
     prompts: tuple[Prompt, ...]
     count: int
-    eos_id: int
+    ends: tuple[int, ...]
     decode: Callable[[Sequence[int]], str]
     announce: Callable[[float], None] = lambda seconds: None
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One prompt of the file; the continuation ends before EOS."""
+    """One prompt of the file; the continuation ends before the token that ends the answer.
+
+    Attributes:
+      text_gives_ids: Whether another encoder makes these ids of the whole text. Training encodes a conversation part by
+        part, which is the same for LLaMA's vocabulary, but not for one with pieces that reach over the end of a word.
+      message: What the user says in the prompt; "" in files that were written without it.
+      message_gives_ids: Whether transformers makes these ids of the message with the directory's chat template; None
+        if that was not tried.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -62,26 +68,63 @@ class Record:
     continuation_ids: tuple[int, ...]
     margins: tuple[float, ...]
     ended: bool
+    message: str = ""
+    message_gives_ids: bool | None = None
 
 
-def answer(weights: Weights, config: LlamaConfig, golden: Golden) -> list[Record]:
-    """The greedy continuations; each token costs one reading of the weights, together for all prompts."""
+def answer(weights: Weights, config: LlamaConfig, golden: Golden, encoder: OtherEncoder | None) -> list[Record]:
+    """The greedy continuations; each token costs one reading of the weights, together for all prompts.
+
+    Args:
+      weights: Of the written files.
+      config: Their sizes.
+      golden: What to ask.
+      encoder: Of the written directory; None if no other library can read its tokenizer.
+    """
     chosen, margins = streamed_greedy(weights, config, [prompt.ids for prompt in golden.prompts], golden.count)
     records = []
     for prompt, ids, clear in zip(golden.prompts, chosen.tolist(), margins.tolist(), strict=True):
-        length = ids.index(golden.eos_id) if golden.eos_id in ids else len(ids)
+        length = next((i for i, token in enumerate(ids) if token in golden.ends), len(ids))
         kept = tuple(ids[:length])
         rounded = tuple(round(margin, 4) for margin in clear[: length + 1])
+        same_text = encoder is not None and encoder.text(prompt.text) == list(prompt.ids)
+        same_chat = None
+        if encoder is not None and encoder.chat is not None:
+            same_chat = encoder.chat(prompt.message) == list(prompt.ids)
         records.append(
             Record(
-                prompt.text, prompt.ids, prompt.text_gives_ids, golden.decode(kept), kept, rounded, length < len(ids)
+                prompt.text,
+                prompt.ids,
+                same_text,
+                golden.decode(kept),
+                kept,
+                rounded,
+                length < len(ids),
+                prompt.message,
+                same_chat,
             )
         )
     return records
 
 
+def notes(records: Sequence[Record], encoder: OtherEncoder | None) -> list[str]:
+    """What a person who serves the model should know."""
+    if encoder is None:
+        return ["neither transformers nor tokenizers can read this tokenizer here; prompts were not encoded with them"]
+    found = []
+    if not all(record.text_gives_ids for record in records):
+        found.append(
+            f"{encoder.name} encodes whole prompts to other ids than training, which encodes their parts; serve ids"
+        )
+    if any(record.message_gives_ids is False for record in records):
+        found.append(
+            f"{encoder.name} makes other ids of a message with the chat template than training does; serve ids"
+        )
+    return found
+
+
 def write_golden(directory: Path, records: Sequence[Record], count: int) -> None:
-    what = "greedy continuations of the weights beside this file, in float32; text has no BOS, ids have one"
+    what = "greedy continuations of the weights beside this file, in float32; text has no BOS if the tokenizer adds it"
     lines = ",\n".join(f"    {json.dumps(dataclasses.asdict(record), ensure_ascii=False)}" for record in records)
     content = f'{{\n  "what": "{what}",\n  "max_new_tokens": {count},\n  "prompts": [\n{lines}\n  ]\n}}\n'
     (directory / FILE).write_text(content, encoding="utf-8")

@@ -15,12 +15,14 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_settings
+from flacuna_jax.huggingface.chat_template import read_chat_template
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.safetensors_file import write_file
 from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite, row_blocks
-from flacuna_jax.huggingface.tokenizer import FAST, SETTINGS, tokenizer_files
+from flacuna_jax.huggingface.tokenizer import TEMPLATES, tokenizer_files
+from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_shapes
 
@@ -176,6 +178,8 @@ def write_settings(
     tokenizer_source: Path,
     chat_template: str | None,
     token_ids: Mapping[str, int | None],
+    ends: Sequence[int] = (),
+    end: str | None = None,
 ) -> None:
     """Everything beside the weights: config.json, generation_config.json, tokenizer files.
 
@@ -187,25 +191,41 @@ def write_settings(
       tokenizer_source: directory whose tokenizer files are copied unchanged.
       chat_template: jinja text that tokenizer_config.json gets; its other keys stay.
       token_ids: bos_token_id and eos_token_id of the tokenizer, for a config.json that does not state them.
+      ends: ids of every token that ends an answer; () takes the eos_token_id of config.json.
+      end: spelling of the token that the template writes behind an answer.
     """
     source = read_settings(model_source) if model_source else None
     written = hugging_face_config(config, common_dtype(dtypes), source, **token_ids)
     _write_json(directory / "config.json", written)
-    _write_json(directory / "generation_config.json", generation_config(written))
-    copy_tokenizer(tokenizer_source, directory, chat_template)
+    _write_json(directory / "generation_config.json", generation_config(written, ends))
+    copy_tokenizer(tokenizer_source, directory, chat_template, end)
 
 
-def copy_tokenizer(source: Path, directory: Path, chat_template: str | None) -> None:
-    """Copies tokenizer files byte by byte; only tokenizer_config.json changes, by the chat template and one BOS."""
+def copy_tokenizer(source: Path, directory: Path, chat_template: str | None, end: str | None = None) -> None:
+    """Copies tokenizer files byte by byte; only tokenizer_config.json changes.
+
+    Args:
+      source: Where the files are.
+      directory: Where to.
+      chat_template: Replaces the source's template. None keeps that.
+      end: The token that ends an answer. It becomes eos_token, which servers stop at, unless the template writes
+        eos_token, which would then be another token.
+    """
+    replaced = () if chat_template is None else (CONFIG, *TEMPLATES)
     for path in tokenizer_files(source):
-        if chat_template is None or path.name not in (SETTINGS, "chat_template.jinja"):
+        if path.name not in replaced:
             shutil.copyfile(path, directory / path.name)
+    found = read_chat_template(source)
+    text = chat_template or "".join(found.sources.values() if found else ())
+    present = (source / CONFIG).is_file()
+    changes: dict[str, Any] = {}
+    settings = read_json(source / CONFIG) if present else _LLAMA_TOKENIZER
     if chat_template is not None:
-        present = (source / SETTINGS).is_file()
-        settings = read_json(source / SETTINGS) if present else _LLAMA_TOKENIZER
-        if not settings.get("add_bos_token", (source / FAST).is_file()):
-            settings = {**settings, "add_bos_token": True}  # as in training, which puts exactly one before a text
-        _write_json(directory / SETTINGS, {**settings, "chat_template": chat_template})
+        changes["chat_template"] = chat_template
+    if end is not None and "eos_token" not in text and read_tokenizer_settings(source).spelled("eos") != end:
+        changes["eos_token"] = end
+    if changes:
+        _write_json(directory / CONFIG, {**settings, **changes})
 
 
 _LLAMA_TOKENIZER: dict[str, Any] = {

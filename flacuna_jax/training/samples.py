@@ -60,13 +60,11 @@ def _question(store: TokenStore, index: int, ids: Any, tokenizer: Tokenizer, fra
     example = store.example(index)
     rest = example.loss_mask[len(ids) :]
     answer = example.ids[len(ids) :][: len(rest) if rest.all() else int(np.argmin(rest))].tolist()
-    special = {tokenizer.bos_id, tokenizer.eos_id}
-    asked = [int(token) for token in ids if int(token) not in special]
     return Question(
         store.id_of(index),
         tuple(int(token) for token in ids),
-        _unframed(tokenizer.decode(asked), *frame),
-        tokenizer.decode([token for token in answer if token not in special]),
+        _unframed(tokenizer.decode([int(token) for token in ids]), *frame),
+        tokenizer.decode(answer),
     )
 
 

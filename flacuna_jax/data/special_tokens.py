@@ -1,0 +1,84 @@
+"""The special tokens of a tokenizer: which spellings have an id of their own that no message text may produce."""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Special(NamedTuple):
+    """One special token.
+
+    Attributes:
+      id: Its token id.
+      lstrip: Whether it absorbs white space to its left in a rendered text, as `tokenizers.AddedToken` defines it.
+      rstrip: The same to its right.
+    """
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class Span(NamedTuple):
+    """A part of a text: a special token with its id, or plain text with id None."""
+
+    text: str
+    id: int | None
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens of one tokenizer, by spelling.
+
+    Attributes:
+      tokens: Every special token, BOS and EOS included.
+      bos: How BOS is spelled. None if the tokenizer has no BOS.
+      eos: How EOS is spelled.
+      variables: What transformers passes to a chat template besides the messages: bos_token, eos_token, pad_token, ...
+    """
+
+    tokens: Mapping[str, Special]
+    bos: str | None
+    eos: str
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = [token for token in (self.bos, self.eos) if token is not None and token not in self.tokens]
+        if missing:
+            raise ValueError(f"{missing[0]!r} is not among the special tokens")
+
+    @property
+    def ids(self) -> frozenset[int]:
+        return frozenset(token.id for token in self.tokens.values())
+
+    @functools.cached_property
+    def spellings(self) -> Mapping[int, str]:
+        """Token id to spelling."""
+        return {token.id: spelling for spelling, token in self.tokens.items()}
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches a special token; of two that begin at one place the longer one, as `tokenizers` does."""
+        return re.compile("|".join(re.escape(token) for token in sorted(self.tokens, key=len, reverse=True)))
+
+    def split(self, text: str) -> Iterator[Span]:
+        """Cuts a text at its special tokens. The spans concatenate to the text.
+
+        White space that a token absorbs (`lstrip`, `rstrip`) is part of the token's span.
+        """
+        start = 0
+        for match in self.pattern.finditer(text):
+            token = self.tokens[match[0]]
+            begin, end = max(match.start(), start), match.end()
+            if token.lstrip:
+                begin = start + len(text[start:begin].rstrip())
+            if token.rstrip:
+                end += len(text[end:]) - len(text[end:].lstrip())
+            if begin > start:
+                yield Span(text[start:begin], None)
+            yield Span(text[begin:end], token.id)
+            start = end
+        if start < len(text):
+            yield Span(text[start:], None)

@@ -1,0 +1,43 @@
+"""Which tokens end an answer: what the chat template writes behind it, the tokenizer's EOS, and generation_config.json.
+
+transformers and vLLM stop at the list of generation_config.json and at the tokenizer's EOS; ours stops at the same.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from flacuna_jax.data.conversation import Template
+from flacuna_jax.data.tokenization import Tokenizer
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.json_file import read_json
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def checkpoint_ends(directory: Path) -> tuple[int, ...]:
+    """The ids of generation_config.json; of config.json where that file is absent, as transformers has it."""
+    for file in (GENERATION_CONFIG, "config.json"):
+        path = directory / file
+        if path.is_file():
+            return _ids(read_json(path).get("eos_token_id"), path)
+    return ()
+
+
+def _ids(value: Any, path: Path) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(one) is int for one in values):
+        raise UserError(f"{path}: eos_token_id is {value!r}; a token id or a list of them is expected")
+    return tuple(one for one in values if one >= 0)
+
+
+def answer_ends(template: Template | None, tokenizer: Tokenizer, directory: Path | None) -> tuple[int, ...]:
+    """Every token that ends an answer, the template's first.
+
+    Args:
+      template: None for text without a template.
+      tokenizer: Of the model.
+      directory: Of the model's files. None for a model that has none yet.
+    """
+    of_template = () if template is None else template.ends
+    of_files = () if directory is None else checkpoint_ends(directory)
+    return tuple(dict.fromkeys((*of_template, tokenizer.eos_id, *of_files)))

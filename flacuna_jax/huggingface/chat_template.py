@@ -1,0 +1,108 @@
+"""The chat template of a checkpoint, and which template a run uses."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flacuna_jax.config import AUTO, CHECKPOINT, DataConfig
+from flacuna_jax.data.conversation import Template, named_template
+from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
+from flacuna_jax.data.tokenization import Tokenizer, with_notes_on_marks
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.tokenizer_settings import CONFIG
+
+JINJA, JSON = "chat_template.jinja", "chat_template.json"
+ADDITIONAL = "additional_chat_templates"
+FALLBACK = "vicuna_v1.1"
+
+
+class ChatTemplate(NamedTuple):
+    """The chat template that a checkpoint brings.
+
+    Attributes:
+      path: The file that holds it.
+      sources: Jinja by name: "default", and others such as "tool_use".
+    """
+
+    path: Path
+    sources: Mapping[str, str]
+
+
+def read_chat_template(directory: Path) -> ChatTemplate | None:
+    """The template of a checkpoint or tokenizer directory, from where transformers looks for it; None if it has none.
+
+    Raises UserError for a template that is neither text nor a list of named texts, or names no default.
+    """
+    if (directory / JINJA).is_file():
+        named = {path.stem: read_jinja_file(path) for path in sorted((directory / ADDITIONAL).glob("*.jinja"))}
+        return ChatTemplate(directory / JINJA, {"default": read_jinja_file(directory / JINJA), **named})
+    for file in (JSON, CONFIG):
+        path = directory / file
+        value = read_json(path).get("chat_template") if path.is_file() else None
+        if value is not None:
+            return ChatTemplate(path, _by_name(value, path))
+    return None
+
+
+def _by_name(value: Any, path: Path) -> dict[str, str]:
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, dict):
+        value = [{"name": name, "template": text} for name, text in value.items()]
+    entries = value if isinstance(value, list) else []
+    pairs = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    named = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+    if len(named) < len(entries) or "default" not in named:
+        raise UserError(f"{path}: chat_template is neither a text nor a list of named texts with one named default")
+    return named
+
+
+def resolve_name(name: str, directory: str | Path) -> str:
+    """What `auto` means for a checkpoint or tokenizer directory; other names stay."""
+    if name != AUTO:
+        return name
+    return FALLBACK if read_chat_template(Path(directory)) is None else CHECKPOINT
+
+
+def describe_choice(asked: str, directory: str | Path) -> str:
+    """A line that says which template is used, and why."""
+    found = read_chat_template(Path(directory))
+    if resolve_name(asked, directory) == CHECKPOINT and found is not None:
+        return f"the checkpoint's own ({found.path})"
+    return asked if asked != AUTO else f"{FALLBACK}, since {directory} has no chat template"
+
+
+def open_template(data: DataConfig, directory: str | Path, tokenizer: Tokenizer) -> Template:
+    """The template that the settings of a run name, with the tokens of its tokenizer.
+
+    Args:
+      data: Its `template`, `template_variables` and `tools_as_text` count.
+      directory: Of the tokenizer, which brings the checkpoint's template.
+      tokenizer: That of the directory.
+
+    Raises:
+      UserError: There is no such template, or it cannot be used for training.
+    """
+    return choose_template(
+        data.template, directory, tokenizer, tools_as_text=data.tools_as_text, variables=data.template_variables
+    )
+
+
+def choose_template(
+    name: str,
+    directory: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    tools_as_text: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> Template:
+    """As `open_template`, for a name outside of a run's settings."""
+    resolved = resolve_name(name, directory)
+    if resolved != CHECKPOINT:
+        template = named_template(resolved, tokenizer.special, tools_as_text=tools_as_text, variables=variables)
+        return with_notes_on_marks(template, tokenizer)
+    found = read_chat_template(Path(directory))
+    if found is None:
+        raise UserError(f"data.template: {directory} brings no chat template ({JINJA}, or chat_template in {CONFIG})")
+    return with_notes_on_marks(jinja_template(found.sources, str(found.path), tokenizer.special, variables), tokenizer)

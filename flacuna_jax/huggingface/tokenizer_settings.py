@@ -1,0 +1,126 @@
+"""What the JSON files beside a tokenizer say: how special tokens are spelled, which tokens were added, where BOS goes.
+
+transformers reads tokenizer_config.json, special_tokens_map.json and added_tokens.json; config.json has the ids of BOS
+and EOS for checkpoints that have none of these.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.json_file import read_json
+
+CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "chat_control_tokens")
+"""Settings that list further special tokens."""
+
+
+class AddedToken(NamedTuple):
+    """A token that was added to a vocabulary, with the flags of `tokenizers.AddedToken`."""
+
+    id: int
+    content: str
+    special: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The settings of one directory.
+
+    Attributes:
+      directory: Where they were read.
+      raw: The keys of tokenizer_config.json over those of special_tokens_map.json.
+      model: config.json, {} if there is none.
+      added: Tokens that added_tokens.json and tokenizer_config.json add, by content.
+    """
+
+    directory: Path
+    raw: Mapping[str, Any]
+    model: Mapping[str, Any]
+    added: Mapping[str, AddedToken]
+
+    def spelled(self, name: str) -> str | None:
+        """How "bos", "eos", "unk" or "pad" is spelled; None if no file says so."""
+        return _content(self.raw.get(f"{name}_token"))
+
+    def denies(self, name: str) -> bool:
+        """Whether tokenizer_config.json says that there is no such token."""
+        return f"{name}_token" in self.raw and self.raw[f"{name}_token"] is None
+
+    def id_in_model(self, name: str) -> int | None:
+        """The id in config.json, for directories without tokenizer settings."""
+        value = self.model.get(f"{name}_token_id")
+        if isinstance(value, list):
+            value = value[0] if value else None
+        return value if type(value) is int else None
+
+    @functools.cached_property
+    def special(self) -> frozenset[str]:
+        """Contents that a setting calls special, besides BOS, EOS and the like."""
+        listed: set[str] = {token.content for token in self.added.values() if token.special}
+        for key in _LISTS:
+            value = self.raw.get(key)
+            entries = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+            listed |= {content for entry in entries if (content := _content(entry)) is not None}
+        return frozenset(listed)
+
+    @functools.cached_property
+    def variables(self) -> dict[str, str]:
+        """The special tokens by name (bos_token, pad_token, ...), as transformers passes them to chat templates."""
+        named = {
+            key: content for key, value in self.raw.items() if key.endswith("_token") and (content := _content(value))
+        }
+        extra = self.raw.get("extra_special_tokens")
+        if isinstance(extra, dict):
+            named |= {key: content for key, value in extra.items() if (content := _content(value))}
+        return named
+
+    def puts(self, name: str) -> bool | None:
+        """Whether "bos" goes in front of (or "eos" behind) a text; None if the settings leave it to tokenizer.json."""
+        value = self.raw.get(f"add_{name}_token")
+        return value if isinstance(value, bool) else None
+
+
+def _content(entry: Any) -> str | None:
+    content = entry.get("content") if isinstance(entry, dict) else entry
+    return content if isinstance(content, str) and content else None
+
+
+def read_tokenizer_settings(directory: Path) -> TokenizerSettings:
+    """Raises UserError for a file that is not JSON, or an added token without a content or an id."""
+    raw: dict[str, Any] = {}
+    for file in (MAP, CONFIG):
+        if (directory / file).is_file():
+            raw |= read_json(directory / file)
+    model = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    return TokenizerSettings(directory, raw, model, _added(directory, raw))
+
+
+def _added(directory: Path, raw: Mapping[str, Any]) -> dict[str, AddedToken]:
+    added: dict[str, AddedToken] = {}
+    named_special = {_content(value) for key, value in raw.items() if key.endswith("_token")}
+    if (directory / ADDED).is_file():
+        for content, number in read_json(directory / ADDED).items():
+            if type(number) is not int or not content:
+                raise UserError(f"{directory / ADDED}: {content!r} has the id {number!r}, where a whole number belongs")
+            added[content] = AddedToken(number, content, content in named_special)
+    decoder = raw.get("added_tokens_decoder") or {}
+    for number, entry in decoder.items():
+        spelled = _content(entry)
+        if spelled is None or not str(number).isdigit():
+            raise UserError(f"{directory / CONFIG}: added_tokens_decoder.{number} has no content")
+        flags = entry if isinstance(entry, dict) else {}
+        added[spelled] = AddedToken(
+            int(number),
+            spelled,
+            bool(flags.get("special")) or spelled in named_special,
+            bool(flags.get("lstrip")),
+            bool(flags.get("rstrip")),
+        )
+    return added
