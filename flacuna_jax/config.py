@@ -40,8 +40,8 @@ LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or what may stand in its place (gs://..., hf:...); ~ is the home directory, as in a shell."""
 
 TEMPLATE_NAMES = ("vicuna_v1.1", "vicuna_v0", "llama-2-chat", "chatml", "alpaca", "plain")
-AUTO, CHECKPOINT = "auto", "checkpoint"
-"""The checkpoint's own chat template if it has one, else vicuna_v1.1; the checkpoint's own."""
+AUTO, CHECKPOINT, FALLBACK = "auto", "checkpoint", "vicuna_v1.1"
+"""auto is the checkpoint's own chat template if it has one, else the fallback."""
 
 
 def _known_template(name: str, names: tuple[str, ...]) -> str:
@@ -260,8 +260,8 @@ class DataConfig(Section):
     template_variables: dict[str, bool | int | str] = {}
     """Passed to a Jinja template beside the messages, for example enable_thinking: false."""
     tools_as_text: bool = False
-    """Whether a format of ours writes tools, tool calls, tool results and reasoning as text. Otherwise a record that
-    has them is a bad record. Chat templates write them as they define it."""
+    """Whether tools, tool calls, tool results and reasoning are written as text where the template has no form for
+    them. Otherwise a record that has them is a bad record."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens carry loss: every assistant turn, only the last one, or everything but the BOS."""
 

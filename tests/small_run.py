@@ -7,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 import yaml
 
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.layouts import system_text
 
 WORDS = ["red", "blue", "green", "seven", "three", "cat", "dog", "house", "tree", "river", "small", "large", "name"]
 SIZES = {
@@ -37,7 +37,7 @@ def records(count: int, seed: int = 0) -> list[dict]:
 def write_tokenizer(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     text = directory / "text.txt"
-    system = TEMPLATES["vicuna_v1.1"].system
+    system = system_text("vicuna_v1.1")
     lines = (f"{system} USER: reverse {' '.join(random.Random(i).sample(WORDS, 6))} ASSISTANT: yes" for i in range(300))
     text.write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(

@@ -12,7 +12,6 @@ import pytest
 from flacuna_jax import check, convert, export
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import PROJECTIONS, LoraConfig
-from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
 from flacuna_jax.huggingface.golden import FILE, Golden, Prompt, Record, compare, compare_text
@@ -22,6 +21,7 @@ from flacuna_jax.model.parameters import lora_shapes
 from tests.huggingface.conftest import tiny_sentencepiece  # noqa: F401
 from tests.test_export import config, run  # noqa: F401
 from tests.tiny import SMALL
+from tests.vocabularies import llama_template
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: Path) -
     texts = ["the user asked", "a helpful answer about lists and"]
     prompts = tuple(Prompt(text, (1, *tokenizer.encode(text)), True) for text in texts)
     golden = Golden(prompts, 5, tokenizer.eos_id, tokenizer.decode)
-    template = TEMPLATES["plain"].jinja
+    template = llama_template("plain").jinja
     companions = Companions(tiny_sentencepiece, template, {"bos_token_id": 1, "eos_token_id": 2}, golden=golden)
     out = tmp_path_factory.mktemp("golden") / "merged"
     write_merged(out, open_checkpoint(source.path), sizes, None, companions)

@@ -13,12 +13,13 @@ from flacuna_jax import chat, generate
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config import LoraConfig
 from flacuna_jax.config_files import parse_config
-from flacuna_jax.data.conversation import TEMPLATES
+from flacuna_jax.data.layouts import system_text
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import lora_shapes
+from tests.vocabularies import llama_template
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 STORY = "Once upon a time, there was a"
@@ -63,7 +64,7 @@ def test_answers_are_transformers_answers(story_llama: Path, capsys: pytest.Capt
 
     model = ["--model", str(story_llama), *PRECISE]
     assert _say(capsys, *model, "--raw", STORY) == [expected(STORY)]
-    prompt = f"{TEMPLATES['vicuna_v1.1'].system} USER: {STORY} ASSISTANT:"
+    prompt = f"{system_text('vicuna_v1.1')} USER: {STORY} ASSISTANT:"
     assert "\n".join(_say(capsys, *model, STORY)) == expected(prompt)
 
 
@@ -122,8 +123,8 @@ def test_a_task_words_prompts_as_the_paper_does(story_llama: Path, capsys: pytes
 def test_a_template_file_system_text_and_stops(
     story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "mine.jinja").write_text(TEMPLATES["vicuna_v1.1"].jinja)
-    system = TEMPLATES["vicuna_v1.1"].system
+    (tmp_path / "mine.jinja").write_text(llama_template("vicuna_v1.1").jinja)
+    system = system_text("vicuna_v1.1")
 
     def say(*arguments: str) -> str:
         return "\n".join(_say(capsys, "--model", str(story_llama), *PRECISE, *arguments))

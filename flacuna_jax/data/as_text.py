@@ -7,23 +7,23 @@ from typing import Any
 
 from flacuna_jax.data.segments import TemplateRefusal, Tools, Turn
 
-_HOW = "data.tools_as_text: true writes such content as text"
+AS_TEXT = "data.tools_as_text: true writes such content as text"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def check_plain(template: str, turns: Sequence[Turn], tools: Tools) -> None:
     """Raises TemplateRefusal unless turns alternate between user and assistant and hold nothing but text."""
     if tools:
-        raise TemplateRefusal(f"{template} has no form for a list of tools; {_HOW}")
+        raise TemplateRefusal(f"{template} has no form for a list of tools; {AS_TEXT}")
     for index, turn in enumerate(turns):
         if turn.role not in ("user", "assistant"):
-            hint = f"; {_HOW}" if turn.role == "tool" else ""
+            hint = f"; {AS_TEXT}" if turn.role == "tool" else ""
             raise TemplateRefusal(
                 f"{template} has no form for a message of role {turn.role!r} (turn {index + 1}){hint}"
             )
         for key in ("tool_calls", *_REASONING):
             if turn.extra is not None and turn.extra.get(key):
-                raise TemplateRefusal(f"{template} has no form for {key!r} (turn {index + 1}); {_HOW}")
+                raise TemplateRefusal(f"{template} has no form for {key!r} (turn {index + 1}); {AS_TEXT}")
     for index, (first, second) in enumerate(pairwise(turns)):
         if first.role == second.role:
             where = f"turns {index + 1} and {index + 2}"

@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 
-from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.config import AUTO, FALLBACK, DataConfig, SourceConfig
 from flacuna_jax.data.conversation import Conversation, Segment, Template, TemplateRefusal, named_template
 from flacuna_jax.data.files import Place
 from flacuna_jax.data.formats import read_source
@@ -41,12 +41,12 @@ def build_store(
     """Tokenises every source of a config.
 
     Args:
-      template: None takes the one that `config` names, which must then be one of ours or a file.
+      template: None takes the one that `config` names, which must then not be a checkpoint's.
 
     Raises:
       UserError: The input is bad, or a source gives no example.
     """
-    template = template or named_template(config.template, tokenizer.special, tools_as_text=config.tools_as_text)
+    template = template or template_without_checkpoint(config, tokenizer)
     builder = StoreBuilder([source.path for source in config.sources], tokenizer.vocab_size)
     encoder = SegmentEncoder(tokenizer)
     reports: list[SourceReport] = []
@@ -58,6 +58,17 @@ def build_store(
                 on_progress(sum(r.read for r in reports))
         require_examples(report)
     return builder.finish(), DataReport(tuple(reports))
+
+
+def template_without_checkpoint(config: DataConfig, tokenizer: Tokenizer) -> Template:
+    """The template of a config for data that belongs to no checkpoint. Raises UserError if it names a checkpoint's."""
+    name = FALLBACK if config.template == AUTO else config.template
+    template = named_template(
+        name, tokenizer.special, tools_as_text=config.tools_as_text, variables=config.template_variables
+    )
+    if template.untrainable is not None:
+        raise UserError(f"data.template: {template.untrainable}")
+    return template
 
 
 def require_examples(report: SourceReport) -> None:

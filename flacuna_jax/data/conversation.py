@@ -4,15 +4,17 @@ A template is a function from turns to segments (`segments.py`), bound to the sp
 `layouts.py` has the formats that come with the project, `jinja_template.py` makes one from a chat template.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flacuna_jax.data.as_text import written_as_text
 from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
 from flacuna_jax.data.layouts import NAMES, our_template, source_of
-from flacuna_jax.data.segments import Role, Segment, Template, TemplateRefusal, Tools, Turn
+from flacuna_jax.data.segments import Layout, Role, Segment, Template, TemplateRefusal, Tools, Turn
 from flacuna_jax.data.special_tokens import SpecialTokens
 from flacuna_jax.errors import UserError
 
@@ -29,6 +31,7 @@ __all__ = [
     "render",
     "render_prompt",
     "render_text",
+    "template_from_jinja",
     "template_source",
 ]
 
@@ -41,19 +44,50 @@ def named_template(
     Args:
       name: One of `NAMES`, or a path that ends in .jinja.
       special: The tokenizer's special tokens.
-      tools_as_text: Whether our templates write tools, calls, results and reasoning as text instead of refusing them.
+      tools_as_text: Whether tools, calls, results and reasoning that the template has no form for are written as text.
+        Otherwise such conversations are refused.
       variables: Passed to a .jinja file beside the messages.
 
     Raises:
       UserError: The name is neither, or the file cannot be used as a template.
     """
     if name.endswith(".jinja"):
-        return jinja_template({"default": read_jinja_file(Path(name))}, name, special, variables)
+        sources = {"default": read_jinja_file(Path(name))}
+        return template_from_jinja(sources, name, special, tools_as_text=tools_as_text, variables=variables)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"template {name!r} is none of {', '.join(NAMES)}, nor a .jinja file{hint}")
     return our_template(name, special, tools_as_text)
+
+
+def template_from_jinja(
+    sources: Mapping[str, str],
+    name: str,
+    special: SpecialTokens,
+    *,
+    tools_as_text: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> Template:
+    """As `jinja_template`; a text that one of our templates exported is that template again."""
+    ours = (our_template(known, special, tools_as_text) for known in NAMES)
+    exported = next((template for template in ours if template.jinja == sources["default"]), None)
+    if exported is not None:
+        return exported
+    template = jinja_template(sources, name, special, variables)
+    return dataclasses.replace(template, layout=_or_as_text(template.layout)) if tools_as_text else template
+
+
+def _or_as_text(layout: Layout) -> Layout:
+    """Writes as text what a chat template has no form for."""
+
+    def either(system: str, turns: Sequence[Turn], tools: Tools) -> Iterator[Segment]:
+        try:
+            return iter(list(layout(system, turns, tools)))
+        except TemplateRefusal:
+            return layout(*written_as_text(system, turns, tools), ())
+
+    return either
 
 
 def template_source(name: str) -> str:

@@ -101,14 +101,19 @@ class JinjaProgram:
       sources: Jinja by name: "default", and "tool_use" if the checkpoint has one.
       special: The tokenizer's special tokens.
       variables: Passed to the template beside the messages, for example enable_thinking.
+      parts: Whether the content of messages is a list with one part of text, as processors of images have it.
     """
 
-    def __init__(self, sources: Mapping[str, str], special: SpecialTokens, variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self, sources: Mapping[str, str], special: SpecialTokens, variables: Mapping[str, Any], parts: bool
+    ) -> None:
         self._compiled = {name: compile_template(source) for name, source in sources.items()}
         self._special = special
-        self._variables = {**special.variables, **variables}
+        bos = {} if special.bos is None else {"bos_token": special.bos}
+        self._variables = {**special.variables, **bos, "eos_token": special.eos, **variables}
         self._guards = {spelling: f"\ue000{_NONCE}g{i}\ue001" for i, spelling in enumerate(special.tokens)}
         self._spellings = tuple(special.tokens)
+        self._parts = parts
 
     def guard(self, value: Any) -> Any:
         """A message, or a part of one, in which no string spells a special token."""
@@ -128,6 +133,8 @@ class JinjaProgram:
 
     def render(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> str:
         """The template's text for guarded messages. Raises TemplateRefusal where the template fails."""
+        if self._parts:
+            messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         name = "tool_use" if tools and "tool_use" in self._compiled else "default"
         try:
             return self._compiled[name].render(

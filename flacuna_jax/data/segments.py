@@ -76,6 +76,7 @@ class Template:
       ends: Ids of the special tokens that end an answer.
       jinja: The same format for Hugging Face's `apply_chat_template`.
       notes: What a user should know about this template with this tokenizer, a line each.
+      untrainable: Why no conversation can be trained on with this template, though prompts can be made. None if it can.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Template:
     ends: tuple[int, ...]
     jinja: str
     notes: tuple[str, ...] = ()
+    untrainable: str | None = None
 
 
 class Writer:

@@ -36,7 +36,7 @@ class SpecialTokens:
       tokens: Every special token, BOS and EOS included.
       bos: How BOS is spelled. None if the tokenizer has no BOS.
       eos: How EOS is spelled.
-      variables: What transformers passes to a chat template besides the messages: bos_token, eos_token, pad_token, ...
+      variables: Further variables that transformers passes to a chat template, for example pad_token.
     """
 
     tokens: Mapping[str, Special]

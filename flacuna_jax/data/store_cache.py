@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flacuna_jax.config import DataConfig, SourceConfig
-from flacuna_jax.data.build import SourceBuild, require_examples
-from flacuna_jax.data.conversation import Template, named_template
+from flacuna_jax.data.build import SourceBuild, require_examples, template_without_checkpoint
+from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.files import find_files
 from flacuna_jax.data.report import DataReport, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore
@@ -67,7 +67,7 @@ def cached_store(
 
     `say` is told whether it was a hit or a miss, and why. Raises UserError like `build_store`.
     """
-    template = template or named_template(config.template, tokenizer.special, tools_as_text=config.tools_as_text)
+    template = template or template_without_checkpoint(config, tokenizer)
     parts = identity(config, template, tokenizer_hash)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     place = directory / key

@@ -159,8 +159,8 @@ _MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_
 
 def with_notes_on_marks(template: Template, tokenizer: Tokenizer) -> Template:
     """The template, with a note for each mark that it writes and the tokenizer has no token for."""
-    turns = (Turn("user", "x"), Turn("assistant", "y"))
-    rendered = render(Conversation("", "", turns), template)
+    turns = (Turn("user", "x"), Turn("assistant", "y"), Turn("user", "x"))
+    rendered = render_prompt(turns, template)
     text = "".join(segment.text for segment in rendered if segment.token is None)
     notes = []
     for mark in dict.fromkeys(_MARK.findall(text)):

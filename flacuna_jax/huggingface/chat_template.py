@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flacuna_jax.config import AUTO, CHECKPOINT, DataConfig
-from flacuna_jax.data.conversation import Template, named_template
-from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
+from flacuna_jax.config import AUTO, CHECKPOINT, FALLBACK, DataConfig
+from flacuna_jax.data.conversation import Template, named_template, template_from_jinja
+from flacuna_jax.data.jinja_template import read_jinja_file
 from flacuna_jax.data.tokenization import Tokenizer, with_notes_on_marks
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.json_file import read_json
@@ -14,7 +14,6 @@ from flacuna_jax.huggingface.tokenizer_settings import CONFIG
 
 JINJA, JSON = "chat_template.jinja", "chat_template.json"
 ADDITIONAL = "additional_chat_templates"
-FALLBACK = "vicuna_v1.1"
 
 
 class ChatTemplate(NamedTuple):
@@ -84,9 +83,12 @@ def open_template(data: DataConfig, directory: str | Path, tokenizer: Tokenizer)
     Raises:
       UserError: There is no such template, or it cannot be used for training.
     """
-    return choose_template(
+    template = choose_template(
         data.template, directory, tokenizer, tools_as_text=data.tools_as_text, variables=data.template_variables
     )
+    if template.untrainable is not None:
+        raise UserError(f"data.template: {template.untrainable}")
+    return template
 
 
 def choose_template(
@@ -105,4 +107,7 @@ def choose_template(
     found = read_chat_template(Path(directory))
     if found is None:
         raise UserError(f"data.template: {directory} brings no chat template ({JINJA}, or chat_template in {CONFIG})")
-    return with_notes_on_marks(jinja_template(found.sources, str(found.path), tokenizer.special, variables), tokenizer)
+    template = template_from_jinja(
+        found.sources, str(found.path), tokenizer.special, tools_as_text=tools_as_text, variables=variables
+    )
+    return with_notes_on_marks(template, tokenizer)

@@ -95,8 +95,7 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings
         known = None if spelling is None else tokenizer.token_to_id(spelling)
         if spelling is not None and known is not None and spelling not in tokens:
             tokens[spelling] = Special(known)
-    variables = {**settings.variables, "eos_token": eos, **({} if bos is None else {"bos_token": bos})}
-    return SpecialTokens(tokens, bos, eos, variables)
+    return SpecialTokens(tokens, bos, eos, settings.variables)
 
 
 def _spelling(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, name: str) -> str | None:
@@ -109,7 +108,8 @@ def _spelling(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, name
     number = settings.id_in_model(name)
     if settings.denies(name) or number is None:
         return None
-    return tokenizer.id_to_token(number)
+    added = tokenizer.get_added_tokens_decoder().get(number)
+    return tokenizer.id_to_token(number) if added is None else added.content
 
 
 def _prefix(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, special: SpecialTokens) -> tuple[int, ...]:

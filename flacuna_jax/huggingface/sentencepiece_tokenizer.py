@@ -16,15 +16,6 @@ from flacuna_jax.huggingface.tokenizer_settings import AddedToken, TokenizerSett
 FILE = "tokenizer.model"
 
 
-def is_sentencepiece(path: Path) -> bool:
-    """Whether the file is a SentencePiece model. Llama 3's releases have a tiktoken file of the same name."""
-    try:
-        sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception:  # RuntimeError, OSError or TypeError, depending on where the file is damaged
-        return False
-    return True
-
-
 class SentencePieceTokenizer:
     """A SentencePiece model and the tokens that were added to it. Control pieces and special tokens in texts are
     spelled out, never recognised; other added tokens are, as in transformers."""
@@ -85,8 +76,7 @@ class SentencePieceTokenizer:
                         f"{settings.directory}: tokenizer_config.json names {spelling!r}, which {FILE} lacks"
                     )
                 tokens[spelling] = Special(number)
-        variables = {**settings.variables, "eos_token": eos, **({} if bos is None else {"bos_token": bos})}
-        return SpecialTokens(tokens, bos, eos, variables)
+        return SpecialTokens(tokens, bos, eos, settings.variables)
 
     def _spelling(self, name: str, number: int, tokens: dict[str, Special], settings: TokenizerSettings) -> str | None:
         """As the settings say; else the model's own."""

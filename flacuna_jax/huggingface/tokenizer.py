@@ -13,7 +13,7 @@ from flacuna_jax.huggingface.fast_tokenizer import FILE as FAST
 from flacuna_jax.huggingface.fast_tokenizer import FastTokenizer
 from flacuna_jax.huggingface.place import require_directory
 from flacuna_jax.huggingface.sentencepiece_tokenizer import FILE as SENTENCEPIECE
-from flacuna_jax.huggingface.sentencepiece_tokenizer import SentencePieceTokenizer, is_sentencepiece
+from flacuna_jax.huggingface.sentencepiece_tokenizer import SentencePieceTokenizer
 from flacuna_jax.huggingface.tokenizer_settings import ADDED, CONFIG, MAP, TokenizerSettings, read_tokenizer_settings
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -36,17 +36,17 @@ def load_tokenizer(directory: str | Path) -> AnyTokenizer:
     directory = require_directory(directory)
     settings = read_tokenizer_settings(directory)
     has_fast = (directory / FAST).is_file()
-    if (directory / SENTENCEPIECE).is_file() and (not has_fast or is_sentencepiece(directory / SENTENCEPIECE)):
-        if not has_fast and not is_sentencepiece(directory / SENTENCEPIECE) and _is_tiktoken(directory):
-            raise UserError(
-                f"{directory}: {SENTENCEPIECE} is a tiktoken file, as Meta's releases of Llama 3 have it; copy {FAST} "
-                f"of the Hugging Face release there"
-            )
+    if (directory / SENTENCEPIECE).is_file() and not _is_tiktoken(directory):
         return _with_sentencepiece(directory, settings, has_fast)
     if has_fast:
         return FastTokenizer.from_file(directory / FAST, settings)
     if (directory / VOCABULARY).is_file() and (directory / MERGES).is_file():
         return _from_merges(directory, settings)
+    if (directory / SENTENCEPIECE).is_file():
+        raise UserError(
+            f"{directory}: {SENTENCEPIECE} is a tiktoken file, as Meta's releases of Llama 3 have it; copy {FAST} of "
+            f"the Hugging Face release there"
+        )
     raise UserError(
         f"{directory} has no tokenizer ({SENTENCEPIECE}, {FAST}, or {VOCABULARY} and {MERGES}); copy it there from the "
         f"base model, or name its directory in model.tokenizer"
@@ -56,17 +56,16 @@ def load_tokenizer(directory: str | Path) -> AnyTokenizer:
 def _with_sentencepiece(directory: Path, settings: TokenizerSettings, has_fast: bool) -> AnyTokenizer:
     if not has_fast:
         return SentencePieceTokenizer(directory / SENTENCEPIECE, settings)
+    plain = SentencePieceTokenizer(directory / SENTENCEPIECE, TokenizerSettings(directory, {}, {}, {}))
     fast = FastTokenizer.from_file(directory / FAST, settings)
-    if any(token.special and token.id >= _pieces(directory) for token in settings.added.values()):
+    if any(token.special and token.id >= plain.vocab_size for token in settings.added.values()):
         return fast
     slow = SentencePieceTokenizer(directory / SENTENCEPIECE, settings)
     _check_agreement(directory, slow, fast)
+    # Settings that do not mention `legacy` are of LLaMA's first generation, which put a space before every text.
     same_inside = all(slow.encode(text, first=False) == fast.encode(text, first=False) for text in _PROBES)
-    return slow if same_inside and not slow.added and slow.special.tokens == fast.special.tokens else fast
-
-
-def _pieces(directory: Path) -> int:
-    return SentencePieceTokenizer(directory / SENTENCEPIECE, TokenizerSettings(directory, {}, {}, {})).vocab_size
+    is_plain = not slow.added and fast.special.ids <= slow.special.ids
+    return slow if is_plain and (same_inside or "legacy" not in settings.raw) else fast
 
 
 def _is_tiktoken(directory: Path) -> bool:

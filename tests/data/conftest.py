@@ -7,50 +7,49 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from flacuna_jax.data.special_tokens import Special, SpecialTokens
+from tests.vocabularies import LLAMA, Characters
+
 
 class SentencePiece:
+    special, unk_id, prefix_ids = LLAMA, None, (1,)
+
     def __init__(self, path: Path) -> None:
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.vocab_size = self.model.vocab_size()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         return self.model.encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
         return self.model.encode(list(texts)) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.model.decode(list(ids))
-
-
-class Characters:
-    """A tokenizer without files and without a dummy prefix: an id per character (or its low bits), 1 and 2 special."""
-
-    bos_id, eos_id, vocab_size = 1, 2, 3 + 256
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + ord(character) % 256 for character in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(token - 3) for token in ids if token >= 3)
+        return self.model.decode([token for token in ids if token not in self.special.ids])
 
 
 class Fast:
     """A tokenizer.json of the `tokenizers` library."""
 
-    bos_id, eos_id = 1, 2
+    special = SpecialTokens(
+        {"<|start_story|>": Special(1), "<|end_story|>": Special(2)}, "<|start_story|>", "<|end_story|>"
+    )
+    bos_id, eos_id, unk_id, prefix_ids = 1, 2, None, (1,)
 
     def __init__(self, path: Path) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.tokenizer.encode_special_tokens = True
         self.vocab_size = self.tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids))
+        return self.tokenizer.decode([token for token in ids if token not in self.special.ids])
 
 
 @pytest.fixture(scope="session")

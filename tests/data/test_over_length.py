@@ -3,12 +3,13 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
+from flacuna_jax.data.conversation import Conversation, Turn
 from flacuna_jax.data.over_length import GAP, SHORTEST_QUESTION, Shortened, Shortener, common_limit
 from flacuna_jax.data.tokenization import SegmentEncoder, TrainOn, tokenize
 from tests.data.conftest import SentencePiece
+from tests.vocabularies import llama_template
 
-V1_1 = TEMPLATES["vicuna_v1.1"]
+V1_1 = llama_template("vicuna_v1.1")
 
 
 def shorten(

@@ -10,11 +10,13 @@ import pytest
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data import build
 from flacuna_jax.data.build import build_store
-from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
+from flacuna_jax.data.conversation import Conversation, Turn
+from flacuna_jax.data.layouts import system_text
 from flacuna_jax.data.store import Piece, StoreBuilder, TokenStore, describe_example
 from flacuna_jax.data.tokenization import TokenizedExample, tokenize
 from flacuna_jax.errors import UserError
 from tests.data.conftest import Characters, SentencePiece
+from tests.vocabularies import llama_template
 
 
 def write(path: Path, pairs: list[tuple[str, str]], **fields: str) -> SourceConfig:
@@ -44,7 +46,7 @@ def test_what_goes_in_comes_out(tmp_path: Path, characters: Characters, monkeypa
     assert store.tasks == ("a", "cot")
     for i, (question, answer) in enumerate(pairs):
         sample = Conversation("", "", (Turn("user", question), Turn("assistant", answer)))
-        expected = tokenize(sample, TEMPLATES["vicuna_v1.1"], characters)
+        expected = tokenize(sample, llama_template("vicuna_v1.1"), characters)
         example = store.example(i)
         assert (example.id, example.source) == (f"a{i}", "a") if i < 6 else (f"b{i - 6}", "cot")
         np.testing.assert_array_equal(example.ids, expected.ids)
@@ -152,20 +154,20 @@ def one(tokenizer: SentencePiece, *texts: str, template: str = "vicuna_v1.1") ->
     roles = ("user", "assistant")
     sample = Conversation("x", "y", tuple(Turn(roles[i % 2], text) for i, text in enumerate(texts)))
     builder = StoreBuilder(["a"], tokenizer.vocab_size)
-    builder.add(0, [tokenize(sample, TEMPLATES[template], tokenizer)], [0])
+    builder.add(0, [tokenize(sample, llama_template(template), tokenizer)], [0])
     return builder.finish()
 
 
 def test_describe(llama: SentencePiece) -> None:
-    system = TEMPLATES["vicuna_v1.1"].system
+    system = system_text("vicuna_v1.1")
     assert describe_example(one(llama, "Hi", "Hello é 漢", "Bye", " See\nyou"), 0, llama) == [
-        Piece("<s>", False),
+        Piece("<s>", False, special=True),
         Piece(f"{system} USER: Hi ASSISTANT:", False),
         Piece(" Hello é 漢", True),
-        Piece("</s>", True),
+        Piece("</s>", True, special=True),
         Piece("USER: Bye ASSISTANT:", False),
         Piece("  See\nyou", True),
-        Piece("</s>", True),
+        Piece("</s>", True, special=True),
     ]
     v0 = describe_example(one(llama, "Hi", "Hello", "Bye", "Ciao", template="vicuna_v0"), 0, llama)
     assert [piece.text for piece in v0 if piece.supervised] == [" Hello\n###", " Ciao\n", "</s>"]

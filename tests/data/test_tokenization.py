@@ -9,13 +9,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn, render, render_text
+from flacuna_jax.data.conversation import NAMES, Conversation, Turn, render, render_text
 from flacuna_jax.data.tokenization import SegmentEncoder, puts_space_in_front, tokenize, tokenize_batch, tokenize_prompt
 from tests.data import fastchat
 from tests.data.conftest import Characters, Fast, SentencePiece
+from tests.vocabularies import llama_template
 
-V1_1 = TEMPLATES["vicuna_v1.1"]
-V0 = TEMPLATES["vicuna_v0"]
+V1_1 = llama_template("vicuna_v1.1")
+V0 = llama_template("vicuna_v0")
 
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:
@@ -29,7 +30,9 @@ def as_fastchat(texts: Sequence[str]) -> list[tuple[str, str]]:
 
 def assert_equal_to_fastchat(llama: SentencePiece, samples: Sequence[Sequence[str]]) -> int:
     """Compares every sample that FastChat does not lose; returns how many those were."""
-    examples = tokenize_batch([conversation(*texts) for texts in samples], V1_1, SegmentEncoder(llama), "assistant")
+    conversations = [conversation(*texts) for texts in samples]
+    segments = [render(one, V1_1) for one in conversations]
+    examples = tokenize_batch(conversations, segments, SegmentEncoder(llama), "assistant")
     compared = 0
     for texts, example in zip(samples, examples, strict=True):
         oracle = fastchat.preprocess(llama.model, as_fastchat(texts), max_length=10**9)
@@ -146,7 +149,7 @@ def test_kept_where_fastchat_loses(llama: SentencePiece, texts: tuple[str, ...])
     assert example.ids.tolist().count(0) == 0
     assert supervised_texts(llama, example.ids, example.loss_mask) == [(text, True) for text in answers]
     # Text and ids agree with FastChat's string, with its special tokens only where it meant them.
-    assert render_text(render(sample, V1_1), bos="") in (
+    assert render_text(render(sample, V1_1)).removeprefix("<s>") in (
         fastchat.prompt(as_fastchat(texts)),
         fastchat.prompt(as_fastchat(texts)) + "ASSISTANT:",
     )
@@ -195,7 +198,7 @@ def test_train_on(llama: SentencePiece) -> None:
     assert len({tuple(e.ids) for e in masks.values()}) == 1
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("template", [llama_template(name) for name in NAMES], ids=NAMES)
 @given(st.lists(texts, min_size=3, max_size=5).filter(lambda t: len(t) % 2 == 1))
 @settings(max_examples=50, deadline=None)
 def test_prompts_are_prefixes_of_training(llama: SentencePiece, template: object, said: list[str]) -> None:
@@ -222,7 +225,7 @@ def test_v0_layout(llama: SentencePiece) -> None:
 @settings(max_examples=200, deadline=None)
 def test_v0_ids_are_those_of_the_string(llama: SentencePiece, said: list[str]) -> None:
     sample = conversation(*said)
-    assert tokenize(sample, V0, llama).ids.tolist() == [1, *llama.encode(render_text(render(sample, V0), "", "")), 2]
+    assert tokenize(sample, V0, llama).ids.tolist() == [1, *llama.encode(render_text(render(sample, V0))[3:-4]), 2]
 
 
 @given(texts.filter(bool), texts)
@@ -235,7 +238,7 @@ def test_own_system_text(llama: SentencePiece, system: str, said: str) -> None:
 def test_a_tokenizer_without_a_prefix(characters: Characters) -> None:
     sample = conversation("What is  it?", " It is a dog.", "Oh", "Yes")
     example = tokenize(sample, V1_1, characters)
-    parts = render_text(render(sample, V1_1), "", "\0").split("\0")[:-1]
+    parts = render_text(render(sample, V1_1))[3:].split("</s>")[:-1]
     assert example.ids.tolist() == [1, *(token for part in parts for token in (*characters.encode(part), 2))]
     assert supervised_texts(characters, example.ids, example.loss_mask) == [("  It is a dog.", True), (" Yes", True)]
 
@@ -257,6 +260,6 @@ def test_the_projects_own_loader(llama: SentencePiece, fast: Fast, llama_tokeniz
 
     sample = conversation("strike <s>this</s> out", "it is </s> then <unk>", "", "ok")
     for directory, tokenizer in ((llama_tokenizer, llama), (story_llama, fast)):
-        for template in TEMPLATES.values():
+        for template in map(llama_template, NAMES):
             loaded = tokenize(sample, template, load_tokenizer(directory))
             assert loaded.ids.tolist() == tokenize(sample, template, tokenizer).ids.tolist()

@@ -14,6 +14,7 @@ from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
+from tests.vocabularies import LLAMA
 
 
 def story_model(directory: Path, devices: int = 1, **placement: int) -> LlamaLanguageModel:
@@ -30,10 +31,14 @@ def story_model(directory: Path, devices: int = 1, **placement: int) -> LlamaLan
 class Letters:
     """A tokenizer of single characters: ids are code points above three special ones."""
 
+    special, prefix_ids, unk_id = LLAMA, (1,), None
     bos_id, eos_id, vocab_size = 1, 2, 3 + 0x110000
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         return [3 + ord(c) for c in text]
+
+    def encode_batch(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i - 3) for i in ids if i >= 3)

@@ -8,15 +8,16 @@ import pytest
 from flacuna_jax import chat
 from flacuna_jax.chat import Chat, Settings
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import TEMPLATES, Turn
+from flacuna_jax.data.conversation import Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.language_model import GenerationRequest
 from flacuna_jax.inference import ModelAddress
 from tests.evaluation.models import story_model
+from tests.vocabularies import llama_template
 
-TEMPLATE = TEMPLATES["vicuna_v1.1"]
+TEMPLATE = llama_template("vicuna_v1.1")
 ADDRESS = ModelAddress(Path("base"), Path("tuned"))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flacuna_jax.config import LoraConfig, MeshConfig
+from flacuna_jax.data.special_tokens import Special, SpecialTokens
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement, padded_size
 from flacuna_jax.evaluation.language_model import GenerationRequest, ScoreRequest
@@ -106,10 +107,14 @@ def test_generations_equal_transformers_whatever_runs_beside_them(
 class _Numbers:
     """Text is the ids themselves, so that generations tell their tokens."""
 
-    bos_id, eos_id, vocab_size = 1, SMALL.vocab_size, SMALL.vocab_size + 1
+    bos_id, eos_id, unk_id, vocab_size = 1, SMALL.vocab_size, None, SMALL.vocab_size + 1
+    special, prefix_ids = SpecialTokens({"<s>": Special(1), "</s>": Special(SMALL.vocab_size)}, "<s>", "</s>"), (1,)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         return [int(number) for number in text.split()]
+
+    def encode_batch(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
 from tests.evaluation.models import Scripted, story_model
 
@@ -14,6 +13,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the eval extra")
 torch = pytest.importorskip("torch")
 
 from flacuna_jax.evaluation.harness import HarnessModel, check_tasks, metrics, run_tasks  # noqa: E402
+from tests.vocabularies import llama_template  # noqa: E402
 
 # float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless
 # it is told otherwise: a sum of 1600 is then a multiple of 1.2e-4, which hides what is compared. Both use float64 here.
@@ -92,7 +92,7 @@ NAMES = ["story_choice", "story_generate", "story_rolling"]
 
 @pytest.fixture(scope="module")
 def both(story_llama: Path, tasks: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    ours = run_tasks(story_model(story_llama), NAMES, include=tasks, eos_text="<|end_story|>")
+    ours = run_tasks(story_model(story_llama), NAMES, include=tasks)
     theirs = lm_eval.simple_evaluate(
         model="hf",
         model_args={
@@ -164,7 +164,7 @@ def test_settings_of_sampling_count_where_there_is_sampling() -> None:
 
 
 def test_chat_template_is_the_training_template() -> None:
-    model = HarnessModel(Scripted(), TEMPLATES["vicuna_v1.1"])  # type: ignore[arg-type]
+    model = HarnessModel(Scripted(), llama_template("vicuna_v1.1"))  # type: ignore[arg-type]
     history = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello"},
@@ -180,7 +180,7 @@ def test_chat_template_is_the_training_template() -> None:
     assert "You are terse. USER: Hi" in model.apply_chat_template(
         [{"role": "system", "content": "You are terse."}, *history]
     )
-    assert model.chat_template(True) == TEMPLATES["vicuna_v1.1"].jinja
+    assert model.chat_template(True) == llama_template("vicuna_v1.1").jinja
 
 
 def test_absent_task_files_are_told(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import Store
 from flacuna_jax.evaluation.impact import (
@@ -24,6 +23,7 @@ from flacuna_jax.evaluation.impact import (
 )
 from flacuna_jax.evaluation.judge import FILTERED, ModelJudge, ServerJudge
 from tests.evaluation.models import Scripted
+from tests.vocabularies import llama_template
 
 
 class _Server(ThreadingHTTPServer):
@@ -149,10 +149,10 @@ def test_transcript_is_kept_and_answers_again(server: _Server, tmp_path: Path) -
 
 def test_a_model_here_can_judge() -> None:
     model = Scripted(answer=lambda prompt: "4")
-    assert ModelJudge(model, TEMPLATES["vicuna_v1.1"]).review(["How good?"]) == ["4"]
+    assert ModelJudge(model, llama_template("vicuna_v1.1")).review(["How good?"]) == ["4"]
     assert model.asked[0].endswith("USER: How good? ASSISTANT:")
     with pytest.raises(UserError, match="the judge scripted has a context of 100 tokens"):
-        ModelJudge(Scripted(context_length=100), TEMPLATES["vicuna_v1.1"]).review(["How good?"])
+        ModelJudge(Scripted(context_length=100), llama_template("vicuna_v1.1")).review(["How good?"])
 
 
 @pytest.mark.parametrize(

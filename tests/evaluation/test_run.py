@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.evaluation import bbh, drop, hhh, humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.results import read_result, write_result
 from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_impact
 from tests.evaluation.models import Letters, Scripted
+from tests.vocabularies import llama_template
 
 
 def test_a_model_that_knows_scores_100_and_one_that_says_a_scores_the_share_of_a(test_data: Path) -> None:
@@ -138,7 +138,7 @@ def test_impact_with_a_judge_in_both_readings() -> None:
 def test_impact_with_the_papers_prompt_in_the_template() -> None:
     prompt = impact.WritingPrompt("0", "creative", "You write", "A poem")
     model = Scripted(answer=lambda text: "x")
-    run_impact([prompt], model, None, "output", TEMPLATES["vicuna_v1.1"])
+    run_impact([prompt], model, None, "output", llama_template("vicuna_v1.1"))
     assert model.asked[0].endswith(" USER: You write.\n\nA poem\nOutput: ASSISTANT:")
 
 

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
-
-
-class Characters:
-    """An id per character (or its low bits), 1 and 2 special; no dummy prefix."""
-
-    bos_id, eos_id, vocab_size = 1, 2, 3 + 256
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + ord(character) % 256 for character in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(token - 3) for token in ids if token >= 3)
+from tests.vocabularies import Characters
 
 
 def load_characters() -> Characters:

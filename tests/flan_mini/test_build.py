@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flacuna_jax.data.conversation import TEMPLATES, Conversation, Turn
+from flacuna_jax.data.conversation import Conversation, Turn
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
@@ -25,6 +25,7 @@ from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.flan_mini.manifest import find_built, write_manifest
 from tests.flan_mini import sources
 from tests.flan_mini.sources import load_characters
+from tests.vocabularies import llama_template
 
 
 def run(config: FlanMiniConfig, said: list[str] | None = None) -> Built:
@@ -98,7 +99,7 @@ def test_lengths_are_those_that_training_sees(tmp_path: Path, everything: tuple[
         turns = tuple(
             Turn("user" if t["from"] == "human" else "assistant", t["value"]) for t in record["conversations"]
         )
-        example = tokenize(Conversation("", "", turns), TEMPLATES["vicuna_v1.1"], load_characters())
+        example = tokenize(Conversation("", "", turns), llama_template("vicuna_v1.1"), load_characters())
         measured.append((len(example.ids), int(example.loss_mask.sum())))
     assert max(length for length, _ in measured) <= 1500
     pairs = zip(built.statistics.length.tolist(), built.statistics.supervised.tolist(), strict=True)

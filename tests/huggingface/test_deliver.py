@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig
-from flacuna_jax.data.conversation import TEMPLATES
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver, safetensors_file
 from flacuna_jax.huggingface.adapter import Adapter, host_adapter
@@ -30,8 +29,9 @@ from flacuna_jax.model.parameters import base_shapes, lora_shapes
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.huggingface.checkpoints import SMALL, TIED, Written, save
 from tests.torch_models import torch, torch_llama, transformers
+from tests.vocabularies import llama_template
 
-JINJA = TEMPLATES["vicuna_v1.1"].jinja
+JINJA = llama_template("vicuna_v1.1").jinja
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_special_tokens_are_found_wherever_they_are_named(story_llama: Path, tmp
         tokenizer = load_tokenizer(tmp_path)
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
         (tmp_path / name).unlink()
-    with pytest.raises(UserError, match="does not name a bos_token"):
+    with pytest.raises(UserError, match="does not name an eos_token"):
         load_tokenizer(tmp_path)
 
 
