@@ -2,14 +2,14 @@
 
 1. The template says so by {% generation %} blocks.
 2. The template only ever appends: an answer is what its message adds to the generation prompt before it.
-3. Otherwise each message is marked at its end while the template runs. An answer reaches from the end of the header
-   that the generation prompt writes to the special token after its mark. That holds for templates that write earlier
-   messages differently once later ones are there, as those of reasoning models do.
+3. Otherwise each message is marked at its end while the template runs. An answer begins behind what the generation
+   prompt writes after the message before it, and ends behind the special token that follows its own mark. That holds
+   for templates that write earlier messages differently once later ones are there, as those of reasoning models do.
 """
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from flacuna_jax.data.as_text import AS_TEXT
@@ -199,28 +199,11 @@ class _Conversation(NamedTuple):
         lost = [turn for turn in self.answers if self.offset + turn not in places]
         if lost:
             raise _Unclear(f"the template leaves out what the assistant says in turn {lost[0] + 1}")
-        header = self._header()
         answers: list[Answer] = []
-        behind = 0
         for turn in self.answers:
-            place = places[self.offset + turn]
-            start = self._start(text, header, behind, place)
-            behind = self._end_behind(text, place, turn)
-            answers.append(Answer(start, behind, turn))
+            start = self._start_of(text, places, turn)
+            answers.append(Answer(start, self._end_behind(text, places[self.offset + turn], turn), turn))
         return Rendered(text, answers)
-
-    def _header(self) -> str:
-        """What the generation prompt writes before an answer."""
-        before = self.messages[: self.offset + self.answers[0]] if self.answers else self.messages
-        if not before:
-            return ""
-        without, with_header = (self.program.render(before, self.tools, prompt) for prompt in (False, True))
-        common = _common(without, with_header)
-        if common == len(without):
-            return with_header[common:]
-        # Some templates close an unfinished conversation, and what closes it may begin as the header does.
-        ends = [end for end, span in self._spans(with_header, 0) if span.id is not None and end <= common]
-        return with_header[max(with_header.rfind("\n", 0, common) + 1, *ends, 0) :]
 
     def _spans(self, text: str, start: int) -> Iterator[tuple[int, Span]]:
         """The spans of the text behind `start`, each with where it ends."""
@@ -228,17 +211,28 @@ class _Conversation(NamedTuple):
             start += len(span.text)
             yield start, span
 
-    def _start(self, text: str, header: str, behind: int, place: int) -> int:
-        """Behind the header, or the part of it that the template writes in this place; else behind a special token."""
-        cuts = [len(header), *(match.end() for match in re.finditer(r"[\n>\]]", header))]
-        for cut in sorted({cut for cut in cuts if cut}, reverse=True):
-            found = text.rfind(header[:cut], behind, place)
-            if found >= 0:
-                return found + cut
-        start = max((end for end, span in self._spans(text[:place], behind) if span.id is not None), default=behind)
-        if start == behind:
-            raise _Unclear(f"the template writes no mark before an answer; {ADVICE}")
-        return start
+    def _start_of(self, text: str, places: Mapping[int, int], turn: int) -> int:
+        """Where an answer begins: behind what the generation prompt writes after the message before it.
+
+        Of a prompt that ends otherwise than the template writes an earlier answer (as with "<think>"), the part counts
+        that they have in common, up to a mark or a newline.
+        """
+        before = self.offset + turn - 1
+        prompt, in_prompt = without_closing_marks(
+            self.program.render(with_closing_marks(self.messages[: before + 1]), self.tools, True)
+            if before >= 0
+            else ""
+        )
+        if before in places and before in in_prompt:
+            lead, rest = prompt[in_prompt[before] :], text[places[before] :]
+            common = _common(lead, rest)
+            if common == len(lead):
+                return places[before] + common
+            ends = [end for end, span in self._spans(lead, 0) if span.id is not None and end <= common]
+            ends += [match.end() for match in re.finditer(r"[\n>\]]", lead[:common])]
+            if ends:
+                return places[before] + max(ends)
+        raise _Unclear(f"the template writes no mark before an answer; {ADVICE}")
 
     def _end_behind(self, text: str, place: int, turn: int) -> int:
         """The end of an answer whose message ends at `place`: behind the special token that closes it."""

@@ -160,7 +160,7 @@ def test_our_own_jinja_is_a_template_of_the_same_ids(tmp_path: Path, name: str, 
     ("{{ messages[0].content.__class__.__mro__ }}", "the template refuses the conversation"),
     ("{{ raise_exception('no') }}", "the template refuses the conversation: no"),
     ("nothing", "does not tell answers from prompts"),
-    ("{{ messages | length }} {{ messages[-1].content }}", "answers cannot be told from prompts"),
+    ("{{ messages | length }} {{ messages[-1].content }}", "leaves out what the assistant says in turn 2"),
     ("{% generation %}{{ (messages + messages)[1].content }}{% endgeneration %}", "several {% generation %} blocks"),
 ])  # fmt: skip
 def test_what_cannot_be_a_template_says_why(tmp_path: Path, source: str, message: str) -> None:
