@@ -60,15 +60,10 @@ class TokenizerSettings:
             value = value[0] if value else None
         return value if type(value) is int else None
 
-    @functools.cached_property
+    @property
     def special(self) -> frozenset[str]:
-        """Contents that a setting calls special, besides BOS, EOS and the like."""
-        listed: set[str] = {token.content for token in self.added.values() if token.special}
-        for key in _LISTS:
-            value = self.raw.get(key)
-            entries = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-            listed |= {content for entry in entries if (content := _content(entry)) is not None}
-        return frozenset(listed)
+        """Contents that a setting calls special."""
+        return _special(self.raw) | {token.content for token in self.added.values() if token.special}
 
     @functools.cached_property
     def variables(self) -> dict[str, str]:
@@ -85,6 +80,15 @@ class TokenizerSettings:
         """Whether "bos" goes in front of (or "eos" behind) a text; None if the settings leave it to tokenizer.json."""
         value = self.raw.get(f"add_{name}_token")
         return value if isinstance(value, bool) else None
+
+
+def _special(raw: Mapping[str, Any]) -> frozenset[str]:
+    """What is named (eos_token, ...) or listed as a special token."""
+    entries = [value for key, value in raw.items() if key.endswith("_token")]
+    for key in _LISTS:
+        value = raw.get(key)
+        entries += list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return frozenset(content for entry in entries if (content := _content(entry)) is not None)
 
 
 def _content(entry: Any) -> str | None:
@@ -104,12 +108,12 @@ def read_tokenizer_settings(directory: Path) -> TokenizerSettings:
 
 def _added(directory: Path, raw: Mapping[str, Any]) -> dict[str, AddedToken]:
     added: dict[str, AddedToken] = {}
-    named_special = {_content(value) for key, value in raw.items() if key.endswith("_token")}
+    special = _special(raw)
     if (directory / ADDED).is_file():
         for content, number in read_json(directory / ADDED).items():
             if type(number) is not int or not content:
                 raise UserError(f"{directory / ADDED}: {content!r} has the id {number!r}, where a whole number belongs")
-            added[content] = AddedToken(number, content, content in named_special)
+            added[content] = AddedToken(number, content, content in special)
     decoder = raw.get("added_tokens_decoder") or {}
     for number, entry in decoder.items():
         spelled = _content(entry)
@@ -119,7 +123,7 @@ def _added(directory: Path, raw: Mapping[str, Any]) -> dict[str, AddedToken]:
         added[spelled] = AddedToken(
             int(number),
             spelled,
-            bool(flags.get("special")) or spelled in named_special,
+            bool(flags.get("special")) or spelled in special,
             bool(flags.get("lstrip")),
             bool(flags.get("rstrip")),
         )

