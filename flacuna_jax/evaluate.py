@@ -223,6 +223,7 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
                 tasks,
                 template=template,
                 apply_chat_template=template is not None,
+                add_bos=arguments.add_bos,
                 shots=arguments.shots,
                 limit=arguments.limit,
                 include=data,
@@ -263,6 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
     add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")
     add("--shots", type=whole(0), help="lm_eval: worked examples per prompt")
+    add(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="lm_eval: put BOS in front of texts, or none; default: as the tokenizer does",
+    )
     return parser
 
 

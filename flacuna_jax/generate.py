@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError("--max-new-tokens and --batch-size are at least 1")
     if "" in arguments.stop:
         raise UserError("--stop is empty: every answer would end before it begins")
+    about: list[str] = []
     settings = Settings(
-        None if arguments.raw else template_of(address, arguments.template, trained, say_on_stderr),
+        None if arguments.raw else template_of(address, arguments.template, trained, about.append),
         arguments.task,
         arguments.system,
         arguments.max_new_tokens,
@@ -72,13 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     loader = ModelLoader(arguments.dtype, placement=placement, stored_base=arguments.stored_base)
     model = loader.load(address)
     requests = _requests(model, prompts, settings)
+    for line in about:
+        say_on_stderr(line)
     size = PRINTED_TOGETHER * arguments.batch_size
     for begin in range(0, len(prompts), size):
         part = slice(begin, begin + size)
         for prompt, answer in zip(prompts[part], model.generate(requests[part]), strict=True):
-            record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
-            print(json.dumps(record, ensure_ascii=False) if arguments.json else answer.text, flush=True)
+            print(_shown(prompt, answer, arguments.json, alone=len(prompts) == 1), flush=True)
     return None
+
+
+def _shown(prompt: str, answer: Generation, as_json: bool, alone: bool) -> str:
+    """An answer as it is printed; below its prompt if there are several."""
+    if as_json:
+        record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
+        return json.dumps(record, ensure_ascii=False)
+    return answer.text if alone else f"> {prompt}\n{answer.text}\n"
 
 
 def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[Generation]:

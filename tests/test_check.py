@@ -32,8 +32,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_sentencepiece: Path) -
     source = checkpoints.write(sizes, tmp_path_factory.mktemp("model"))
     tokenizer = load_tokenizer(tiny_sentencepiece)
     texts = ["the user asked", "a helpful answer about lists and"]
-    prompts = tuple(Prompt(text, (1, *tokenizer.encode(text)), True) for text in texts)
-    golden = Golden(prompts, 5, tokenizer.eos_id, tokenizer.decode)
+    prompts = tuple(Prompt(text, text, (1, *tokenizer.encode(text))) for text in texts)
+    golden = Golden(prompts, 5, (tokenizer.eos_id,), tokenizer.decode)
     template = llama_template("plain").jinja
     companions = Companions(tiny_sentencepiece, template, {"bos_token_id": 1, "eos_token_id": 2}, golden=golden)
     out = tmp_path_factory.mktemp("golden") / "merged"
@@ -51,6 +51,7 @@ def test_transformers_gives_the_recorded_ids_and_answers(merged: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     for entry in golden_of(merged)["prompts"]:
         assert tokenizer(entry["text"])["input_ids"] == entry["ids"]
+        assert entry["text_gives_ids"]
         ids = torch.tensor([entry["ids"]])
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         answer = found[0, ids.shape[1] :].tolist()
@@ -87,7 +88,7 @@ def other_answer(content: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
-        (other_ids, 1, "the tokenizer gives other ids"),
+        (other_ids, 1, "gives other ids than recorded"),
         (other_answer, 1, "token 2 of the answer"),
         (lambda content: content.pop("prompts"), 2, "is damaged"),
         (lambda content: content["prompts"][0].pop("ids"), 2, "is damaged"),
@@ -200,7 +201,7 @@ def test_an_export_records_prompts_and_passes(
     out = tmp_path / "out"
     arguments = [str(run), str(out), "--format", "merged", "--golden-tokens", "2"]
     assert run_verb(export.main, arguments) == 0
-    assert "gives whole prompts other ids than training" in capsys.readouterr().out
+    assert "encodes whole prompts to other ids than training" in capsys.readouterr().out
     entry = golden_of(out)["prompts"][0]
     assert entry["text"].endswith("USER: Why is the sky blue? ASSISTANT:")
     assert (entry["ids"].count(1), entry["ids"][0]) == (1, 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flacuna_jax.config import AUTO, CHECKPOINT
 from flacuna_jax.data.as_text import written_as_text
 from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
 from flacuna_jax.data.layouts import NAMES, our_template, source_of
@@ -55,9 +56,10 @@ def named_template(
         sources = {"default": read_jinja_file(Path(name))}
         return template_from_jinja(sources, name, special, tools_as_text=tools_as_text, variables=variables)
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+        known = (AUTO, CHECKPOINT, *NAMES)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"template {name!r} is none of {', '.join(NAMES)}, nor a .jinja file{hint}")
+        raise UserError(f"template {name!r} is none of {', '.join(known)}, nor a .jinja file{hint}")
     return our_template(name, special, tools_as_text)
 
 

@@ -32,13 +32,19 @@ class HarnessModel(TemplateLM):
     """Answers the harness's three kinds of request as its Hugging Face backend does.
 
     Text is encoded with BOS in front where the tokenizer puts it there, unless it begins with BOS. Contexts that are
-    too long lose tokens at the left. `template` is what `--apply_chat_template` uses; once it was used, texts that
+    too long lose tokens at the left. `add_bos` puts BOS in front, or none, whatever the tokenizer does. `template` is what `--apply_chat_template` uses; once it was used, texts that
     spell special tokens have their ids. EOS ends a generation as text too: a model can write it letter by letter.
     """
 
-    def __init__(self, model: LanguageModel, template: Template | None = None, max_gen_toks: int = 256) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        template: Template | None = None,
+        max_gen_toks: int = 256,
+        add_bos: bool | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.template, self.max_gen_toks = model, template, max_gen_toks
+        self.model, self.template, self.max_gen_toks, self.add_bos = model, template, max_gen_toks, add_bos
         self._special = model.tokenizer.special
         self._is_templated = False
 
@@ -88,14 +94,19 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         tokenizer = self.model.tokenizer
         begins_with_prefix = string.startswith(self._special.spellings[self.prefix_token_id])
-        prefix = () if add_special_tokens is False or begins_with_prefix else tokenizer.prefix_ids
-        if add_special_tokens and tokenizer.bos_id is not None:
-            prefix = (tokenizer.bos_id,)
-        ids = list(prefix)
+        ids = (
+            [] if add_special_tokens is False or (add_special_tokens is None and begins_with_prefix) else self._prefix()
+        )
         parts = self._special.split(string) if self._is_templated or begins_with_prefix else [Span(string, None)]
         for part in parts:
             ids += [part.id] if part.id is not None else tokenizer.encode(part.text, first=not ids)
         return ids
+
+    def _prefix(self) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if self.add_bos is None or tokenizer.bos_id is None:
+            return list(tokenizer.prefix_ids)
+        return [tokenizer.bos_id] if self.add_bos else []
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs: Any
@@ -168,6 +179,7 @@ def run_tasks(
     *,
     template: Template | None = None,
     apply_chat_template: bool = False,
+    add_bos: bool | None = None,
     shots: int | None = None,
     limit: int | None = None,
     include: Path | None = None,
@@ -179,7 +191,7 @@ def run_tasks(
     """
     manager = _task_manager(tasks, include)
     results = lm_eval.simple_evaluate(
-        model=HarnessModel(model, template),
+        model=HarnessModel(model, template, add_bos=add_bos),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,

@@ -30,7 +30,7 @@ class FastTokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
         tokenizer = _with_added(tokenizer, settings)
         self.special = _special_tokens(tokenizer, settings)
-        prefix = _prefix(tokenizer, settings, self.special)
+        prefix = _prefix(tokenizer, self.special)
         self.vocab_size: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         self.bos_id = None if self.special.bos is None else self.special.tokens[self.special.bos].id
         self.eos_id = self.special.tokens[self.special.eos].id
@@ -112,11 +112,9 @@ def _spelling(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, name
     return tokenizer.id_to_token(number) if added is None else added.content
 
 
-def _prefix(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, special: SpecialTokens) -> tuple[int, ...]:
-    """What goes in front of a plain text: as the settings say, else as the post-processor has it."""
-    puts = settings.puts("bos")
-    if puts is not None:
-        return (special.tokens[special.bos].id,) if puts and special.bos is not None else ()
+def _prefix(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> tuple[int, ...]:
+    """What goes in front of a plain text. transformers goes by the post-processor of tokenizer.json, too, and not by
+    add_bos_token in the settings, where the two disagree."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     plain = tokenizer.encode("a", add_special_tokens=False).ids

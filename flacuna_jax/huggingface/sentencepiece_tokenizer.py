@@ -32,9 +32,7 @@ class SentencePieceTokenizer:
         self.special = self._special_tokens(path, settings)
         self.bos_id = None if self.special.bos is None else self.special.tokens[self.special.bos].id
         self.eos_id: int = self.special.tokens[self.special.eos].id
-        self.prefix_ids: tuple[int, ...] = (
-            () if self.bos_id is None or settings.puts("bos") is False else (self.bos_id,)
-        )
+        self.prefix_ids: tuple[int, ...] = () if self.bos_id is None or not settings.puts_bos else (self.bos_id,)
         self.vocab_size: int = max([pieces - 1, *self._contents]) + 1
         unknown = self._model.unk_id()
         has_bytes = pieces > 0 and any(self._model.is_byte(i) for i in range(min(pieces, 300)))

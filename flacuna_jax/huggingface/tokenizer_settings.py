@@ -76,10 +76,10 @@ class TokenizerSettings:
             named |= {key: content for key, value in extra.items() if (content := _content(value))}
         return named
 
-    def puts(self, name: str) -> bool | None:
-        """Whether "bos" goes in front of (or "eos" behind) a text; None if the settings leave it to tokenizer.json."""
-        value = self.raw.get(f"add_{name}_token")
-        return value if isinstance(value, bool) else None
+    @property
+    def puts_bos(self) -> bool:
+        """Whether BOS goes in front of a text that a tokenizer.model encodes; it does unless add_bos_token denies it."""
+        return self.raw.get("add_bos_token") is not False
 
 
 def _special(raw: Mapping[str, Any]) -> frozenset[str]:

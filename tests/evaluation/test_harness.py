@@ -196,15 +196,15 @@ def test_unknown_tasks_are_named(tasks: Path) -> None:
         run_tasks(Scripted(), ["story_cooking"], include=tasks)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("bos", "options"), [
-    ("<|BOS|>", {"puts_bos": True}),
-    ("<|BOS|>", {}),
-    (None, {}),
-    ("<|BOS|>", {"settings": {"add_bos_token": True}}),
-    ("<|BOS|>", {"settings": {"add_bos_token": False}, "puts_bos": True}),
-], ids=["post-processor", "bos-unused", "no-bos", "add_bos_token", "no-add_bos_token"])  # fmt: skip
+@pytest.mark.parametrize(("bos", "puts_bos", "add_bos"), [
+    ("<|BOS|>", True, None),
+    ("<|BOS|>", False, None),
+    (None, False, None),
+    ("<|BOS|>", False, True),
+    ("<|BOS|>", True, False),
+], ids=["put-in-front", "not-put-in-front", "no-bos", "add_bos_token", "no-add_bos_token"])  # fmt: skip
 def test_bos_stands_where_the_tokenizer_puts_it(
-    story_llama: Path, tmp_path: Path, bos: str | None, options: dict[str, Any]
+    story_llama: Path, tmp_path: Path, bos: str | None, puts_bos: bool, add_bos: bool | None
 ) -> None:
     """The log-probabilities of the hf backend, with the same weights and tokenizers that put BOS in front or do not."""
     from lm_eval.api.instance import Instance
@@ -214,9 +214,11 @@ def test_bos_stands_where_the_tokenizer_puts_it(
     shutil.copytree(story_llama, directory)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (directory / name).unlink(missing_ok=True)
-    write_tokenizer(directory, ["<|im_start|>", "<|im_end|>"], bos=bos, **options)
-    theirs = HFLM(str(directory), dtype="float32", softmax_dtype="float64", device="cpu", batch_size=2)
-    ours = HarnessModel(story_model(directory))
+    write_tokenizer(directory, ["<|im_start|>", "<|im_end|>"], bos=bos, puts_bos=puts_bos)
+    theirs = HFLM(
+        str(directory), dtype="float32", softmax_dtype="float64", device="cpu", batch_size=2, add_bos_token=add_bos
+    )
+    ours = HarnessModel(story_model(directory), add_bos=add_bos)
     pairs = [("Once upon a time", " there was"), ("The sun was", " hot and the answer is Paris"), ("", "hello world")]
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(STORIES)]
