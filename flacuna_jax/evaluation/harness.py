@@ -31,9 +31,10 @@ except ImportError as error:
 class HarnessModel(TemplateLM):
     """Answers the harness's three kinds of request as its Hugging Face backend does.
 
-    Text is encoded with BOS in front where the tokenizer puts it there, unless it begins with BOS. Contexts that are
-    too long lose tokens at the left. `add_bos` puts BOS in front, or none, whatever the tokenizer does. `template` is what `--apply_chat_template` uses; once it was used, texts that
-    spell special tokens have their ids. EOS ends a generation as text too: a model can write it letter by letter.
+    Text is encoded with BOS in front where the tokenizer puts it there, unless it begins with BOS; `add_bos` says so
+    whatever the tokenizer does. Contexts that are too long lose tokens at the left. `template` is what
+    `--apply_chat_template` uses; once it was used, texts that spell special tokens have their ids. EOS ends a
+    generation as text too: a model can write it letter by letter.
     """
 
     def __init__(

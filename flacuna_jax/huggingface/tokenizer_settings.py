@@ -78,7 +78,7 @@ class TokenizerSettings:
 
     @property
     def puts_bos(self) -> bool:
-        """Whether BOS goes in front of a text that a tokenizer.model encodes; it does unless add_bos_token denies it."""
+        """Whether BOS goes in front of a text that tokenizer.model encodes: unless add_bos_token is false."""
         return self.raw.get("add_bos_token") is not False
 
 
