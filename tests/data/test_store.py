@@ -186,3 +186,22 @@ def test_real_data_in_one_store(test_data: Path, llama: SentencePiece) -> None:
     assert (store.tokens[store.offsets[1:] - 1] == 2).all()
     assert store.loss_mask[store.offsets[1:] - 1].all()
     assert not store.loss_mask[store.offsets[:-1]].any()
+
+
+NO_SYSTEM = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}\
+{% if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+def test_a_record_that_the_template_refuses_is_a_bad_record(tmp_path: Path, characters: Characters) -> None:
+    """As Gemma refuses a system message."""
+    (tmp_path / "t.jinja").write_text(NO_SYSTEM)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [{"messages": said}, {"messages": [{"role": "system", "content": "Be brief."}, *said]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = config(SourceConfig(path=str(tmp_path / "a.jsonl")), template=str(tmp_path / "t.jinja"))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 .*System role not supported"):
+        build_store(settings, characters)
+    store, report = build_store(settings.model_copy(update={"on_bad_record": "skip"}), characters)
+    assert len(store) == 1
+    assert report.sources[0].dropped == {"the template has no form for the record": 1}
