@@ -72,7 +72,19 @@ _WIDE = GpuTiles(forward=GpuTile(64, 32, 8, 2), dq=GpuTile(32, 32, 8, 1), dkv=Gp
 # head_dim 128 on sm_86: 49,152, 254; 40,960, 252; 65,536, 255.
 _FLOAT32 = GpuTiles(forward=GpuTile(32, 32, 4, 1), dq=GpuTile(16, 16, 4, 1), dkv=GpuTile(32, 16, 4, 1))
 
-_HOPPER_NAMES = ("H100", "H200", "H800", "H20", "GH200")
+_ARCHITECTURES = {
+    "sm90": ("H100", "H200", "H800", "H20", "GH200"),
+    "sm100": ("B100", "B200", "B300"),
+}
+
+
+def gpu_architecture(device_kind: str | None) -> str | None:
+    """"sm90" or "sm100" for data-center GPUs of Hopper and Blackwell, by name; None for every other device.
+
+    By name, since an absent device that is compiled for has nothing else.
+    """
+    kind = device_kind or ""
+    return next((name for name, kinds in _ARCHITECTURES.items() if any(part in kind for part in kinds)), None)
 
 
 def gpu_holds(dim: int, dtype: DTypeLike) -> bool:
@@ -95,7 +107,7 @@ def gpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> GpuTiles:
         return _FLOAT32
     if dim > 128:
         return _WIDE
-    if any(name in (device_kind or "") for name in _HOPPER_NAMES):
+    if gpu_architecture(device_kind) == "sm90":
         return _HOPPER
     return _AMPERE_64 if dim <= 64 else _AMPERE
 
