@@ -296,8 +296,9 @@ class TrainingConfig(Section):
     remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = "auto"
     """What the backward pass computes again: nothing, all but projections and attention, all but attention, or each
     whole layer. offload: as dots, with the results of projections kept in the host's memory. auto: `flacuna plan`'s."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """auto: the kernels for the device. xla: plain loops, to compare. cudnn: on GPUs, of rows that are not packed."""
+    attention: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"
+    """auto: the kernels for the device. xla: plain loops, to compare. cudnn: on GPUs, of rows that are not packed.
+    tokamax: Mosaic kernels for Hopper and Blackwell GPUs (pip install 'flacuna-jax[tokamax]')."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite, or leaps, changes nothing. stop: the run ends there; skip: it goes
     on with the next batch. The batch is kept in bad_steps/ either way."""
@@ -463,6 +464,8 @@ class RunConfig(Section):
             raise ValueError("model.quantization is for a frozen base; with lora: null every weight trains")
         if self.training.attention == "cudnn" and (self.data.packing != "none" or self.model.dtype != "bfloat16"):
             raise ValueError("training.attention: cudnn needs data.packing: none and model.dtype: bfloat16")
+        if self.training.attention == "tokamax" and self.model.dtype != "bfloat16":
+            raise ValueError("training.attention: tokamax needs model.dtype: bfloat16")
         return self
 
     def to_yaml(self) -> str:

@@ -33,6 +33,7 @@ from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template, resolve_name
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
+from flacuna_jax.kernels.attention import require_backend
 from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params, quantize
 from flacuna_jax.model.sharding import (
     check_mesh,
@@ -183,10 +184,18 @@ def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
 
 
 def open_parts(config: RunConfig) -> Parts:
-    """Raises UserError for a model that is not there, or devices that do not go with it or with the batch."""
+    """Raises UserError for a model that is not there, or devices that do not go with it, the batch or the attention."""
     source = open_model(config.model, config.data.max_length)
     spec = model_spec(config, source)
     require_words(config.training.no_decay, (*spec.base_shapes, *spec.lora_shapes))
+    require_backend(
+        config.training.attention,
+        source.config.head_dim,
+        config.model.dtype,
+        jax.default_backend(),
+        jax.devices()[0].device_kind,
+        config.data.packing == "none",
+    )
     config = resolve_auto(config, source)
     template = resolve_name(config.data.template, config.model.tokenizer_path)
     config = config.model_copy(update={"data": config.data.model_copy(update={"template": template})})

@@ -19,13 +19,14 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
+from jax.typing import DTypeLike
 
-from flacuna_jax.kernels import attention_cudnn, attention_tpu, attention_xla
+from flacuna_jax.kernels import attention_cudnn, attention_tokamax, attention_tpu, attention_xla
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.kernels.packed_mask import PackedMask
-from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, tpu_tiles
+from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, measured_seconds, tpu_tiles
 
-Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu", "cudnn"]
+Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu", "cudnn", "tokamax"]
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 NO_TRITON = ": this jax has no Triton lowering of Pallas"
@@ -47,6 +48,7 @@ _MODULES: dict[str, ModuleType | None] = {
     "pallas_gpu": _gpu_module(),
     "pallas_tpu": attention_tpu,
     "cudnn": attention_cudnn,
+    "tokamax": attention_tokamax,
 }
 
 
@@ -73,23 +75,35 @@ def attention(
     `backend` "auto" takes the kernels of the platform that is compiled for, which need not be the one that traces.
     `tiles` overrides the table of `kernels.tiles`, for the tuner. `interpret` runs Pallas kernels without their
     hardware, slowly, for tests. "cudnn" is for rows of one document each, which the mask must promise, on GPUs; "auto"
-    does not take it (`attention_cudnn` says why).
+    does not take it (`attention_cudnn` says why). "tokamax" is for Hopper and Blackwell; "auto" takes it where there
+    are no Pallas-Triton kernels, or where a measurement in `tiles_measured.json` says that it is faster.
 
-    Raises ValueError where shapes, dtypes or options do not fit together, UserError where "cudnn" is not for them.
+    Raises ValueError where shapes, dtypes or options do not fit together, UserError where "cudnn" or "tokamax" is not
+    for them.
     """
     _check_arrays(q_bthd, k_bthd, v_bthd, mask)
     _check_options(backend, scale, tiles)
     device_kind, platform = _ambient_device()
-    if backend == "cudnn":
-        attention_cudnn.check(q_bthd.shape[-1], q_bthd.dtype, mask, platform or jax.default_backend())
+    dim, dtype = q_bthd.shape[-1], q_bthd.dtype
+    require_backend(backend, dim, dtype, platform or jax.default_backend(), device_kind, mask.one_document)
     plan = _Plan(
-        backend=_resolve(backend, platform, device_kind, _gpu_kernels(q_bthd), mask.one_document),
+        backend=_resolve(backend, platform, device_kind, dim, dtype, mask.one_document),
         device_kind=device_kind,
         scale=float(q_bthd.shape[-1] ** -0.5 if scale is None else scale),
         tiles=tiles,
         interpret=interpret,
     )
     return _attention(q_bthd, k_bthd, v_bthd, mask, plan)
+
+
+def require_backend(
+    backend: Backend, dim: int, dtype: DTypeLike, platform: str, device_kind: str | None, one_document: bool
+) -> None:
+    """Raises UserError where `attention` would, before there are arrays: "cudnn" or "tokamax" on the wrong machine."""
+    if backend == "cudnn":
+        attention_cudnn.check(dim, dtype, one_document, platform)
+    elif backend == "tokamax":
+        attention_tokamax.check(dim, dtype, platform, device_kind)
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,8 @@ class _Plan:
     def options(self, backend: Backend, dim: int, dtype: Any) -> dict[str, Any]:
         if backend in ("xla", "cudnn"):
             return {"scale": self.scale}
+        if backend == "tokamax":
+            return {"scale": self.scale, "device_kind": self.device_kind}
         table: Any = gpu_tiles if backend == "pallas_gpu" else tpu_tiles
         chosen = self.tiles or table(self.device_kind, dim, dtype)
         return {"scale": self.scale, "tiles": chosen, "interpret": self.interpret}
@@ -140,7 +156,7 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
 
     def local(*args: Any) -> Any:
         if plan.backend == "auto":
-            gpu: Backend = "pallas_gpu" if _gpu_kernels(q_bthd) else "xla"
+            gpu, _ = _gpu_backend(plan.device_kind, q_bthd.shape[-1], q_bthd.dtype)
             return lax.platform_dependent(*args, cuda=of(gpu), tpu=of("pallas_tpu"), default=of("xla"))
         return of(plan.backend)(*args)
 
@@ -168,30 +184,46 @@ def _ambient_device() -> tuple[str | None, str | None]:
     return jax.devices()[0].device_kind, None
 
 
-def _gpu_kernels(q_bthd: jax.Array) -> bool:
-    """Whether there are kernels for a GPU, and one that holds heads of this size."""
-    return _MODULES["pallas_gpu"] is not None and gpu_holds(q_bthd.shape[-1], q_bthd.dtype)
+def _gpu_backend(device_kind: str | None, dim: int, dtype: DTypeLike) -> tuple[Backend, str]:
+    """The fastest backend known for an NVIDIA GPU, and what there is to say about the choice."""
+    has_triton = _MODULES["pallas_gpu"] is not None and gpu_holds(dim, dtype)
+    misfit = attention_tokamax.misfit(dim, dtype, "gpu", device_kind)
+    measured = measured_seconds(device_kind, dim, dtype)
+    tokamax_is_faster = "tokamax" in measured and min(measured, key=lambda name: measured[name]) == "tokamax"
+    if not has_triton:
+        why = " and there are no kernels of our own for them" + (NO_TRITON if _MODULES["pallas_gpu"] is None else "")
+        return ("xla", f"{why}; tokamax {misfit}") if misfit else ("tokamax", why)
+    if not tokamax_is_faster:
+        return "pallas_gpu", ""
+    times = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in measured.items())
+    if misfit:
+        return "pallas_gpu", f"; tokamax is measured to be faster ({times}), but {misfit}"
+    return "tokamax", f", where it is measured to be the fastest ({times})"
 
 
 def _resolve(
-    backend: Backend, platform: str | None, device_kind: str | None, gpu_kernels: bool, one_document: bool
+    backend: Backend,
+    platform: str | None,
+    device_kind: str | None,
+    dim: int,
+    dtype: DTypeLike,
+    one_document: bool,
 ) -> Backend:
     if backend != "auto":
         return backend
     if platform is None:
         _log_once("attention: no ambient mesh, the backend follows the platform that is lowered for")
         return "auto"
-    if platform == "tpu":
-        chosen: Backend = "pallas_tpu"
-    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA") and gpu_kernels:
-        chosen = "pallas_gpu"
-    else:
-        chosen = "xla"
+    chosen: Backend = "xla"
     more = ""
+    if platform == "tpu":
+        chosen = "pallas_tpu"
+    elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA"):
+        chosen, more = _gpu_backend(device_kind, dim, dtype)
+    elif platform != "cpu":
+        more = " and there are no kernels for them"
     if chosen == "pallas_gpu" and one_document:
-        more = "; cudnn could serve these rows, but is not measured to be faster, nor repeatable to the bit"
-    elif chosen == "xla" and platform != "cpu":
-        more = " and there are no kernels for them" + (NO_TRITON if _MODULES["pallas_gpu"] is None else "")
+        more += "; cudnn could serve these rows, but is not measured to be faster, nor repeatable to the bit"
     _log_once(f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind}){more}")
     return chosen
 

@@ -24,11 +24,11 @@ LARGEST_HEAD = 128
 LOG2_E = math.log2(math.e)
 
 
-def check(dim: int, dtype: DTypeLike, mask: PackedMask, platform: str) -> None:
+def check(dim: int, dtype: DTypeLike, one_document: bool, platform: str) -> None:
     """Raises UserError, by name, for what this backend is not for."""
     if platform not in ("gpu", "cuda"):
         raise UserError(f"attention backend cudnn runs on NVIDIA GPUs, not on {platform}; use auto")
-    if not mask.one_document:
+    if not one_document:
         raise UserError(
             "attention backend cudnn takes rows of one document each (make_packed_mask(..., one_document=True)), and "
             "these rows may be packed; use auto"

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -125,20 +125,32 @@ def tpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> TpuTiles:
 
 
 MEASURED = Path(__file__).with_name("tiles_measured.json")
-"""{device kind: {head_dim: {kernel: tile}}}, bfloat16. An entry serves head_dims up to its own and above half of it."""
+"""{device kind: {head_dim: {kernel: tile, "seconds": {backend: seconds}}}}, bfloat16.
+
+An entry serves head_dims up to its own and above half of it. "seconds", where more than one backend has kernels for the
+device: forward and backward of each at the shape that the tuner uses.
+"""
 
 Tile = TypeVar("Tile", GpuTile, TpuTile)
 
 
+def measured_seconds(device_kind: str | None, dim: int, dtype: DTypeLike) -> dict[str, float]:
+    """Seconds of every backend that was measured beside the others on this device; empty if none was."""
+    return _entry(device_kind, dim, dtype).get("seconds", {})
+
+
 @cache
-def _measured_table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def _measured_table() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(MEASURED.read_text(encoding="utf-8"))
 
 
 def _measured(tile: type[Tile], device_kind: str | None, dim: int, dtype: DTypeLike) -> dict[str, Tile] | None:
+    entry = _entry(device_kind, dim, dtype)
+    return {kernel: tile(**sizes) for kernel, sizes in entry.items() if kernel != "seconds"} or None
+
+
+def _entry(device_kind: str | None, dim: int, dtype: DTypeLike) -> dict[str, Any]:
     if jnp.dtype(dtype).itemsize > 2:
-        return None
-    for of_dim, kernels in _measured_table().get(device_kind or "", {}).items():
-        if int(of_dim) // 2 < dim <= int(of_dim):
-            return {kernel: tile(**sizes) for kernel, sizes in kernels.items()}
-    return None
+        return {}
+    entries = _measured_table().get(device_kind or "", {})
+    return next((entry for of_dim, entry in entries.items() if int(of_dim) // 2 < dim <= int(of_dim)), {})

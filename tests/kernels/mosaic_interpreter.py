@@ -1,11 +1,11 @@
 """Mosaic GPU's interpreter of jax 0.12, completed by what tokamax's attention kernels need of it.
 
 The interpreter runs the kernels' own jaxprs on a CPU, with threads, barriers, named barriers, shared and tensor memory.
-Three things are missing in jax 0.12.0.1, and `interpreted` adds them: `pl.run_state`, a left operand of `wgmma` that is
-in registers, and the predicate of a TMA load. Tensor core products are asynchronous on hardware and immediate here.
+Five things are missing in jax 0.12.0.1, and `interpreted` adds them: `pl.run_state`, a left operand of `wgmma` that is
+in registers, the predicate of a TMA load, a named barrier for warp groups and a single warp, and a fence. What the
+interpreter cannot show: tensor core products and copies are asynchronous on hardware and immediate here.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,12 +36,15 @@ def interpreted() -> Iterator[None]:
         patch.setattr(Interpreter, "interpret", _interpret)
         patch.setattr(Interpreter, "_interpret_wgmma_ref_p", _wgmma)
         patch.setattr(Interpreter, "_interpret_copy_gmem_to_smem_p", _load)
+        patch.setattr(Interpreter, "_interpret_inline_mgpu_p", _inline)
+        patch.setattr(gpu_callbacks, "_named_barrier", _named_barrier)
         yield
 
 
 _plain_interpret = Interpreter.interpret
 _plain_wgmma = Interpreter._interpret_wgmma_ref_p
 _plain_load = Interpreter._interpret_copy_gmem_to_smem_p
+_plain_inline = Interpreter._interpret_inline_mgpu_p
 
 
 def _interpret(self: Any, jaxpr: Any, token: jax.Array, *args: Any) -> Any:
@@ -108,6 +111,28 @@ def _load(self: Any, eqn: Any, token: jax.Array, get_inputs: Deferred) -> Any:
     *inputs, predicate = get_inputs()
     load = lambda token: _plain_load(self, eqn, token, lambda: inputs)[0]  # noqa: E731
     return lax.cond(predicate, load, lambda token: token, token), []
+
+
+def _inline(self: Any, eqn: Any, token: jax.Array, get_inputs: Deferred) -> Any:
+    if eqn.params["mgpu_fn"].__qualname__ == "tcgen05_fence_after_thread_sync":  # orders what is in order here
+        return token, []
+    return _plain_inline(self, eqn, token, get_inputs)
+
+
+@gpu_callbacks.fail_on_exception
+def _named_barrier(
+    token: Any, mesh_location: Any, thread: Any, barrier_id: Any, *, num_threads: int, sync: bool, source_info: Any
+) -> Any:
+    """`bar.arrive` and `bar.sync` of whole warp groups (128 threads) and single warps (32), one arrival each."""
+    memory_ = gpu_callbacks._get_shared_memory()
+    groups, rest = divmod(num_threads, 128)
+    barrier = memory_.named_barrier(thread, int(barrier_id), groups + rest // 32)
+    clock = memory_.incr_clock(thread) if memory_.detect_races else None
+    logging_info = memory.GPULoggingInfo(mesh_location, thread, source_info)
+    barrier.arrive(thread, clock, logging_info)
+    if sync:
+        barrier.wait(thread, logging_info)
+    return token
 
 
 def _in_registers(self: Any, token: jax.Array, value: jax.Array, source_info: Any) -> tuple[jax.Array, jax.Array]:

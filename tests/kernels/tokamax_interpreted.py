@@ -1,0 +1,74 @@
+"""tokamax's kernels in Mosaic GPU's interpreter against the float32 definition, over random packings.
+
+    python -m tests.kernels.tokamax_interpreted "NVIDIA H200"     # or "NVIDIA B200"
+
+Needs XLA_FLAGS=--xla_force_host_platform_device_count=16 (see `test_attention_tokamax`). Minutes on two cores.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flacuna_jax.kernels import attention_tokamax
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from tests.kernels import packings
+from tests.kernels.mosaic_interpreter import interpreted
+
+
+def segments(seed: int, rows: int, length: int) -> np.ndarray:
+    return packings.random_segments(np.random.default_rng(seed), rows, length)
+
+
+def check(kind: str) -> None:
+    @cache
+    def kernels(dim: int) -> Callable[..., tuple[jax.Array, ...]]:
+        return packings.results_of(
+            attention_tokamax.forward, attention_tokamax.backward, scale=dim**-0.5, device_kind=kind
+        )
+
+    def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, dim: int) -> Any:
+        return packings.inputs(seed, rows, length, heads, kv_heads, dim, jnp.bfloat16)
+
+    def close(seed: int, rows: int, length: int, heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+        mask = make_packed_mask(jnp.array(segments(seed, rows, length)), window)
+        packings.assert_bfloat16_close(kernels(dim), inputs(seed, rows, length, heads, kv_heads, dim), mask)
+
+    def report(what: str, begun: float) -> None:
+        print(f"{kind}: {what}: {time.monotonic() - begun:.0f} s", flush=True)
+
+    for seed in range(6):  # two tiles of queries, heads in groups
+        begun = time.monotonic()
+        close(seed, 2, 256, 2, 1, 64, None)
+        report(f"packing {seed}", begun)
+    for what, shape, window in (
+        ("window 37", (2, 256, 2, 1, 64), 37),
+        ("three tiles, head_dim 128", (1, 384, 1, 1, 128), None),
+        ("length 200, head_dim 96", (2, 200, 2, 2, 96), None),
+    ):
+        begun = time.monotonic()
+        close(11, *shape, window)
+        report(what, begun)
+
+    begun = time.monotonic()
+    rows = segments(5, 2, 256)
+    rows[0], rows[1, :70], rows[1, 70:] = 0, 0, 1  # nothing but padding; padding in front, beyond a tile's half
+    arrays = inputs(0, 2, 256, 2, 1, 64)
+    huge = tuple(jnp.where((rows == 0)[..., None, None], x * 1e6, x) for x in arrays)
+    packings.assert_padding_is_zero(kernels(64), huge, rows, make_packed_mask(jnp.array(rows)))
+    report("padding", begun)
+
+    begun = time.monotonic()
+    rows = np.repeat([[1] * 90 + [2] * 80 + [3] * 50 + [0] * 36], 2, axis=0)
+    packings.assert_isolated(kernels(64), arrays, rows, make_packed_mask(jnp.array(rows)))
+    report("isolation", begun)
+
+
+if __name__ == "__main__":
+    with interpreted():
+        check(sys.argv[1])
