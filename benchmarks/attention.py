@@ -1,16 +1,16 @@
-"""Attention kernels against each other: ours, cuDNN, XLA and, where it is installed, tokamax.
+"""Attention kernels against each other: ours, cuDNN, XLA and, where it is installed and has kernels, tokamax.
 
     python benchmarks/attention.py                       # [4, 1280, 40, 128] bfloat16; a small shape on a CPU
     python benchmarks/attention.py --json result.json
 
 Rows of one document (`causal`), and rows packed with documents of log-normal length. TFLOP/s count the visible pairs
 only: two products forward, five backward. cuDNN knows no packing: `cudnn` is its causal attention over whole rows
-(what a packed row costs without isolation), `cudnn, mask` gets the packing as a dense mask. A contender that raises is
-shown with its error. Device-bound: calls are queued and waited for together.
+(what a packed row costs without isolation), `cudnn, mask` gets the packing as a dense mask. `flacuna_jax` is our own
+kernels, `tokamax` the backend of that name, on Hopper and Blackwell. A contender that raises is shown with its error.
+Device-bound: calls are queued and waited for together.
 """
 
 import argparse
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +24,8 @@ import numpy as np
 import stand_in  # noqa: F401  # before flacuna_jax
 from measure import environment_here, matmul_ceiling, print_table, write_json
 
-from flacuna_jax.kernels.attention import attention
+from flacuna_jax.kernels import attention_tokamax
+from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.attention_reference import visible_bqk
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 
@@ -71,7 +72,12 @@ def visible_pairs(segments: np.ndarray) -> int:
     return int(sum((size * (size + 1) // 2).sum() for size in sizes))
 
 
-def contenders(platform: str) -> dict[str, Contender]:
+OURS: dict[str, Backend] = {"gpu": "pallas_gpu", "tpu": "pallas_tpu", "cpu": "xla"}
+
+
+def contenders(shape: Shape) -> dict[str, Contender]:
+    device = jax.devices()[0]
+
     def dense(implementation: str, with_mask: bool) -> Contender:
         def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask) -> jax.Array:
             if not with_mask:
@@ -81,18 +87,15 @@ def contenders(platform: str) -> dict[str, Contender]:
 
         return run
 
-    found: dict[str, Contender] = {"flacuna_jax": attention, "xla, mask": dense("xla", True)}
-    if platform == "gpu":
+    found: dict[str, Contender] = {
+        "flacuna_jax": partial(attention, backend=OURS[device.platform]),
+        "xla, mask": dense("xla", True),
+    }
+    if device.platform == "gpu":
         found |= {"cudnn": dense("cudnn", False), "cudnn, mask": dense("cudnn", True)}
-    if importlib.util.find_spec("tokamax") is not None:
-        found["tokamax"] = _tokamax
+    if attention_tokamax.misfit(shape.dim, shape.dtype, device.platform, device.device_kind) is None:
+        found["tokamax"] = partial(attention, backend="tokamax")
     return found
-
-
-def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask) -> jax.Array:
-    import tokamax
-
-    return tokamax.dot_product_attention(q, k, v, mask=visible_bqk(mask)[:, None])
 
 
 def arrays(shape: Shape) -> Arrays:
@@ -117,18 +120,26 @@ def queued_seconds(call: Callable[[], Any], budget: float) -> float:
     return best
 
 
-def measure(contender: Contender, inputs: Arrays, mask: PackedMask, budget: float) -> dict[str, float]:
-    """Seconds of the forward pass, and of both."""
-    forward = jax.jit(contender)
+class Passes(NamedTuple):
+    """A contender's forward pass, and both; each compiled once for all packings."""
 
-    @jax.jit
+    forward: Any
+    both: Any
+
+
+def passes(contender: Contender) -> Passes:
     def both(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask) -> Any:
         o, pull = jax.vjp(partial(contender, mask=mask), q, k, v)
         return o, pull(o)
 
+    return Passes(jax.jit(contender), jax.jit(both))
+
+
+def measure(contender: Passes, inputs: Arrays, mask: PackedMask, budget: float) -> dict[str, float]:
+    """Seconds of the forward pass, and of both."""
     return {
-        "forward_seconds": queued_seconds(lambda: forward(*inputs, mask), budget),
-        "both_seconds": queued_seconds(lambda: both(*inputs, mask), budget),
+        "forward_seconds": queued_seconds(lambda: contender.forward(*inputs, mask), budget),
+        "both_seconds": queued_seconds(lambda: contender.both(*inputs, mask), budget),
     }
 
 
@@ -137,11 +148,12 @@ def run(shape_name: str, budget: float, deadline: float = math.inf) -> dict[str,
     inputs = arrays(shape)
     ceiling = matmul_ceiling(shape.dtype, budget=1.0)
     results = []
+    compared = {name: passes(contender) for name, contender in contenders(shape).items()}
     for mean in (None, *MEAN_DOCUMENTS):
         segments = packed_segments(shape.batch, shape.length, mean)
         mask = jax.jit(make_packed_mask)(jnp.asarray(segments))
         flops = 4 * visible_pairs(segments) * shape.heads * shape.dim
-        for name, contender in contenders(jax.devices()[0].platform).items():
+        for name, contender in compared.items():
             if (mean is not None and name == "cudnn") or time.monotonic() > deadline:
                 continue  # the same work whatever the packing
             result: dict[str, Any] = {"packing": f"mean {mean}" if mean else "causal", "contender": name}

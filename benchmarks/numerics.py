@@ -5,7 +5,8 @@
 Attention, forward and gradients, in bfloat16 over packings, lengths, head sizes, grouped heads and a window: relative
 L2 against the float32 definition at most 5e-3, and at most twice the error of XLA's own bfloat16 attention; padding
 exactly 0; what another document holds changes no bit; two runs agree in every bit. On a GPU also the backend `cudnn`,
-on rows of one document, which need not agree in every bit. Cross-entropy against the plain computation. Status 1 if
+on rows of one document, which need not agree in every bit, and on Hopper and Blackwell the backend `tokamax`, where it
+is installed. Cross-entropy against the plain computation. Status 1 if
 anything is out of bounds or raises. On a CPU the shapes are small and the backend is XLA's.
 """
 
@@ -21,6 +22,7 @@ import stand_in  # noqa: F401  # before flacuna_jax
 from attention import packed_segments
 from measure import environment_here, print_table, write_json
 
+from flacuna_jax.kernels import attention_tokamax
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.attention_reference import attention_reference
 from flacuna_jax.kernels.cross_entropy import token_losses
@@ -60,6 +62,12 @@ CUDNN_CASES = (
     Case("cudnn, padding, window 256", mean=None, window=256, padding=300, backend="cudnn"),
     Case("cudnn, grouped heads of 64", mean=None, kv_heads=2, dim=64, backend="cudnn"),
 )
+TOKAMAX_CASES = (
+    Case("tokamax, documents of 200, padding", padding=300, backend="tokamax"),
+    Case("tokamax, length 1000, head_dim 64", length=1000, dim=64, backend="tokamax"),
+    Case("tokamax, grouped heads, window 256", mean=640, window=256, kv_heads=2, backend="tokamax"),
+)
+"""Few, since Mosaic takes seconds to compile each."""
 
 
 def relative(found: jax.Array, wanted: jax.Array) -> float:
@@ -140,9 +148,11 @@ def check_cross_entropy(on_cpu: bool) -> dict[str, Any]:
 
 
 def run() -> list[dict[str, Any]]:
-    platform = jax.devices()[0].platform
+    platform, kind = jax.devices()[0].platform, jax.devices()[0].device_kind
     on_cpu = platform == "cpu"
     cases = (*CASES, *(CUDNN_CASES if platform == "gpu" else ()))
+    if attention_tokamax.misfit(128, jnp.bfloat16, platform, kind) is None:
+        cases = (*cases, *TOKAMAX_CASES)
     return [*(_or_failure(case, on_cpu) for case in cases), check_cross_entropy(on_cpu)]
 
 

@@ -4,6 +4,9 @@
     python benchmarks/tune_attention.py --write               # and puts it into the package's tiles_measured.json
     python benchmarks/tune_attention.py --accept benchmarks/results/nvidia-h200-2026-01-01.json   # of another machine
 
+Where there is another backend for the device (tokamax, on Hopper and Blackwell), forward and backward of each are timed
+on the same rows, and the table says which is faster: `attention: auto` takes that one.
+
 Forward, dq and dk/dv are timed apart, on packed rows [4, 1280, 40, head_dim] in bfloat16 with documents of 200 tokens
 on average. Candidates that the compiler refuses (shared memory) are left out and counted. On a CPU the kernels run
 interpreted, on a tiny shape with two candidates: that shows that the tuner works, not which tile is fast.
@@ -27,9 +30,9 @@ import stand_in  # noqa: F401  # before flacuna_jax
 from attention import packed_segments, queued_seconds
 from measure import environment_here, print_table, write_json
 
-from flacuna_jax.kernels import attention_gpu, attention_tpu
+from flacuna_jax.kernels import attention_gpu, attention_tokamax, attention_tpu
 from flacuna_jax.kernels.packed_mask import make_packed_mask
-from flacuna_jax.kernels.tiles import MEASURED, GpuTile, TpuTile, gpu_tiles, tpu_tiles
+from flacuna_jax.kernels.tiles import MEASURED, GpuTile, GpuTiles, TpuTile, gpu_tiles, tpu_tiles
 
 KERNELS = ("forward", "dq", "dkv")
 MEAN_DOCUMENT = 200
@@ -67,6 +70,7 @@ class Tuner:
         self.options = {"scale": dim**-0.5, "interpret": cpu}
         o, lse = self.module.forward(q, k, v, mask, tiles=self.start, **self.options)
         self.forward_inputs, self.backward_inputs = (q, k, v, mask), (q, k, v, mask, o, lse, do)
+        self.dim = dim
 
     def compiled(self, kernel: str, tile: Any) -> Callable[[], Any] | None:
         """The kernel's direction with this tile, the others' as in the table; None where it does not compile.
@@ -96,6 +100,29 @@ class Tuner:
             for tile, call in zip(tiles, calls, strict=True)
         }
 
+    def backends(self, best: dict[str, Any]) -> dict[str, float]:
+        """Seconds of forward and backward, ours with the best tiles and tokamax's; empty where ours has no rival."""
+        kind = jax.devices()[0].device_kind
+        if attention_tokamax.misfit(self.dim, "bfloat16", self.platform, kind) is not None:
+            return {}
+        ours = {"tiles": GpuTiles(**{kernel: GpuTile(**tile) for kernel, tile in best.items()})}
+        rivals: dict[str, tuple[Any, dict[str, Any]]] = {
+            "pallas_gpu": (attention_gpu, ours),
+            "tokamax": (attention_tokamax, {"device_kind": kind}),
+        }
+        *inputs, _, _, do = self.backward_inputs
+
+        def both(module: Any, options: dict[str, Any], *inputs: Any) -> Any:
+            *arrays, do = inputs
+            o, lse = module.forward(*arrays, **options)
+            return o, module.backward(*arrays, o, lse, do, **options)
+
+        seconds = {}
+        for name, (module, options) in rivals.items():
+            call = jax.jit(partial(both, module, options | {"scale": self.options["scale"]}))
+            seconds[name] = queued_seconds(partial(call, *inputs, do), self.budget)
+        return seconds
+
 
 def tune(dims: tuple[int, ...], budget: float, deadline: float = math.inf) -> dict[str, Any]:
     """The best tile of each kernel, by head_dim, and all that was timed."""
@@ -113,7 +140,7 @@ def tune(dims: tuple[int, ...], budget: float, deadline: float = math.inf) -> di
                 {"kernel": kernel, "tile": dataclasses.asdict(tile), "seconds": seconds, "in_table": tile == start}
                 for tile, seconds in times.items()
             ]
-        found["dims"][str(dim)] = {"best": best, "timed": timed}
+        found["dims"][str(dim)] = {"best": best, "timed": timed, "seconds": tuner.backends(best)}
     return found
 
 
@@ -129,13 +156,17 @@ def show(found: dict[str, Any]) -> None:
                 [dim, kernel, tile, 1e6 * held[0]["seconds"], now and 1e6 * now, len(timed), len(timed) - len(held)]
             )
     print_table(("head_dim", "kernel", "best", "µs", "table's µs", "tried", "refused"), rows)
+    for dim, of_dim in found["dims"].items():
+        if times := of_dim["seconds"]:
+            print(f"head_dim {dim}, both passes: " + ", ".join(f"{name} {1e6 * s:.0f} µs" for name, s in times.items()))
 
 
 def accept(found: dict[str, Any]) -> None:
     """Puts the best tiles into the table that the package reads."""
     table = json.loads(MEASURED.read_text(encoding="utf-8"))
     entry = table.setdefault(found["device_kind"], {})
-    entry |= {dim: of_dim["best"] for dim, of_dim in found["dims"].items()}
+    for dim, of_dim in found["dims"].items():
+        entry[dim] = of_dim["best"] | ({"seconds": of_dim["seconds"]} if of_dim.get("seconds") else {})
     write_json(MEASURED, table)
 
 

@@ -4,11 +4,12 @@
 #   scripts/gpu_check.sh [DIRECTORY]         # DIRECTORY: where the result goes, default benchmarks/results
 #
 # Tunes the attention tiles (and uses them from then on), checks the kernels' numbers against a float32 oracle, times
-# attention against cuDNN and XLA, and the whole step of LLaMA 13B and 7B against transformers + PEFT. Prints the tables
+# attention against cuDNN, XLA and (on Hopper and Blackwell, where it is installed) tokamax, and the whole step of LLaMA
+# 13B and 7B against transformers + PEFT. Prints the tables
 # and writes DIRECTORY/DEVICE-DATE.json; a log and profiles of our step lie beside it. Status 1 if a number is wrong or a
 # part failed.
 #
-# Needs python with jax, flax, optax and pyyaml; torch, transformers and peft for the comparison. Without an accelerator
+# Needs python with jax, flax, optax and pyyaml; torch, transformers and peft for the comparison, tokamax for its own. Without an accelerator
 # everything runs on a tiny preset, which shows that the command works.
 #
 # PYTHON: the interpreter (python3). SECONDS_IN_ALL: the time limit (530).

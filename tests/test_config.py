@@ -86,6 +86,12 @@ MISTAKES = {
     "zero rank": (MINIMAL, ("--lora.rank=0",), "lora.rank", "greater than 0"),
     "negative rate": (MINIMAL, ("--training.learning_rate=-1",), "training.learning_rate", "greater than 0"),
     "unknown word": (MINIMAL, ("--data.packing=bestfit",), "data.packing", "did you mean 'best_fit'"),
+    "tokamax in float32": (
+        MINIMAL,
+        ("--training.attention=tokamax", "--model.dtype=float32"),
+        "attention: tokamax",
+        "needs model.dtype: bfloat16",
+    ),
     "cudnn of packed rows": (MINIMAL, ("--training.attention=cudnn",), "attention: cudnn", "needs data.packing: none"),
     "unknown schedule": (MINIMAL, ("--training.schedule=cosin",), "training.schedule", "did you mean 'cosine'"),
     "unknown template": (MINIMAL, ("--data.template=vicuna",), "data.template", "vicuna_v1.1"),

@@ -5,9 +5,9 @@ which is `PackedMask.start_bt`. They are not part of tokamax's public interface,
 that the tests here have checked. The forward kernel skips keys before the earliest document of its queries. The
 backward kernels skip only the future, and mask other documents.
 
-A query without visible keys must not reach the forward kernel for sm_90: its two groups of queries then disagree with
-the group that loads keys about where the loop begins, and wait forever. So a padding position sees itself, and what
-comes of it is replaced by zeros.
+A padding query sees no key. Of single ones the forward kernels make 0, but a whole tile of them (128 queries) stops the
+kernel for sm_90: the threads that compute begin their loop before the first key that is loaded, and wait forever. So
+here a padding position sees itself, and what comes of it is replaced by zeros.
 
 The kernels use no atomic operations: results are bit-identical from run to run.
 """
@@ -92,10 +92,10 @@ def forward(
         config=kernels.forward_config,
     )
 
-    def row(q_thd: jax.Array, k_thd: jax.Array, v_thd: jax.Array, start_t: jax.Array) -> Any:
-        return attend(q_thd, k_thd, v_thd, k_start=start_t[None])
+    def row(start_t: jax.Array, *qkv_thd: jax.Array) -> Any:
+        return attend(*qkv_thd, k_start=start_t[None])
 
-    o_bthd, (top_bht, sum_bht) = jax.vmap(row)(*(_whole_tiles(x) for x in (q_bthd, k_bthd, v_bthd)), start_bt)
+    o_bthd, (top_bht, sum_bht) = jax.vmap(row)(start_bt, *(_whole_tiles(x) for x in (q_bthd, k_bthd, v_bthd)))
     o_bthd = jnp.where(live_bt[:, :, None, None], o_bthd[:, :length], 0)
     lse_bht = (top_bht * LOG2_E + jnp.log2(sum_bht))[..., :length]
     return o_bthd, jnp.where(live_bt[:, None], lse_bht, 0.0)

@@ -79,7 +79,7 @@ _ARCHITECTURES = {
 
 
 def gpu_architecture(device_kind: str | None) -> str | None:
-    """"sm90" or "sm100" for data-center GPUs of Hopper and Blackwell, by name; None for every other device.
+    """ "sm90" or "sm100" for data-center GPUs of Hopper and Blackwell, by name; None for every other device.
 
     By name, since an absent device that is compiled for has nothing else.
     """

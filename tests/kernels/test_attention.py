@@ -70,7 +70,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         ({"q": jnp.zeros((4, 64, 4, 16), jnp.bfloat16)}, "share a dtype"),
         ({"mask": make_packed_mask(jnp.ones((4, 32), jnp.int32))}, "the mask is for rows"),
         ({"scale": 0.0}, "above 0"),
-        ({"backend": "flash"}, "choose one of auto, xla, pallas_gpu, pallas_tpu, cudnn"),
+        ({"backend": "flash"}, "choose one of auto, xla, pallas_gpu, pallas_tpu, cudnn, tokamax"),
         ({"tiles": GpuTiles(TILE, TILE, TILE)}, "GpuTiles given with backend auto"),
     ],
 )
@@ -233,8 +233,8 @@ def test_without_pallas_triton_all_else_goes_on() -> None:
     assert [line for line in said if "no ambient mesh" not in line] == [
         "(1, 16, 2, 16)",
         "backend pallas_gpu is not there: this jax has no Triton lowering of Pallas; use auto",
-        f"attention: backend xla, {because} gpu devices (NVIDIA H200) and there are no kernels for them: this jax has "
-        "no Triton lowering of Pallas",
+        f"attention: backend xla, {because} gpu devices (NVIDIA H200) and there are no kernels of our own for them: "
+        "this jax has no Triton lowering of Pallas; tokamax takes bfloat16 and float16, not float32",
         f"attention: backend pallas_tpu, {because} tpu devices (TPU v5)",
     ]
 

@@ -27,7 +27,14 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.kernels import attention_tokamax
 from flacuna_jax.kernels.attention import SAVED_NAMES, attention
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
-from flacuna_jax.planning.targets import TARGETS, CompilerMissing, Target, absent_devices, gpu_target_config, parse_target
+from flacuna_jax.planning.targets import (
+    TARGETS,
+    CompilerMissing,
+    Target,
+    absent_devices,
+    gpu_target_config,
+    parse_target,
+)
 from tests.kernels import packings
 
 H200, B200 = "NVIDIA H200", "NVIDIA B200"
@@ -57,7 +64,12 @@ def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "version", "message"),
     [
-        ("NVIDIA RTX A6000", {}, VERSION, r"has kernels for Hopper \(sm_90\) and Blackwell .* not for NVIDIA RTX A6000"),
+        (
+            "NVIDIA RTX A6000",
+            {},
+            VERSION,
+            r"has kernels for Hopper \(sm_90\) and Blackwell .* not for NVIDIA RTX A6000",
+        ),
         ("NVIDIA RTX PRO 6000 Blackwell", {}, VERSION, ".* not for NVIDIA RTX PRO 6000 Blackwell"),
         (H200, {"dtype": jnp.float32}, VERSION, "takes bfloat16 and float16, not float32"),
         (H200, {"dim": 256}, VERSION, "takes a head_dim up to 128, not 256"),
@@ -92,7 +104,14 @@ SLOWER, FASTER = {"pallas_gpu": 0.001, "tokamax": 0.002}, {"pallas_gpu": 0.002, 
         (None, True, FASTER, H200, "pallas_gpu", "; tokamax is measured to be faster .*, but needs tokamax 0.0.17"),
         (VERSION, False, {}, B200, "tokamax", " and there are no kernels of our own for them: this jax has no Triton"),
         (None, False, {}, H200, "xla", " and there are no kernels of our own .*; tokamax needs tokamax 0.0.17"),
-        (VERSION, False, {}, "NVIDIA RTX A6000", "xla", ".*; tokamax has kernels for Hopper .* not for NVIDIA RTX A6000"),
+        (
+            VERSION,
+            False,
+            {},
+            "NVIDIA RTX A6000",
+            "xla",
+            ".*; tokamax has kernels for Hopper .* not for NVIDIA RTX A6000",
+        ),
     ],
 )
 def test_auto_takes_it_without_triton_or_where_it_is_measured_to_be_faster(
@@ -163,9 +182,7 @@ def in_place_of_tokamax(length: int) -> attention_tokamax._Kernels:
 
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("length", [1, 90, 128, 200])
-def test_around_the_kernels_all_is_as_defined(
-    monkeypatch: pytest.MonkeyPatch, length: int, window: int | None
-) -> None:
+def test_around_the_kernels_all_is_as_defined(monkeypatch: pytest.MonkeyPatch, length: int, window: int | None) -> None:
     monkeypatch.setattr(attention_tokamax, "_kernels", lambda _: in_place_of_tokamax(length))
     results = packings.results_of(
         attention_tokamax.forward, attention_tokamax.backward, scale=16**-0.5, device_kind=H200

@@ -35,24 +35,23 @@ def check(kind: str) -> None:
     def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, dim: int) -> Any:
         return packings.inputs(seed, rows, length, heads, kv_heads, dim, jnp.bfloat16)
 
-    def close(seed: int, rows: int, length: int, heads: int, kv_heads: int, dim: int, window: int | None) -> None:
-        mask = make_packed_mask(jnp.array(segments(seed, rows, length)), window)
-        packings.assert_bfloat16_close(kernels(dim), inputs(seed, rows, length, heads, kv_heads, dim), mask)
+    def close(rows: np.ndarray, heads: int, kv_heads: int, dim: int, window: int | None = None) -> None:
+        mask = make_packed_mask(jnp.array(rows), window)
+        packings.assert_bfloat16_close(kernels(dim), inputs(0, *rows.shape, heads, kv_heads, dim), mask)
 
     def report(what: str, begun: float) -> None:
         print(f"{kind}: {what}: {time.monotonic() - begun:.0f} s", flush=True)
 
-    for seed in range(6):  # two tiles of queries, heads in groups
-        begun = time.monotonic()
-        close(seed, 2, 256, 2, 1, 64, None)
-        report(f"packing {seed}", begun)
-    for what, shape, window in (
-        ("window 37", (2, 256, 2, 1, 64), 37),
-        ("three tiles, head_dim 128", (1, 384, 1, 1, 128), None),
-        ("length 200, head_dim 96", (2, 200, 2, 2, 96), None),
+    three_tiles = np.array([[1] * 150 + [2] * 100 + [3] * 134])
+    length_200 = np.array([[1] * 200, [1] * 60 + [2] * 90 + [0] * 50])
+    for what, *case in (
+        *((f"packing {seed}", segments(seed, 2, 256), 2, 1, 64) for seed in range(6)),
+        ("window 37", segments(11, 2, 256), 2, 1, 64, 37),
+        ("three tiles, head_dim 128", three_tiles, 1, 1, 128),
+        ("length 200, head_dim 96", length_200, 2, 2, 96),
     ):
         begun = time.monotonic()
-        close(11, *shape, window)
+        close(*case)
         report(what, begun)
 
     begun = time.monotonic()
