@@ -68,7 +68,7 @@ def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
             "NVIDIA RTX A6000",
             {},
             VERSION,
-            r"has kernels for Hopper \(sm_90\) and Blackwell .* not for NVIDIA RTX A6000",
+            r"has kernels for Hopper .* not for NVIDIA RTX A6000",
         ),
         ("NVIDIA RTX PRO 6000 Blackwell", {}, VERSION, ".* not for NVIDIA RTX PRO 6000 Blackwell"),
         (H200, {"dtype": jnp.float32}, VERSION, "takes bfloat16 and float16, not float32"),
@@ -187,7 +187,7 @@ def test_around_the_kernels_all_is_as_defined(monkeypatch: pytest.MonkeyPatch, l
     results = packings.results_of(
         attention_tokamax.forward, attention_tokamax.backward, scale=16**-0.5, device_kind=H200
     )
-    for seed in range(4):
+    for seed in range(2):
         segments = packings.random_segments(np.random.default_rng(seed), 8, length)
         mask = make_packed_mask(jnp.array(segments), window)
         arrays = packings.inputs(seed, 8, length, 4, 2, 16)
