@@ -276,8 +276,8 @@ print(compiled_gradient(mesh_of({kind!r}), **{case!r}).count(MOSAIC_CALL))
 @pytest.mark.parametrize(("kind", "architecture"), [(H200, "sm_90a"), (B200, "sm_100a")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_compile_without_a_gpu(kind: str, architecture: str, case: dict[str, Any], tmp_path: Path) -> None:
-    """Down to machine code: Mosaic runs ptxas where XLA compiles. In a process of its own, which Mosaic compiles for one
-    architecture only: the first it met."""
+    """Down to machine code: Mosaic runs ptxas where XLA compiles. In a process of its own: in one process Mosaic
+    compiles for one architecture only, the first it met."""
     mesh_of(kind)  # skips where there is no compiler
     dumping = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTX": "1"}
     command = [sys.executable, "-c", COMPILE.format(kind=kind, case=case)]
