@@ -166,7 +166,8 @@ def run(
             peak_flops=peak_flops(),
         )
         watch = Watch(setup, directory, checkpointer, stream, tracker, history, log, measurement, report, start.meta)
-        inspector = BatchInspector(setup.store, source, step_config, rows, setup.tokenizer)
+        splits = [one.split for one in config.data.sources]
+        inspector = BatchInspector(setup.store, splits, source, step_config, rows, setup.tokenizer)
         loop = Loop(
             step=traced(step, directory.path / PROFILE, progress.say) if profile else step,
             frozen=base,
@@ -240,7 +241,9 @@ def inspect_step(config: RunConfig, number: int) -> int:
     state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
     source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
     step_config = StepConfig.of_run(setup.spec, setup.config)
-    inspector = BatchInspector(setup.store, source, step_config, batch_sharding(setup.mesh), setup.tokenizer)
+    splits = [one.split for one in config.data.sources]
+    rows = batch_sharding(setup.mesh)
+    inspector = BatchInspector(setup.store, splits, source, step_config, rows, setup.tokenizer)
     losses = inspector.losses(number, state.trainable, base)
     if primary:
         found = {"step": number, "losses_are_of_the_parameters_after_step": state.step}

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data.build import SourceBuild, require_examples, template_without_checkpoint
 from flacuna_jax.data.conversation import Template
-from flacuna_jax.data.files import find_files
 from flacuna_jax.data.report import DataReport, SourceReport
+from flacuna_jax.data.source_files import source_files
 from flacuna_jax.data.store import StoreBuilder, TokenStore
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.errors import UserError
@@ -123,12 +123,13 @@ def identity(config: DataConfig, template: Template, tokenizer_hash: str) -> dic
 
 
 def _source_identity(source: SourceConfig) -> dict[str, Any]:
-    root = Path(source.path)
-    files = {
-        path.name if path == root else path.relative_to(root).as_posix(): _file_hash(path)
-        for path in find_files(root).files
+    found = source_files(source.path, source.split)
+    files = {path.relative_to(found.root).as_posix(): _file_hash(path) for path in found.files}
+    described = {
+        path.relative_to(found.root).as_posix(): dataclasses.asdict(description)
+        for path, description in found.descriptions.items()
     }
-    return {"format": source.format, "max_examples": source.max_examples, "files": files}
+    return {"format": source.format, "max_examples": source.max_examples, "files": files, "described": described}
 
 
 def _file_hash(path: Path) -> str:
@@ -369,5 +370,6 @@ def _report_json(report: SourceReport) -> dict[str, Any]:
 
 
 def _report_from_json(tree: Mapping[str, Any]) -> SourceReport:
-    counters = {name: Counter(tree[name]) for name in ("dropped", "changed")}
-    return SourceReport(**{**tree, **counters, "ignored_files": tuple(tree["ignored_files"])})
+    counters = {name: Counter(tree[name]) for name in ("dropped", "changed", "ignored")}
+    lists = {name: tuple(tree[name]) for name in ("ignored_files", "notes")}
+    return SourceReport(**{**tree, **counters, **lists})
