@@ -42,7 +42,7 @@ from flacuna_jax.model.sharding import (
     row_shards,
     split_everywhere,
 )
-from flacuna_jax.model_source import ModelSource, open_model
+from flacuna_jax.model_source import ModelSource, context_warning, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
 from flacuna_jax.training.bucket import is_bucket, read_text
@@ -339,9 +339,6 @@ def _counted(count: int, what: str, plural: str = "s") -> str:
 
 def _warnings(setup: Setup) -> Sequence[str]:
     warnings = [*setup.plan.warnings, *idle_devices(setup.mesh.size, jax.device_count())]
-    length, context = setup.config.data.max_length, setup.spec.config.max_position_embeddings
-    if length > context:
-        warnings.append(
-            f"max_length {length} exceeds the model's context of {context}; model.rope_scaling stretches it"
-        )
+    if too_long := context_warning(setup.spec.config, setup.config.data.max_length):
+        warnings.append(too_long)
     return warnings

@@ -108,6 +108,8 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
     model = open_parts(config)
     primary = jax.process_index() == 0
     say: Say = say_at_once if primary else say_nothing
+    if unread := distributed.unread_launcher():
+        say(f"warning    {unread}")
     with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
         setup = set_up(model, say)
         # Adapters are small, and on a disk at once.
@@ -196,8 +198,8 @@ def run(
         kept = f"saved after step {state.step}; start again to continue" if state.step else "no step was done"
         raise Stopped(f"{stop.received or 'another host'}: {kept}")
     taken = datetime.timedelta(seconds=round(time.monotonic() - started))
-    before = f", {first:,} of them before" if first else ""
-    say(f"{state.step - first:,} steps in {taken}: {state.step:,} are done{before}")
+    now = f", {state.step - first:,} of them now," if first else ""
+    say(f"{state.step:,} of {plan.total_steps:,} steps done{now} in {taken}")
     if end == "enough":
         say(f"stopped early: no new best in {history.since_best} evaluations")
     say_if_worse(directory, config.evaluation, history, say)

@@ -27,6 +27,7 @@ seed tasks, counts as none.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flacuna_jax.config import SourceConfig
@@ -154,20 +155,23 @@ def _plain_text(
     if not turns[0].text.strip():
         policy.report.drop(NO_ANSWER, place)
         return None
-    return Conversation(identity, source, tuple(turns))
+    return Conversation(identity, source, tuple(turns), raw=True)
 
 
-def _says_something(turn: Turn) -> bool:
-    return turn.role == "assistant" and (bool(turn.text.strip()) or bool(turn.extra))
+def _answers(turn: Turn) -> bool:
+    """Whether there is something to learn in a turn; white space alone is nothing."""
+    if turn.role != "assistant":
+        return False
+    return bool(turn.text.strip()) or (turn.extra is not None and replace(turn, text="").says_something)
 
 
 def _repair(turns: list[Turn], place: Place, policy: BadRecordPolicy) -> list[Turn]:
     """Without answers that come first and without what follows the last one; [] if nothing is left to learn."""
     begin = next((index for index, turn in enumerate(turns) if turn.role not in ("assistant", "tool")), len(turns))
-    if not any(map(_says_something, turns[begin:])):
+    if not any(map(_answers, turns[begin:])):
         return []
     end = len(turns)
-    while turns[end - 1].role != "assistant" or not (turns[end - 1].text or turns[end - 1].extra):
+    while turns[end - 1].role != "assistant" or not turns[end - 1].says_something:
         end -= 1
     if begin:
         policy.report.change(LEADING_ANSWER, place)

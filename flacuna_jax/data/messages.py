@@ -2,7 +2,7 @@
 
 A message is an object with a role (`role` or `from`) and a text (`content`, `value` or `text`). Besides it may hold
 
-- tool_calls, tool_call_id, name, reasoning_content, thinking: kept in `Turn.extra` for the template;
+- tool_calls, tool_call_id, name, reasoning_content, thinking, reasoning: kept in `Turn.extra` for the template;
 - weight, train, loss, training: whether an assistant's message carries loss. null says nothing.
 
 The other keys of a message are named in `Reading.ignored`.
@@ -49,7 +49,7 @@ CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
 _ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("content", "value", "text")
 _LOSS_KEYS = ("weight", "train", "loss", "training")
-_EXTRA_TEXTS = ("tool_call_id", "name", "reasoning_content", "thinking")
+_EXTRA_TEXTS = ("tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
 
 ARGUMENTS_DECODED = "arguments of tool calls decoded from JSON text"
 CALLS_WRAPPED = "tool calls or tools put into the form {type: function, function: ...}"

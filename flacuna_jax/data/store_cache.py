@@ -80,7 +80,7 @@ def cached_store(
                 os.utime(place)
             say(f"tokenised data: hit {place} (same files, tokenizer, settings and code)")
             return _renamed(found, [source.path for source in config.sources])
-        say(f"tokenised data: miss, {_why(directory, parts)}; building {place}")
+        say(f"tokenised data: {_why(directory, parts)}; building {place}")
         _remove_unused(directory, place, say)
         return _build(config, template, tokenizer, parts, place, say)
 
@@ -150,19 +150,26 @@ def _code_hash() -> str:
 
 
 def _why(directory: Path, parts: Mapping[str, Any]) -> str:
-    """What makes `parts` different from the corpus in the cache that has most in common with it."""
+    """What makes `parts` different from the nearest corpus of the same data that is in the cache."""
     others = []
     for path in directory.glob(f"*/{_STORE}"):
         try:
             others.append(_flatten(json.loads(path.read_text(encoding="utf-8"))["identity"]))
         except (OSError, ValueError, KeyError):
             continue
-    if not others:
-        return "the cache is empty"
     mine = _flatten(json.loads(json.dumps(parts)))
+    others = [other for other in others if _of_the_same_data(mine, other)]
+    if not others:
+        return "not in the cache yet"
     different = min((sorted({*mine, *other} - _common(mine, other)) for other in others), key=len)
     shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
-    return f"nothing there is the same; nearest differs in {shown}"
+    return f"miss, the corpus in the cache differs in {shown}" if shown else "miss, the corpus in the cache is damaged"
+
+
+def _of_the_same_data(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two corpora have a file in common, or the names of all of them."""
+    files, others = ({name: flat[name] for name in flat if ".files." in name} for flat in (mine, other))
+    return set(files) == set(others) or not set(files.values()).isdisjoint(others.values())
 
 
 def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
