@@ -26,6 +26,7 @@ another template for the same fields; a Vicuna template takes its place. An inpu
 seed tasks, counts as none.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -198,4 +199,6 @@ def _id(record: Mapping[str, Any], place: Place) -> str:
 
 def _source(record: Mapping[str, Any], place: Place) -> str:
     value = record.get("source")
-    return value if isinstance(value, str) and value and value.isprintable() else place.path.name.split(".")[0]
+    if isinstance(value, str) and value and value.isprintable():
+        return value
+    return re.sub(r"-\d{5}-of-\d{5}.*", "", place.path.name.split(".")[0])  # the shards of a file are one source

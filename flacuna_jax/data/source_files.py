@@ -21,6 +21,7 @@ from flacuna_jax.hub_cache import require_no_cache_directory
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that say something of data files and hold no records."""
 _SPLIT_WORDS: Mapping[str, frozenset[str]] = {
+    "train": frozenset({"train", "training"}),
     "validation": frozenset({"validation", "valid", "val", "dev"}),
     "test": frozenset({"test", "testing", "eval", "evaluation"}),
 }
@@ -112,8 +113,6 @@ def split_of(path: Path) -> str | None:
     Of the file name only what stands in front of its endings counts; "train" anywhere wins over a dataset called "dev".
     """
     words = [set(re.split(r"[^a-z]+", part.lower())) for part in (*path.parts[:-1], path.name.split(".")[0])]
-    if any("train" in part for part in words):
-        return "train"
     return next((name for name, known in _SPLIT_WORDS.items() if any(part & known for part in words)), None)
 
 
@@ -137,7 +136,7 @@ def _of_split(root: Path, found: DataFiles, split: str) -> tuple[DataFiles, tupl
         raise UserError(f"{root}: no file is of split: {split}; there are {', '.join(names[:10])}")
     if len(files) == len(found.files):
         return found, ()
-    return DataFiles(files, found.ignored), (f"split {split}: {_count(files)} of {_count(found.files)} taken",)
+    return DataFiles(files, found.ignored), (f"split {split}: {len(files)} of {_count(found.files)} taken",)
 
 
 def _training(root: Path, found: DataFiles) -> tuple[DataFiles, tuple[str, ...]]:

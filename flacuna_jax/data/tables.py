@@ -73,7 +73,7 @@ def read_parquet(path: Path, columns: Sequence[str], policy: BadRecordPolicy) ->
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             present, unread = _columns(path, file.schema_arrow.names, columns)
-            unread = tuple(name for name in unread if not _is_empty(file.metadata, name))
+            unread = tuple(name for name in unread if not _is_empty(file, name))
             for batch in file.iter_batches(batch_size=_ROWS, columns=present):
                 for value in batch.to_pylist():
                     number += 1
@@ -116,8 +116,11 @@ def _columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> tuple[l
     return present, tuple(name for name in names if name not in present)
 
 
-def _is_empty(metadata: Any, column: str) -> bool:
-    """Whether the statistics of a file say that a plain column holds nothing but nulls."""
+def _is_empty(file: pyarrow.parquet.ParquetFile, column: str) -> bool:
+    """Whether a file says that a plain column holds nothing but nulls."""
+    if pyarrow.types.is_null(file.schema_arrow.field(column).type):
+        return True
+    metadata = file.metadata
     for group in range(metadata.num_row_groups):
         facts = metadata.row_group(group)
         of_column = [facts.column(i) for i in range(facts.num_columns) if facts.column(i).path_in_schema == column]
