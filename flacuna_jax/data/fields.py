@@ -170,7 +170,7 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
             return name
     if not is_empty(record.get("rejected")) or not is_empty(record.get("chosen")):
         raise _preference("chosen and rejected answers")
-    has = [name for name, value in record.items() if value is not None] + list(unread)
+    has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
     if isinstance(record.get("text"), str):
         detail = "the record holds only `text`; format: text in the source trains on all of it, without a template"
         raise BadRecord("no known format", f"{detail} (its fields: {', '.join(has[:12])})")

@@ -20,11 +20,11 @@ __all__ = ["SUFFIXES", "DataFiles", "Place", "RawRecord", "find_files", "kind_of
 
 
 def read_records(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The records of one file, in order. `columns` limits what is read of a Parquet or Arrow file."""
+    """The records of one file, in order. `columns` are those that are of use in a table."""
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"{path}: the name does not end in one of {KNOWN_SUFFIXES}")
     if kind.format in ("parquet", "arrow"):
         require_content(path)
         return read_parquet(path, columns, policy) if kind.format == "parquet" else read_arrow(path, columns, policy)
-    return read_csv(path, kind, policy) if kind.format in ("csv", "tsv") else read_json(path, kind, policy)
+    return read_csv(path, kind, columns, policy) if kind.format in ("csv", "tsv") else read_json(path, kind, policy)

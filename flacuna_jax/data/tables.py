@@ -19,10 +19,10 @@ LONGEST_FIELD = 256 << 20
 _ROWS = 1024
 
 
-def read_csv(path: Path, kind: FileKind, policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The rows of a CSV or TSV file as objects of text, named by its first line; an empty cell is null.
+def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
+    """The rows of a CSV or TSV file as objects of text, named by its first line.
 
-    The separator of a .csv file is the one of comma, semicolon and tab that occurs most in the header.
+    Raises UserError if that line names none of `columns`, unless they are empty. The separator of a .csv file is the one of comma, semicolon and tab that occurs most in the header.
     """
     csv.field_size_limit(LONGEST_FIELD)
     number, line = 0, 1
@@ -33,7 +33,7 @@ def read_csv(path: Path, kind: FileKind, policy: BadRecordPolicy) -> Iterator[Ra
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             rows = csv.reader(text, delimiter=separator, strict=True)
             names = next(rows, [])
-            _require_header(path, names)
+            _require_header(path, names, columns)
             line = rows.line_num + 1
             for row in rows:
                 if row:
@@ -44,13 +44,13 @@ def read_csv(path: Path, kind: FileKind, policy: BadRecordPolicy) -> Iterator[Ra
                         detail = f"{len(row)} cells in a table of {len(names)} columns ({', '.join(names)})"
                         policy.reject("too many cells", place, detail)
                     else:
-                        yield RawRecord(place, {name: cell or None for name, cell in zip(names, row, strict=False)})
+                        yield RawRecord(place, dict(zip(names, row, strict=False)))
                 line = rows.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
             policy.report.read += 1
             what = f"not UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else str(error)
-            if "quote" in what or "end of data" in what:
-                what += "; cells that hold quotes or line breaks must be quoted as csv writers do"
+            if isinstance(error, csv.Error):
+                what += "; cells that hold quotes or line breaks must be quoted, as csv writers do it"
             policy.reject("unreadable rest of a file", Place(path, number + 1, line), f"not a table ({what})")
         except Exception as error:
             if not is_damage(error):
@@ -59,12 +59,17 @@ def read_csv(path: Path, kind: FileKind, policy: BadRecordPolicy) -> Iterator[Ra
             policy.reject("torn file", path, f"the compressed file is torn or damaged ({error})")
 
 
-def _require_header(path: Path, names: Sequence[str]) -> None:
+def _require_header(path: Path, names: Sequence[str], columns: Sequence[str]) -> None:
     if not names:
         raise UserError(f"{path}: the file is empty; a table begins with a line that names its columns")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: two columns are named {twice[0]!r}; the first line must name each column once")
+    if columns and not set(names) & set(columns):
+        shown = ", ".join(name[:30] for name in names[:8])
+        raise UserError(
+            f"{path}: the first line must name the columns, and none of what it says ({shown}) belongs to a known format"
+        )
 
 
 def read_parquet(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:

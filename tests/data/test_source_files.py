@@ -220,6 +220,9 @@ def test_spreadsheets(tmp_path: Path) -> None:
     path.write_text('question,answer\nq,"a\nq2,a2\n')
     with pytest.raises(UserError, match=r"line 2 \(record 1\): not a table \(unexpected end of data; cells that hold"):
         read(path)
+    path.write_text("What is it?,That.\nq,a\n")
+    with pytest.raises(UserError, match=r"the first line must name the columns, and none .*\(What is it\?, That\.\)"):
+        read(path)
     path.write_bytes("question,answer\nq,é\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         read(path)
