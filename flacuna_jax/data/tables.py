@@ -22,7 +22,8 @@ _ROWS = 1024
 def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
     """The rows of a CSV or TSV file as objects of text, named by its first line.
 
-    Raises UserError if that line names none of `columns`, unless they are empty. The separator of a .csv file is the one of comma, semicolon and tab that occurs most in the header.
+    Raises UserError if that line names none of `columns`, unless they are empty. The separator of a .csv file is the
+    one of comma, semicolon and tab that occurs most in it.
     """
     csv.field_size_limit(LONGEST_FIELD)
     number, line = 0, 1
@@ -68,7 +69,7 @@ def _require_header(path: Path, names: Sequence[str], columns: Sequence[str]) ->
     if columns and not set(names) & set(columns):
         shown = ", ".join(name[:30] for name in names[:8])
         raise UserError(
-            f"{path}: the first line must name the columns, and none of what it says ({shown}) belongs to a known format"
+            f"{path}: the first line must name the columns, and none of its words ({shown}) belongs to a known format"
         )
 
 
