@@ -26,7 +26,12 @@ _ANSWERS = ("answer", "response", "output")
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _MEDIA = ("images", "videos", "audios")
-_PREFERENCE = ("chosen", "rejected", "kto_tag")
+_MEDIUM = tuple(name.removesuffix("s") for name in _MEDIA)
+_MARKS = tuple(f"<{name}>" for name in _MEDIUM)
+"""Where in a text a picture, a video or a sound stands."""
+_PAIR = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+_NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, "kto_tag", "label"))
+"""Fields that make a record one of pictures or of preferences, where they say something."""
 
 
 def _messages(reading: Reading) -> Dialogue:
@@ -153,7 +158,8 @@ COLUMNS = tuple(
             *_SYSTEM,
             *_TOOLS,
             *_MEDIA,
-            *_PREFERENCE,
+            *_PAIR,
+            "kto_tag",
             "label",
         )
     )
@@ -168,7 +174,7 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
     for fields, name in FORMATS:
         if all(record.get(field) is not None for field in fields):
             return name
-    if not is_empty(record.get("rejected")) or not is_empty(record.get("chosen")):
+    if _has_pair(record):
         raise _preference("chosen and rejected answers")
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
     if isinstance(record.get("text"), str):
@@ -184,25 +190,30 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
 
 def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Sequence[str]) -> None:
     """Raises BadRecord for pictures and for preferences, which a loss on answers would read past."""
-    if not is_empty(reading.record.get("rejected")) or not is_empty(reading.record.get("chosen")):
+    if not unread and reading.record.keys().isdisjoint(_NOT_TEXT):
+        return
+    if _has_pair(reading.record):
         raise _preference("chosen and rejected answers")
     if "kto_tag" in reading.record and "kto_tag" not in reading.used:
         raise _preference("kto_tag, which says whether the answer is good")
     if isinstance(reading.record.get("label"), bool) and "completion" in reading.used:
         raise _preference("label, which says whether the completion is good")
-    marks = [f"<{name.removesuffix('s')}>" for name in _MEDIA]
-    marked = any(mark in turn.text for turn in turns for mark in marks)
+    marked = any(mark in turn.text for turn in turns for mark in _MARKS)
     for name in (*reading.record, *unread):
         filled = name in unread or not is_empty(reading.record[name])
-        if filled and (name in _MEDIA or (marked and f"{name}s" in _MEDIA)):
+        if filled and (name in _MEDIA or (marked and name in _MEDIUM)):
             raise BadRecord("pictures or sound", f"the record comes with {name!r}; only text can be trained on")
+
+
+def _has_pair(record: Mapping[str, Any]) -> bool:
+    return any(not is_empty(record.get(name)) for name in _PAIR)
 
 
 def _preference(what: str) -> BadRecord:
     return BadRecord(
         "preference data",
-        f"the record has {what}: preference tuning is not there; to train on the preferred answers alone, write them "
-        "as prompt and completion and leave the others out",
+        f"the record has {what}: preference tuning is not supported; to train on the preferred answers alone, write "
+        "them as prompt and completion and leave the others out",
     )
 
 

@@ -26,9 +26,11 @@ another template for the same fields; a Vicuna template takes its place. An inpu
 seed tasks, counts as none.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flacuna_jax.config import SourceConfig
@@ -201,4 +203,10 @@ def _source(record: Mapping[str, Any], place: Place) -> str:
     value = record.get("source")
     if isinstance(value, str) and value and value.isprintable():
         return value
-    return re.sub(r"-\d{5}-of-\d{5}.*", "", place.path.name.split(".")[0])  # the shards of a file are one source
+    return _name_of(place.path)
+
+
+@functools.lru_cache(maxsize=64)
+def _name_of(path: Path) -> str:
+    """A file's name without its endings and the number of its shard."""
+    return re.sub(r"-\d{5}-of-\d{5}.*", "", path.name.split(".")[0])

@@ -255,8 +255,11 @@ SHAPES: dict[str, Shape] = {
     "chosen and rejected": Shape(
         {"prompt": "q", "chosen": "a", "rejected": "b"}, refused="chosen and rejected answers"
     ),
+    "a preferred output, as OpenAI has it": Shape(
+        {"input": "q", "preferred_output": "a", "non_preferred_output": "b"}, refused="chosen and rejected answers"
+    ),
     "rejected beside a completion": Shape(
-        {"prompt": "q", "completion": "a", "rejected": "b"}, refused="preference tuning is not there"
+        {"prompt": "q", "completion": "a", "rejected": "b"}, refused="preference tuning is not supported"
     ),
     "a label beside a completion": Shape(
         {"prompt": "q", "completion": "a", "label": False}, refused="label, which says whether the completion is good"
