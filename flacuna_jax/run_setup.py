@@ -201,11 +201,18 @@ def require_output_apart(config: RunConfig) -> None:
     sources = (*config.data.sources, *(config.evaluation.sources if config.evaluation else ()))
     for source in () if is_bucket(config.output_dir) else sources:
         # Not Path.resolve, which raises where links lead in a circle.
-        if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(source.path)):
+        if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(_read_below(source.path))):
             raise UserError(
                 f"output_dir {config.output_dir} lies in {source.path}, which is read as data with all that it holds; "
                 "choose an output_dir elsewhere, or name the files"
             )
+
+
+def _read_below(path: str) -> str:
+    """The directory of which all files, at any depth, may be read for a source."""
+    if Path(path).exists() or "**" not in path:
+        return path
+    return os.path.dirname(path.partition("**")[0]) or "."
 
 
 def set_up(parts: Parts, say: Say) -> Setup:
