@@ -240,8 +240,23 @@ class LoraConfig(Section):
 
 class SourceConfig(Section):
     path: LocalPath
-    """A .json, .jsonl, .jsonl.gz or .parquet file, a directory of them, or hf:NAME[:CONFIG[:SPLIT]], fetched once."""
-    format: Literal["auto", "flan_mini", "sharegpt", "alpaca", "messages", "prompt_completion"] = "auto"
+    """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, compressed or not), a directory, a pattern such as
+    data/*.jsonl, or hf:NAME[:CONFIG[:SPLIT]], fetched once. See docs/data.md."""
+    format: Literal[
+        "auto",
+        "flan_mini",
+        "sharegpt",
+        "messages",
+        "alpaca",
+        "dolly",
+        "prompt_completion",
+        "question_answer",
+        "text",
+    ] = "auto"
+    """auto: what the fields of a file's first records say. text: no template, and every token carries loss."""
+    split: str | None = None
+    """Of a directory that holds several splits, or of the hub: which one; null takes what is not for validation or
+    test by its name."""
     weight: PositiveFloat = 1.0
     """Passes over the source per epoch; a fraction is a subset drawn from (seed, epoch)."""
     max_examples: PositiveInt | None = None

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flacuna_jax.config import RunConfig
+from flacuna_jax.config import RunConfig, SourceConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.other_names import OURS
+from flacuna_jax.other_names import ours
 
 Location = tuple[str | int, ...]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -234,9 +234,10 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
     key = ".".join(map(str, location))
     kind, value = item["type"], item.get("input")
     if kind == "model_type":
-        return f"{key} must be a section (or one of its fixed words), not {value!r}"
+        form = _as_section(location, value, schema) or " (or one of its fixed words)"
+        return f"{key} must be a section, not {value!r}{form}"
     if kind == "extra_forbidden":
-        return f"{key} is not a setting{_nearest_key(location, schema)}"
+        return f"{key} is not a setting{_nearest_key(location, value, schema)}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":
@@ -247,8 +248,13 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
         section = _section_at(location, schema)
         others = f" or a section of {', '.join(section.model_fields)}" if section else ""
         return f"{key} must be {item['ctx']['expected']}{others}, not {value!r}{hint}"
-    nearest = _nearest_value(kind, value, item.get("ctx", {})) if _section_at(location, schema) is None else None
-    hint = f"; valid would be {nearest}" if nearest is not None else ""
+    if _section_at(location, schema) is not None:
+        hint = _as_section(location, value, schema)
+    else:
+        nearest = _nearest_value(kind, value, item.get("ctx", {}))
+        if isinstance(value, int | float) and value <= 0 and _may_be_null(location, schema):
+            nearest = f"{nearest}, or null for none" if nearest else "null, for none"
+        hint = f"; valid would be {nearest}" if nearest is not None else ""
     message = "input should be a list" if kind == "tuple_type" else f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{key}: {message} (got {value!r}){hint}"
 
@@ -286,18 +292,36 @@ def _without_union_tags(location: tuple[str | int, ...]) -> Location:
     return tuple(part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part)))
 
 
-def _nearest_key(location: Location, schema: type[BaseModel]) -> str:
+def _as_section(location: Location, value: Any, schema: type[BaseModel]) -> str:
+    """How a path stands in a section, or a list of such, that was given by the path alone."""
+    if _section_at(location, schema) is not SourceConfig or not isinstance(value, str):
+        return ""
+    form = f"{{path: {value}}}"
+    if isinstance(location[-1], int):
+        return f"; write {form}"
+    return f"; write [{form}], on a command line --{'.'.join(map(str, location))}='[{form}]'"
+
+
+def _may_be_null(location: Location, schema: type[BaseModel]) -> bool:
+    section = _section_at(location[:-1], schema)
+    field = section.model_fields.get(str(location[-1])) if section else None
+    return field is not None and types.NoneType in typing.get_args(field.annotation)
+
+
+def _nearest_key(location: Location, value: Any, schema: type[BaseModel]) -> str:
     section = _section_at(location[:-1], schema)
     wrong = str(location[-1])
-    if schema is RunConfig and wrong.lower() in OURS:
-        return f"; here it is {OURS[wrong.lower()]}"
+    theirs = ours(wrong, value, in_a_source=section is SourceConfig) if schema is RunConfig else None
+    if theirs:
+        return f"; here it is {theirs}"
     if section:
         near = difflib.get_close_matches(wrong, list(section.model_fields), n=1)
         if near:
             return f"; did you mean {'.'.join(map(str, (*location[:-1], near[0])))}?"
-    everywhere = {key.rsplit(".", 1)[-1]: key for key in _all_keys(schema)}
-    near = difflib.get_close_matches(wrong, list(everywhere), n=1)
-    if near:
+    # Far from home, a name must be nearly right; in an entry of a list, other sections do not come into question.
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in reversed(_all_keys(schema))}
+    near = difflib.get_close_matches(wrong, list(everywhere), n=1, cutoff=0.75)
+    if near and section is not SourceConfig:
         return f"; did you mean {everywhere[near[0]]}?"
     names = ", ".join(section.model_fields) if section else ""
     return f"; known here: {names}" if names else ""

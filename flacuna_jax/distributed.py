@@ -69,6 +69,18 @@ def initialize(config: DistributedConfig, environment: Environment = os.environ)
         raise UserError(f"distributed: joining {where} failed: {first_line}") from None
 
 
+def unread_launcher(environment: Environment = os.environ) -> str | None:
+    """A sentence for the variables of torchrun and accelerate, which say nothing here; None if they are not set."""
+    count = environment.get("WORLD_SIZE", "")
+    if not count.isdecimal() or int(count) < 2 or jax.distributed.is_initialized():
+        return None
+    return (
+        f"WORLD_SIZE={count} and RANK={environment.get('RANK', '')} are set, as by torchrun or accelerate, and are not "
+        "used: start one process per host, it takes all devices; several hosts need distributed.coordinator, "
+        "num_processes and process_id"
+    )
+
+
 def _in_cluster(environment: Environment) -> bool:
     """Whether a launcher started several processes. (Each sets its variables for a single one, too.)"""
     if "JAX_COORDINATOR_ADDRESS" in environment:

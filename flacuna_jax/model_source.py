@@ -45,6 +45,14 @@ def network_sizes(model: ModelConfig, max_length: int, base: str | Path | None =
     return with_rope_scaling(sizes, model, max_length)
 
 
+def context_warning(sizes: LlamaConfig, max_length: int) -> str | None:
+    """A sentence for rows that are longer than the network's context; None if they fit."""
+    context = sizes.max_position_embeddings
+    if max_length <= context:
+        return None
+    return f"data.max_length {max_length} exceeds the model's context of {context}; model.rope_scaling stretches it"
+
+
 def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -> LlamaConfig:
     """A checkpoint's network with `model.rope_scaling` of a run."""
     scaling = model.rope_scaling

@@ -63,7 +63,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         "cutoff_len": "data.max_length",
         "sample_packing": "data.packing",
         "chat_template": "data.template",
-        "train_on_inputs": "data.train_on (all)",
+        "train_on_inputs": "data.train_on",
         "num_epochs": "training.epochs",
         "lr_scheduler": "training.schedule",
         "flash_attention": "training.attention",
@@ -81,3 +81,49 @@ OURS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Their name, at the end of a dotted path, to ours; what follows it is an explanation."""
+
+OURS_BY_VALUE: Mapping[str, Mapping[object, str]] = MappingProxyType(
+    {
+        "train_on_inputs": {True: "data.train_on: all", False: "data.train_on: assistant, the default"},
+        "assistant_only_loss": {True: "data.train_on: assistant, the default", False: "data.train_on: all"},
+        "completion_only_loss": {True: "data.train_on: assistant, the default", False: "data.train_on: all"},
+        "sample_packing": {True: "data.packing: best_fit, the default", False: "data.packing: none"},
+        "packing": {True: "data.packing: best_fit, the default", False: "data.packing: none"},
+        "load_in_4bit": {True: "model.quantization: nf4", False: "model.quantization: null, the default"},
+        "load_in_8bit": {True: "model.quantization: int8", False: "model.quantization: null, the default"},
+        "gradient_checkpointing": {True: "training.remat: full", False: "training.remat: none"},
+        "bf16": {True: "model.dtype: bfloat16, the default", False: "model.dtype: float32"},
+        "fp16": {False: "model.dtype, bfloat16 by default"},
+    }
+)
+
+OURS_IN_A_SOURCE: Mapping[str, str] = MappingProxyType(
+    {
+        "type": "format",
+        "ds_type": "path, whose ending tells the kind of file",
+        "formatting": "format",
+        "chat_template": "data.template, for all sources",
+        "name": "path: hf:NAME:CONFIG",
+        "subset": "path: hf:NAME:CONFIG",
+        "dataset": "path",
+        "file": "path",
+        "file_name": "path",
+        "data_files": "path, which may be a pattern such as data/*.jsonl",
+        "train_on_split": "split",
+        "samples": "max_examples",
+        "num_samples": "max_examples",
+        "limit": "max_examples",
+        "probability": "weight, the passes over the source per epoch",
+        "prob": "weight, the passes over the source per epoch",
+    }
+)
+
+
+def ours(name: str, value: object, in_a_source: bool = False) -> str | None:
+    """What another trainer's setting of that name and value is here; None for a name that is not known."""
+    name = name.lower()
+    if in_a_source:
+        return OURS_IN_A_SOURCE.get(name)
+    if isinstance(value, bool) and (by_value := OURS_BY_VALUE.get(name, {}).get(value)):
+        return by_value
+    return OURS.get(name)

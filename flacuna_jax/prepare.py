@@ -39,6 +39,7 @@ from flacuna_jax.flan_mini.report import PackingFacts, mixture_document, run_doc
 from flacuna_jax.flan_mini.work import writing
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
+from flacuna_jax.model_source import context_warning, network_sizes
 
 Say = Callable[[str], None]
 
@@ -174,7 +175,7 @@ def prepare_run(
     document = run_document(store, report, weights, epoch, packing, batch, leakage)
     for line in report.lines():
         say(line)
-    for warning in plan.warnings if plan is not None else ():
+    for warning in (*(plan.warnings if plan is not None else ()), *_context_warnings(config)):
         say(f"warning: {warning}")
     if output is not None:
         _write_report(Path(output), document, say)
@@ -184,6 +185,16 @@ def prepare_run(
         _show_store(store, tokenizer, show)
     if refused is not None:
         raise refused
+
+
+def _context_warnings(config: RunConfig) -> list[str]:
+    """Whether rows are longer than the model's context; nothing where there is only a tokenizer yet."""
+    try:
+        sizes = network_sizes(config.model, config.data.max_length)
+    except UserError:
+        return []
+    warning = context_warning(sizes, config.data.max_length)
+    return [warning] if warning else []
 
 
 def _make_directory(directory: Path, setting: str) -> None:

@@ -43,7 +43,7 @@ from flacuna_jax.model.sharding import (
     row_shards,
     split_everywhere,
 )
-from flacuna_jax.model_source import ModelSource, open_model
+from flacuna_jax.model_source import ModelSource, context_warning, open_model
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
 from flacuna_jax.training.bucket import is_bucket, read_text
@@ -210,11 +210,18 @@ def require_output_apart(config: RunConfig) -> None:
     sources = (*config.data.sources, *(config.evaluation.sources if config.evaluation else ()))
     for source in () if is_bucket(config.output_dir) else sources:
         # Not Path.resolve, which raises where links lead in a circle.
-        if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(source.path)):
+        if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(_read_below(source.path))):
             raise UserError(
                 f"output_dir {config.output_dir} lies in {source.path}, which is read as data with all that it holds; "
                 "choose an output_dir elsewhere, or name the files"
             )
+
+
+def _read_below(path: str) -> str:
+    """The directory of which all files, at any depth, may be read for a source."""
+    if Path(path).exists() or "**" not in path:
+        return path
+    return os.path.dirname(path.partition("**")[0]) or "."
 
 
 def set_up(parts: Parts, say: Say) -> Setup:
@@ -348,9 +355,6 @@ def _counted(count: int, what: str, plural: str = "s") -> str:
 
 def _warnings(setup: Setup) -> Sequence[str]:
     warnings = [*setup.plan.warnings, *idle_devices(setup.mesh.size, jax.device_count())]
-    length, context = setup.config.data.max_length, setup.spec.config.max_position_embeddings
-    if length > context:
-        warnings.append(
-            f"max_length {length} exceeds the model's context of {context}; model.rope_scaling stretches it"
-        )
+    if too_long := context_warning(setup.spec.config, setup.config.data.max_length):
+        warnings.append(too_long)
     return warnings

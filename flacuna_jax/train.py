@@ -108,6 +108,8 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
     model = open_parts(config)
     primary = jax.process_index() == 0
     say: Say = say_at_once if primary else say_nothing
+    if unread := distributed.unread_launcher():
+        say(f"warning    {unread}")
     with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
         setup = set_up(model, say)
         # Adapters are small, and on a disk at once.
@@ -166,7 +168,8 @@ def run(
             peak_flops=peak_flops(),
         )
         watch = Watch(setup, directory, checkpointer, stream, tracker, history, log, measurement, report, start.meta)
-        inspector = BatchInspector(setup.store, source, step_config, rows, setup.tokenizer)
+        splits = [one.split for one in config.data.sources]
+        inspector = BatchInspector(setup.store, splits, source, step_config, rows, setup.tokenizer)
         loop = Loop(
             step=traced(step, directory.path / PROFILE, progress.say) if profile else step,
             frozen=base,
@@ -195,8 +198,8 @@ def run(
         kept = f"saved after step {state.step}; start again to continue" if state.step else "no step was done"
         raise Stopped(f"{stop.received or 'another host'}: {kept}")
     taken = datetime.timedelta(seconds=round(time.monotonic() - started))
-    before = f", {first:,} of them before" if first else ""
-    say(f"{state.step - first:,} steps in {taken}: {state.step:,} are done{before}")
+    now = f", {state.step - first:,} of them now," if first else ""
+    say(f"{state.step:,} of {plan.total_steps:,} steps done{now} in {taken}")
     if end == "enough":
         say(f"stopped early: no new best in {history.since_best} evaluations")
     say_if_worse(directory, config.evaluation, history, say)
@@ -240,7 +243,9 @@ def inspect_step(config: RunConfig, number: int) -> int:
     state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
     source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
     step_config = StepConfig.of_run(setup.spec, setup.config)
-    inspector = BatchInspector(setup.store, source, step_config, batch_sharding(setup.mesh), setup.tokenizer)
+    splits = [one.split for one in config.data.sources]
+    rows = batch_sharding(setup.mesh)
+    inspector = BatchInspector(setup.store, splits, source, step_config, rows, setup.tokenizer)
     losses = inspector.losses(number, state.trainable, base)
     if primary:
         found = {"step": number, "losses_are_of_the_parameters_after_step": state.step}

@@ -9,7 +9,7 @@ from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config import MeshConfig, RunConfig
 from flacuna_jax.config_files import load_config, require_settings
 from flacuna_jax.errors import UserError
-from flacuna_jax.other_names import OURS
+from flacuna_jax.other_names import OURS, OURS_BY_VALUE, OURS_IN_A_SOURCE
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "flan_mini" not in path.name
@@ -258,11 +258,24 @@ def test_mistakes_end_with_status_2_named_and_placed(tmp_path, capsys, monkeypat
 def test_names_of_other_trainers_lead_to_ours(tmp_path):
     for theirs, ours in OURS.items():
         require_settings([re.split(r"[ ,]", ours)[0]], (), theirs)
+    for theirs, by_value in OURS_BY_VALUE.items():
+        for value, ours in by_value.items():
+            require_settings([re.split(r"[:,]", ours)[0]], (), f"{theirs} {value}")
+    for theirs, ours in OURS_IN_A_SOURCE.items():
+        name = re.split("[ :,]", ours)[0]
+        require_settings([name if "." in name else f"data.sources.{name}"], (), theirs)
     (tmp_path / "c.yaml").write_text(MINIMAL)
     for override, expected in {
         "--training.gradient_checkpointing=true": "here it is training.remat",
         "--lora_r=8": "here it is lora.rank",
         "--training.lr=1e-4": "here it is training.learning_rate",
+        "--data.train_on_inputs=false": "here it is data.train_on: assistant",
+        "--data.train_on_inputs=true": "here it is data.train_on: all",
+        "--data.sources.0.subset=main": "here it is path: hf:NAME:CONFIG",
+        "--data.sources.0.spilt=test": r"did you mean data\.sources\.0\.split",
+        "--training.max_steps=-1": "valid would be 1, or null for none",
+        "--data.sources=my.jsonl": r"write \[\{path: my\.jsonl\}\], on a command line --data\.sources='\[",
+        "--data.sources=[my.jsonl]": r"data\.sources\.0 must be a section, not 'my\.jsonl'; write \{path: my\.jsonl\}",
     }.items():
         with pytest.raises(UserError, match=expected):
             load_config(tmp_path / "c.yaml", [override])

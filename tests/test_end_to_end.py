@@ -156,10 +156,13 @@ def test_four_devices_give_the_same_run(finished, tmp_path):
 def test_a_run_in_the_directory_of_its_data_is_refused(finished, tmp_path, capsys):
     """It could not be continued: the next start would read metrics.jsonl as data."""
     shutil.copy(finished / "data.json", tmp_path)
-    source = f"--data.sources.0.path={tmp_path}"
-    for out in (tmp_path / "run", tmp_path):
-        assert run(finished / "config.yaml", f"--output_dir={out}", source) == 2
-        assert f"output_dir {out} lies in {tmp_path}, which is read as data" in capsys.readouterr().err
+    for out, source in (
+        (tmp_path / "run", tmp_path),
+        (tmp_path, tmp_path),
+        (tmp_path / "run", f"{tmp_path}/**/*.json*"),
+    ):
+        assert run(finished / "config.yaml", f"--output_dir={out}", f"--data.sources.0.path={source}") == 2
+        assert f"output_dir {out} lies in {source}, which is read as data" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
 
 

@@ -23,7 +23,7 @@ def test_every_setting_is_there_with_its_default(capsys: pytest.CaptureFixture[s
     assert tree["lora"]["targets"] == ["q_proj", "v_proj"]
     assert tree["output_dir"] is None
     assert "has to be set" in printed.split("output_dir:")[1].split("\n")[0]
-    assert set(tree["data"]["sources"][0]) == {"path", "format", "weight", "max_examples"}
+    assert set(tree["data"]["sources"][0]) == {"path", "format", "split", "weight", "max_examples"}
 
 
 def test_fixed_words_are_told() -> None:

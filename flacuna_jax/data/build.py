@@ -27,6 +27,8 @@ REFUSED = "the template has no form for the record"
 
 Located = tuple[int, Place, Conversation]
 """Number of a record in its source, its place, and what it says."""
+SHOWN_CHARACTERS = 20
+"""How many of the characters that a tokenizer does not know are named."""
 
 Progress = Callable[[int], None]
 """Called now and then with the number of records read so far."""
@@ -99,6 +101,7 @@ class SourceBuild:
         self._encoder = encoder
         self._report = report
         self.builder = builder
+        self._tokenizer = tokenizer
         self._template = template
         self._shortener = Shortener(self._template, tokenizer, encoder, config.train_on, config.max_length)
 
@@ -140,6 +143,7 @@ class SourceBuild:
             if fitting is not None:
                 kept.append(fitting)
                 records.append(record)
+                self._count_unknown(conversation, fitting)
         self.builder.add(self._index, kept, records)
         self._report.kept += len(kept)
         self._report.tokens += sum(len(example.ids) for example in kept)
@@ -157,6 +161,20 @@ class SourceBuild:
             except TemplateRefusal as refusal:
                 policy.reject(REFUSED, place, str(refusal))
         return accepted, rendered
+
+    def _count_unknown(self, conversation: Conversation, example: TokenizedExample) -> None:
+        """Counts unknown tokens with loss, and names the characters that become them."""
+        unknown_id = self._tokenizer.unk_id
+        if unknown_id is None:
+            return
+        count = int(np.count_nonzero(example.ids[example.loss_mask] == unknown_id))
+        self._report.unknown_tokens += count
+        known = self._report.unknown_characters
+        if count and len(known) < SHOWN_CHARACTERS:
+            texts = "".join(turn.text for turn in conversation.turns if turn.role == "assistant")
+            unknown = (c for c in dict.fromkeys(texts) if c not in known and c.isprintable() and not c.isspace())
+            found = [c for c in unknown if unknown_id in self._tokenizer.encode(c)]
+            self._report.unknown_characters = (known + "".join(found))[:SHOWN_CHARACTERS]
 
     def _fit(self, place: Place, conversation: Conversation, example: TokenizedExample) -> TokenizedExample | None:
         """The example within the length limit and with something to learn; None, and counted, if that cannot be."""

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flacuna_jax.config import DataConfig
+from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.errors import UserError
 
 PREFIX = "hf:"
@@ -51,10 +51,20 @@ def local_path(path: str, directory: Path, setting: str) -> str:
 def local_sources(config: DataConfig, directory: Path) -> DataConfig:
     """The config with every source on this machine; see `local_path`."""
     sources = tuple(
-        source.model_copy(update={"path": local_path(source.path, directory, f"data.sources.{index}")})
+        source.model_copy(update={"path": local_path(_with_split(source), directory, f"data.sources.{index}")})
         for index, source in enumerate(config.sources)
     )
     return config.model_copy(update={"sources": sources})
+
+
+def _with_split(source: SourceConfig) -> str:
+    """The path of a source, with its split in it if it is a hub name."""
+    if not source.path.startswith(PREFIX) or source.split is None:
+        return source.path
+    named = HubName.parse(source.path)
+    if source.path.count(":") > 2 and named.split != source.split:
+        raise UserError(f"{source.path}: the path names split {named.split}, and split: {source.split} another")
+    return f"{PREFIX}{named.name}:{named.config or ''}:{source.split}"
 
 
 def _download(hub_name: HubName, file: Path, what: str) -> None:

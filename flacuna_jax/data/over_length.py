@@ -2,8 +2,9 @@ r"""`over_length: truncate_prompt`: makes a conversation fit by shortening what 
 
 The middle of a question is cut out and "\n...\n" put in its place, since instructions stand at the start (Alpaca) or at
 the end (few-shot FLAN). The longest questions give first: all are cut to one common length in tokens, but none below
-`SHORTEST_QUESTION`. If that is not enough, whole question-answer pairs go: the last ones, or with `train_on: last`,
-where only the last answer is to be learnt, the first ones. What then still does not fit cannot be trained on.
+`SHORTEST_QUESTION`. If that is not enough, whole exchanges (a question and all up to the next) go: the last ones, or
+with `train_on: last`, where only the last answer is to be learnt, the first ones. What then still does not fit cannot
+be trained on.
 """
 
 from dataclasses import dataclass, replace
@@ -45,11 +46,7 @@ class Shortener:
             example = self._cut_questions(conversation, length)
             if example is not None:
                 return Shortened(example, turns_before - len(conversation.turns))
-            last = self.train_on == "last"
-            turns = conversation.turns[2:] if last else conversation.turns[:-2]
-            # An answer without text has nothing to learn, so what ends with one has no use.
-            while not last and turns and not turns[-1].text:
-                turns = turns[:-2]
+            turns = _without_an_exchange(conversation.turns, first=self.train_on == "last")
             if not turns:
                 return None
             conversation = replace(conversation, turns=turns)
@@ -93,6 +90,22 @@ class Shortener:
     def _tokenize(self, conversation: Conversation) -> TokenizedExample:
         segments = segments_of(conversation, self.template, self.tokenizer)
         return tokenize_batch([conversation], [segments], self.encoder, self.train_on)[0]
+
+
+def _without_an_exchange(turns: tuple[Turn, ...], first: bool) -> tuple[Turn, ...]:
+    """The turns without their first or last exchange: questions, calls of tools, their results, and answers.
+
+    What stands before the first question stays. () if no exchange is left. An end without something to learn goes, too.
+    """
+    starts = [i for i, turn in enumerate(turns) if turn.role == "user" and (i == 0 or turns[i - 1].role != "user")]
+    if len(starts) < 2:
+        return ()
+    if first:
+        return turns[: starts[0]] + turns[starts[1] :]
+    for start in reversed(starts[1:]):
+        if turns[start - 1].says_something:
+            return turns[:start]
+    return ()
 
 
 def common_limit(lengths: list[int], budget: int, gap: int) -> int:

@@ -6,6 +6,9 @@ from typing import Literal
 
 from flacuna_jax.errors import UserError
 
+UNKNOWN_SHARE = 0.001
+"""Share of unknown tokens among those with loss above which a data build warns."""
+
 
 @dataclass
 class SourceReport:
@@ -26,8 +29,16 @@ class SourceReport:
     tokens_lost: int = 0
     """Tokens of over-long examples that were dropped or cut away."""
     first_seen: dict[str, str] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """By name, in how many records a field held something that was not used."""
+    unknown_tokens: int = 0
+    """Tokens with loss that are the tokenizer's unknown token."""
+    unknown_characters: str = ""
+    """Characters of answers that the tokenizer does not know, the first ones that were found."""
     ignored_files: tuple[str, ...] = ()
     """Files of a directory whose ending is not one of a data file."""
+    notes: tuple[str, ...] = ()
+    """Which files were taken, where there was a choice."""
 
     def drop(self, reason: str, where: object, detail: str = "") -> None:
         self.dropped[reason] += 1
@@ -36,6 +47,9 @@ class SourceReport:
     def change(self, reason: str, where: object) -> None:
         self.changed[reason] += 1
         self._remember(reason, where, "")
+
+    def ignore(self, name: str) -> None:
+        self.ignored[name] += 1
 
     def _remember(self, reason: str, where: object, detail: str) -> None:
         if reason not in self.first_seen:
@@ -47,17 +61,42 @@ class SourceReport:
             f"{self.path}: {self.read:,} records read, {self.kept:,} kept, "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
         ]
+        lines += [f"  {note}" for note in self.notes]
         for title, counts in (("dropped", self.dropped), ("changed", self.changed)):
             lines += [
                 f"  {title} {count:,}: {reason} (first: {self.first_seen[reason]})"
                 for reason, count in counts.most_common()
             ]
+        lines += self._ignored_lines()
+        if self.unknown_tokens:
+            lines.append(self._unknown_line())
         if self.tokens_lost:
             lines.append(f"  {self.tokens_lost:,} tokens lost to the length limit")
         if self.ignored_files:
             shown = ", ".join(self.ignored_files[:5]) + (", ..." if len(self.ignored_files) > 5 else "")
-            lines.append(f"  {len(self.ignored_files)} other files in the directory ignored: {shown}")
+            plural = "s" if len(self.ignored_files) != 1 else ""
+            lines.append(f"  {len(self.ignored_files)} other file{plural} in the directory ignored: {shown}")
         return lines
+
+    def _ignored_lines(self) -> list[str]:
+        """The fields that were ignored in equally many records stand in one line."""
+        by_count: dict[int, list[str]] = {}
+        for name, count in self.ignored.most_common():
+            by_count.setdefault(count, []).append(name)
+        return [
+            f"  field{'s' if len(names) > 1 else ''} {', '.join(sorted(names))} "
+            f"ignored in {count:,} record{'s' if count != 1 else ''}"
+            for count, names in by_count.items()
+        ]
+
+    def _unknown_line(self) -> str:
+        share = self.unknown_tokens / max(self.supervised_tokens, 1)
+        warning = "warning: " if share > UNKNOWN_SHARE else ""
+        which = f"; it does not know {' '.join(self.unknown_characters)}" if self.unknown_characters else ""
+        return (
+            f"  {warning}{self.unknown_tokens:,} tokens with loss ({100 * share:.2g} %) are the tokenizer's unknown "
+            f"token{which}"
+        )
 
 
 @dataclass(frozen=True)

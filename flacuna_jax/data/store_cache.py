@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data.build import SourceBuild, require_examples, template_without_checkpoint
 from flacuna_jax.data.conversation import Template
-from flacuna_jax.data.files import find_files
 from flacuna_jax.data.report import DataReport, SourceReport
+from flacuna_jax.data.source_files import source_files
 from flacuna_jax.data.store import StoreBuilder, TokenStore
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.errors import UserError
@@ -80,7 +80,7 @@ def cached_store(
                 os.utime(place)
             say(f"tokenised data: hit {place} (same files, tokenizer, settings and code)")
             return _renamed(found, [source.path for source in config.sources])
-        say(f"tokenised data: miss, {_why(directory, parts)}; building {place}")
+        say(f"tokenised data: {_why(directory, parts)}; building {place}")
         _remove_unused(directory, place, say)
         return _build(config, template, tokenizer, parts, place, say)
 
@@ -123,12 +123,13 @@ def identity(config: DataConfig, template: Template, tokenizer_hash: str) -> dic
 
 
 def _source_identity(source: SourceConfig) -> dict[str, Any]:
-    root = Path(source.path)
-    files = {
-        path.name if path == root else path.relative_to(root).as_posix(): _file_hash(path)
-        for path in find_files(root).files
+    found = source_files(source.path, source.split)
+    files = {path.relative_to(found.root).as_posix(): _file_hash(path) for path in found.files}
+    described = {
+        path.relative_to(found.root).as_posix(): dataclasses.asdict(description)
+        for path, description in found.descriptions.items()
     }
-    return {"format": source.format, "max_examples": source.max_examples, "files": files}
+    return {"format": source.format, "max_examples": source.max_examples, "files": files, "described": described}
 
 
 def _file_hash(path: Path) -> str:
@@ -149,19 +150,26 @@ def _code_hash() -> str:
 
 
 def _why(directory: Path, parts: Mapping[str, Any]) -> str:
-    """What makes `parts` different from the corpus in the cache that has most in common with it."""
+    """What makes `parts` different from the nearest corpus of the same data that is in the cache."""
     others = []
     for path in directory.glob(f"*/{_STORE}"):
         try:
             others.append(_flatten(json.loads(path.read_text(encoding="utf-8"))["identity"]))
         except (OSError, ValueError, KeyError):
             continue
-    if not others:
-        return "the cache is empty"
     mine = _flatten(json.loads(json.dumps(parts)))
+    others = [other for other in others if _of_the_same_data(mine, other)]
+    if not others:
+        return "not in the cache yet"
     different = min((sorted({*mine, *other} - _common(mine, other)) for other in others), key=len)
     shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
-    return f"nothing there is the same; nearest differs in {shown}"
+    return f"miss, the corpus in the cache differs in {shown}" if shown else "miss, the corpus in the cache is damaged"
+
+
+def _of_the_same_data(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two corpora have a file in common, or the names of all of them."""
+    files, others = ({name: flat[name] for name in flat if ".files." in name} for flat in (mine, other))
+    return set(files) == set(others) or not set(files.values()).isdisjoint(others.values())
 
 
 def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
@@ -369,5 +377,6 @@ def _report_json(report: SourceReport) -> dict[str, Any]:
 
 
 def _report_from_json(tree: Mapping[str, Any]) -> SourceReport:
-    counters = {name: Counter(tree[name]) for name in ("dropped", "changed")}
-    return SourceReport(**{**tree, **counters, "ignored_files": tuple(tree["ignored_files"])})
+    counters = {name: Counter(tree[name]) for name in ("dropped", "changed", "ignored")}
+    lists = {name: tuple(tree[name]) for name in ("ignored_files", "notes")}
+    return SourceReport(**{**tree, **counters, **lists})

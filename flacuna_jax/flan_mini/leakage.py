@@ -20,7 +20,7 @@ from typing import Any, TextIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.data.files import SUFFIXES, find_files, read_records
+from flacuna_jax.data.files import kind_of, read_records
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.readers.task_rows import all_columns
@@ -238,17 +238,21 @@ def read_items(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: no such file or directory (leakage.files)")
     elif not _is_readable(path):
         raise UserError(f"{path}: not a kind of file that evaluation items can be read from (leakage.files)")
-    elif path.name.endswith(SUFFIXES):
-        policy = BadRecordPolicy(SourceReport(str(path)), "error", "leakage.files")
-        for file in find_files(path).files:
-            for raw in read_records(file, all_columns(file), policy):
-                yield from (" ".join(_texts(item)) for item in _items(raw.value))
-    else:
+    elif _is_plain(path):
         yield from _plain_items(path)
+    else:
+        policy = BadRecordPolicy(SourceReport(str(path)), "error", "leakage.files")
+        for raw in read_records(path, all_columns(path), policy):
+            yield from (" ".join(_texts(item)) for item in _items(raw.value))
 
 
 def _is_readable(path: Path) -> bool:
-    return path.name.endswith((*SUFFIXES, *(s + gz for s in (".csv", ".tsv", ".txt") for gz in ("", ".gz"))))
+    return _is_plain(path) or kind_of(path) is not None
+
+
+def _is_plain(path: Path) -> bool:
+    """Paragraphs, and tables, whose first line may be an item."""
+    return path.name.lower().endswith(tuple(s + gz for s in (".csv", ".tsv", ".txt") for gz in ("", ".gz")))
 
 
 def _plain_items(path: Path) -> Iterator[str]:

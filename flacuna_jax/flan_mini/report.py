@@ -247,12 +247,16 @@ def run_document(
                 [source.path, what, reason, count, source.first_seen.get(reason, "")]
                 for reason, count in counts.items()
             ]
+        losses += [[source.path, "field ignored", name, count, ""] for name, count in source.ignored.most_common()]
+        if source.unknown_tokens:
+            unknown = source.unknown_characters or "tokens with loss"
+            losses.append([source.path, "unknown tokens", unknown, source.unknown_tokens, ""])
     header = ["source", "read", "kept", "dropped", "tokens", "supervised", "tokens lost", "weight"]
     parts: list[Part] = [
         Table(
             "Sources", [*header, "share before", "share after"], rows, "Shares of examples, before and after weights."
         ),
-        Table("Dropped and changed records", ["source", "what", "reason", "count", "first seen"], losses),
+        Table("Dropped, changed and ignored", ["source", "what", "reason", "count", "first seen"], losses),
         *length_parts(store.lengths[epoch], packing),
         *leakage_parts(leakage, store.tasks),
     ]

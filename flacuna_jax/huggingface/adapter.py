@@ -258,6 +258,14 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
         if leaf in modules.setdefault((module, layer), {}):
             raise UserError(f"{source} holds {leaf} of {peft_module(module, layer)} twice, as {name} and another name")
         modules[module, layer][leaf] = tensor
+    tables = [name for name in unknown if names.parse_table_in_adapter(name) is not None]
+    if tables:
+        shape = list(tensors[tables[0]].shape)
+        raise UserError(
+            f"{source} holds the table {tables[0]} of shape {shape}, where the base has "
+            f"{[config.vocab_size, config.hidden_size]}: the adapter was trained with a resized vocabulary; merge it "
+            "into a base of that size with PEFT, and start from the result"
+        )
     if unknown:
         raise UserError(f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}")
     if not modules:

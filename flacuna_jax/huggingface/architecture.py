@@ -68,7 +68,7 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         raise UserError(f"{origin}: model_type is {family!r}; checkpoints of the LLaMA family can be used: {known}")
     for key, (changes, why) in _UNSUPPORTED.items():
         if key in raw and changes(raw[key]):
-            raise UserError(f"{origin}: {key} is {raw[key]!r}; {why}")
+            raise UserError(f"{origin}: {key} is {_shown(raw[key])}; {why}")
     sizes = {ours: _size(raw, theirs, origin) for theirs, ours in _REQUIRED.items()}
     heads = sizes["num_heads"]
     # Only LLaMA has had checkpoints from before grouped queries; the others' default differs.
@@ -96,6 +96,12 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         sliding_window=_sliding_window(raw, origin, sizes["num_layers"]),
         biases=_biases(raw, origin),
     )
+
+
+def _shown(value: Any) -> str:
+    """A setting in a message; of the settings of a quantisation, its method."""
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    return f"of quant_method {method!r}" if method else repr(value)
 
 
 def _biases(raw: Mapping[str, Any], origin: str) -> tuple[Projection, ...]:

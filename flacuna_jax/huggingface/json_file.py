@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.git_lfs import require_content
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `UserError` where it is missing, torn or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        require_content(path)
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte-order mark in front
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:

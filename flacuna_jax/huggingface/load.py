@@ -104,12 +104,18 @@ def _equal(reader: TensorReader, a: str, b: str) -> bool:
     return all(np.array_equal(reader.read(a, rows), reader.read(b, rows)) for rows in blocks)
 
 
+_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv", ".SCB")
+"""Ends of the names that quantised checkpoints have beside, or in place of, a weight."""
+
+
 def _accounting(missing: list[str], extra: list[str]) -> str:
     parts = ""
     if missing:
         parts += f"; {len(missing)} missing: {names.some(missing)}"
     if extra:
         parts += f"; {len(extra)} without a place in the model: {names.some(extra)}"
+    if any(name.endswith(_QUANTISED) for name in extra):
+        parts += "; the weights are quantised (GPTQ, AWQ, bitsandbytes or fp8): start from those in bfloat16 or float16"
     if missing == [names.HEAD]:
         parts += " (if the model uses its embeddings as head, config.json should say tie_word_embeddings: true)"
     return parts

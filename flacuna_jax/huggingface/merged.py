@@ -20,7 +20,7 @@ from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.safetensors_file import write_file
-from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite, row_blocks
+from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite, overflow, row_blocks
 from flacuna_jax.huggingface.tokenizer import TEMPLATES, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig
@@ -163,7 +163,8 @@ def _checked(tensor: PendingTensor, rows: slice, see: See | None) -> np.ndarray:
     made, due = (value.shape, value.dtype), ((rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
     assert made == due, f"{tensor.name}: {made} came, {due} was announced"
     if not is_finite(value):
-        raise UserError(f"{tensor.name} holds infinities or NaNs; the base is damaged, or training diverged")
+        why = overflow(value) or "; the base is damaged, or training diverged"
+        raise UserError(f"{tensor.name} holds infinities or NaNs{why}")
     if see is not None:
         see(tensor.name, rows, value)
     return value

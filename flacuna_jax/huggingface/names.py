@@ -39,7 +39,7 @@ _ADAPTER = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_magnitud
 _ADAPTER_BASE = re.compile(r"(model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 
 # Rotary frequencies are a function of the config; files that carry them round them to half precision.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 def is_stacked(path: str) -> bool:

@@ -17,7 +17,15 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header, write_file
-from flacuna_jax.huggingface.tensors import StoredTensor, TensorReader, cast, common_dtype, is_finite, row_blocks
+from flacuna_jax.huggingface.tensors import (
+    StoredTensor,
+    TensorReader,
+    cast,
+    common_dtype,
+    is_finite,
+    overflow,
+    row_blocks,
+)
 
 MANIFEST = "flacuna.json"
 FORMAT = "flacuna_jax checkpoint"
@@ -61,7 +69,8 @@ def _read(reader: TensorReader, name: str, rows: slice, dtype: np.dtype) -> np.n
     value = reader.read(name, rows)
     value = value if value.dtype == dtype else cast(value, dtype)
     if not is_finite(value):
-        raise UserError(f"{reader.directory}: {name} holds infinities or NaNs (as {dtype.name}); it is damaged")
+        why = overflow(value) or f" (as {dtype.name}); it is damaged"
+        raise UserError(f"{reader.directory}: {name} holds infinities or NaNs{why}")
     return value
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.hub_cache import require_no_cache_directory
 
 LOCAL = (".", "..", "checkpoints", "models", "runs")
 """Where models lie on a disk, and nobody's name on the hub."""
@@ -12,6 +13,7 @@ LOCAL = (".", "..", "checkpoints", "models", "runs")
 def require_directory(path: str | Path) -> Path:
     """The path. Raises `UserError` where no directory is; a name as the hub has them is told how to fetch it."""
     if Path(path).is_dir():
+        require_no_cache_directory(Path(path))
         return Path(path)
     fetch = ""
     if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):

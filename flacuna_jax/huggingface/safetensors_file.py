@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.git_lfs import require_content
 from flacuna_jax.huggingface.pieces import Maker, write_pieces
 from flacuna_jax.huggingface.tensors import BFLOAT16, StoredTensor
 
@@ -39,6 +40,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     Raises:
       UserError: the file is missing, torn, or its header is not what the format prescribes.
     """
+    require_content(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -75,6 +77,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{path}: tensor {name} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype.startswith("F8_"):
+        raise UserError(
+            f"{path}: {name} is held in 8-bit floating point ({dtype}); start from the bfloat16 or float16 checkpoint"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path}: tensor {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:

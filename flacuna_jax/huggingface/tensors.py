@@ -220,6 +220,13 @@ def _widened(half: np.ndarray) -> np.ndarray:
     return values
 
 
+def overflow(array: np.ndarray) -> str:
+    """For values that are not finite: a remark if they are infinities of float16, which come from larger numbers."""
+    if array.dtype != np.float16 or np.isnan(array).any():
+        return ""
+    return " as float16, whose largest number is 65504: store it as bfloat16 or float32 (--dtype)"
+
+
 def is_finite(array: np.ndarray, rows: int = 1 << 20) -> bool:
     """Whether no element is infinite or NaN, at the speed of memory and without a copy of the whole.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.git_lfs import require_content
 from flacuna_jax.huggingface.tensor_pickle import PickleRefused, Storage, StridedTensor, read_pickle
 from flacuna_jax.huggingface.tensors import StoredTensor
 
@@ -26,6 +27,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     Raises:
       UserError: the file is missing or torn, holds anything but a dictionary of tensors, or is big-endian.
     """
+    require_content(path)
     try:
         with path.open("rb") as file:
             start = file.read(4)

@@ -7,7 +7,7 @@ model saw, and the loss it has now, so that the one to blame can be found.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ class BatchInspector:
 
     Args:
       store, source: the examples, and which of them are in which step.
+      splits: of each source of the store, the split that its configuration names.
       config, batch_sharding: how losses are computed; all hosts do it together.
       tokenizer: for the text; of the first host alone.
     """
 
     store: TokenStore
+    splits: Sequence[str | None]
     source: StepSource
     config: StepConfig
     batch_sharding: NamedSharding
@@ -92,15 +94,20 @@ class BatchInspector:
         }
 
     def _records(self, examples: list[int]) -> dict[int, dict[str, Any]]:
-        by_source: dict[str, set[int]] = {}
+        by_source: dict[int, set[int]] = {}
         for example in examples:
-            path = self.store.sources[self.store.source_index[example]]
-            by_source.setdefault(path, set()).add(int(self.store.record_index[example]))
-        found = {path: _records_or_reason(path, numbers) for path, numbers in by_source.items()}
+            by_source.setdefault(int(self.store.source_index[example]), set()).add(
+                int(self.store.record_index[example])
+            )
+        found = {
+            source: _records_or_reason(self.store.sources[source], self.splits[source], numbers)
+            for source, numbers in by_source.items()
+        }
         described = {}
         for example in examples:
-            path, number = self.store.sources[self.store.source_index[example]], int(self.store.record_index[example])
-            described[example] = {"source": path, "record_number": number, **found[path].get(number, {})}
+            source, number = int(self.store.source_index[example]), int(self.store.record_index[example])
+            place = {"source": self.store.sources[source], "record_number": number}
+            described[example] = {**place, **found[source].get(number, {})}
         return described
 
 
@@ -171,9 +178,9 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _records_or_reason(path: str, numbers: set[int]) -> dict[int, dict[str, Any]]:
+def _records_or_reason(path: str, split: str | None, numbers: set[int]) -> dict[int, dict[str, Any]]:
     """A file that has gone since is no reason to lose the rest."""
     try:
-        return find_records(path, numbers)
+        return find_records(path, numbers, split)
     except (UserError, OSError) as error:
         return {number: {"record": None, "why_not": str(error)} for number in numbers}

@@ -26,7 +26,13 @@ from jax.experimental import multihost_utils
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.training.bucket import bucket_path, is_bucket
-from flacuna_jax.training.checkpoint_disk import UnreadableCheckpoint, force_to_disk, read_errors, write_errors
+from flacuna_jax.training.checkpoint_disk import (
+    UnreadableCheckpoint,
+    force_to_disk,
+    ignore_late_callbacks,
+    read_errors,
+    write_errors,
+)
 from flacuna_jax.training.checksum import checksums
 
 Meta = dict[str, Any]
@@ -63,6 +69,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._unsettled: int | None = None
         self._best: frozenset[int] = frozenset()
+        ignore_late_callbacks()
         with write_errors(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(

@@ -59,6 +59,24 @@ def _collect_abandoned_reads() -> None:
         sys.unraisablehook = hook
 
 
+def ignore_late_callbacks() -> None:
+    """From now on, nothing is printed for writes that complete after the save that they belong to has failed.
+
+    TensorStore's threads then call into an event loop that is closed, once for each array, and Python would print a
+    traceback each time, before and after the message that tells why the save failed.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "ignores_late_callbacks", False):
+        return
+
+    def without_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    without_late_callbacks.ignores_late_callbacks = True  # type: ignore[attr-defined]
+    sys.unraisablehook = without_late_callbacks
+
+
 def _is_outage(error: Exception) -> bool:
     """Whether a bucket failed to answer, or to let us in; an object that is not there is something else."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):

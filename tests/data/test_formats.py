@@ -1,20 +1,26 @@
 """Reading: every format and file kind, what is repaired and counted, and what is refused with its place."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flacuna_jax.config import SourceConfig
-from flacuna_jax.data import files
+from flacuna_jax.data import files, json_records
 from flacuna_jax.data.conversation import Conversation, Turn
-from flacuna_jax.data.files import find_files, read_records
+from flacuna_jax.data.files import find_files, kind_of, read_records
 from flacuna_jax.data.formats import LEADING_ANSWER, NO_ANSWER, UNANSWERED, read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.errors import UserError
@@ -79,8 +85,9 @@ def test_system_messages(tmp_path: Path) -> None:
     assert own.system == "system"
     (plain,), _ = read(write(tmp_path / "a.jsonl", record("user", "assistant")))
     assert plain.system is None
-    with pytest.raises(UserError, match="turn 3 is a system message, not the first"):
-        read(write(tmp_path / "a.jsonl", record("user", "assistant", "system")))
+    (later,), _ = read(write(tmp_path / "a.jsonl", record("user", "assistant", "system", "user", "assistant")))
+    assert later.system is None
+    assert [turn.role for turn in later.turns] == ["user", "assistant", "system", "user", "assistant"]
 
 
 def test_content_in_parts(tmp_path: Path) -> None:
@@ -116,19 +123,14 @@ def test_what_is_repaired_is_counted(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[object, str, str]] = {
     "unknown role": (
-        {"conversations": [{"from": "observation", "value": "x"}]},
+        {"conversations": [{"from": "narrator", "value": "x"}]},
         "unknown role",
-        "unknown from 'observation'",
+        "unknown from 'narrator'",
     ),
     "role of no type": ({"conversations": [{"from": ["human"], "value": "x"}]}, "unknown role", r"\['human'\]"),
-    "no alternation": (
-        {"conversations": [{"from": "human", "value": "x"}] * 2},
-        "turns do not alternate",
-        "two turns of the user",
-    ),
     "number as text": ({"conversations": [{"from": "human", "value": 3}]}, "wrong type", "'value' of turn 1"),
     "turn as text": ({"conversations": ["hi"]}, "wrong type", "turn 1 must be an object, not text"),
-    "turns as text": ({"conversations": "hi"}, "wrong type", "must be a list of turns, not text"),
+    "turns as text": ({"conversations": "hi"}, "wrong type", "'conversations' is the text 'hi', which is not JSON"),
     "number": (3, "wrong type", "must be an object, not a number"),
     "null": (None, "wrong type", "must be an object, not null"),
     "half a surrogate": (chat("q", "\ud800"), "invalid Unicode", "surrogate"),
@@ -148,29 +150,60 @@ def test_bad_records(tmp_path: Path, record: object, reason: str, message: str) 
 
 def test_records_of_no_known_format(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "x", "label": 1}, chat("q", "a"))
-    with pytest.raises(UserError, match=r"line 1 .*no known format \(its fields: text, label; known are sharegpt"):
+    with pytest.raises(UserError, match=r"line 1 .*only `text`; format: text .*\(its fields: text, label\)"):
         read(path)
     conversations, report = read(path, "skip")
     assert (len(conversations), report.dropped) == (1, {"no known format": 1})
 
 
 def test_a_named_format_is_kept_to(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'instruction' must be text, not null"):
+    with pytest.raises(UserError, match="'instruction' must be text, and is missing"):
         read(write(tmp_path / "a.jsonl", chat("q", "a")), kind="alpaca")
 
 
 def save(path: Path, records: list[dict[str, Any]]) -> Path:
-    lines = "\n".join(map(json.dumps, records))
-    if path.name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=2)
-    elif path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress((lines if ".jsonl" in path.name else json.dumps(records)).encode()))
+    table = pyarrow.Table.from_pylist(records)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    elif path.suffix == ".arrow":
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
     else:
-        path.write_text(lines if path.suffix == ".jsonl" else json.dumps(records, indent=2))
+        kind = kind_of(path)
+        assert kind is not None
+        path.write_bytes(COMPRESS[kind.compression](as_text(kind.format, records).encode()))
     return path
 
 
-@pytest.mark.parametrize("suffix", files.SUFFIXES)
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+def as_text(kind: str, records: list[dict[str, Any]]) -> str:
+    """Records as the text of a file; lists in the cells of a table are JSON."""
+    if kind == "json":
+        return json.dumps(records, indent=2)
+    if kind == "lines":
+        return "\n".join(map(json.dumps, records))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), delimiter="," if kind == "csv" else "\t")
+    writer.writeheader()
+    writer.writerows(
+        {key: value if isinstance(value, str) else json.dumps(value) for key, value in record.items()}
+        for record in records
+    )
+    return text.getvalue()
+
+
+NAMES = [*files.SUFFIXES, ".JSONL", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".csv.zst", ".jsonl.bz2", ".ndjson.xz"]
+
+
+@pytest.mark.parametrize("suffix", NAMES)
 @pytest.mark.parametrize("kind", RECORDS)
 def test_files(tmp_path: Path, suffix: str, kind: str) -> None:
     records = [{**RECORDS[kind][0], "id": f"r{i}"} for i in range(5)]
@@ -187,7 +220,7 @@ def test_directories(tmp_path: Path) -> None:
     conversations, report = read(tmp_path)
     assert [said(c)[1] for c in conversations] == ["1", "2", "3"]
     assert report.ignored_files == ("README.md",)
-    assert "1 other files in the directory ignored: README.md" in report.lines()[-1]
+    assert "1 other file in the directory ignored: README.md" in report.lines()[-1]
 
 
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
@@ -195,9 +228,14 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
         find_files(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no file that ends in"):
         find_files(tmp_path)
-    (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "data.xlsx").write_text("a,b")
     with pytest.raises(UserError, match="does not end in one of"):
-        find_files(tmp_path / "data.csv")
+        find_files(tmp_path / "data.xlsx")
+    with pytest.raises(UserError, match=r"holds no file that ends in .*; it holds data\.xlsx"):
+        find_files(tmp_path)
+    (tmp_path / "data.txt").write_text("text")
+    with pytest.raises(UserError, match="format: text"):
+        find_files(tmp_path / "data.txt")
 
 
 def torn(path: Path) -> Path:
@@ -207,7 +245,7 @@ def torn(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", files.SUFFIXES)
+@pytest.mark.parametrize("suffix", NAMES)
 def test_torn_files(tmp_path: Path, suffix: str) -> None:
     path = torn(tmp_path / f"data{suffix}")
     with pytest.raises(UserError, match=r"torn|not JSON|not a JSON record") as error:
@@ -248,7 +286,7 @@ BROKEN_LISTS = {
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("text", BROKEN_LISTS, ids=lambda text: repr(text[:30]))
 def test_broken_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, chunk: int) -> None:
-    monkeypatch.setattr(files, "CHUNK", chunk if len(text) < 1000 else 1 << 20)
+    monkeypatch.setattr(json_records, "CHUNK", chunk if len(text) < 1000 else 1 << 20)
     line, message = BROKEN_LISTS[text]
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=rf"a\.json, line {line} \(record \d\): not JSON \(.*{message}"):
@@ -289,7 +327,7 @@ def test_any_list_at_any_chunk_size(
     path.write_text(text, encoding="utf-8")
     policy = BadRecordPolicy(SourceReport("a"), "error")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK", chunk)
+        patch.setattr(json_records, "CHUNK", chunk)
         records = list(read_records(path, (), policy))
         assert [record.value for record in records] == values
         assert [record.place.number for record in records] == list(range(1, len(values) + 1))
@@ -307,25 +345,28 @@ def test_any_list_at_any_chunk_size(
 
 def test_large_lists_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window never grows beyond two chunks while records are small."""
-    monkeypatch.setattr(files, "CHUNK", 1 << 12)
+    monkeypatch.setattr(json_records, "CHUNK", 1 << 12)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([chat("q" * 50, "a" * 50)] * 2000))
     largest = 0
-    refill = files._JsonStream._refill
+    refill = json_records._JsonStream._refill
 
-    def watch(stream: files._JsonStream, size: int) -> None:
+    def watch(stream: json_records._JsonStream, size: int) -> None:
         nonlocal largest
         refill(stream, size)
         largest = max(largest, len(stream._window))
 
-    monkeypatch.setattr(files._JsonStream, "_refill", watch)
+    monkeypatch.setattr(json_records._JsonStream, "_refill", watch)
     assert len(read(path)[0]) == 2000
     assert largest <= 3 << 12
 
 
 def test_parquet_reads_only_what_it_needs(tmp_path: Path) -> None:
     path = save(tmp_path / "a.parquet", [{"text": "x"}])
-    with pytest.raises(UserError, match=r"none of its columns \(text\)"):
+    with pytest.raises(UserError, match=r"only `text`; format: text"):
+        read(path)
+    path = save(tmp_path / "b.parquet", [{"label_name": "x"}])
+    with pytest.raises(UserError, match=r"none of its columns \(label_name\)"):
         read(path)
     records = [{**chat("q", f"a{i}"), "embedding": [0.0] * 4} for i in range(3)]
     raw = read_records(save(path, records), ("conversations",), BadRecordPolicy(SourceReport("a"), "error"))

@@ -57,7 +57,7 @@ def test_gives_what_build_store_gives_whatever_the_parts(
 ) -> None:
     monkeypatch.setattr(store_cache, "PART_EXAMPLES", part)
     expected_store, expected_report = build_store(config, Characters())
-    for expected_word in ("miss, the cache is empty", "hit"):
+    for expected_word in ("tokenised data: not in the cache yet; building", "hit"):
         store, report, said = look(config, tmp_path / "cache")
         assert expected_word in said
         assert_equal(store, expected_store)
@@ -112,7 +112,7 @@ def test_a_damaged_corpus_is_built_again(config: DataConfig, tmp_path: Path, dam
         content[len(content) // 2] ^= 1
         tokens.write_bytes({"truncate": content[:500], "garbage": b"junk", "one bit": content}[damage])
     store, _, said = look(config, cache)
-    assert "miss" in said
+    assert "miss, the corpus in the cache is damaged" in said
     assert np.array_equal(store.tokens, expected_tokens)
 
 

@@ -125,7 +125,7 @@ def test_a_training_config_is_tokenised_packed_and_reported(
     command = ["--config", str(tmp_path / "run.yaml"), "--cache", str(tmp_path / "cache"), "--show", "2"]
     assert run_verb(main, [*command, "--output", str(tmp_path / "report")]) == 0
     said = capsys.readouterr().out
-    assert "tokenised data: miss, the cache is empty" in said
+    assert "tokenised data: not in the cache yet" in said
     assert "records: 20\n" in said  # half of forty
     assert "dropped 1: no answer in the record" in said
     assert said.count("with loss") == 2

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.errors import UserError
@@ -281,6 +282,16 @@ REFUSED = {
 def test_what_cannot_be_represented_is_refused_by_name(key: str, tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL, **REFUSED[key])
     with pytest.raises(UserError, match=key):
+        read_adapter(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> None:
+    by_peft(tmp_path, SMALL)
+    path = tmp_path / "adapter_model.safetensors"
+    larger = torch.zeros(SMALL.vocab_size + 8, SMALL.hidden_size)
+    save_file(load_file(path) | {f"base_model.model.{name}.weight": larger}, path)
+    with pytest.raises(UserError, match=r"where the base has .*: the adapter was trained with a resized vocabulary"):
         read_adapter(tmp_path, SMALL)
 
 

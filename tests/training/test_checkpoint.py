@@ -398,3 +398,21 @@ def test_killed_at_any_instant_it_goes_on_from_a_whole_checkpoint(tmp_path, asyn
             # A kill between a save and the removal of what is older leaves one more, until the next save.
             assert len(list_checkpoints(tmp_path)) <= 6
     assert reached > 12
+
+
+def test_writes_that_end_after_a_failed_save_print_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    for _ in range(2):
+        Checkpointer(tmp_path, keep=1, asynchronous=False).close()
+
+    class Late:
+        def __init__(self, message):
+            self.message = message
+
+        def __del__(self):
+            raise RuntimeError(self.message)
+
+    Late("Event loop is closed")
+    assert capfd.readouterr().err == ""
+    Late("something else")
+    assert "something else" in capfd.readouterr().err

@@ -1,14 +1,14 @@
 """What the readers share: finding files, taking text out of records."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.data.files import DataFiles, Place, RawRecord, find_files, read_records
+from flacuna_jax.data.files import DataFiles, Place, RawRecord, find_files, kind_of, read_records
 from flacuna_jax.data.formats import BadRecord
 from flacuna_jax.data.report import BadRecordPolicy
+from flacuna_jax.data.source_files import split_of
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import MixtureSource
 from flacuna_jax.flan_mini.items import Item, bad_unicode
@@ -25,9 +25,6 @@ class Unusable(Exception):
         self.detail = detail
 
 
-_HELD_OUT = {"validation", "valid", "val", "dev", "test", "eval"}
-
-
 @dataclass(frozen=True)
 class Reader:
     """`find` lists a source's files; `read` yields the items of one of them.
@@ -41,26 +38,33 @@ class Reader:
 
 
 def find_all(source: MixtureSource) -> DataFiles:
-    """Every data file of the source."""
-    return find_files(Path(source.path), f"sources.{source.name}")
+    """Every data file of the source that is not a table of text, which only `task_rows` reads."""
+    root = Path(source.path)
+    found = find_files(root, f"sources.{source.name}")
+    files = tuple(file for file in found.files if file == root or not _is_text_table(file))
+    if not files:
+        raise UserError(f"{root}: the directory holds CSV and TSV files alone (sources.{source.name})")
+    tables = (str(file.relative_to(root)) for file in found.files if file not in set(files))
+    return DataFiles(files, (*found.ignored, *tables))
+
+
+def _is_text_table(path: Path) -> bool:
+    kind = kind_of(path)
+    return kind is not None and kind.format in ("csv", "tsv")
 
 
 def find_training(source: MixtureSource) -> DataFiles:
     """The data files of the source that are not of a held-out split by name ("x_valid_0.jsonl", "test/..."); those
     are listed as ignored."""
     root = Path(source.path)
-    found = find_files(root, f"sources.{source.name}")
-    training = tuple(file for file in found.files if file == root or not _is_held_out(file.relative_to(root)))
+    found = find_all(source)
+    training = tuple(
+        file for file in found.files if file == root or split_of(file.relative_to(root)) in (None, "train")
+    )
     if not training:
         raise UserError(f"{root}: all of its data files are of held-out splits by name (valid, test, ...)")
     others = (str(file.relative_to(root)) for file in found.files if file not in set(training))
     return DataFiles(training, (*found.ignored, *others))
-
-
-def _is_held_out(path: Path) -> bool:
-    # Of the file name only what is in front of its endings; "train" anywhere wins over a dataset called "dev".
-    words = [set(re.split(r"[^a-z]+", part.lower())) for part in (*path.parts[:-1], path.name.split(".")[0])]
-    return not any("train" in part for part in words) and any(part & _HELD_OUT for part in words)
 
 
 def raw_records(path: Path, columns: tuple[str, ...], policy: BadRecordPolicy) -> Iterator[RawRecord]:
@@ -83,7 +87,7 @@ def each(
 
     A record counts as a whole: what was made of it before the error is not passed on.
     """
-    for place, record in raw_records(path, columns, policy):
+    for place, record, _ in raw_records(path, columns, policy):
         for item in attempt(policy, place, lambda: list(convert(place, record))):  # noqa: B023, called at once
             yield place, item
 

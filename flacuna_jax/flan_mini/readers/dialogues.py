@@ -8,7 +8,7 @@ from typing import Any
 
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.files import Place, RawRecord, read_records
-from flacuna_jax.data.formats import COLUMNS, PARSERS, parse_record
+from flacuna_jax.data.formats import COLUMNS, PARSERS, BadRecord, parse_record
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.flan_mini.config import MixtureSource
 from flacuna_jax.flan_mini.items import DIALOGUE, READY, Item
@@ -107,6 +107,9 @@ def _released(raw: RawRecord, policy: BadRecordPolicy) -> list[Item]:
         raise Unusable(next(iter(seen.dropped)), "")
     for change in seen.changed:
         policy.report.change(change, raw.place)
+    for number, turn in enumerate(conversation.turns):
+        if turn.role != ("user", "assistant")[number % 2]:
+            raise BadRecord("turns do not alternate", f"turn {number + 1} is the {turn.role}'s")
     if conversation.id != str(raw.value.get("id")):
         # Named after its place in a file; a name that says nothing of the place is made of the content later.
         conversation = replace(conversation, id="")

@@ -29,7 +29,7 @@ FAMILY = "task_definition"
 
 def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
     task = path.name.split(".")[0]
-    for place, record in raw_records(path, (), policy):
+    for place, record, _ in raw_records(path, (), policy):
         # What counts as a record here is an instance; the task that holds them is one more only if it is bad.
         try:
             definition, exemplars, instances = _task(record)

@@ -149,7 +149,7 @@ def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
     assert source.templates is not None, "the validator requires it"
     dataset = _dataset_of(source, path)
     templates = read_templates(Path(source.templates, dataset, FILE), dataset)
-    for place, record in raw_records(path, all_columns(path), policy):
+    for place, record, _ in raw_records(path, all_columns(path), policy):
         for item in attempt(policy, place, partial(_convert, templates, record)):
             yield place, item
 

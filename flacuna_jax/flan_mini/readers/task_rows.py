@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import pyarrow
 import pyarrow.parquet
 
-from flacuna_jax.data.files import SUFFIXES, DataFiles, Place, RawRecord, read_records
+from flacuna_jax.data.files import DataFiles, Place, RawRecord, kind_of, read_records
 from flacuna_jax.data.formats import BadRecord
 from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
@@ -29,7 +29,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 def _files(source: MixtureSource, task: TaskConfig) -> list[Path]:
     root = Path(source.path)
     files = sorted(path for path in root.glob(task.files) if path.is_file())
-    usable = [path for path in files if path.name.endswith((*SUFFIXES, *_TABLES))]
+    usable = [path for path in files if kind_of(path) is not None]
     if not usable:
         raise UserError(f"{root}: no data file matches {task.files!r} (task {task.name})")
     return usable
@@ -53,7 +53,7 @@ def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
     for task in source.tasks:
         if path not in _files(source, task):
             continue
-        for place, record in _rows(path, policy):
+        for place, record, _ in _rows(path, policy):
             policy.report.read += 1
             for item in attempt(policy, f"{place}, task {task.name}", lambda: [_convert(task, record)]):  # noqa: B023
                 yield place, item

@@ -1,0 +1,274 @@
+"""Which fields make which format, and the parser of each; what records of every format may hold besides."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from flacuna_jax.data.dataset_info import FileDescription
+from flacuna_jax.data.messages import ROLES, read_messages, read_tools, without_loss
+from flacuna_jax.data.record import BadRecord, Reading, decoded, is_empty, kind_name
+from flacuna_jax.data.segments import Role, Turn
+
+
+class Dialogue(NamedTuple):
+    """What a record says: its system text (None for none), its turns, the schemas of its tools."""
+
+    system: str | None
+    turns: list[Turn]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+Parser = Callable[[Reading], Dialogue]
+
+_MESSAGES = ("conversations", "messages", "conversation")
+_QUESTIONS = ("question", "query", "prompt", "input")
+_ANSWERS = ("answer", "response", "output")
+_SYSTEM = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
+_MEDIA = ("images", "videos", "audios")
+_MEDIUM = tuple(name.removesuffix("s") for name in _MEDIA)
+_MARKS = tuple(f"<{name}>" for name in _MEDIUM)
+"""Where in a text a picture, a video or a sound stands."""
+_PAIR = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+_NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, "kto_tag", "label"))
+"""Fields that make a record one of pictures or of preferences, where they say something."""
+
+
+def _messages(reading: Reading) -> Dialogue:
+    field = reading.first(*_MESSAGES)
+    field = field or next((name for name in _MESSAGES if name in reading.record), _MESSAGES[0])
+    return Dialogue(*read_messages(reading, field))
+
+
+def _joined(instruction: str, context: str | None) -> str:
+    context = (context or "").strip()
+    has_none = not context or context.lower() == "<noinput>"
+    return instruction.strip() if has_none else f"{instruction.strip()}\n{context}"
+
+
+def _single_turn(reading: Reading, question: str, context: str | None, answer: str) -> list[Turn]:
+    asked = _joined(reading.text(question), reading.optional_text(context) if context else None)
+    return [Turn("user", asked), Turn("assistant", reading.text(answer))]
+
+
+def _history(reading: Reading, field: str = "history") -> list[Turn]:
+    """Earlier turns, [[question, answer], ...], as LLaMA-Factory and ms-swift have them."""
+    pairs = decoded(reading.take(field) or [], repr(field))
+    form = f"{field!r} must be a list of pairs [question, answer]"
+    if not isinstance(pairs, list):
+        raise BadRecord("wrong type", f"{form}, not {kind_name(pairs)}")
+    turns = []
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRecord("wrong type", form)
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return turns
+
+
+def _alpaca(reading: Reading) -> Dialogue:
+    return Dialogue(None, [*_history(reading), *_single_turn(reading, "instruction", "input", "output")])
+
+
+def _dolly(reading: Reading) -> Dialogue:
+    return Dialogue(None, [*_history(reading), *_single_turn(reading, "instruction", "context", "response")])
+
+
+def _question_answer(reading: Reading) -> Dialogue:
+    question = reading.first(*_QUESTIONS) or _QUESTIONS[0]
+    answer = reading.first(*_ANSWERS) or _ANSWERS[0]
+    turns = [Turn("user", reading.text(question)), Turn("assistant", reading.text(answer))]
+    return Dialogue(None, [*_history(reading), *turns])
+
+
+def _prompt_completion(reading: Reading) -> Dialogue:
+    """Only the completion carries loss, also where the prompt is a list of messages with answers of its own."""
+    system: str | None = None
+    if isinstance(reading.record.get("prompt"), list):
+        system, turns = read_messages(reading, "prompt")
+    else:
+        turns = [*_history(reading), Turn("user", reading.text("prompt"))]
+    if not isinstance(reading.record.get("completion"), list):
+        return Dialogue(system, [*without_loss(turns), Turn("assistant", reading.text("completion"))])
+    later_system, completion = read_messages(reading, "completion")
+    if later_system is not None:
+        completion = [Turn("system", later_system), *completion]
+    return Dialogue(system, [*without_loss(turns), *completion])
+
+
+def _text(reading: Reading) -> Dialogue:
+    return Dialogue(None, [Turn("assistant", reading.text("text"))])
+
+
+def _with_fields_beside(parse: Parser) -> Parser:
+    """`parse`, and the system text and the tools that stand in fields of their own."""
+
+    def parse_all(reading: Reading) -> Dialogue:
+        own, turns, _ = parse(reading)
+        return Dialogue(_system(reading, own), turns, read_tools(reading, *_TOOLS))
+
+    return parse_all
+
+
+def _system(reading: Reading, own: str | None) -> str | None:
+    """`own`, the system text among the messages, or that of the field beside them."""
+    field = reading.first(*_SYSTEM)
+    beside = reading.optional_text(field) if field is not None else None
+    if own and beside and own != beside:
+        raise BadRecord("two system texts", f"{field!r} and the first message are two different system texts")
+    return own or beside or None
+
+
+_LIST = _with_fields_beside(_messages)
+PARSERS: Mapping[str, Parser] = {
+    "flan_mini": _LIST,
+    "sharegpt": _LIST,
+    "messages": _LIST,
+    "alpaca": _with_fields_beside(_alpaca),
+    "dolly": _with_fields_beside(_dolly),
+    "prompt_completion": _with_fields_beside(_prompt_completion),
+    "question_answer": _with_fields_beside(_question_answer),
+    "text": _text,
+}
+
+FORMATS: Sequence[tuple[tuple[str, ...], str]] = (
+    (("conversations",), "sharegpt"),
+    (("messages",), "messages"),
+    (("conversation",), "messages"),
+    (("instruction", "output"), "alpaca"),
+    (("instruction", "response"), "dolly"),
+    (("prompt", "completion"), "prompt_completion"),
+    (("question", "answer"), "question_answer"),
+    (("question", "response"), "question_answer"),
+    (("query", "answer"), "question_answer"),
+    (("query", "response"), "question_answer"),
+    (("prompt", "response"), "question_answer"),
+    (("input", "output"), "question_answer"),
+)
+"""Fields that a record must have, and the format that it then is of; the first that fits."""
+
+COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            "id",
+            "source",
+            *(field for fields, _ in FORMATS for field in fields),
+            "context",
+            "history",
+            "text",
+            *_SYSTEM,
+            *_TOOLS,
+            *_MEDIA,
+            *_PAIR,
+            "kto_tag",
+            "label",
+        )
+    )
+)
+"""The fields that any format reads."""
+
+
+def detect_format(record: object, unread: Sequence[str] = ()) -> str:
+    """The format whose fields a record has; raises BadRecord naming what it has instead. `unread`: more field names."""
+    if not isinstance(record, dict):
+        raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
+    for fields, name in FORMATS:
+        if all(record.get(field) is not None for field in fields):
+            return name
+    if _has_pair(record):
+        raise _preference("chosen and rejected answers")
+    has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
+    if isinstance(record.get("text"), str):
+        detail = "the record holds only `text`; format: text in the source trains on all of it, without a template"
+        raise BadRecord("no known format", f"{detail} (its fields: {', '.join(has[:12])})")
+    known = "; ".join(" + ".join(fields) for fields, _ in FORMATS[:-1])
+    raise BadRecord(
+        "no known format",
+        f"the record is of no known format (its fields: {', '.join(has[:12]) or 'none'}; known are {known}; text). "
+        "Rename the fields, or describe them in a dataset_info.json beside the file, as LLaMA-Factory does",
+    )
+
+
+def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Sequence[str]) -> None:
+    """Raises BadRecord for pictures and for preferences, which a loss on answers would read past."""
+    if not unread and reading.record.keys().isdisjoint(_NOT_TEXT):
+        return
+    if _has_pair(reading.record):
+        raise _preference("chosen and rejected answers")
+    if "kto_tag" in reading.record and "kto_tag" not in reading.used:
+        raise _preference("kto_tag, which says whether the answer is good")
+    if isinstance(reading.record.get("label"), bool) and "completion" in reading.used:
+        raise _preference("label, which says whether the completion is good")
+    marked = any(mark in turn.text for turn in turns for mark in _MARKS)
+    for name in (*reading.record, *unread):
+        filled = name in unread or not is_empty(reading.record[name])
+        if filled and (name in _MEDIA or (marked and name in _MEDIUM)):
+            raise BadRecord("pictures or sound", f"the record comes with {name!r}; only text can be trained on")
+
+
+def _has_pair(record: Mapping[str, Any]) -> bool:
+    return any(not is_empty(record.get(name)) for name in _PAIR)
+
+
+def _preference(what: str) -> BadRecord:
+    return BadRecord(
+        "preference data",
+        f"the record has {what}: preference tuning is not supported; to train on the preferred answers alone, write "
+        "them as prompt and completion and leave the others out",
+    )
+
+
+def described_columns(description: FileDescription) -> tuple[str, ...]:
+    return tuple(description.columns.values())
+
+
+def described_parser(description: FileDescription) -> Parser:
+    """The parser of a file that LLaMA-Factory's dataset_info.json describes."""
+    return partial(_described_sharegpt if description.formatting == "sharegpt" else _described_alpaca, description)
+
+
+def _described_alpaca(description: FileDescription, reading: Reading) -> Dialogue:
+    columns = _usable_columns(description, reading)
+    if "prompt" not in columns or "response" not in columns:
+        raise BadRecord("no known format", f"{description.name!r} of dataset_info.json names no prompt and response")
+    history = _history(reading, columns["history"]) if "history" in columns else []
+    query = columns.get("query")
+    turns = [*history, *_single_turn(reading, columns["prompt"], query, columns["response"])]
+    return _described(columns, reading, None, turns)
+
+
+def _described_sharegpt(description: FileDescription, reading: Reading) -> Dialogue:
+    columns = _usable_columns(description, reading)
+    tags = description.tags
+    roles: dict[str, Role] = {
+        tags["user_tag"].lower(): "user",
+        tags["assistant_tag"].lower(): "assistant",
+        tags["observation_tag"].lower(): "tool",
+        tags["function_tag"].lower(): "assistant",
+        tags["system_tag"].lower(): "system",
+    }
+    system, turns = read_messages(
+        reading,
+        columns.get("messages", "conversations"),
+        {**ROLES, **roles},
+        frozenset({tags["function_tag"].lower()}),
+        (tags["role_tag"], tags["content_tag"]),
+    )
+    return _described(columns, reading, system, turns)
+
+
+def _usable_columns(description: FileDescription, reading: Reading) -> Mapping[str, str]:
+    if description.ranking:
+        raise _preference(f"a ranking, as {description.name!r} of dataset_info.json says")
+    for name in ("chosen", "rejected", "kto_tag"):
+        if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
+            raise _preference(f"{name} answers in {description.columns[name]!r}")
+    for name in _MEDIA:
+        if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
+            raise BadRecord("pictures or sound", f"the record comes with {name}; only text can be trained on")
+    return description.columns
+
+
+def _described(columns: Mapping[str, str], reading: Reading, own: str | None, turns: list[Turn]) -> Dialogue:
+    beside = reading.optional_text(columns["system"]) if "system" in columns else None
+    tools = read_tools(reading, columns["tools"]) if "tools" in columns else ()
+    return Dialogue(own or beside or None, turns, tools)

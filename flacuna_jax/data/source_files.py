@@ -1,0 +1,225 @@
+"""The files of a source: one file, a directory, a glob; which split they are of; and what describes them.
+
+Of a directory that holds several splits, those that are for validation and test by their names are left out, or the
+split that the source names is taken. Names are read as the hub's `datasets` reads them: train-00000-of-00001.parquet,
+test.jsonl, validation/part-1.json. A directory that `datasets` wrote with save_to_disk is read as it lists its files.
+"""
+
+import dataclasses
+import glob
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flacuna_jax.data.dataset_info import FileDescription, read_descriptions
+from flacuna_jax.data.raw import KNOWN_SUFFIXES, kind_of
+from flacuna_jax.errors import UserError
+from flacuna_jax.hub_cache import require_no_cache_directory
+
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that say something of data files and hold no records."""
+_SPLIT_WORDS: Mapping[str, frozenset[str]] = {
+    "train": frozenset({"train", "training"}),
+    "validation": frozenset({"validation", "valid", "val", "dev"}),
+    "test": frozenset({"test", "testing", "eval", "evaluation"}),
+}
+
+
+class DataFiles(NamedTuple):
+    files: tuple[Path, ...]
+    ignored: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFiles:
+    """What a source consists of.
+
+    Attributes:
+      root: What the names of files are relative to: the directory, or the parent of a file.
+      files: In the order in which they are read.
+      ignored: Files that are no data files, by name.
+      notes: Sentences for the report: which split was taken, what was left out.
+      descriptions: By file, what LLaMA-Factory's dataset_info.json says of it.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    descriptions: Mapping[Path, FileDescription] = dataclasses.field(default_factory=dict)
+
+
+def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
+    """The data files of a path: itself, or every data file below a directory, sorted by path, of all splits.
+
+    Hidden files are no part of a source. Raises UserError for a path that is missing or holds no data file; `setting`
+    is where the path comes from.
+    """
+    if path.is_file():
+        _require_data_file(path)
+        return DataFiles((path,), ())
+    if not path.is_dir():
+        if glob.has_magic(str(path)):
+            return _glob(path, setting)
+        looks_like_hub = not path.is_absolute() and len(path.parts) == 2 and not path.suffix
+        hint = f"; a dataset of the hub is written hf:{path}" if looks_like_hub else ""
+        raise UserError(f"{path}: no such file or directory ({setting}){hint}")
+    require_no_cache_directory(path)
+    everything = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    files = tuple(file for file in everything if kind_of(file) and file.name not in _DESCRIPTIONS)
+    ignored = tuple(str(file.relative_to(path)) for file in everything if not kind_of(file))
+    if not files:
+        found = f"; it holds {', '.join(ignored[:5])}" if ignored else ""
+        raise UserError(f"{path}: the directory holds no file that ends in one of {KNOWN_SUFFIXES}{found}")
+    return DataFiles(_as_saved(path, files), ignored)
+
+
+def source_files(path: str, split: str | None = None, setting: str = "data.sources") -> SourceFiles:
+    """The files that a source is read from. Raises UserError for a path without any, or without the wanted `split`."""
+    root = Path(path)
+    found = find_files(root, setting)
+    if not root.is_dir():
+        if root.is_file():
+            root = root.parent
+            if split is not None and not _is_of_split(Path(found.files[0].name), split):
+                raise UserError(
+                    f"{found.files[0]}: split: {split} chooses among the files of a directory, and this is one file; "
+                    "leave split out"
+                )
+            described = root
+        else:
+            root = described = _fixed_part(root)
+            if split is not None:
+                found = _of_split(root, found, split)[0]
+        notes: tuple[str, ...] = ()
+    else:
+        described = root
+        found, notes = _of_split(root, found, split) if split is not None else _training(root, found)
+    descriptions = {
+        file: description for file, description in read_descriptions(described).items() if file in set(found.files)
+    }
+    return SourceFiles(root, found.files, found.ignored, notes, descriptions)
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a relative path is of by its words: train, validation or test; None where it says nothing.
+
+    Of the file name only what stands in front of its endings counts; "train" anywhere wins over a dataset called "dev".
+    """
+    words = [set(re.split(r"[^a-z]+", part.lower())) for part in (*path.parts[:-1], path.name.split(".")[0])]
+    return next((name for name, known in _SPLIT_WORDS.items() if any(part & known for part in words)), None)
+
+
+def _exact_split(path: Path) -> str | None:
+    """The split's own name, as the hub and save_to_disk write it: train_sft of train_sft-00000-of-00001.parquet."""
+    sharded = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?", path.name.split(".")[0])
+    if sharded and sharded[1] != "data":
+        return sharded[1].rpartition("-")[2]
+    return path.parts[-2] if len(path.parts) > 1 else path.name.split(".")[0]
+
+
+def _is_of_split(path: Path, split: str) -> bool:
+    wanted = split_of(Path(split))
+    return _exact_split(path) == split or (wanted is not None and split == wanted and split_of(path) == wanted)
+
+
+def _of_split(root: Path, found: DataFiles, split: str) -> tuple[DataFiles, tuple[str, ...]]:
+    files = tuple(file for file in found.files if _is_of_split(file.relative_to(root), split))
+    if not files:
+        names = sorted({_label(file.relative_to(root)) for file in found.files})
+        raise UserError(f"{root}: no file is of split: {split}; there are {', '.join(names[:10])}")
+    if len(files) == len(found.files):
+        return found, ()
+    return DataFiles(files, found.ignored), (f"split {split}: {len(files)} of {_count(found.files)} taken",)
+
+
+def _training(root: Path, found: DataFiles) -> tuple[DataFiles, tuple[str, ...]]:
+    """Without the files of held-out splits, which are named."""
+    splits = {file: split_of(file.relative_to(root)) for file in found.files}
+    files = tuple(file for file in found.files if splits[file] in (None, "train"))
+    left = [file.relative_to(root) for file in found.files if splits[file] not in (None, "train")]
+    if not files:
+        names = sorted({_label(file) for file in left})
+        raise UserError(
+            f"{root}: by their names, all of its data files are held out ({', '.join(names[:10])}); "
+            f"to train on one of them, write split: {names[0]} in this source"
+        )
+    if not left:
+        return found, ()
+    taken = "split train" if "train" in splits.values() else "files of no held-out split"
+    shown = ", ".join(map(str, left[:5])) + (", ..." if len(left) > 5 else "")
+    note = f"{taken}: {_count(files)} taken; left out as validation or test by name: {shown} (split: names another)"
+    return DataFiles(files, found.ignored), (note,)
+
+
+def _label(path: Path) -> str:
+    return _exact_split(path) or split_of(path) or path.name
+
+
+def _count(files: Sequence[Path]) -> str:
+    return f"{len(files)} file{'s' if len(files) != 1 else ''}"
+
+
+def _require_data_file(path: Path) -> None:
+    if path.name in _DESCRIPTIONS:
+        raise UserError(
+            f"{path}: this file describes data files and holds no records; name its directory, {path.parent}"
+        )
+    if kind_of(path) is None:
+        hint = (
+            '; put each text into a line {"text": "..."} of a .jsonl file and set format: text'
+            if path.suffix.lower() in (".txt", ".md")
+            else ""
+        )
+        raise UserError(f"{path}: the name does not end in one of {KNOWN_SUFFIXES}{hint}")
+
+
+def _glob(pattern: Path, setting: str) -> DataFiles:
+    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if Path(name).is_file())
+    files = tuple(file for file in found if kind_of(file) and file.name not in _DESCRIPTIONS)
+    if not files:
+        names = ", ".join(file.name for file in found[:3])
+        what = f"matches {names}, none of which" if found else "matches no file that"
+        raise UserError(f"{pattern}: the pattern {what} ends in one of {KNOWN_SUFFIXES} ({setting})")
+    return DataFiles(files, tuple(str(file) for file in found if not kind_of(file)))
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The directory in front of the first wildcard."""
+    parts = list(pattern.parts)
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first])
+
+
+def _as_saved(path: Path, files: tuple[Path, ...]) -> tuple[Path, ...]:
+    """`files`, but of each directory that save_to_disk wrote those alone that its state.json lists, in its order."""
+    saved = {state.parent: _listed(state) for state in sorted(path.rglob("state.json"))}
+    saved = {directory: listed for directory, listed in saved.items() if listed}
+    return tuple(_in_saved_order(files, saved)) if saved else files
+
+
+def _in_saved_order(files: Sequence[Path], saved: Mapping[Path, list[Path]]) -> Iterator[Path]:
+    done: set[Path] = set()
+    for file in files:
+        if file.parent not in saved:
+            yield file
+        elif file.parent not in done:
+            done.add(file.parent)
+            for listed in saved[file.parent]:
+                if not listed.is_file():
+                    raise UserError(f"{listed}: no such file, though {file.parent / 'state.json'} lists it")
+                yield listed
+
+
+def _listed(state: Path) -> list[Path]:
+    try:
+        tree: Any = json.loads(state.read_text(encoding="utf-8-sig"))
+        return [state.parent / entry["filename"] for entry in tree["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
