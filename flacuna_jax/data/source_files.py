@@ -126,6 +126,8 @@ def _exact_split(path: Path) -> str | None:
 
 def _is_of_split(path: Path, split: str) -> bool:
     wanted = split_of(Path(split))
+    if path.stem.endswith(f"-{split}"):  # what `hub.py` calls a file that it has fetched
+        return True
     return _exact_split(path) == split or (wanted is not None and split == wanted and split_of(path) == wanted)
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from flacuna_jax.config import DataConfig, SourceConfig
 from flacuna_jax.data.build import build_store
+from flacuna_jax.data.files import read_records
 from flacuna_jax.data.hub import HubName, local_path, local_sources
+from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.errors import UserError
 from tests.data.conftest import Characters
 
@@ -63,3 +65,22 @@ def test_without_the_client_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_name_of_nothing(tmp_path: Path, path: str) -> None:
     with pytest.raises(UserError, match="names no dataset"):
         local_path(path, tmp_path, "data.sources.0")
+
+
+def test_the_split_of_a_source_is_that_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+
+    def load(name: str, config: str | None, split: str) -> Any:
+        return datasets.Dataset.from_list([{"instruction": f"{name} {config}", "output": split}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for path, split in (("hf:a/b", "test"), ("hf:a/b:c", "test"), ("hf:a/b:c:test", "test")):
+        (source,) = local_sources(DataConfig(sources=(SourceConfig(path=path, split=split),)), tmp_path).sources
+        assert [found.value["output"] for found in read_records(Path(source.path), ("output",), POLICY)] == ["test"]
+    config = local_sources(DataConfig(sources=(SourceConfig(path="hf:a/b.c", split="train_sft"),)), tmp_path)
+    assert build_store(config, Characters())[1].kept == 1
+    with pytest.raises(UserError, match="the path names split train, and split: test another"):
+        local_sources(DataConfig(sources=(SourceConfig(path="hf:a/b:c:train", split="test"),)), tmp_path)
+
+
+POLICY = BadRecordPolicy(SourceReport(""), "error")
