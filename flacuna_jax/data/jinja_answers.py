@@ -68,8 +68,7 @@ def render_with_answers(
             raise TemplateRefusal(str(error)) from None
         rendered = Rendered(conversation.whole().replace(BEGIN, "").replace(END, ""), [])
     _require_expressed(rendered.text, conversation)
-    kept = [answer for answer in rendered.answers if turns[answer.turn].trained and turns[answer.turn].says_something]
-    return rendered._replace(answers=kept)
+    return rendered._replace(answers=[answer for answer in rendered.answers if turns[answer.turn].says_something])
 
 
 def _require_expressed(text: str, conversation: "_Conversation") -> None:

@@ -27,8 +27,8 @@ def _vicuna_v1_1(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[
             question = f" {turn.text} " if turn.text else ""
             yield text(f"{separator}USER:{question}ASSISTANT:", False, index)
         elif turn.text:
-            yield text(" " + turn.text, turn.trained, index)
-            yield write.eos(turn.trained, index)
+            yield text(" " + turn.text, True, index)
+            yield write.eos(True, index)
         separator = ""
 
 
@@ -46,7 +46,7 @@ def _vicuna_v0(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Se
         if turn.role == "user":
             yield text(f" Human: {turn.text}\n### Assistant:", False, index)
             continue
-        supervised = _supervised(turn)
+        supervised = bool(turn.text)
         is_last = index == len(turns) - 1
         yield text(f" {turn.text}\n" if is_last else f" {turn.text}\n###", supervised, index)
         if is_last:
@@ -68,7 +68,7 @@ def _llama_2(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segm
             yield write.mark("[/INST]", False, index)
             head = ""
         else:
-            supervised = bool(stripped) and turn.trained
+            supervised = bool(stripped)
             yield text(f" {stripped} ", supervised, index)
             yield write.eos(supervised, index)
 
@@ -88,7 +88,7 @@ def _chatml(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segme
             yield write.mark(_IM_START, False, index)
             yield text("assistant\n", False, index)
             continue
-        supervised = _supervised(turn)
+        supervised = bool(turn.text)
         yield text(turn.text, supervised, index)
         yield write.mark(_IM_END, supervised, index)
         if index == len(turns) - 1 and not write.owns(_IM_END):
@@ -116,8 +116,8 @@ def _alpaca(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segme
         if turn.role == "user":
             yield text(f"### Instruction:\n{turn.text}\n\n### Response:\n", False, index)
         else:
-            yield text(turn.text, turn.trained, index)
-            yield write.eos(_supervised(turn), index)
+            yield text(turn.text, True, index)
+            yield write.eos(bool(turn.text), index)
 
 
 def _plain(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
@@ -129,12 +129,8 @@ def _plain(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segmen
         if turn.role == "user":
             yield text(f"{turn.text}\n", False, index)
         else:
-            yield text(turn.text, turn.trained, index)
-            yield write.eos(_supervised(turn), index)
-
-
-def _supervised(turn: Turn) -> bool:
-    return bool(turn.text) and turn.trained
+            yield text(turn.text, True, index)
+            yield write.eos(bool(turn.text), index)
 
 
 _JINJA_HEAD = (

@@ -49,7 +49,7 @@ class Segment(NamedTuple):
     Attributes:
       text: For a special token, how it is spelled in the rendered text.
       token: Its id. None for text.
-      supervised: Whether its tokens carry loss.
+      supervised: Whether it is what the assistant says, which carries loss unless its turn is not trained.
       turn: Index of the turn that it ends in; -1 before the first.
     """
 

@@ -94,7 +94,8 @@ def puts_space_in_front(tokenizer: Tokenizer) -> bool:
 
 
 class Encoded(NamedTuple):
-    """The ids of one segment (or of several that were joined), whether they carry loss, and the turn they end in."""
+    """The ids of one segment (or of several that were joined), whether the assistant says them, and the turn they end
+    in."""
 
     ids: list[int]
     supervised: bool
@@ -221,14 +222,13 @@ def tokenize_prompt(
 
 def _assemble(conversation: Conversation, encoded: Sequence[Encoded], train_on: TrainOn) -> TokenizedExample:
     last = max((part.turn for part in encoded if part.supervised), default=-1)
+
+    def has_loss(part: Encoded) -> bool:
+        if not part.supervised:
+            return train_on == "all"
+        return conversation.turns[part.turn].trained and (train_on != "last" or part.turn == last)
+
     ids = [token for part in encoded for token in part.ids]
-    loss_mask = np.zeros(len(ids), np.bool_)
-    start = 0
-    for part in encoded:
-        end = start + len(part.ids)
-        loss_mask[start:end] = part.supervised and (train_on != "last" or part.turn == last)
-        start = end
-    if train_on == "all":
-        loss_mask[:] = True
+    loss_mask = np.array([has_loss(part) for part in encoded for _ in part.ids], np.bool_)
     loss_mask[:1] = False
     return TokenizedExample(np.array(ids, np.int32), loss_mask, conversation.id, conversation.source)

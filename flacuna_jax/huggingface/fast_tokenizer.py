@@ -126,7 +126,7 @@ def _prefix(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> tuple[in
 def _unknown(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> int | None:
     """The id of characters outside of the vocabulary; None for a vocabulary that has all bytes."""
     model = json.loads(tokenizer.to_str())["model"]
-    if model.get("byte_fallback"):
+    if model.get("byte_fallback") and tokenizer.token_to_id("<0x00>") is not None:
         return None
     if "unk_id" in model:
         return model["unk_id"]

@@ -366,6 +366,9 @@ def test_turns_can_be_left_out_of_the_loss(loaded: Loaded) -> None:
         text = theirs.decode(example.ids[example.loss_mask])
         assert "keep" in text
         assert "skip" not in text
+        everything = tokenize(Conversation("", "", turns), template, ours, "all")
+        assert "skip" not in theirs.decode(everything.ids[everything.loss_mask])
+        assert everything.loss_mask.sum() > example.loss_mask.sum()
         last = tokenize(CONVERSATIONS["multi"], template, ours, "last")
         assert "Bye!" in theirs.decode(last.ids[last.loss_mask])
         assert "Good." not in theirs.decode(last.ids[last.loss_mask])
