@@ -1,8 +1,8 @@
 """What XLA is told, per platform, and where its programs are kept: one place, in which the user has the last word.
 
 Options belong to a program: the train step hands them to `jax.jit`, so that the trainer, the planner (which compiles
-for machines that are absent) and the benchmarks have the same, and an option that a later jaxlib no longer knows is an
-error with a name instead of an abort. An option that XLA_FLAGS (or LIBTPU_INIT_ARGS) names is left to the user.
+for machines that are absent) and the benchmarks have the same. An option that a later jaxlib no longer knows is left out
+with a warning (`deviceless.known_options`). An option that XLA_FLAGS (or LIBTPU_INIT_ARGS) names is left to the user.
 docs/performance.md says what each does to the compiled step.
 
 What has to be known before JAX meets a device is set by `prepare_process`, which every verb calls first.
@@ -15,7 +15,7 @@ from collections.abc import Mapping, MutableMapping
 
 from flacuna_jax.user_cache import user_cache
 
-Options = dict[str, bool | int | str]
+Options = dict[str, bool | int | float | str]
 
 MEMORY_FRACTION = 0.95
 """Of a GPU's memory for JAX's allocator. JAX's own default, 0.75, would refuse runs that fit; cuBLAS, NCCL and the CUDA
@@ -40,6 +40,12 @@ SPLIT_WEIGHTS: dict[str, Options] = {
     },
 }
 """Beside those, for steps on a mesh that splits weights. TPUs overlap exchanges by default."""
+
+QUICK: dict[str, tuple[Options, ...]] = {
+    "tpu": ({"optimization_level": "O0"}, {"exec_time_optimization_effort": -1.0}),
+}
+"""For plans: the least effort for speed, under the names that it has had, the newest first (`deviceless.quick_options`
+takes the first that is known). For TPUs the full search takes minutes."""
 
 
 def compiler_options(platform: str, split_weights: bool, environment: Mapping[str, str] = os.environ) -> Options:

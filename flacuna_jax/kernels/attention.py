@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from flacuna_jax.deviceless import kind_compiled_for
 from flacuna_jax.kernels import attention_cudnn, attention_tokamax, attention_tpu, attention_xla
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.kernels.packed_mask import PackedMask
@@ -180,7 +181,7 @@ def _ambient_device() -> tuple[str | None, str | None]:
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
-        return described.device_kind, described.platform
+        return kind_compiled_for(described), described.platform
     return jax.devices()[0].device_kind, None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from flacuna_jax.deviceless import lowering_for, quick_options
 from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
@@ -19,9 +20,6 @@ from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-# For TPUs the full search for speed takes minutes, and changes memory by a few per cent only.
-_OPTIONS: dict[str, dict[str, Any]] = {"tpu": {"exec_time_optimization_effort": -1.0}}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
     step_config = StepConfig(spec, workload.seed, layout.remat, training.attention, workload.one_document)
     step = make_step(step_config, state.optimizer, mesh, state.shardings)
     index = jax.ShapeDtypeStruct((), "int32")
-    with jax.set_mesh(mesh):
+    with lowering_for(mesh):
         jitted = step.jitted  # type: ignore[attr-defined]
         return jitted.lower(trainable, opt_state, _frozen(workload, mesh), _batch(workload, layout, mesh), index)
 
@@ -82,7 +80,7 @@ def compile_step(workload: Workload, layout: Layout, devices: Sequence[jax.Devic
     """Compiles the step. Errors other than a lack of device memory are the caller's."""
     started = time.monotonic()
     try:
-        compiled = lower_step(workload, layout, devices).compile(_OPTIONS.get(devices[0].platform))
+        compiled = lower_step(workload, layout, devices).compile(quick_options(devices[0]) or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "shared memory" in str(error).lower():
             raise

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from flacuna_jax.compiler import compiler_options
+from flacuna_jax.deviceless import known_options
 from flacuna_jax.config import RunConfig
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
@@ -177,7 +178,8 @@ def make_step(config: StepConfig, optimizer: optax.GradientTransformation, mesh:
         metrics = StepMetrics(loss, optax.tree.norm(gradients), *skips(opt_state))
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    options = compiler_options(mesh.devices.flat[0].platform, mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
+    split_weights = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    options = known_options(mesh, compiler_options(mesh.devices.flat[0].platform, split_weights))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None), compiler_options=options or None)
 
     def on_mesh(*arguments: Any) -> tuple[Params, Any, StepMetrics]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flacuna_jax.deviceless import lowering_for
 from flacuna_jax.kernels.attention import SAVED_NAMES, attention
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.planning.targets import CompilerMissing, absent_devices, parse_target
@@ -52,7 +53,7 @@ def compiled_gradient(
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask) -> jax.Array:
         return jnp.sum(attention(q, k, v, mask).astype(jnp.float32) ** 2)
 
-    with jax.set_mesh(mesh):
+    with lowering_for(mesh):
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, PackedMask(interval, interval, window))
         return lowered.compile(compiler_options=options)
 
@@ -125,7 +126,8 @@ CASES = [
 
 @pytest.mark.parametrize(("target", "case"), CASES, ids=lambda value: str(value))
 def test_gpu_kernels_fit_and_do_not_spill(target: str, case: dict[str, Any], tmp_path: Path) -> None:
-    compiled_gradient(mesh_of(target), **case, xla_dump_to=str(tmp_path), xla_dump_hlo_as_text=True)
+    dumped = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}  # PTX as well
+    compiled_gradient(mesh_of(target), **case, **dumped)
     gpu = parse_target(target).target.gpu
     assert gpu is not None
     found = resources(tmp_path)
@@ -176,7 +178,7 @@ def test_under_remat_the_forward_kernel_runs_once() -> None:
         return jnp.sum(x.astype(jnp.float32))
 
     def kernels(policy: Any) -> int:
-        with jax.set_mesh(mesh):
+        with lowering_for(mesh):
             gradient = jax.jit(jax.grad(loss, 1), static_argnums=3)
             text = gradient.lower(x, weights, PackedMask(interval, interval), policy).compile().as_text()
         return text.count('custom_call_target="__gpu$xla.gpu.triton"')
