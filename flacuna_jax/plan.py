@@ -31,7 +31,7 @@ from flacuna_jax.model_source import architecture_sizes, with_rope_scaling
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
 from flacuna_jax.planning.search import choices, nearest_fit, search
-from flacuna_jax.planning.targets import CompilerMissing, Machine, absent_devices, parse_target, present_machine
+from flacuna_jax.planning.targets import CompilerUnusable, Machine, absent_devices, parse_target, present_machine
 from flacuna_jax.planning.workload import Statistics, Workload, assumed_statistics, measured_statistics
 
 Note = Callable[[str], None]
@@ -129,7 +129,7 @@ def _machine(target: str | None, estimate: bool, note: Note) -> tuple[Machine, S
         return machine, None
     try:
         return machine, absent_devices(machine)
-    except CompilerMissing as error:
+    except CompilerUnusable as error:
         note(f"note: {error}; what follows is estimated from the sizes")
         return machine, None
 

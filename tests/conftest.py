@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -18,6 +19,48 @@ if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--skipped-to",
+        metavar="FILE",
+        help="append the ids of what is skipped, for another interpreter to run: pytest @FILE",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--skipped-to"):
+        config.pluginmanager.register(_SkippedTo(Path(file)))
+
+
+class _SkippedTo:
+    """Notes what is skipped, in every process of a distributed run; some ids are noted more than once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not hasattr(report, "wasxfail"):
+            self._note(report)
+
+    def _note(self, report: pytest.CollectReport | pytest.TestReport) -> None:
+        if report.skipped:
+            with self.file.open("a") as stream:
+                stream.write(report.nodeid + "\n")
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    return pytest.importorskip("torch", reason="compares with torch")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    return pytest.importorskip("transformers", reason="compares with transformers")
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 import io
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from flacuna_jax import chat, generate
 from flacuna_jax.cli import run_verb
@@ -51,7 +50,9 @@ def _say(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_answers_are_transformers_answers(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_are_transformers_answers(
+    story_llama: Path, capsys: pytest.CaptureFixture[str], torch: ModuleType, transformers: ModuleType
+) -> None:
     """The whole way, from text to text, with the template and without."""
     tokenizer = load_tokenizer(story_llama)
     reference = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32)

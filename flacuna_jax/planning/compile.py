@@ -1,5 +1,6 @@
 """Compiles the real train step, for devices that are here or not, with no array allocated, and reads the result."""
 
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from flacuna_jax.deviceless import lowering_for, quick_options
+from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
@@ -18,6 +20,8 @@ from flacuna_jax.planning.workload import Layout, Workload
 from flacuna_jax.training.optimizer import make_optimizer
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
+
+_logger = logging.getLogger(__name__)
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -42,6 +46,15 @@ class OutOfMemory:
     peak: int | None
     """Bytes that it would have taken, if the compiler told."""
     message: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The step could not be compiled, or what came out could not be read, for a reason other than memory."""
+
+    reason: str
+    """In one line."""
     seconds: float
 
 
@@ -76,16 +89,26 @@ def _batch(workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.Shap
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
-def compile_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]) -> CompiledStep | OutOfMemory:
-    """Compiles the step. Errors other than a lack of device memory are the caller's."""
+def compile_step(
+    workload: Workload, layout: Layout, devices: Sequence[jax.Device]
+) -> CompiledStep | OutOfMemory | Refused:
+    """Compiles the step. Nothing that JAX or the compiler raises gets past this; a `UserError` does."""
     started = time.monotonic()
     try:
-        compiled = lower_step(workload, layout, devices).compile(quick_options(devices[0]) or None)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "shared memory" in str(error).lower():
-            raise
-        message = str(error).splitlines()[0]
-        return OutOfMemory(_stated_bytes(str(error)), message, time.monotonic() - started)
+        return _compiled(workload, layout, devices, started)
+    except UserError:
+        raise
+    except Exception as error:
+        # Compilers for absent devices change with every release, and a plan can do without them.
+        seconds, first_line = time.monotonic() - started, str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" in str(error) and "shared memory" not in str(error).lower():
+            return OutOfMemory(_stated_bytes(str(error)), first_line, seconds)
+        _logger.debug("not compiled", exc_info=True)
+        return Refused(f"{type(error).__name__}: {first_line}", seconds)
+
+
+def _compiled(workload: Workload, layout: Layout, devices: Sequence[jax.Device], started: float) -> CompiledStep:
+    compiled = lower_step(workload, layout, devices).compile(quick_options(devices[0]) or None)
     program = Program(compiled.as_text() or "", lambda op_name: _loop_trips(op_name, workload, layout))
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from flacuna_jax.config import MeshConfig
-from flacuna_jax.planning.compile import OutOfMemory, compile_step
+from flacuna_jax.planning.compile import OutOfMemory, Refused, compile_step
 from flacuna_jax.planning.estimate import Work, argument_bytes, estimate_work, temporary_bytes
 from flacuna_jax.planning.roofline import StepTime, step_time, summarise
 from flacuna_jax.planning.targets import Machine
@@ -30,11 +30,22 @@ class Plan:
     compiled: bool
     """False: estimated from the sizes, no compiler had a say."""
     compile_seconds: float = 0.0
+    refused: str = ""
+    """Why the compiler did not compile it; "" where it did, or was not asked."""
 
     @property
     def name(self) -> str:
         base = self.workload.spec.quantization
         return f"{self.layout}, base {base}" if base else str(self.layout)
+
+    @property
+    def source(self) -> str:
+        """Where the numbers are from, in words."""
+        if self.compiled:
+            return "compiled"
+        if self.refused:
+            return "ESTIMATED from the sizes, because the compiler refused"
+        return "ESTIMATED from the sizes, not compiled"
 
     @property
     def headroom(self) -> int:
@@ -71,6 +82,7 @@ class Plan:
             "micro_batches": self.workload.micro_batches(self.layout),
             "source": "compiled" if self.compiled else "estimated",
             "compile_seconds": round(self.compile_seconds, 2),
+            "refused": self.refused or None,
             "memory": {
                 "arguments": sum(self.arguments.values()),
                 "arguments_by_kind": self.arguments,
@@ -124,9 +136,15 @@ def estimated_plan(workload: Workload, layout: Layout, machine: Machine) -> Plan
 
 
 def compiled_plan(workload: Workload, layout: Layout, machine: Machine, devices: Sequence[jax.Device]) -> Plan:
-    """By the compiler of the hardware. Where it refuses for lack of memory, what it says is all there is of memory."""
+    """By the compiler of the hardware.
+
+    Where it refuses for lack of memory, its message is all that is known of memory. Where it refuses for another
+    reason, the plan is the estimate, with that reason.
+    """
     estimated = estimated_plan(workload, layout, machine)
     result = compile_step(workload, layout, devices)
+    if isinstance(result, Refused):
+        return replace(estimated, refused=result.reason, compile_seconds=result.seconds)
     if isinstance(result, OutOfMemory):
         peak = max(result.peak or estimated.peak, machine.usable_memory + 1)
         temporaries = peak - sum(estimated.arguments.values())

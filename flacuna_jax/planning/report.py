@@ -35,10 +35,10 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
     def row(name: str, *lines: str) -> None:
         table.add_row(name, "\n".join(lines))
 
-    source = f"compiled in {plan.compile_seconds:.1f} s" if plan.compiled else "ESTIMATED from the sizes, not compiled"
+    source = f"{plan.source} in {plan.compile_seconds:.1f} s" if plan.compiled else plan.source
     row("machine", f"{plan.machine.description}, {plan.machine.target.memory / GB:.1f} GB each")
     row("layout", f"{plan.name}; {workload.micro_batches(plan.layout)} micro-batches per step")
-    row("source", source)
+    row("source", source, *([plan.refused] if plan.refused else []))
     kinds = ", ".join(f"{kind} {_size(nbytes)}" for kind, nbytes in plan.arguments.items())
     row("arguments", f"{sum(plan.arguments.values()) / GB:.2f} GB: {kinds}")
     row("temporaries", f"{plan.temporaries / GB:.2f} GB")
@@ -117,7 +117,7 @@ def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
         if price is not None:
             cells.append("?" if cost is None else f"{cost:,.0f}")
         table.add_row(*cells, style=None if plan.fits else "dim")
-    sources = {"compiled" if plan.compiled else "ESTIMATED from the sizes, not compiled" for plan in plans}
+    sources = {plan.source for plan in plans}
     note = (
         f"all {' and '.join(sorted(sources))}; {_assumption(plans[0])}; rows: per device and pass; exposed: seconds of "
         "exchanges with nothing else going on"

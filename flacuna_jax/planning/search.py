@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from flacuna_jax.planning.plans import Plan, compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import Machine, present_machine
 from flacuna_jax.planning.workload import Layout, Statistics, Workload, assumed_statistics
 from flacuna_jax.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 REMATS = ("none", "dots", "full")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -104,6 +107,8 @@ def search(
         for number, plan in enumerate(plans, 1):
             notify(f"compiling {number} of {len(plans)}: {plan.name}")
             compiled.append(compiled_plan(plan.workload, plan.layout, machine, devices))
+            if refused := compiled[-1].refused:
+                notify(f"the compiler refused {plan.name}, which is estimated instead: {refused}")
         plans = compiled
     return sorted(plans, key=_rank)
 
@@ -143,7 +148,8 @@ def choose_layout(
 
     What the config says is kept. At most four candidates, the fastest by estimate, are compiled; the answer is
     remembered for the same network, settings, devices and versions (`data.store_cache.default_directory`). On CPUs
-    nothing is compiled: weights are split over all devices, products and attention are kept.
+    nothing is compiled: weights are split over all devices, products and attention are kept. Where the compiler refuses
+    the candidates for a reason other than memory, the estimate decides, a warning says so, and nothing is remembered.
 
     Returns the mesh and the remat policy, to be written to the resolved config.
 
@@ -176,6 +182,9 @@ def choose_layout(
             f"of {machine.usable_memory / 1e9:.1f} GB per device; lower training.micro_batch_size or data.max_length, "
             "or see `flacuna plan --search`"
         )
+    if best.refused:
+        _logger.warning("mesh and remat are chosen by the estimate: the compiler refused the step (%s)", best.refused)
+        return best.layout.mesh, best.layout.remat
     answer = {"mesh": best.layout.mesh.model_dump(), "remat": best.layout.remat}
     cache.parent.mkdir(parents=True, exist_ok=True)
     beside = cache.with_suffix(f".{os.getpid()}")

@@ -102,6 +102,8 @@ def _tpu(
 TARGETS = {
     "a6000": _pcie("NVIDIA RTX A6000", 51_041_271_808, 768e9, 154.8e12, _ampere_consumer(84, 1.80)),
     "3090": _pcie("NVIDIA GeForce RTX 3090", int(23.69 * GIB), 936e9, 71e12, _ampere_consumer(82, 1.70)),
+    "a40": _pcie("NVIDIA A40", int(44.3 * GIB), 696e9, 149.7e12, _ampere_consumer(84, 1.74)),
+    "a10g": _pcie("NVIDIA A10G", int(22.2 * GIB), 600e9, 70e12, _ampere_consumer(80, 1.71)),
     "4090": _pcie("NVIDIA GeForce RTX 4090", int(23.65 * GIB), 1008e9, 165.2e12, _ada(128, 2.52, 72)),
     "l40s": _pcie("NVIDIA L40S", int(44.5 * GIB), 864e9, 362.05e12, _ada(142, 2.52, 96)),
     "a100-40gb": _a100("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1555e9),
@@ -213,7 +215,11 @@ _COMPILE_ONLY_TPU = {
 }
 
 
-class CompilerMissing(UserError):
+class CompilerUnusable(UserError):
+    """Nothing can be compiled for a machine here; its plans are estimates."""
+
+
+class CompilerMissing(CompilerUnusable):
     """The compiler for a platform is not installed here."""
 
 
@@ -221,11 +227,11 @@ def absent_devices(machine: Machine) -> list[jax.Device]:
     """The devices of a machine that need not be present: build a Mesh of them, lower with shardings on it, compile.
 
     The real compilers run, so memory_analysis(), the optimised program and resource limits are those of the hardware;
-    nothing can be executed. Use the ambient mesh (`jax.set_mesh`) when lowering, so that kernels are chosen for it.
+    nothing can be executed. Lower within `deviceless.lowering_for(mesh)`, so that kernels are chosen for it.
     Where there is no such hardware, JAX must run on the CPU (`jax_platforms`): plugins look for devices otherwise.
 
-    Raises CompilerMissing where the compiler for the platform is not installed, UserError where it knows no such
-    arrangement of devices.
+    Raises CompilerMissing where the compiler for the platform is not installed, CompilerUnusable where it describes no
+    such machine, and a plain UserError where it refuses the sides of a slice that the user named.
     """
     target = machine.target
     names: dict[str, Any]
@@ -234,7 +240,7 @@ def absent_devices(machine: Machine) -> list[jax.Device]:
     if target.gpu is not None:
         shape = f"1x{machine.hosts}x{machine.devices_per_host}"
         names = {"platform": "cuda", "topology": shape, "target_config": gpu_target_config(target)}
-        plugins, extra = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12"
+        plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     else:
         sides = machine.torus or _torus(machine.devices_per_host, target.tpu_dimensions)
         shape = f"{target.tpu_topology}:{'x'.join(map(str, sides))}"
@@ -242,17 +248,20 @@ def absent_devices(machine: Machine) -> list[jax.Device]:
         names = {"platform": "tpu", "num_slices": machine.hosts} | (
             {"chip_config_name": "megacore"} if target.tpu_topology == "v4" else {}
         )
-        plugins, extra = ("libtpu",), "tpu"
+        plugins = ("libtpu",)
         os.environ.update({key: os.environ.get(key, value) for key, value in _COMPILE_ONLY_TPU.items()})
     if not any(importlib.util.find_spec(plugin) for plugin in plugins):
         raise CompilerMissing(
-            f"the compiler for {target.device_kind} is not installed: pip install 'flacuna-jax[{extra}]'; "
+            f"the compiler for {target.device_kind} is not installed: pip install 'flacuna-jax[compilers]'; "
             "no device is needed"
         )
     try:
         devices = topologies.get_topology_desc(shape, **names).devices
     except Exception as error:
-        raise UserError(f"cannot compile for {machine.description} here: {error}") from error
+        refusal = f"cannot compile for {machine.description} here: {error}"
+        if machine.torus and "INVALID_ARGUMENT" in str(error):
+            raise UserError(refusal) from error
+        raise CompilerUnusable(refusal) from error
     return list(devices[: machine.devices])
 
 

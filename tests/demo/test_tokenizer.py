@@ -1,10 +1,10 @@
 """The demo's tokenizer against the conventions of LLaMA's, by our own loader and by transformers."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import sentencepiece
-import transformers
 
 from flacuna_jax.demo import corpus, words
 from flacuna_jax.demo.tokenizer import VOCAB_SIZE, train_tokenizer
@@ -47,7 +47,7 @@ def test_most_of_the_vocabulary_is_one_token(directory: Path) -> None:
     assert sum(len(tokenizer.encode(word)) == 1 for word in vocabulary) > 0.8 * len(vocabulary)
 
 
-def test_transformers_reads_the_same_tokenizer(directory: Path) -> None:
+def test_transformers_reads_the_same_tokenizer(directory: Path, transformers: ModuleType) -> None:
     ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory, legacy=True)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
     for text in ("Anna has a red ball.", "Q: 3 + 4 = ?\nA:"):

@@ -1,11 +1,11 @@
 """How tokens are chosen, against transformers' filters and against the distribution."""
 
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.model import decode
@@ -13,7 +13,9 @@ from flacuna_jax.model.decode import Sampling
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (5, None), (None, 0.6), (None, 1.0), (8, 0.3), (500, 0.01)])
-def test_filters_keep_what_transformers_keeps(top_k: int | None, top_p: float | None) -> None:
+def test_filters_keep_what_transformers_keeps(
+    top_k: int | None, top_p: float | None, torch: ModuleType, transformers: ModuleType
+) -> None:
     logits = np.random.default_rng(0).normal(0, 2, (6, 97)).astype(np.float32)
     kept = np.isfinite(np.asarray(decode._keep_likely(jnp.asarray(logits), top_k, top_p)))
     scores = torch.tensor(logits)

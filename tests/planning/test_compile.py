@@ -22,6 +22,13 @@ from tests.planning.conftest import NETWORK, make_workload
 LLAMA_13B = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
 
 
+def compiled(workload, layout, devices):
+    """The step, which must compile."""
+    step = compile_step(workload, layout, devices)
+    assert isinstance(step, CompiledStep), step
+    return step
+
+
 def exchanged(collectives, at_least=1000):
     """(kind, bytes, partners) → times; exchanges of a few numbers left out."""
     found = Counter()
@@ -36,7 +43,7 @@ def sharded():
     """A LoRA step on four CPU devices; float32, so that the CPU compiler widens nothing."""
     workload = make_workload(dtype="float32")
     layout = Layout(MeshConfig(fsdp=4), "dots", 2)
-    return workload, layout, compile_step(workload, layout, jax.devices()[:4])
+    return workload, layout, compiled(workload, layout, jax.devices()[:4])
 
 
 def test_exactly_the_expected_exchanges(sharded):
@@ -76,8 +83,7 @@ def test_estimates_agree_with_the_program(sharded):
 def test_full_fine_tuning_exchanges_a_layer_at_a_time():
     workload = make_workload(lora=None, dtype="float32")
     layout = Layout(MeshConfig(fsdp=4), "full", 2)
-    step = compile_step(workload, layout, jax.devices()[:4])
-    assert isinstance(step, CompiledStep)
+    step = compiled(workload, layout, jax.devices()[:4])
     # A layer's gradients at most at once (XLA:CPU joins and does not scatter them), or the two tables': no whole stack.
     layer = 4 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128)
     assert max(nbytes for _, nbytes, _ in exchanged(step.work.collectives)) <= layer
@@ -142,7 +148,7 @@ def test_predicted_memory_is_what_a_run_takes():
 def test_the_head_meets_each_chunk_twice(devices):
     """Logits, and the gradient of the activations: how often is the planner's word, the compiler has no count."""
     workload, layout = make_workload(dtype="float32"), Layout(MeshConfig(fsdp=devices), "dots", 2)
-    step = compile_step(workload, layout, jax.devices()[:devices])
+    step = compiled(workload, layout, jax.devices()[:devices])
     head = sum(
         flops * use.times for use, flops in step.program.matrix_products() if LOOP_SCOPE in use.instruction.op_name
     )
@@ -178,7 +184,7 @@ def paper():
 )
 def test_13b_on_four_a6000(absent, paper, mesh, limit):
     layout = Layout(mesh, "dots", 2)
-    step = compile_step(paper, layout, absent("4xA6000"))
+    step = compiled(paper, layout, absent("4xA6000"))
     micro_batches = paper.micro_batches(layout)
     assert step.peak <= limit
     assert step.peak == pytest.approx(estimated_plan(paper, layout, parse_target("4xA6000")).peak, rel=0.1)
@@ -211,7 +217,7 @@ def test_13b_on_four_a6000(absent, paper, mesh, limit):
 @pytest.mark.parametrize(("mesh", "micro_batch"), [(MeshConfig(fsdp=4), 2), (MeshConfig(data=4), 1)])
 def test_without_remat_no_gathered_weight_is_kept(absent, paper, mesh, micro_batch):
     layout = Layout(mesh, "none", micro_batch)
-    step = compile_step(paper, layout, absent("4xA6000"))
+    step = compiled(paper, layout, absent("4xA6000"))
     assert step.peak == pytest.approx(estimated_plan(paper, layout, parse_target("4xA6000")).peak, rel=0.1)
     assert step.peak <= 41e9, "a stack of gathered weights would be 25 GB more"
 
@@ -220,7 +226,7 @@ def test_without_remat_no_gathered_weight_is_kept(absent, paper, mesh, micro_bat
 def test_8_bit_weights_are_not_held_twice(absent, paper):
     """Turned for the backward pass they would be 12.4 GB more."""
     workload = replace(paper, spec=replace(paper.spec, quantization="int8_product"))
-    step = compile_step(workload, Layout(MeshConfig(), "dots", 8), absent("h200"))
+    step = compiled(workload, Layout(MeshConfig(), "dots", 8), absent("h200"))
     assert step.arguments <= 13.5e9
     assert step.temporaries <= 51e9, "of bfloat16 weights 49.7 GB"
 
@@ -243,14 +249,14 @@ def test_the_quick_estimate_of_a_quantised_base(absent, paper, target, quantizat
     workload = replace(paper, spec=replace(paper.spec, quantization=quantization))
     devices = absent(target)
     layout = Layout(MeshConfig(fsdp=len(devices)), remat, micro_batch)
-    step = compile_step(workload, layout, devices)
+    step = compiled(workload, layout, devices)
     assert step.temporaries == pytest.approx(temporary_bytes(workload, layout), rel=0.15)
 
 
 @pytest.mark.slow
 def test_13b_on_a_tpu_slice(absent, paper):
     layout = Layout(MeshConfig(fsdp=16), "dots", 1)
-    step = compile_step(paper, layout, absent("v5e:4x4"))
+    step = compiled(paper, layout, absent("v5e:4x4"))
     assert step.peak <= 9e9
     found = exchanged(step.work.collectives)
     assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
@@ -267,15 +273,14 @@ def test_13b_on_a_tpu_slice(absent, paper):
     ("target", "fsdp", "limit"), [("v4:2x2x1", 4, 21e9), ("v5p:2x2x1", 4, 21e9), ("v6e:2x4", 8, 18e9)]
 )
 def test_13b_on_every_kind_of_tpu(absent, paper, target, fsdp, limit):
-    step = compile_step(paper, Layout(MeshConfig(fsdp=fsdp), "dots", 2), absent(target))
-    assert isinstance(step, CompiledStep)
+    step = compiled(paper, Layout(MeshConfig(fsdp=fsdp), "dots", 2), absent(target))
     assert step.peak <= limit
 
 
 @pytest.mark.slow
 def test_only_adapter_gradients_cross_tpu_slices(absent, paper):
     layout = Layout(MeshConfig(replica=2, fsdp=16), "dots", 1)
-    step = compile_step(paper, layout, absent("2xv5e:4x4"))
+    step = compiled(paper, layout, absent("2xv5e:4x4"))
     between = [collective for collective in step.work.collectives if collective.group == (0, 16)]
     assert {collective.kind for collective in between} == {"all-reduce"}
     sent = sum(collective.nbytes * collective.times for collective in between)

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import MeshConfig, TrainingConfig
@@ -44,7 +42,7 @@ def random_arrays(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 20), (1, 20), (7, 20), (19, 20), (3000, 10417)])
-def test_schedule_equals_transformers_at_every_step(schedule, warmup, total):
+def test_schedule_equals_transformers_at_every_step(schedule, warmup, total, torch, transformers):
     training = settings(schedule=schedule, warmup_steps=warmup, learning_rate=2e-5)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     make = getattr(transformers, f"get_{schedule}_schedule_with_warmup")
@@ -69,7 +67,7 @@ def test_warm_up_as_a_part_of_the_run():
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, None])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_trajectory_equals_torch_adamw_with_clipping(max_grad_norm, weight_decay):
+def test_trajectory_equals_torch_adamw_with_clipping(max_grad_norm, weight_decay, torch, transformers):
     steps = 16
     training = settings(max_grad_norm=max_grad_norm, weight_decay=weight_decay, warmup_steps=3)
     start = random_arrays(0)
@@ -109,7 +107,7 @@ def test_first_update_of_a_warm_up_changes_nothing():
     assert all(not np.any(update) for update in updates.values())
 
 
-def test_clipping_follows_torch_at_the_limit():
+def test_clipping_follows_torch_at_the_limit(torch):
     gradient = np.full((2, 4, 16), 1e-7, np.float32)  # norm 1.1e-6, where torch's added 1e-6 halves the result
     optimizer = make_optimizer(settings(max_grad_norm=1e-8, learning_rate=1.0, schedule="constant"), 1)
     params = {"layers/q_proj/lora_a": jnp.zeros((2, 4, 16))}
@@ -130,7 +128,7 @@ def test_clipping_follows_torch_at_the_limit():
     ],
 )
 @pytest.mark.parametrize("warmup", [0, 5])
-def test_other_schedules_equal_transformers(settings_of_schedule, make, warmup):
+def test_other_schedules_equal_transformers(settings_of_schedule, make, warmup, torch, transformers):
     total = 20
     training = settings(warmup_steps=warmup, **settings_of_schedule)
     lengths = {
@@ -159,7 +157,7 @@ def run(training: TrainingConfig, start: dict[str, np.ndarray], gradients: list[
     return params
 
 
-def test_adafactor_equals_transformers_layer_by_layer():
+def test_adafactor_equals_transformers_layer_by_layer(torch, transformers):
     """transformers' Adafactor with an external rate; a stack of layers is as many separate matrices."""
     shapes = {
         "layers/q_proj/weight": (2, 128, 160),
@@ -205,7 +203,7 @@ def test_lion_follows_its_paper():
         np.testing.assert_allclose(ours[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-def test_lora_plus_equals_pefts_groups():
+def test_lora_plus_equals_pefts_groups(torch):
     peft = pytest.importorskip("peft")
     from peft.optimizers import create_loraplus_optimizer
 
