@@ -1,47 +1,62 @@
-# Two commands do everything on a fresh machine with python3 (3.11 or newer) and make:
+# Two commands do everything on a machine with make and Python 3.11 or newer:
 #   make demo   builds a small Flacuna from nothing: data, tokenizer, base model, LoRA, export, result table
 #   make test   installs the test dependencies and runs the test suite
 
-PYTHON ?= python3
+# The newest of 3.13, 3.12 and 3.11 that runs, pyenv's versions among them; the newest jax needs 3.12.
+PYENV_ROOT ?= $(HOME)/.pyenv
+pythons = python$(1) $(wildcard $(PYENV_ROOT)/versions/$(1).*/bin/python3)
+running = $(firstword $(foreach name,$(1),$(shell $(name) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+ifndef PYTHON
+PYTHON := $(call running,$(foreach version,3.13 3.12 3.11,$(call pythons,$(version))) python3)
+endif
 VENV ?= .venv
-# The parity tests compare against torch; this version has CPU builds, which is all they need.
+
+# What compares with torch runs on Python 3.11, the oldest that is supported, with the jax that belongs to it.
+ifndef PARITY_PYTHON
+PARITY_PYTHON := $(call running,$(call pythons,3.11))
+endif
+PARITY_VENV ?= .venv-parity
+# This version has CPU builds for 3.11, which is all that the comparisons need. Elsewhere pip's newest is taken.
 TORCH ?= torch==2.13.0
+
+WHOLE_VENV ?= .venv-whole
+WHOLE_TORCH ?= torch
 WORKERS ?= 2
 # Public sample data (real tokenizer, a small trained LLaMA, Alpaca, ...): tests that need it skip where it is absent.
 FLACUNA_TEST_DATA ?= $(firstword $(wildcard ../shared/data))
 export FLACUNA_TEST_DATA
 export JAX_PLATFORMS ?= cpu
 
-NEWEST_PYTHON ?= $(firstword $(foreach name,python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3), \
-    $(shell $(name) -c 'import sys; print(sys.executable)' 2>/dev/null)))
-NEWEST_VENV ?= .venv-newest
-# What the second interpreter runs, without torch: a run from end to end, and the rooms that lean on jax's newest corners.
-NEWEST_TESTS = tests/test_end_to_end.py tests/test_config.py tests/data/test_pipeline.py \
-    tests/kernels/test_cross_entropy.py tests/kernels/test_packed_mask.py tests/training/test_checkpoint.py \
-    tests/training/test_step_packing.py
-
 BIN = $(VENV)/bin
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
+# Ids of the tests that the newest Python's environment skipped.
+SKIPPED = $(VENV)/skipped-tests
 
-.PHONY: demo test test-all test-newest lint types format clean
+.PHONY: demo test test-all test-newest test-skipped test-whole lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
 
-test: $(VENV)/.installed-test test-newest
-	$(BIN)/python $(PYTEST) -m "not slow"
+# Each test once: on the newest Python what needs no torch, then on 3.11, with torch, what was skipped there.
+test: SELECT = -m "not slow"
+test-all: SELECT =
+test test-all: test-newest test-skipped
 
-test-all: $(VENV)/.installed-test test-newest
-	$(BIN)/python $(PYTEST)
+test-newest: $(VENV)/.installed-test
+	rm -f $(SKIPPED)
+	$(BIN)/python $(PYTEST) $(SELECT) --skipped-to $(SKIPPED)
 
-# The newest jax needs Python 3.12: where such an interpreter is found, a smaller run of the suite.
-test-newest:
-ifneq ($(NEWEST_PYTHON),)
-	$(MAKE) VENV=$(NEWEST_VENV) PYTHON=$(NEWEST_PYTHON) $(NEWEST_VENV)/.installed-newest
-	$(NEWEST_VENV)/bin/python $(PYTEST) -m "not slow" $(NEWEST_TESTS)
+test-skipped: test-newest
+ifeq ($(PARITY_PYTHON),)
+	@echo "no Python 3.11 here: the comparisons with torch are left out; \`make test-whole\` has them"
 else
-	@echo "no Python 3.12 or 3.13 here: the run against the newest jax is left out"
+	test ! -s $(SKIPPED) || $(MAKE) PARITY_PYTHON=$(PARITY_PYTHON) $(PARITY_VENV)/.installed-parity
+	test ! -s $(SKIPPED) || { sort -u -o $(SKIPPED) $(SKIPPED) && $(PARITY_VENV)/bin/python $(PYTEST) $(SELECT) @$(SKIPPED); }
 endif
+
+# The whole suite with torch on one interpreter: `make test-whole PYTHON=python3.12` (torch's default build is CUDA's).
+test-whole: $(WHOLE_VENV)/.installed-whole
+	$(WHOLE_VENV)/bin/python $(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -54,23 +69,32 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+$(VENV)/bin/python $(WHOLE_VENV)/bin/python:
+	$(PYTHON) -m venv $(@:%/bin/python=%)
+	$@ -m pip install --quiet --upgrade pip
+
+$(PARITY_VENV)/bin/python:
+	$(PARITY_PYTHON) -m venv $(PARITY_VENV)
+	$@ -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-# torch first: a later resolution must not replace its CPU build.
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[test,parity,eval,hub]"
+	$(BIN)/python -m pip install --quiet -e ".[test,compilers,hub]"
 	touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-newest: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[test]"
+# torch first: a later resolution must not replace its CPU build.
+$(PARITY_VENV)/.installed-parity: pyproject.toml | $(PARITY_VENV)/bin/python
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)"
+	$(@D)/bin/python -m pip install --quiet -e ".[test,parity,eval,hub]"
+	touch $@
+
+$(WHOLE_VENV)/.installed-whole: pyproject.toml | $(WHOLE_VENV)/bin/python
+	$(@D)/bin/python -m pip install --quiet "$(WHOLE_TORCH)"
+	$(@D)/bin/python -m pip install --quiet -e ".[test,compilers,parity,eval,hub]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY_VENV) $(WHOLE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import pytest
 
 from flacuna_jax import plan as verb
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config_files import load_config
+from flacuna_jax.planning import compile as compile_module
 from flacuna_jax.planning import targets
 
 PAPER = "configs/flacuna_13b.yaml"
@@ -17,6 +19,17 @@ def no_plugin(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
 
 
+@pytest.fixture
+def refusing_compiler(monkeypatch):
+    """A compiler that is installed and does not compile."""
+
+    def refuse(workload, layout, devices):
+        raise RuntimeError("INVALID_ARGUMENT: no such thing\nand a long dump")
+
+    monkeypatch.setattr(verb, "absent_devices", lambda machine: jax.devices()[:4])
+    monkeypatch.setattr(compile_module, "lower_step", refuse)
+
+
 def run(*arguments):
     return run_verb(verb.main, ["--config", PAPER, *arguments])
 
@@ -24,7 +37,7 @@ def run(*arguments):
 def test_without_the_compiler_it_says_which_extra_brings_it_and_estimates(capsys):
     assert run("--target", "4xA6000", "--json", "--price", "0.5") == 0
     printed = capsys.readouterr()
-    assert "flacuna-jax[cuda12]" in printed.err.replace("\n", "")
+    assert "flacuna-jax[compilers]" in printed.err.replace("\n", "")
     assert "assumed" in printed.err
     document = json.loads(printed.out)
     assert document["source"] == "estimated"
@@ -33,7 +46,39 @@ def test_without_the_compiler_it_says_which_extra_brings_it_and_estimates(capsys
     assert document["memory"]["peak"] < 22e9
     assert document["cost"] == pytest.approx(document["hours"] * 4 * 0.5)
     assert run("--target", "v5e:4x4", "--json", "--mesh={fsdp: 16}", "--training.micro_batch_size=1") == 0
-    assert "flacuna-jax[tpu]" in capsys.readouterr().err.replace("\n", "")
+    assert "flacuna-jax[compilers]" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_what_the_compiler_refuses_is_estimated_and_says_so(capsys, refusing_compiler):
+    assert run("--target", "4xA6000") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "source ESTIMATED from the sizes, because the compiler refused" in printed
+    assert "RuntimeError: INVALID_ARGUMENT: no such thing" in printed
+    assert "long dump" not in printed
+    assert "FITS" in printed
+    assert run("--target", "4xA6000", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["source"] == "estimated"
+    assert "no such thing" in document["refused"]
+
+
+def test_a_search_says_what_was_refused(capsys, refusing_compiler):
+    assert run("--target", "4xA6000", "--search") == 0
+    printed = capsys.readouterr()
+    assert "because the compiler refused" in " ".join(printed.out.split())
+    assert "the compiler refused data 4, remat" in " ".join(printed.err.split())
+
+
+def test_a_compiler_that_does_not_know_the_machine(capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise NotImplementedError("this release describes no devices")
+
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
+    assert run("--target", "4xA6000", "--json") == 0
+    printed = capsys.readouterr()
+    assert "this release describes no devices; what follows is estimated" in " ".join(printed.err.split())
+    assert json.loads(printed.out)["source"] == "estimated"
 
 
 def test_devices_that_are_left_out_are_told(capsys):

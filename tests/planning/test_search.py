@@ -123,6 +123,19 @@ def test_on_accelerators_four_are_compiled_at_most_and_the_answer_is_kept(monkey
     assert {layout.mesh for layout in tried} == {mesh}
 
 
+def test_where_the_compiler_refuses_the_estimate_decides_and_is_not_kept(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
+
+    def refuse(workload, layout, machine, devices):
+        return dataclasses.replace(estimated_plan(workload, layout, machine), refused="XlaError: gone")
+
+    monkeypatch.setattr(search_module, "compiled_plan", refuse)
+    devices = [FakeGpu(i) for i in range(4)]
+    assert choose_layout(run_config(), PAPER.spec, devices) == (MeshConfig(data=4), "dots")
+    assert "XlaError: gone" in caplog.text
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_nothing_fits(monkeypatch, tmp_path):
     monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
     monkeypatch.setattr(search_module, "compiled_plan", lambda w, layout, m, d: estimated_plan(w, layout, m))
