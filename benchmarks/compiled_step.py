@@ -1,6 +1,6 @@
 """The 13B step as the compilers of absent machines make it, against its bars: memory, products, seconds to compile.
 
-    pip install 'flacuna-jax[cuda12,tpu]' nvidia-cuda-nvcc-cu12          # no device is needed
+    pip install 'flacuna-jax[compilers]'          # no device is needed
     python benchmarks/compiled_step.py [cuda|tpu|all]
 
 LLaMA-13B, rows of 1280 tokens, adapters of rank 8 on q and v with dropout 0.05, bfloat16: the trainer's own step, each
@@ -63,6 +63,7 @@ def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
 
     jax.config.update("jax_platforms", "cpu")  # plugins look for devices otherwise
     from flacuna_jax.config import LoraConfig, MeshConfig, TrainingConfig
+    from flacuna_jax.deviceless import quick_options
     from flacuna_jax.model.llama import LlamaConfig
     from flacuna_jax.model.parameters import ModelSpec
     from flacuna_jax.planning.compile import lower_step
@@ -80,8 +81,7 @@ def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
     begun = time.monotonic()
     lowered = lower_step(workload, layout, devices)
     lowering = time.monotonic() - begun
-    options: Any = {"exec_time_optimization_effort": -1.0} if quickly else None
-    compiled = lowered.compile(options)
+    compiled = lowered.compile(quick_options(devices[0]) if quickly else None)
     memory: Any = compiled.memory_analysis()
     seconds = time.monotonic() - begun
     return {

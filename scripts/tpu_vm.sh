@@ -63,12 +63,13 @@ on_every_host() {
     return "$worst"
 }
 
-install() {
+install() { # with the newest Python that the hosts have
     local node
+    local python='$(for v in python3.13 python3.12 python3.11 python3; do "$v" -V >/dev/null 2>&1 && echo "$v" && break; done)'
     for node in $(nodes); do
         "${tpus[@]}" tpu-vm scp --recurse "$root" "$node:flacuna_jax" --zone="$ZONE" --worker=all || return
     done
-    on_every_host "${SETUP:-true} && cd flacuna_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+    on_every_host "${SETUP:-true} && cd flacuna_jax && $python -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
 }
 
 printf -v arguments ' %q' "$@"

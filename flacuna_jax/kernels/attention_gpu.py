@@ -98,7 +98,7 @@ def backward(
         interpret=interpret,
     )(q_bthd, k_bthd, v_bthd, mask.start_bt, o_bthd, do_bthd, lse_bht)
 
-    tile = tiles.dkv
+    tile = tiles.dkv_for(length)
     plan = _Plan(tile, length, dim, scale, interpret)
     specs = _Specs(plan)
     q_spec, k_spec = specs.head_group(group), specs.head()

@@ -31,6 +31,13 @@ class GpuTiles:
     forward: GpuTile
     dq: GpuTile
     dkv: GpuTile
+    dkv_ragged: GpuTile | None = None
+    """In place of `dkv` for rows that its tile does not divide, whose guards take registers."""
+
+    def dkv_for(self, length: int) -> GpuTile:
+        """For rows of a length."""
+        ragged = length % self.dkv.queries or length % self.dkv.keys
+        return self.dkv_ragged if ragged and self.dkv_ragged else self.dkv
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,13 @@ class TpuTiles:
 #   forward 128x64 w8 s2: 65,536, 244   s3: 98,304, 254   64x64 w4 s2: 57,344, 252 (128x128 w8, 128x64 w4 spill)
 #   dq      64x64 w8 s2: 73,728, 164    128x32 w8 s2: 81,920, 196                  (128x64 w8 spills)
 #   dkv     64x64 w8 s2: 74,240, 230    32x64 w8 s2: 53,504, 208                   (64x64 w4, 32x128 w8 spill)
-_AMPERE = GpuTiles(forward=GpuTile(128, 64, 8, 2), dq=GpuTile(64, 64, 8, 2), dkv=GpuTile(64, 64, 8, 2))
+# dkv of rows of 1000 on sm_86: 64x64 w8 s2: 74,240, 255, and from jax 0.12 on it spills; 32x64 w8 s2: 53,504, 208.
+_AMPERE = GpuTiles(
+    forward=GpuTile(128, 64, 8, 2),
+    dq=GpuTile(64, 64, 8, 2),
+    dkv=GpuTile(64, 64, 8, 2),
+    dkv_ragged=GpuTile(32, 64, 8, 2),
+)
 # head_dim 64 on sm_80: 32,768, 168; 32,768, 252; 24,832, 183 (dkv 64x64 w8 spills 12 bytes there).
 _AMPERE_64 = GpuTiles(forward=GpuTile(128, 64, 8, 2), dq=GpuTile(64, 64, 8, 2), dkv=GpuTile(32, 64, 8, 2))
 

@@ -178,9 +178,12 @@ def paper():
     return make_workload(LLAMA_13B, LoraConfig(), 1280, 27)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "limit"), [(MeshConfig(fsdp=4), 22e9), (MeshConfig(data=4), 41e9)], ids=["sharded", "replicated"]
+    ("mesh", "limit"),
+    [
+        pytest.param(MeshConfig(fsdp=4), 22e9, id="sharded"),
+        pytest.param(MeshConfig(data=4), 41e9, id="replicated", marks=pytest.mark.slow),
+    ],
 )
 def test_13b_on_four_a6000(absent, paper, mesh, limit):
     layout = Layout(mesh, "dots", 2)
@@ -253,7 +256,6 @@ def test_the_quick_estimate_of_a_quantised_base(absent, paper, target, quantizat
     assert step.temporaries == pytest.approx(temporary_bytes(workload, layout), rel=0.15)
 
 
-@pytest.mark.slow
 def test_13b_on_a_tpu_slice(absent, paper):
     layout = Layout(MeshConfig(fsdp=16), "dots", 1)
     step = compiled(paper, layout, absent("v5e:4x4"))
