@@ -1,8 +1,8 @@
 """What XLA is told, per platform, and where its programs are kept: one place, in which the user has the last word.
 
 Options belong to a program: the train step hands them to `jax.jit`, so that the trainer, the planner (which compiles
-for machines that are absent) and the benchmarks have the same. An option that a later jaxlib no longer knows is left out
-with a warning (`deviceless.known_options`). An option that XLA_FLAGS (or LIBTPU_INIT_ARGS) names is left to the user.
+for machines that are absent) and the benchmarks have the same. One that a later jaxlib no longer knows is left out with
+a warning (`deviceless.known_options`), one that XLA_FLAGS (or LIBTPU_INIT_ARGS) names is left to the user.
 docs/performance.md says what each does to the compiled step.
 
 What has to be known before JAX meets a device is set by `prepare_process`, which every verb calls first.
