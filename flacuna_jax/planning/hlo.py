@@ -206,6 +206,8 @@ class Program:
                 total = total * size // (size + 1) if in_and_out else total * size
             elif kind == "collective-permute":
                 total = total // 2 if in_and_out else total
+            elif kind == "all-reduce" and len(instruction.arrays) == 2 * len(instruction.operands):
+                total //= 2  # its start has operands and results since jax 0.12, before that results alone
             overlapped = (
                 '"is_sync":false' in instruction.attributes
                 or "async_collective" in instruction.attributes

@@ -206,14 +206,15 @@ def test_13b_on_four_a6000(absent, paper, mesh, limit):
     found = exchanged(step.work.collectives)
     reductions = {key: times for key, times in found.items() if key[0] == "all-reduce"}
     assert reductions == {("all-reduce", 4 * (6_553_600 + 1), 4): 1}, "adapter gradients and loss, once, in float32"
-    gathers = Counter({key: times for key, times in found.items() if key[0] == "all-gather"})
-    expected = {
-        ("all-gather", 2 * 5120 * 5120, 4): 8 * per_pass,
-        ("all-gather", 2 * 5120 * 13824, 4): 6 * per_pass,
-        ("all-gather", 2 * 32000 * 5120, 4): 2 * micro_batches,
-    }
-    assert gathers == (expected if mesh.fsdp > 1 else {})
-    assert set(found) == set(reductions) | set(gathers)
+    assert {kind for kind, *_ in found} == {"all-reduce"} | ({"all-gather"} if mesh.fsdp > 1 else set())
+    if mesh.fsdp > 1:
+        gathers = Counter({key: times for key, times in found.items() if key[0] == "all-gather"})
+        # Both tables once per micro-batch, or (jax 0.12) once per step.
+        assert gathers.pop(("all-gather", 2 * 32000 * 5120, 4)) in (2, 2 * micro_batches)
+        assert gathers == {
+            ("all-gather", 2 * 5120 * 5120, 4): 8 * per_pass,
+            ("all-gather", 2 * 5120 * 13824, 4): 6 * per_pass,
+        }
 
 
 @pytest.mark.slow

@@ -100,6 +100,20 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
     assert program._traffic(copy) == 256, "what lies on chip is not traffic"
 
 
+@pytest.mark.parametrize("shape", ["f32[5]{0}", "((f32[5]{0}), f32[5]{0})"], ids=["to jax 0.11", "from jax 0.12"])
+def test_a_reduction_that_is_started_counts_once(shape):
+    text = f"""HloModule jit_step
+
+ENTRY %main (a: f32[5]) -> f32[5] {{
+  %a = f32[5]{{0}} parameter(0)
+  %start = {shape} all-reduce-start(%a), channel_id=1, replica_groups=[1,4]<=[4], backend_config={{"is_sync":false}}
+  ROOT %done = f32[5]{{0}} all-reduce-done(%start)
+}}
+"""
+    (reduction,) = Program(text).collectives
+    assert (reduction.kind, reduction.nbytes, reduction.times, reduction.overlapped) == ("all-reduce", 20, 1, True)
+
+
 def test_exchanges_between_tpu_slices_are_what_devices_send():
     """A piece of a two-slice program: an all-reduce within each slice, then each of 16 devices sends its sixteenth."""
     attributes = (
