@@ -1,6 +1,6 @@
 """Makes the tables of docs/scaling.md: plans 13B and 65B, adapters and full fine-tuning, for machines that are absent.
 
-    pip install 'flacuna-jax[cuda12,tpu]' nvidia-cuda-nvcc-cu12
+    pip install 'flacuna-jax[compilers]'
     python benchmarks/scaling.py [cuda|tpu|all]
 
 Each row is what `flacuna plan` says; its arguments stand in the row. Rows whose compiler is missing are left out, with

@@ -91,7 +91,7 @@ def ptxas() -> str:
     for place in nvidia.__path__:
         for program in Path(place).glob("cuda_nvcc/bin/ptxas"):
             return str(program)
-    pytest.skip("ptxas is not installed: pip install nvidia-cuda-nvcc-cu12")
+    pytest.skip("ptxas is not installed: pip install flacuna-jax[compilers]")
 
 
 QUICK: tuple[str, dict[str, Any]] = ("a6000", {})
