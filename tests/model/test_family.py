@@ -99,8 +99,7 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def load(path: Path, config: LlamaConfig) -> Params:
     mesh = make_mesh("auto", jax.devices()[:1])
-    shapes = ModelSpec(config).base_shapes
-    return load_base(str(path), config, parameter_shardings(shapes, mesh), "float32")
+    return load_base(str(path), config, parameter_shardings(ModelSpec(config).base, mesh), "float32")
 
 
 @functools.cache
@@ -190,7 +189,7 @@ def test_adapters_and_merges_are_pefts(member: Member, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     shapes = lora_shapes(member.config, lora)
     params = {path: (0.1 * rng.standard_normal(shape)).astype(np.float32) for path, shape in shapes.items()}
-    adapter = Adapter(lora, params)
+    adapter = Adapter(ModelSpec(member.config, lora), params)
     spec = dataclasses.replace(member.spec, lora=lora)
     ours = packed_logits(spec, {**member.params, **params})
 
