@@ -22,7 +22,7 @@ from flacuna_jax.huggingface.load import fingerprint, read_architecture
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training.checkpoint import Checkpointer
 
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -35,7 +35,7 @@ def settings(base: Path, run: Path, lora: dict | None) -> RunConfig:
 
 def random_params(config: LlamaConfig, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {p: rng.standard_normal(s).astype(np.float32) * 0.1 for p, s in lora_shapes(config, LORA).items()}
+    return {p: rng.standard_normal(s).astype(np.float32) * 0.1 for p, s in ModelSpec(config, LORA).lora_shapes.items()}
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
     if not modules:
         raise UserError(f"{source} holds no LoRA factors; the adapter was saved empty")
     for (module, layer), parts in modules.items():
-        _check_factors(source, linear[module].of_layer(layer), parts)
+        _check_factors(source, f"{linear[module].last} of layer {layer}", parts)
     return dict(sorted(modules.items()))
 
 

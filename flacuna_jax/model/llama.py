@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from flacuna_jax.config import LoraConfig
-from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 from flacuna_jax.model.lora import LoRAHead, LoRALinear, base_matrix, fold_keys
@@ -29,7 +28,7 @@ from flacuna_jax.model.rope import Rope, RopeScaling, ntk_theta, rope_frequencie
 from flacuna_jax.model.sharding import constrain
 from flacuna_jax.model.variables import Axes, BaseParam, ModuleName, ParamInfo
 
-EMBEDDING, FINAL_NORM, HEAD = ModuleName("model.embed_tokens"), ModuleName("model.norm"), ModuleName("lm_head")
+EMBEDDING, HEAD = ModuleName("model.embed_tokens"), ModuleName("lm_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +131,7 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
+        # The numbers tell the dropout keys of the projections apart; another number is another random stream.
         self.input_layernorm = norm("input_layernorm", d)
         self.q_proj = project("self_attn.q_proj", d, q, ("heads", None), 0)
         self.k_proj = project("self_attn.k_proj", d, kv, ("kv_heads", None), 1)
@@ -196,12 +196,10 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.dtype = config, dtype
-        if lora is not None and HEAD.last in lora.targets and config.tie_word_embeddings:
-            raise UserError(f"lora.targets: {HEAD.last} of this model is its embedding table (tie_word_embeddings)")
         self.embed_tokens = Embedding(EMBEDDING, config.vocab_size, config.hidden_size, param_dtype, rngs)
         make_blocks = nnx.vmap(lambda rngs, layer: Block(config, lora, param_dtype, rngs, layer, quantization))
         self.layers = make_blocks(rngs.split(config.num_layers), jnp.arange(config.num_layers))
-        self.norm = RMSNorm(FINAL_NORM, config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.norm = RMSNorm(ModuleName("model.norm"), config.hidden_size, config.rms_norm_eps, param_dtype)
         if not config.tie_word_embeddings:
             self.lm_head = LoRAHead(
                 HEAD,

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flacuna_jax.config import LoraConfig, by_pattern
+from flacuna_jax.config import HEAD, LoraConfig, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight
@@ -71,6 +71,8 @@ def require_matches(lora: LoraConfig, modules: Iterable[ModuleName]) -> None:
     """
     found = {module.last: module for module in modules}
     absent = [target for target in lora.targets if target not in found]
+    if absent == [HEAD]:
+        raise UserError(f"lora.targets: {HEAD} of this model is its embedding table (tie_word_embeddings)")
     if absent:
         raise UserError(f"lora.targets: the model has no {absent[0]}; it has {', '.join(found)}")
     names = [

@@ -96,11 +96,11 @@ class ModelSpec:
 
     @property
     def base_shapes(self) -> Shapes:
-        return shapes_of(self.base)
+        return {path: parameter.shape for path, parameter in self.base.items()}
 
     @property
     def lora_shapes(self) -> Shapes:
-        return shapes_of(self.adapters)
+        return {path: parameter.shape for path, parameter in self.adapters.items()}
 
     @property
     def linear(self) -> dict[str, ModuleName]:
@@ -161,24 +161,10 @@ def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def shapes_of(parameters: Mapping[str, Parameter]) -> Shapes:
-    return {path: parameter.shape for path, parameter in parameters.items()}
-
-
 @functools.lru_cache(maxsize=64)
 def base_parameters(config: LlamaConfig) -> dict[str, Parameter]:
     """The base's parameters by path: stacked [layers, ...], matrices [out, in]. Shared: do not change it."""
     return ModelSpec(config).held
-
-
-def base_shapes(config: LlamaConfig) -> Shapes:
-    """Paths and shapes of the base's parameters."""
-    return shapes_of(base_parameters(config))
-
-
-def lora_shapes(config: LlamaConfig, lora: LoraConfig) -> Shapes:
-    """Paths and shapes of the adapters: A [layers, rank, in], B [layers, out, rank] of each targeted projection."""
-    return ModelSpec(config, lora).lora_shapes
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from tests.huggingface.checkpoints import GROUPED, SMALL, Written
 from tests.torch_models import from_torch, torch, torch_llama
 
@@ -33,7 +33,7 @@ def random_adapter(config: LlamaConfig, lora: LoraConfig, base_name: str | None 
     """Random numbers within each layer's rank; magnitudes around the norms of the test models' rows."""
     rng = np.random.default_rng(0)
     params = {}
-    for path, shape in lora_shapes(config, lora).items():
+    for path, shape in ModelSpec(config, lora).lora_shapes.items():
         params[path] = (0.3 * rng.standard_normal(shape) + path.endswith("magnitude")).astype(np.float32)
     for module, (ranks, _) in ModelSpec(config, lora).ranks.items():
         for layer, rank in enumerate(ranks if module != "lm_head" else ()):

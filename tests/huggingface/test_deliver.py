@@ -25,7 +25,7 @@ from flacuna_jax.huggingface.probe import Side, probe_ids, stored_weights, strea
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, base_parameters, base_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_parameters
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.huggingface.checkpoints import SMALL, TIED, Written, save
 from tests.torch_models import torch, torch_llama, transformers
@@ -358,7 +358,7 @@ def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path: Path, tiny_sente
     sizes = {"num_layers": 24, "hidden_size": 512, "intermediate_size": 1408, "head_dim": 64}
     config = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=8, **sizes)
     noise = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float16)
-    params = {path: np.resize(noise * 0.02, shape) for path, shape in base_shapes(config).items()}
+    params = {path: np.resize(noise * 0.02, shape) for path, shape in ModelSpec(config).base_shapes.items()}
     source = tmp_path / "source"
     source.mkdir()
     tensors = model_tensors(params, config, np.dtype(np.float16))

@@ -16,7 +16,7 @@ from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, base_parameters, base_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_parameters
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.huggingface.checkpoints import GROUPED, SMALL, Written, save, write
 from tests.torch_models import from_torch, torch
@@ -102,7 +102,7 @@ def test_rotary_frequencies_of_old_checkpoints_are_ignored(plain: Written, tmp_p
         state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.arange(6).float()
     (tmp_path / "config.json").write_bytes((plain.path / "config.json").read_bytes())
     torch.save(state, tmp_path / "pytorch_model.bin")
-    assert load(tmp_path, SMALL).keys() == base_shapes(SMALL).keys()
+    assert load(tmp_path, SMALL).keys() == ModelSpec(SMALL).base_shapes.keys()
 
 
 def rewrite(source: Written, path: Path, **changes: "torch.Tensor | None") -> None:

@@ -21,7 +21,7 @@ from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model import continuation, shared_prefix
 from flacuna_jax.model.decode import GREEDY
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, Params, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.rope import ntk_theta, rope_frequencies
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.tiny import packed_batch
@@ -187,7 +187,7 @@ def test_converted_and_back(member: Member, tmp_path: Path) -> None:
 def test_adapters_and_merges_are_pefts(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)
-    shapes = lora_shapes(member.config, lora)
+    shapes = ModelSpec(member.config, lora).lora_shapes
     params = {path: (0.1 * rng.standard_normal(shape)).astype(np.float32) for path, shape in shapes.items()}
     adapter = Adapter(ModelSpec(member.config, lora), params)
     spec = dataclasses.replace(member.spec, lora=lora)

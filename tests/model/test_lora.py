@@ -1,5 +1,6 @@
 """LoRA's variants against PEFT, float32: logits and gradients of patterns, layer subsets, rsLoRA, DoRA, the head."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -230,3 +231,9 @@ def test_dropout_reaches_the_heads_adapter() -> None:
         for index in (0, 1, 0)
     ]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_tied_head_is_no_target() -> None:
+    tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head of this model is its embedding table \(tie_word_embeddings\)"):
+        ModelSpec.of_run(tied, ModelConfig(path="x"), LoraConfig(targets=("q_proj", "lm_head")))
