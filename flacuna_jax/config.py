@@ -288,7 +288,7 @@ class TrainingConfig(Section):
     """What cosine, linear and warmup_stable_decay end at, as a fraction of `learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     no_decay: tuple[str, ...] = ("norm", "bias", "embed_tokens", "lora_magnitude")
-    """Parameters whose names hold one of these words do not decay."""
+    """Parameters do not decay if one of these words is in their name, or is their kind: matrix, table, norm, bias."""
     max_grad_norm: PositiveFloat | None = 1.0
     batch_size: PositiveInt = 128
     """Examples or packed rows per optimizer step, see `batch_unit`."""

@@ -266,7 +266,11 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
             raise UserError(f"{source} holds {leaf} of {where} twice, as {name} and another name")
         modules[module, layer][leaf] = tensor
     if unknown:
-        raise UserError(f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}")
+        tied = config.tie_word_embeddings and any(f".{HEAD}." in name for name in unknown)
+        hint = f" ({HEAD} of this model is its embedding table)" if tied else ""
+        raise UserError(
+            f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}{hint}"
+        )
     if not modules:
         raise UserError(f"{source} holds no LoRA factors; the adapter was saved empty")
     for (module, layer), parts in modules.items():

@@ -38,17 +38,14 @@ def parse_tensor_name(name: str, config: LlamaConfig) -> tuple[str, int | None] 
     """
     number = _LAYER.search(name)
     pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
-    path, stacked = _patterns(config).get(pattern, ("", None))
-    if stacked is not (number is not None):
-        return None
-    return path, None if number is None else int(number[0])
+    path = None if "{}" in name else _paths(config).get(pattern)
+    return None if path is None else (path, None if number is None else int(number[0]))
 
 
 @functools.lru_cache(maxsize=64)
-def _patterns(config: LlamaConfig) -> Mapping[str, tuple[str, bool]]:
-    """Name with {} for the layer → path, and whether it is stacked."""
-    base = base_parameters(config)
-    return {f"{found.module.pattern}.{found.leaf}": (path, found.stacked) for path, found in base.items()}
+def _paths(config: LlamaConfig) -> Mapping[str, str]:
+    """Name with {} for the layer → path."""
+    return {f"{found.module.pattern}.{found.leaf}": path for path, found in base_parameters(config).items()}
 
 
 def adapter_name(parameter: ParamInfo, layer: int) -> str:
