@@ -6,7 +6,7 @@ without an adapter, has zeros beyond its own in A and in B. Then neither has a g
 them: what is trained, counted and exported is exactly each layer's own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flacuna_jax.config import HEAD, LoraConfig, by_pattern
 from flacuna_jax.errors import UserError
-from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Quantization
+from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight
 from flacuna_jax.model.variables import Axes, BaseParam, Kind, LoRAParam, LoRAScale, ModuleName, ParamInfo
 
@@ -120,13 +120,11 @@ class LoRALinear(nnx.Module):
         self.lora = lora if ranks is not None else None
         info = ParamInfo(name, "weight", "matrix", axes)
         kernel_oi = base_matrix(rngs.params(), (out_features, in_features), param_dtype)
-        self.weight = (
-            BaseParam(kernel_oi, info=info) if quantization is None else KERNELS[quantization](kernel_oi, info)
-        )
+        hold: Callable[..., BaseParam | Kernel] = BaseParam if quantization is None else KERNELS[quantization]
+        self.weight = hold(kernel_oi, info=info)
         if bias:
-            self.bias = BaseParam(
-                jnp.zeros((out_features,), param_dtype), info=ParamInfo(name, "bias", "bias", axes[:1])
-            )
+            info = ParamInfo(name, "bias", "bias", axes[:1])
+            self.bias = BaseParam(jnp.zeros((out_features,), param_dtype), info=info)
         if lora is None or ranks is None:
             return
 
