@@ -282,7 +282,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
 ) -> None:
     adapter = random_adapter(SMALL, LoraConfig(targets=PROJECTIONS))
     wrong = {
-        "scale": dataclasses.replace(adapter, lora=adapter.lora.model_copy(update={"alpha": 32.0})),
+        "scale": dataclasses.replace(adapter, spec=ModelSpec(SMALL, adapter.lora.model_copy(update={"alpha": 32.0}))),
         "transposed layers": dataclasses.replace(adapter, params={p: v[::-1] for p, v in adapter.params.items()}),
         "forgotten": None,
     }[fault]
