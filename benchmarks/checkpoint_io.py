@@ -32,7 +32,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from flacuna_jax.config import LoraConfig
-from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import hugging_face_config
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
@@ -41,7 +40,7 @@ from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader, forget
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_parameters
 
 VICUNA_13B = LlamaConfig(
     vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40,
@@ -132,11 +131,9 @@ def make_checkpoint(path: Path, config: LlamaConfig) -> int:
         return lambda rows: np.resize(noise, (rows.stop - rows.start, *shape[1:]))
 
     tensors = []
-    for parameter, shape in base_shapes(config).items():
-        stacked = names.is_stacked(parameter)
-        each = shape[1:] if stacked else shape
-        for name in names.tensor_names(parameter, config.num_layers):
-            tensors.append(PendingTensor(name, each, HALF, filled(each)))
+    for parameter in base_parameters(config).values():
+        for name in parameter.tensors:
+            tensors.append(PendingTensor(name, parameter.layer_shape, HALF, filled(parameter.layer_shape)))
     list(write_shards(path, tensors))
     (path / "config.json").write_text(json.dumps(hugging_face_config(config, HALF)))
     return sum(tensor.nbytes for tensor in tensors)
@@ -144,9 +141,9 @@ def make_checkpoint(path: Path, config: LlamaConfig) -> int:
 
 def random_adapter(config: LlamaConfig) -> Adapter:
     rng = np.random.default_rng(1)
-    lora = LoraConfig()
-    shapes = lora_shapes(config, lora)
-    return Adapter(lora, {path: (rng.standard_normal(s) * 1e-3).astype(np.float32) for path, s in shapes.items()})
+    spec = ModelSpec(config, LoraConfig())
+    shapes = spec.lora_shapes
+    return Adapter(spec, {path: (rng.standard_normal(s) * 1e-3).astype(np.float32) for path, s in shapes.items()})
 
 
 def measure(work: Callable[[], None]) -> tuple[float, int]:

@@ -65,7 +65,7 @@ def load_ours(directory: Path) -> LlamaLanguageModel:
     config = read_architecture(directory)
     spec = ModelSpec(config, None, "float32", "float32")
     mesh = make_mesh("auto", jax.devices()[:1])
-    params = load_base(str(directory), config, parameter_shardings(spec.base_shapes, mesh), "float32")
+    params = load_base(str(directory), config, parameter_shardings(spec.base, mesh), "float32")
     return LlamaLanguageModel(spec, params, load_tokenizer(directory), mesh, placement=Placement(row_tokens=2048))
 
 

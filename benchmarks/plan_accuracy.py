@@ -29,7 +29,6 @@ from flacuna_jax.planning.compile import lower_step
 from flacuna_jax.planning.plans import compiled_plan
 from flacuna_jax.planning.targets import present_machine
 from flacuna_jax.planning.workload import Layout, Statistics, Workload
-from flacuna_jax.training.optimizer import make_optimizer
 from flacuna_jax.training.state import StateLayout
 
 SIZES = {"58m": LlamaConfig(32000, 512, 1376, 8, 8, 8, 64), **LLAMA_SIZES}
@@ -57,9 +56,9 @@ class Row:
 
         mesh = make_mesh(layout.mesh, devices)
         compiled = lower_step(workload, layout, devices).compile()
-        state_layout = StateLayout(spec, make_optimizer(workload.training, 1000), mesh)
+        state_layout = StateLayout(spec, workload.optimizer, mesh)
         before = _reset_peak()
-        base = init_params(spec, spec.base_shapes, 0, mesh)
+        base = init_params(spec, spec.base, 0, mesh)
         state = state_layout.begin(state_layout.fresh_adapters(0, base))
         batch = jax.device_put(_batch(rows, self.micro_batch * layout.shards, self.length), batch_sharding(mesh))
         carry, seconds = (state.trainable, state.opt_state), []

@@ -37,7 +37,7 @@ class Bench:
         self.mesh = make_mesh("auto", jax.devices()[:1])
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-5))
         self.layout = StateLayout(self.spec, self.optimizer, self.mesh)
-        self.base: Params = init_params(self.spec, self.spec.base_shapes, 0, self.mesh)
+        self.base: Params = init_params(self.spec, self.spec.base, 0, self.mesh)
         corpus = CORPORA[arguments.corpus]
         self.rows = [
             lay(packed_documents(corpus, self.shape.vocab, arguments.rows, arguments.length, seed), arguments.length)

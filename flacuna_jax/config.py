@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -22,10 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HEAD = "lm_head"
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+"""What `lora.targets` may name, so that a mistyped word is found before a model is opened. Which modules a model has,
+`model/llama.py` says; `lora.require_matches` compares the two."""
+TARGETS: tuple[Target, ...] = get_args(Target)
+HEAD: Target = "lm_head"
+PROJECTIONS = tuple(target for target in TARGETS if target != HEAD)
 ALL_LINEAR = "all-linear"
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
@@ -301,7 +303,7 @@ class TrainingConfig(Section):
     """What cosine, linear and warmup_stable_decay end at, as a fraction of `learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     no_decay: tuple[str, ...] = ("norm", "bias", "embed_tokens", "lora_magnitude")
-    """Parameters whose names hold one of these words do not decay."""
+    """Parameters do not decay if one of these words is in their name, or is their kind: matrix, table, norm, bias."""
     max_grad_norm: PositiveFloat | None = 1.0
     batch_size: PositiveInt = 128
     """Examples or packed rows per optimizer step, see `batch_unit`."""

@@ -33,6 +33,7 @@ from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model_source import network_sizes
 from flacuna_jax.run_delivery import companions
 from flacuna_jax.run_facts import run_facts
@@ -57,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     facts = run_facts(run, settings, arguments.results)
     name = arguments.base_name or settings.model.name or str(base)
     if arguments.format == "adapter":
-        _export_adapter(arguments, target, Adapter(adapter.lora, adapter.params, name), config, trained, facts)
+        _export_adapter(arguments, target, dataclasses.replace(adapter, base_name=name), config, trained, facts)
     else:
         beside = dataclasses.replace(_companions(arguments, settings, config, facts), base_name=name)
-        seen = _seen_by_training(settings, reader)
+        seen = _seen_by_training(settings, config, reader)
         if arguments.merge_base == "dequantised" and seen is None:
             raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
         if seen is None or arguments.merge_base == "stored":
@@ -79,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def _seen_by_training(settings: RunConfig, reader: TensorReader) -> TensorReader | None:
+def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorReader) -> TensorReader | None:
     """The base as a quantised run saw it; None where that is what the checkpoint holds."""
     if settings.model.quantization is None:
         return None
-    return RoundedBase(reader, settings.model.quantization, np.dtype(jnp.dtype(settings.model.dtype)))
+    return RoundedBase(reader, config, settings.model.quantization, np.dtype(jnp.dtype(settings.model.dtype)))
 
 
 def _base_directory(arguments: argparse.Namespace, settings: RunConfig) -> Path:
@@ -105,7 +106,7 @@ def _adapter(
     step = arguments.step
     if step is None and (run / "adapter").is_dir():
         adapter = read_adapter(run / "adapter", config)
-        return adapter, any(np.any(value) for path, value in adapter.params.items() if path.endswith("lora_b"))
+        return adapter, adapter.is_trained
     params, meta = restore_adapters(arguments.run, step)
     recorded = meta.get("fingerprints", {}).get("base")
     if recorded is not None and recorded != fingerprint(reader, config):
@@ -115,7 +116,8 @@ def _adapter(
     step = list_checkpoints(arguments.run)[-1] if step is None else step
     print(f"adapter of step {step}, from {arguments.run.rstrip('/')}/checkpoints")
     # The first update of a warm-up can have learning rate 0.
-    return Adapter(lora, {path: np.asarray(value, np.float32) for path, value in params.items()}), step > 1
+    arrays = {path: np.asarray(value, np.float32) for path, value in params.items()}
+    return Adapter(ModelSpec(config, lora), arrays), step > 1
 
 
 def _export_adapter(

@@ -91,12 +91,12 @@ class ModelLoader:
         spec = dataclasses.replace(base, lora=None if adapter is None else adapter.lora)
         if self._held is None or self._held[0] != (address.base, base):
             self._held = None  # frees the base before the next one is read
-            shardings = parameter_shardings(base.base_shapes, mesh)
+            shardings = parameter_shardings(base.base, mesh)
             keep = functools.partial(quantize, base, mesh)
             self._held = ((address.base, base), load_base(str(address.base), config, shardings, held_dtype, keep=keep))
         params = dict(self._held[1])
         if adapter is not None:
-            shardings = parameter_shardings(spec.lora_shapes, mesh)
+            shardings = parameter_shardings(spec.adapters, mesh)
             params |= {key: jax.device_put(jnp.asarray(leaf), shardings[key]) for key, leaf in adapter.params.items()}
         directories = [address.base] if adapter_directory is None else [address.base, adapter_directory]
         # What a run's settings make of the base (positions, quantisation) stands in no file of these directories.

@@ -10,7 +10,6 @@ from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.rope import stretched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -
     if scaling.type == "ntk" and sizes.head_dim == 2:
         raise UserError("model.rope_scaling: {type: ntk} turns slow pairs alone slower; heads of 2 have one pair")
     llama3 = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    return stretched(sizes, scaling.type, factor, **(llama3 if scaling.type == "llama3" else {}))
+    return sizes.stretched(scaling.type, factor, **(llama3 if scaling.type == "llama3" else {}))
 
 
 def architecture_sizes(architecture: ArchitectureConfig, tokenizer_path: str) -> LlamaConfig:

@@ -19,7 +19,7 @@ from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.probe import probe_ids
-from flacuna_jax.model.parameters import Params
+from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import (
     parameter_shardings,
 )
@@ -55,7 +55,7 @@ def deliver_result(
         if last_loss is not None:
             rows["last training loss"] = f"{last_loss:.4f}"
         adapter = Adapter(
-            config.lora.model_copy(update={"init_from": None}),
+            ModelSpec(setup.source.config, config.lora.model_copy(update={"init_from": None})),
             {name: np.asarray(value, np.float32) for name, value in trained.items()},
             config.model.name or config.model.path,
         )
@@ -107,7 +107,7 @@ def _on_every_host(params: Params) -> dict[str, Any]:
 
 def _logits_on_run(setup: Setup, base: Params) -> Callable[[Adapter], np.ndarray]:
     """Logits of fixed ids by the run's own base and compiled network, for an adapter read back from its files."""
-    shardings = parameter_shardings(setup.spec.lora_shapes, setup.mesh)
+    shardings = parameter_shardings(setup.spec.adapters, setup.mesh)
     ids_t = probe_ids(setup.source.config)
 
     def forward(params: Params, tokens_bt: jax.Array) -> jax.Array:

@@ -108,7 +108,8 @@ class Setup:
 
     @property
     def layout(self) -> StateLayout:
-        return StateLayout(self.spec, make_optimizer(self.config.training, self.plan.total_steps), self.mesh)
+        spec = self.spec
+        return StateLayout(spec, make_optimizer(self.config.training, self.plan.total_steps, spec.trainable), self.mesh)
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def open_parts(config: RunConfig) -> Parts:
     """Raises UserError for a model that is not there, or devices that do not go with it, the batch or the attention."""
     source = open_model(config.model, config.data.max_length)
     spec = model_spec(config, source)
-    require_words(config.training.no_decay, (*spec.base_shapes, *spec.lora_shapes))
+    require_words(config.training.no_decay, spec.base | spec.adapters)
     require_backend(
         config.training.attention,
         source.config.head_dim,
@@ -298,8 +299,8 @@ def _tokenised(
 def load_weights(setup: Setup) -> Params:
     spec, mesh = setup.spec, setup.mesh
     if setup.source.reader is None:
-        return init_params(spec, {name: leaf.shape for name, leaf in spec.held.items()}, setup.config.seed, mesh)
-    shardings = parameter_shardings(spec.base_shapes, mesh)
+        return init_params(spec, spec.held, setup.config.seed, mesh)
+    shardings = parameter_shardings(spec.base, mesh)
     keep = functools.partial(quantize, spec, mesh)
     return load_base(str(setup.config.model.path), setup.source.config, shardings, spec.param_dtype, keep=keep)
 
@@ -312,7 +313,7 @@ def first_adapters(setup: Setup, base: Params) -> Params:
         return setup.layout.fresh_adapters(setup.config.seed, base)
     adapter = read_adapter(local_run(lora.init_from), setup.source.config)
     _require_same_adapters(lora, adapter.lora)
-    return jax.device_put(adapter.params, parameter_shardings(setup.spec.lora_shapes, setup.mesh))
+    return jax.device_put(adapter.params, parameter_shardings(setup.spec.adapters, setup.mesh))
 
 
 def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:

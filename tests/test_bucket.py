@@ -21,6 +21,7 @@ from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.inference import ModelAddress
+from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training import bucket as bucket_module
 from flacuna_jax.training.checkpoint import Checkpointer, list_checkpoints
 from flacuna_jax.training.local_run import local_run
@@ -247,7 +248,9 @@ def finished(machine, story_llama, tmp_path) -> Path:
     path, config = tmp_path / "read", read_architecture(story_llama)
     path.mkdir()
     (path / "config.yaml").write_text(settings(story_llama, path, LORA.model_dump(mode="json")).to_yaml())
-    write_adapter(path / "adapter", Adapter(LORA, random_params(config, 10), "base"), config, trained=True)
+    write_adapter(
+        path / "adapter", Adapter(ModelSpec(config, LORA), random_params(config, 10), "base"), config, trained=True
+    )
     fsspec.filesystem("gcs").put(f"{path}/", "gs://runs/read/", recursive=True)
     for place in (path, "gs://runs/read"):
         with Checkpointer(place, keep=1, asynchronous=False) as checkpointer:

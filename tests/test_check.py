@@ -17,7 +17,7 @@ from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_mer
 from flacuna_jax.huggingface.golden import FILE, Golden, Prompt, Record, compare, compare_text
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
-from flacuna_jax.model.parameters import lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from tests.huggingface.conftest import tiny_sentencepiece  # noqa: F401
 from tests.test_export import config, run  # noqa: F401
 from tests.tiny import SMALL
@@ -222,10 +222,13 @@ def test_an_export_records_prompts_and_passes(
 )
 def test_vllms_rules(lora: LoraConfig, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
-    params = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in lora_shapes(SMALL, lora).items()}
+    params = {
+        path: rng.standard_normal(shape).astype(np.float32)
+        for path, shape in ModelSpec(SMALL, lora).lora_shapes.items()
+    }
     if lora.rank_pattern:
         params["layers/q_proj/lora_b"][...] = 1
-    write_adapter(tmp_path / "a", Adapter(lora, params, "base"), SMALL, trained=False)
+    write_adapter(tmp_path / "a", Adapter(ModelSpec(SMALL, lora), params, "base"), SMALL, trained=False)
     fine = says.startswith("--")
     assert run_verb(check.main, [str(tmp_path / "a")]) == (0 if fine else 1)
     assert says in capsys.readouterr().out

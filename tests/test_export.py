@@ -22,7 +22,7 @@ from flacuna_jax.huggingface.load import fingerprint, read_architecture
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training.checkpoint import Checkpointer
 
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -35,7 +35,7 @@ def settings(base: Path, run: Path, lora: dict | None) -> RunConfig:
 
 def random_params(config: LlamaConfig, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {p: rng.standard_normal(s).astype(np.float32) * 0.1 for p, s in lora_shapes(config, LORA).items()}
+    return {p: rng.standard_normal(s).astype(np.float32) * 0.1 for p, s in ModelSpec(config, LORA).lora_shapes.items()}
 
 
 @pytest.fixture
@@ -49,7 +49,9 @@ def run(story_llama: Path, config: LlamaConfig, tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir()
     (path / "config.yaml").write_text(settings(story_llama, path, LORA.model_dump(mode="json")).to_yaml())
-    write_adapter(path / "adapter", Adapter(LORA, random_params(config, 10), "base"), config, trained=True)
+    write_adapter(
+        path / "adapter", Adapter(ModelSpec(config, LORA), random_params(config, 10), "base"), config, trained=True
+    )
     base = fingerprint(open_checkpoint(story_llama), config)
     with Checkpointer(path, keep=3, asynchronous=False) as checkpointer:
         for step in (5, 10):
@@ -83,7 +85,7 @@ def test_a_merged_model(
     out = tmp_path / "out"
     assert run_verb(export.main, [str(run), str(out), "--format", "merged", "--shard-bytes", "1000000"]) == 0
     assert "verified; rounding shifts logits by at most" in capsys.readouterr().out
-    ids, adapter = probe_ids(config), Adapter(LORA, random_params(config, 10))
+    ids, adapter = probe_ids(config), Adapter(ModelSpec(config, LORA), random_params(config, 10))
     expected = streamed_logits(stored_weights(open_checkpoint(story_llama), config), config, ids, adapter)
     found = streamed_logits(stored_weights(open_checkpoint(out), config), config, ids, None)
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -140,7 +142,7 @@ def test_another_base_is_refused(
     run: Path, story_llama: Path, config: LlamaConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
-    adapter = Adapter(LORA, random_params(config, 3))
+    adapter = Adapter(ModelSpec(config, LORA), random_params(config, 3))
     write_merged(other, open_checkpoint(story_llama), config, adapter, Companions(story_llama, None, {}))
     arguments = [str(run), str(tmp_path / "out"), "--format", "adapter", "--step", "5", "--base", str(other)]
     assert run_verb(export.main, arguments) == 2

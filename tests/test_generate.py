@@ -17,7 +17,7 @@ from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
-from flacuna_jax.model.parameters import lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from tests.vocabularies import llama_template
 
 LORA = LoraConfig(rank=2, alpha=4.0)
@@ -40,8 +40,10 @@ def run(story_llama: Path, tmp_path: Path) -> Path:
     }
     (path / "config.yaml").write_text(parse_config(tree).to_yaml())
     rng = np.random.default_rng(0)
-    params = {p: rng.standard_normal(s).astype(np.float32) * 0.2 for p, s in lora_shapes(config, LORA).items()}
-    write_adapter(path / "adapter", Adapter(LORA, params, str(story_llama)), config, trained=True)
+    params = {
+        p: rng.standard_normal(s).astype(np.float32) * 0.2 for p, s in ModelSpec(config, LORA).lora_shapes.items()
+    }
+    write_adapter(path / "adapter", Adapter(ModelSpec(config, LORA), params, str(story_llama)), config, trained=True)
     return path
 
 

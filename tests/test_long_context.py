@@ -84,7 +84,7 @@ def test_a_row_of_16k_has_pefts_loss_and_gradients(test_data: Path, llama_tokeni
     network = network_sizes(config.model, LENGTH)
     spec = ModelSpec(network, LORA, "float32", "float32")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    base = load_base(str(tmp_path), network, parameter_shardings(spec.base_shapes, mesh), "float32")
+    base = load_base(str(tmp_path), network, parameter_shardings(spec.base, mesh), "float32")
 
     sizes.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": LENGTH / CONTEXT}
     stretched = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, config=sizes, attn_implementation="sdpa")
@@ -95,7 +95,7 @@ def test_a_row_of_16k_has_pefts_loss_and_gradients(test_data: Path, llama_tokeni
         if "lora_" in name:
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape) * 0.1)
-            path, layer = names.parse_adapter_name(name)  # type: ignore[misc]
+            path, layer = names.parse_adapter_name(name, network)  # type: ignore[misc]
             adapters[path][layer] = parameter.detach().numpy()
 
     gradients_of = jax.jit(loss_and_gradients, static_argnums=0)
@@ -112,7 +112,7 @@ def test_a_row_of_16k_has_pefts_loss_and_gradients(test_data: Path, llama_tokeni
             assert float(loss) == pytest.approx(expected.item(), rel=2e-6)
             for name, parameter in reference.named_parameters():
                 if "lora_" in name:
-                    path, layer = names.parse_adapter_name(name)  # type: ignore[misc]
+                    path, layer = names.parse_adapter_name(name, network)  # type: ignore[misc]
                     theirs = parameter.grad.numpy()
                     error = np.linalg.norm(gradients[path][layer] - theirs) / np.linalg.norm(theirs)
                     assert error < 1e-3, (name, error)

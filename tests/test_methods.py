@@ -16,7 +16,6 @@ from flacuna_jax.config_files import parse_config
 from flacuna_jax.evaluation.language_model import ScoreRequest
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader
-from flacuna_jax.model.lora import peft_module
 from flacuna_jax.model.quantized import NF4Kernel
 from tests.small_run import write_run
 
@@ -102,7 +101,7 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert on_stored.loglikelihood(asked)[0].log_probability == pytest.approx(score.log_probability, abs=1e-4)
     assert on_stored.fingerprint != loaded.fingerprint, "answers of one are not taken from the other's cache"
     for layer, module in ((0, "layers/q_proj"), (1, "layers/down_proj")):
-        name = f"{peft_module(module, layer)}.weight"
+        name = f"{loaded.spec.linear[module].of_layer(layer)}.weight"
         kernel = load_file(base / "run" / "model" / "model.safetensors")[name]
         seen = np.asarray(NF4Kernel(jnp.asarray(kernel)).dequantized((None, None), jnp.float32))
         adapter = read_adapter(run / "adapter", loaded.spec.config)

@@ -1,10 +1,16 @@
 """Sizes and packed batches that several tests share."""
 
+import dataclasses
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flacuna_jax.config import LoraConfig
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.variables import Parameter
 
 SMALL = LlamaConfig(
     vocab_size=97, hidden_size=48, intermediate_size=112, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=12
@@ -41,6 +47,13 @@ def in_steps(batch: dict[str, np.ndarray], micro_batch: int) -> dict[str, np.nda
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(leaf) for name, leaf in batch.items()}
+
+
+def described(paths: Iterable[str]) -> dict[str, Parameter]:
+    """What the network says of these parameters, which have the sizes of `SMALL`."""
+    config = dataclasses.replace(SMALL, biases=("q_proj",))
+    known = ModelSpec(config).base | ModelSpec(config, LoraConfig(use_dora=True)).adapters
+    return {path: known[path] for path in paths}
 
 
 def random_params(shapes: dict[str, tuple[int, ...]], scale: float, seed: int = 0) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import Params, base_shapes
+from flacuna_jax.model.parameters import ModelSpec, Params
 from tests.tiny import SMALL
 
 torch = pytest.importorskip("torch", reason="the parity tests compare against torch")
@@ -55,7 +55,7 @@ def from_torch(model: torch.nn.Module, config: LlamaConfig) -> Params:
     """Stacks a torch state dict by hand, independently of the package's own loader."""
     state = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
     params = {}
-    for name in base_shapes(config):
+    for name in ModelSpec(config).base_shapes:
         if name.startswith("layers/"):
             module = name.removeprefix("layers/").removesuffix("/weight")
             rows = [state[f"model.layers.{i}.{torch_module(module)}.weight"] for i in range(config.num_layers)]

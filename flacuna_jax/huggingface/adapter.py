@@ -5,13 +5,13 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.config import HEAD, NO_EXPRESSION, LoraConfig, Target, by_pattern
+from flacuna_jax.config import HEAD, NO_EXPRESSION, TARGETS, LoraConfig, Target, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
@@ -20,8 +20,8 @@ from flacuna_jax.huggingface.safetensors_file import read_header
 from flacuna_jax.huggingface.tensors import MappedFiles, ReadableTensor, StoredTensor, cast, host_device
 from flacuna_jax.huggingface.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.lora import adapter_ranks, peft_module
-from flacuna_jax.model.parameters import lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.variables import ModuleName, Parameter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE, LEGACY_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
@@ -52,32 +52,44 @@ class Adapter:
     """An adapter and its settings.
 
     Attributes:
-      lora: rank, alpha, dropout, targets.
+      spec: the network that it is for, with the adapter's settings.
       params: float32 arrays under our paths, A [layers, rank, in], B [layers, out, rank] and, with DoRA, magnitudes
         [layers, out]; zeros beyond a layer's own rank. Those of the head have no layers.
       base_name: the base model as the adapter's author names it.
     """
 
-    lora: LoraConfig
+    spec: ModelSpec
     params: dict[str, np.ndarray]
     base_name: str | None = None
 
     @property
-    def modules(self) -> list[str]:
-        """Paths of the modules with adapters, "layers/q_proj" or "lm_head"."""
-        return [path.removesuffix("/lora_a") for path in self.params if path.endswith("/lora_a")]
+    def lora(self) -> LoraConfig:
+        """Rank, alpha, dropout, targets."""
+        assert self.spec.lora is not None
+        return self.spec.lora
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any B is not zero throughout."""
+        return any(np.any(self.params[path]) for path, part in self.spec.adapters.items() if part.kind == "lora_b")
 
     def layers_of(self, module: str) -> list[int]:
-        """Layers in which a module has an adapter; [0] for the head."""
-        chosen = self.lora.layers_to_transform
-        return list(chosen or range(len(self.params[f"{module}/lora_a"]))) if names.is_stacked(module) else [0]
+        """Layers in which a module, "layers/q_proj" or "lm_head", has an adapter; [0] for the head."""
+        ranks = self.spec.ranks.get(module)
+        return [] if ranks is None else np.flatnonzero(ranks.ranks).tolist()
 
     def factor(self, path: str, layer: int) -> np.ndarray:
         """One layer of the parameter at `path`, without what pads it to the largest rank of all layers."""
-        module, _, leaf = path.rpartition("/")
-        value = self.params[path][layer] if names.is_stacked(path) else self.params[path]
-        rank = self.lora.rank_of(peft_module(module, layer))
-        return {"lora_a": value[:rank], "lora_b": value[..., :rank], "lora_magnitude": value}[leaf]
+        parameter = self.spec.adapters[path]
+        value = self.params[path][layer] if parameter.stacked else self.params[path]
+        rank = self.lora.rank_of(parameter.module.of_layer(layer))
+        return {"lora_a": value[:rank], "lora_b": value[..., :rank]}.get(parameter.kind, value)
+
+    def factors(self, module: str, layer: int, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """A, and of these rows of the module scale · B and the magnitudes (None without DoRA)."""
+        scale = self.spec.ranks[module].scales[layer]
+        magnitude_o = self.factor(f"{module}/lora_magnitude", layer)[rows] if self.lora.use_dora else None
+        return self.factor(f"{module}/lora_a", layer), self.factor(f"{module}/lora_b", layer)[rows] * scale, magnitude_o
 
     def merge(
         self,
@@ -96,12 +108,9 @@ class Adapter:
           rows: of the whole matrix.
           dtype: of the result.
         """
-        if f"{module}/lora_a" not in self.params or layer not in self.layers_of(module):
+        if layer not in self.layers_of(module):
             return weight_oi if weight_oi.dtype == dtype else cast(weight_oi, dtype)
-        a_ri = self.factor(f"{module}/lora_a", layer)
-        scale = np.float32(self.lora.scale_of(peft_module(module, layer)))
-        b_or = self.factor(f"{module}/lora_b", layer)[rows] * scale
-        magnitude_o = self.factor(f"{module}/lora_magnitude", layer)[rows] if self.lora.use_dora else None
+        a_ri, b_or, magnitude_o = self.factors(module, layer, rows)
         with jax.default_device(host_device()):
             return np.asarray(_merged(weight_oi, a_ri, b_or, magnitude_o, dtype.name)).astype(dtype, copy=False)
 
@@ -116,11 +125,6 @@ def _merged(
         norms_o = jnp.maximum(jnp.linalg.norm(total_oi, axis=-1), 1e-15)
         total_oi *= (magnitude_o / norms_o)[:, None]
     return total_oi.astype(jnp.float32 if dtype == "float64" else dtype)
-
-
-def host_adapter(lora: LoraConfig, params: Mapping[str, jax.Array], base_name: str | None = None) -> Adapter:
-    """An `Adapter` from a run's arrays, which must be addressable by this process."""
-    return Adapter(lora, {path: np.asarray(value, np.float32) for path, value in params.items()}, base_name)
 
 
 def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
@@ -138,14 +142,15 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
     settings = _read_settings(directory)
     source, tensors = _open_weights(directory)
     modules = _group(source, tensors, config)
-    lora = _lora_config(directory, settings, modules)
+    linear = ModelSpec(config).linear
+    lora = _lora_config(directory, settings, modules, linear)
     for (module, layer), parts in modules.items():
-        name, rank = peft_module(module, layer), parts["lora_a"].shape[0]
+        name, rank = linear[module].of_layer(layer), parts["lora_a"].shape[0]
         if lora.rank_of(name) != rank:
             raise UserError(
                 f"{directory / CONFIG_FILE} gives {name} rank {lora.rank_of(name)}, its tensors have rank {rank}"
             )
-    return Adapter(lora, _stack(source, modules, lora, config), settings.get("base_model_name_or_path"))
+    return _adapter(source, modules, ModelSpec(config, lora), settings.get("base_model_name_or_path"))
 
 
 def read_training_checkpoint(
@@ -164,34 +169,34 @@ def read_training_checkpoint(
       UserError: a factor is missing, misshapen or not finite.
     """
     modules = _group(reader.directory, {n: t for n, t in reader.tensors.items() if ".lora_" in n}, config)
-    ranks = {peft_module(*module): parts["lora_a"].shape[0] for module, parts in modules.items()}
+    linear = ModelSpec(config).linear
+    ranks = {linear[module].of_layer(layer): parts["lora_a"].shape[0] for (module, layer), parts in modules.items()}
     rank = max(ranks.values())
     lora = LoraConfig(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=_targets(reader.directory, {}, modules),
+        targets=_targets(reader.directory, {}, modules, linear),
         rank_pattern=tuple((re.escape(name), other) for name, other in ranks.items() if other != rank),
     )
-    return Adapter(lora, _stack(reader.directory, modules, lora, config), base_name)
+    return _adapter(reader.directory, modules, ModelSpec(config, lora), base_name)
 
 
 Parts = dict[str, ReadableTensor]
 """lora_a, lora_b and perhaps lora_magnitude of one module in one layer."""
 
 
-def _stack(
-    source: Path, modules: Mapping[Module, Parts], lora: LoraConfig, config: LlamaConfig
-) -> dict[str, np.ndarray]:
-    _check_layers(source, modules, config)
-    params = {path: np.zeros(shape, np.float32) for path, shape in lora_shapes(config, lora).items()}
+def _adapter(source: Path, modules: Mapping[Module, Parts], spec: ModelSpec, base_name: str | None) -> Adapter:
+    _check_layers(source, modules, spec.config)
+    params = {path: np.zeros(shape, np.float32) for path, shape in spec.lora_shapes.items()}
     files = MappedFiles()
     for (module, layer), parts in modules.items():
         for leaf, stored in parts.items():
-            _place(source, params, f"{module}/{leaf}", layer, stored.read(files))
-    if lora.use_dora:
-        _require_everywhere(source, modules, lora, config)
-    return params
+            path = f"{module}/{leaf}"
+            _place(source, params[path], spec.adapters[path], layer, stored.read(files))
+    if spec.lora is not None and spec.lora.use_dora:
+        _require_everywhere(source, modules, spec)
+    return Adapter(spec, params, base_name)
 
 
 def _check_layers(source: Path, modules: Mapping[Module, Parts], config: LlamaConfig) -> None:
@@ -200,14 +205,15 @@ def _check_layers(source: Path, modules: Mapping[Module, Parts], config: LlamaCo
         raise UserError(f"{source} has an adapter in layer {last}; the base has {config.num_layers} layers")
 
 
-def _require_everywhere(source: Path, modules: Mapping[Module, Parts], lora: LoraConfig, config: LlamaConfig) -> None:
+def _require_everywhere(source: Path, modules: Mapping[Module, Parts], spec: ModelSpec) -> None:
     """A module without adapter is one with factors of zeros, but not one with a magnitude of zero."""
-    for module, (ranks, _) in adapter_ranks(lora, config.num_layers).items():
+    for module, (ranks, _) in spec.ranks.items():
         for layer in np.flatnonzero(ranks):
             if (module, int(layer)) not in modules:
+                name = spec.linear[module].of_layer(int(layer))
                 raise UserError(
-                    f"{source}: {peft_module(module, int(layer))} has no adapter, while others of its name or layer "
-                    f"have; with DoRA (use_dora) that cannot be represented"
+                    f"{source}: {name} has no adapter, while others of its name or layer have; with DoRA (use_dora) "
+                    f"that cannot be represented"
                 )
 
 
@@ -245,20 +251,21 @@ def _open_weights(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
 def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaConfig) -> dict[Module, Parts]:
     """(module, layer) → its tensors."""
     modules: dict[Module, Parts] = {}
-    unknown = []
+    linear, unknown = ModelSpec(config).linear, []
     for name, tensor in tensors.items():
         if _repeats_the_base(name, tensor, config):
             continue
-        place = names.parse_adapter_name(name)
+        place = names.parse_adapter_name(name, config)
         if place is None or tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
             unknown.append(name)
             continue
         path, layer = place
         module, _, leaf = path.rpartition("/")
         if leaf in modules.setdefault((module, layer), {}):
-            raise UserError(f"{source} holds {leaf} of {peft_module(module, layer)} twice, as {name} and another name")
+            where = linear[module].of_layer(layer)
+            raise UserError(f"{source} holds {leaf} of {where} twice, as {name} and another name")
         modules[module, layer][leaf] = tensor
-    tables = [name for name in unknown if names.parse_table_in_adapter(name) is not None]
+    tables = [name for name in unknown if names.is_table_in_adapter(name)]
     if tables:
         shape = list(tensors[tables[0]].shape)
         raise UserError(
@@ -267,18 +274,22 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
             "into a base of that size with PEFT, and start from the result"
         )
     if unknown:
-        raise UserError(f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}")
+        tied = config.tie_word_embeddings and any(f".{HEAD}." in name for name in unknown)
+        hint = f" ({HEAD} of this model is its embedding table)" if tied else ""
+        raise UserError(
+            f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}{hint}"
+        )
     if not modules:
         raise UserError(f"{source} holds no LoRA factors; the adapter was saved empty")
     for (module, layer), parts in modules.items():
-        _check_factors(source, f"{module.removeprefix('layers/')} of layer {layer}", parts)
+        _check_factors(source, f"{linear[module].last} of layer {layer}", parts)
     return dict(sorted(modules.items()))
 
 
 def _repeats_the_base(name: str, tensor: ReadableTensor, config: LlamaConfig) -> bool:
     """Whether a tensor is the base's own table, which PEFT saves with adapters of the head; of its size, so that a
     vocabulary that was made larger is not taken for it."""
-    return names.parse_table_in_adapter(name) is not None and tensor.shape == (config.vocab_size, config.hidden_size)
+    return names.is_table_in_adapter(name) and tensor.shape == (config.vocab_size, config.hidden_size)
 
 
 def _check_factors(source: Path, where: str, parts: Parts) -> None:
@@ -292,20 +303,22 @@ def _check_factors(source: Path, where: str, parts: Parts) -> None:
         )
 
 
-def _lora_config(directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> LoraConfig:
+def _lora_config(
+    directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts], linear: Mapping[str, ModuleName]
+) -> LoraConfig:
     file = directory / CONFIG_FILE
     dora = bool(settings.get("use_dora"))
     if any(("lora_magnitude" in parts) != dora for parts in modules.values()):
         raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'there'}")
     if dora and (HEAD, 0) in modules:
         raise UserError(f"{file}: use_dora with {HEAD} among its targets is not implemented")
-    names_of_modules = [peft_module(*module) for module in modules]
+    names_of_modules = [linear[module].of_layer(layer) for module, layer in modules]
     ranks = _patterns(file, settings, "rank_pattern", names_of_modules)
     return LoraConfig(
         rank=int(settings["r"]),
         alpha=float(settings["lora_alpha"]),
         dropout=_dropout(directory, settings),
-        targets=_targets(directory, settings, modules),
+        targets=_targets(directory, settings, modules, linear),
         layers_to_transform=_layers(settings, modules),
         rank_pattern=tuple((pattern, int(value)) for pattern, value in ranks),
         alpha_pattern=_patterns(file, settings, "alpha_pattern", names_of_modules),
@@ -353,32 +366,33 @@ def _dropout(directory: Path, settings: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _targets(directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tuple[Target, ...]:
+def _targets(
+    directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts], linear: Mapping[str, ModuleName]
+) -> tuple[Target, ...]:
     """The modules that the tensors are of, in the order of the settings where those list them."""
-    found = {module.removeprefix("layers/") for module, _ in modules}
+    found = {linear[module].last for module, _ in modules}
     stated = settings.get("target_modules")
     order = [str(name).rsplit(".", 1)[-1] for name in stated] if isinstance(stated, list) else []
     absent = sorted(set(order) - found)
     if absent:
         raise UserError(f"{directory / CONFIG_FILE} targets {', '.join(absent)}, but the weights have none of it")
-    known: tuple[Target, ...] = get_args(Target)
-    return tuple(sorted((name for name in known if name in found), key=[*order, *known].index))
+    return tuple(sorted((name for name in TARGETS if name in found), key=[*order, *TARGETS].index))
 
 
-def _place(source: Path, params: Mapping[str, np.ndarray], path: str, layer: int, factor: np.ndarray) -> None:
+def _place(source: Path, value: np.ndarray, parameter: Parameter, layer: int, factor: np.ndarray) -> None:
     """Writes one layer of a parameter; what lies beyond its rank stays zero."""
-    target = params[path][layer] if names.is_stacked(path) else params[path]
+    target, name = value[layer] if parameter.stacked else value, names.adapter_name(parameter, layer)
     wrong = {
         "lora_a": factor.shape[1:] != target.shape[1:],
         "lora_b": factor.shape[:1] != target.shape[:1],
         "lora_magnitude": factor.shape != target.shape,
     }
-    if wrong[path.rpartition("/")[2]]:
+    if wrong[parameter.kind]:
         raise UserError(
-            f"{source}: {names.adapter_name(path, layer)} has shape {list(factor.shape)}; the base needs "
+            f"{source}: {name} has shape {list(factor.shape)}; the base needs "
             f"{list(target.shape)} at the largest rank. It belongs to another model"
         )
     values = factor.astype(np.float32)
     if not np.isfinite(values).all():
-        raise UserError(f"{source}: {names.adapter_name(path, layer)} is not finite")
+        raise UserError(f"{source}: {name} is not finite")
     target[tuple(slice(size) for size in values.shape)] = values

@@ -36,8 +36,8 @@ def write_adapter_files(
     (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     stored = DTYPES[dtype]
     tensors = {
-        names.adapter_name(path, layer): cast(adapter.factor(path, layer), stored)
-        for path in adapter.params
+        names.adapter_name(parameter, layer): cast(adapter.factor(path, layer), stored)
+        for path, parameter in adapter.spec.adapters.items()
         for layer in adapter.layers_of(path.rpartition("/")[0])
     }
     ordered = sorted(tensors)

@@ -16,9 +16,8 @@ import numpy as np
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.probe import Side, StreamedModel, Weights, probe_ids
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.parameters import base_parameters
 
-_EMBEDDING = "embed_tokens/weight"
 _MOST_BYTES = 1 << 26
 """Of values that wait for the network; whoever shows more waits, unless it is for others that the network waits."""
 
@@ -32,7 +31,7 @@ class LogitsAlongside:
     """
 
     def __init__(self, config: LlamaConfig, meant: Side) -> None:
-        self._layers, self._shapes = config.num_layers, base_shapes(config)
+        self._config, self._base = config, base_parameters(config)
         self._ids = probe_ids(config)
         self._model = StreamedModel([meant, Side(self._found)], config, batch=1, slots=len(self._ids))
         self._seen: defaultdict[tuple[str, int], list[tuple[slice, np.ndarray]]] = defaultdict(list)
@@ -53,14 +52,14 @@ class LogitsAlongside:
 
     def see(self, name: str, rows: slice, values: np.ndarray) -> None:
         """Takes some rows of the tensor that is written as `name`; from any thread."""
-        place = names.parse_tensor_name(name)
+        place = names.parse_tensor_name(name, self._config)
         assert place is not None, name
         path, layer = place[0], place[1] or 0
-        if path == _EMBEDDING:
+        if self._base[path].kind == "table":
             looked_up = sorted({i for i in self._ids.tolist() if rows.start <= i < rows.stop})
             parts = [(slice(i, i + 1), values[i - rows.start : i - rows.start + 1].copy()) for i in looked_up]
         else:
-            parts = [(rows, values)] if names.is_stacked(path) else []
+            parts = [(rows, values)] if self._base[path].stacked else []
         with self._news:
             self._news.wait_for(lambda: self._held < _MOST_BYTES or self._starved or self._ended)
             self._seen[path, layer] += parts
@@ -91,7 +90,7 @@ class LogitsAlongside:
     def _go_through(self) -> None:
         try:
             self._model.begin(self._ids[None])
-            for layer in range(self._layers):
+            for layer in range(self._config.num_layers):
                 self._model.through(layer)
         finally:
             self._end()
@@ -100,7 +99,7 @@ class LogitsAlongside:
         """Waits for rows, and forgets them: the network asks for every row once, in the order of rows."""
         if self._reopened is not None:
             return self._reopened(path, layer, rows)
-        start, stop, _ = rows.indices(self._shapes[path][1 if names.is_stacked(path) else 0])
+        start, stop, _ = rows.indices(self._base[path].layer_shape[0])
         with self._news:
             self._starved = True
             self._news.notify_all()

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from flacuna_jax.config import PROJECTIONS, Projection
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, meta_settings
@@ -33,7 +32,11 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Key → (does this value change the network beyond what we compute?, what to say)."""
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_ATTENTION, _FEED_FORWARD = PROJECTIONS[:4], PROJECTIONS[4:]
+_BIASED = {
+    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+}
+"""Key → the projections that have a bias where it is true."""
 
 
 def read_settings(directory: str | Path) -> dict[str, Any]:
@@ -104,13 +107,13 @@ def _shown(value: Any) -> str:
     return f"of quant_method {method!r}" if method else repr(value)
 
 
-def _biases(raw: Mapping[str, Any], origin: str) -> tuple[Projection, ...]:
+def _biases(raw: Mapping[str, Any], origin: str) -> tuple[str, ...]:
     if raw["model_type"] == "qwen2":
-        return _ATTENTION[:3]
-    attention, feed_forward = (_flag(raw, key, origin) for key in ("attention_bias", "mlp_bias"))
-    if raw["model_type"] != "llama" and (attention or feed_forward):
+        return ("q_proj", "k_proj", "v_proj")
+    biased = tuple(name for key, names in _BIASED.items() if _flag(raw, key, origin) for name in names)
+    if raw["model_type"] != "llama" and biased:
         raise UserError(f"{origin}: attention_bias and mlp_bias have no meaning for model_type {raw['model_type']!r}")
-    return (_ATTENTION if attention else ()) + (_FEED_FORWARD if feed_forward else ())
+    return biased
 
 
 def _sliding_window(raw: Mapping[str, Any], origin: str, layers: int) -> int | None:
@@ -252,7 +255,7 @@ def hugging_face_config(
 
 def _family_settings(config: LlamaConfig) -> dict[str, Any]:
     if config.family == "llama":
-        return {"attention_bias": "q_proj" in config.biases, "mlp_bias": "up_proj" in config.biases}
+        return {key: set(names) <= set(config.biases) for key, names in _BIASED.items()}
     window: dict[str, Any] = {"sliding_window": config.sliding_window}
     if config.family == "mistral":  # whose layer_types would make transformers 5 take it for a Ministral
         return window

@@ -46,6 +46,7 @@ from flacuna_jax.huggingface.verify import (
     verify_model,
 )
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import base_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def write_adapter(
 
     Args:
       target: new directory.
-      adapter: the run's adapter on the host (`adapter.host_adapter`).
+      adapter: the run's adapter, in host memory.
       config: sizes of its base.
       trained: whether a B that is zero throughout is a failure.
       dtype: "float32" or "bfloat16".
@@ -189,7 +190,7 @@ def write_model(
     """
     tensors = model_tensors(params, config, dtype)
     with whole_directory(target, replace=replace) as partial:
-        meant, started = Side(_device_weights(params, dtype)), time.monotonic()
+        meant, started = Side(_device_weights(params, config, dtype)), time.monotonic()
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, model_source, companions)
         shift = compare_logits(partial, *logits)
         notes = _describe(partial, config, companions, None, None, time.monotonic() - started)
@@ -226,12 +227,13 @@ def _read_back(partial: Path, written: Iterable[tuple[str, str]]) -> tuple[str, 
     return tuple(files)
 
 
-def _device_weights(params: Mapping[str, jax.Array], dtype: np.dtype) -> Weights:
+def _device_weights(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> Weights:
     """The run's arrays by our own paths: a mix-up of file names shows in the logits."""
+    base = base_parameters(config)
 
     def weights(path: str, layer: int, rows: slice) -> np.ndarray:
         array = params[path]
-        return np.asarray(array[layer, rows] if names.is_stacked(path) else array[rows]).astype(dtype)
+        return np.asarray(array[layer, rows] if base[path].stacked else array[rows]).astype(dtype)
 
     return weights
 
@@ -312,7 +314,8 @@ def convert(
 
         def written() -> Iterator[tuple[str, str]]:
             for path, held in sources.items():
-                leaves[path] = native.write_parameter(partial, reader, path, held, dtype)
+                stacked = base_parameters(config)[path].stacked
+                leaves[path] = native.write_parameter(partial, reader, path, stacked, held, dtype)
                 yield leaves[path]["file"], leaves[path]["digest"]
 
         files = _read_back(partial, written())

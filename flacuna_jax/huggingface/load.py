@@ -16,7 +16,8 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tensors import ALL_ROWS, TensorReader, as_bytes, cast, row_blocks
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_parameters
+from flacuna_jax.model.variables import Parameter
 
 _FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 _SAMPLE = 4096
@@ -42,7 +43,7 @@ def load_base(
     Args:
       directory: checkpoint.
       config: its architecture, from `read_architecture`.
-      shardings: for every name of `base_shapes(config)`.
+      shardings: for every path of `base_parameters(config)`.
       dtype: of the result, whatever the files hold.
       keep: what becomes of each parameter as soon as it is there, such as its quantised form.
 
@@ -52,8 +53,8 @@ def load_base(
     reader = open_checkpoint(directory)
     sources = match_tensors(reader, config)
     loaded: dict[str, jax.Array] = {}
-    for path, shape in base_shapes(config).items():
-        loaded |= keep(path, _load_leaf(reader, path, sources[path], shape, shardings[path], jnp.dtype(dtype)))
+    for path, parameter in base_parameters(config).items():
+        loaded |= keep(path, _load_leaf(reader, parameter, sources[path], shardings[path], jnp.dtype(dtype)))
     return loaded
 
 
@@ -71,9 +72,9 @@ def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
     left_over = {name for name in reader if not names.is_ignored(name)}
     if config.num_layers > len(left_over):
         raise UserError(f"{reader.directory}: config.json has {config.num_layers} layers for {len(left_over)} tensors")
-    sources = {path: names.tensor_names(path, config.num_layers) for path in base_shapes(config)}
+    sources = {path: parameter.tensors for path, parameter in base_parameters(config).items()}
     if config.tie_word_embeddings:
-        sources["embed_tokens/weight"] = (_tied_source(reader),)
+        sources[ModelSpec(config).embedding] = (_tied_source(reader),)
         left_over.discard(names.HEAD)
     wanted = {name for tensors in sources.values() for name in tensors}
     missing, extra = sorted(wanted - set(reader)), sorted(left_over - wanted)
@@ -123,8 +124,8 @@ def _accounting(missing: list[str], extra: list[str]) -> str:
 
 def _check_tensors(reader: TensorReader, config: LlamaConfig, sources: Sources) -> None:
     wrong = []
-    for path, shape in base_shapes(config).items():
-        expected = shape[1:] if names.is_stacked(path) else shape
+    for path, parameter in base_parameters(config).items():
+        expected = parameter.layer_shape
         for name in sources[path]:
             if reader.shape(name) != expected:
                 wrong.append(f"{name} has shape {list(reader.shape(name))}, config.json gives {list(expected)}")
@@ -135,14 +136,10 @@ def _check_tensors(reader: TensorReader, config: LlamaConfig, sources: Sources) 
 
 
 def _load_leaf(
-    reader: TensorReader,
-    path: str,
-    sources: tuple[str, ...],
-    shape: tuple[int, ...],
-    sharding: NamedSharding,
-    dtype: jnp.dtype,
+    reader: TensorReader, parameter: Parameter, sources: tuple[str, ...], sharding: NamedSharding, dtype: jnp.dtype
 ) -> jax.Array:
-    if not names.is_stacked(path):
+    shape = parameter.shape
+    if not parameter.stacked:
         return _place(shape, sharding, dtype, functools.partial(_read_slice, reader, sources[0]))
     axes = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
     if axes[0] is not None:

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_settings
 from flacuna_jax.huggingface.chat_template import read_chat_template
@@ -24,7 +23,7 @@ from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is
 from flacuna_jax.huggingface.tokenizer import TEMPLATES, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.parameters import base_parameters, tensors_in_order
 
 SHARD_BYTES = 5_000_000_000
 """What every release of transformers writes or accepts."""
@@ -55,23 +54,23 @@ def merged_tensors(
       adapter: what to merge; None copies.
       dtype: None keeps each tensor's stored dtype.
     """
-    pending = []
-    for path, sources in match_tensors(reader, config).items():
-        for layer, source in enumerate(sources):
-            place = layer if names.is_stacked(path) else None
-            stored = dtype or reader.dtype(source)
-            make = _merger(reader, source, stored, adapter, path, layer)
-            pending.append(PendingTensor(names.tensor_name(path, place), reader.shape(source), stored, make))
-    return sorted(pending, key=_turn)
+    sources, pending = match_tensors(reader, config), []
+    for path, layer in tensors_in_order(config):
+        parameter, source = base_parameters(config)[path], sources[path][layer or 0]
+        stored = dtype or reader.dtype(source)
+        module = path.rpartition("/")[0] if parameter.kind == "matrix" else None
+        make = _merger(reader, source, stored, adapter, module, layer or 0)
+        pending.append(PendingTensor(parameter.tensor(layer), reader.shape(source), stored, make))
+    return pending
 
 
 def _merger(
-    reader: TensorReader, source: str, dtype: np.dtype, adapter: Adapter | None, path: str, layer: int
+    reader: TensorReader, source: str, dtype: np.dtype, adapter: Adapter | None, module: str | None, layer: int
 ) -> Callable[[slice], np.ndarray]:
     def make(rows: slice) -> np.ndarray:
         weight = reader.read(source, rows)
-        if adapter is not None:
-            return adapter.merge(weight, path.removesuffix("/weight"), layer, rows, dtype)
+        if adapter is not None and module is not None:
+            return adapter.merge(weight, module, layer, rows, dtype)
         return weight if weight.dtype == dtype else cast(weight, dtype)
 
     return make
@@ -79,36 +78,15 @@ def _merger(
 
 def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> list[PendingTensor]:
     """The tensors of a trained model, some rows at a time from the devices, rounded to `dtype`."""
-    pending = []
-    for path, shape in base_shapes(config).items():
-        if not names.is_stacked(path):
-            make = _fetcher(params[path], dtype, None)
-            pending.append(PendingTensor(names.tensor_name(path), shape, dtype, make))
-            continue
-        for layer in range(config.num_layers):
-            make = _fetcher(params[path], dtype, layer)
-            pending.append(PendingTensor(names.tensor_name(path, layer), shape[1:], dtype, make))
-    return sorted(pending, key=_turn)
+    base = base_parameters(config)
+    return [
+        PendingTensor(base[path].tensor(layer), base[path].layer_shape, dtype, _fetcher(params[path], dtype, layer))
+        for path, layer in tensors_in_order(config)
+    ]
 
 
 def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[slice], np.ndarray]:
     return lambda rows: cast(np.asarray(array[rows] if layer is None else array[layer, rows]), dtype)
-
-
-_MODULES = (
-    *("embed_tokens", "input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj"),
-    *("post_attention_layernorm", "gate_proj", "up_proj", "down_proj", "norm", "lm_head"),
-)
-
-
-def _turn(tensor: PendingTensor) -> tuple[float, int, bool]:
-    """When a network that is read from end to end needs a tensor, which is the order they are written in."""
-    place = names.parse_tensor_name(tensor.name)
-    assert place is not None, tensor.name
-    path, layer = place
-    *_, module, leaf = path.split("/")
-    step = layer if layer is not None else (-1 if module == "embed_tokens" else float("inf"))
-    return step, _MODULES.index(module), leaf == "bias"
 
 
 See = Callable[[str, slice, np.ndarray], None]

@@ -23,22 +23,22 @@ from flacuna_jax.huggingface.torch_file import read_torch_file
 
 PARAMS_FILE = "params.json"
 
-_UNSTACKED = {
-    "tok_embeddings.weight": names.EMBEDDING,
-    "norm.weight": names.UNSTACKED["norm/weight"],
-    "output.weight": names.HEAD,
-}
-_MODULES = {
-    "attention.wq": "q_proj",
-    "attention.wk": "k_proj",
-    "attention.wv": "v_proj",
-    "attention.wo": "o_proj",
-    "feed_forward.w1": "gate_proj",
-    "feed_forward.w2": "down_proj",
-    "feed_forward.w3": "up_proj",
+_HUGGING_FACE = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+"""Meta's module, of a layer or outside of the layers → Hugging Face's."""
+_ONCE = ("tok_embeddings", "norm", "output")
 _INTERLEAVED = ("attention.wq", "attention.wk")
 _SPLIT_INPUTS = ("attention.wo", "feed_forward.w2")
 _REPLICATED = ("attention_norm", "ffn_norm", "norm")
@@ -118,9 +118,10 @@ def read_meta(directory: Path) -> dict[str, JoinedTensor]:
             continue
         module = theirs.removesuffix(".weight")
         layer, inner = _layer(module)
-        if theirs not in _UNSTACKED and (layer is None or inner not in _MODULES):
+        if inner not in _HUGGING_FACE or not theirs.endswith(".weight") or (layer is None) != (inner in _ONCE):
             raise UserError(f"{directory}: {theirs} has no place in a LLaMA")
-        ours = _UNSTACKED.get(theirs) or names.tensor_name(f"layers/{_MODULES[inner]}/weight", layer)
+        place = "" if layer is None else f"model.layers.{layer}."
+        ours = f"{place}{_HUGGING_FACE[inner]}.weight"
         parts = tuple(shard[theirs] for shard in shards)
         if inner in _REPLICATED:
             parts = _one_of_equal(directory, theirs, parts)

@@ -1,50 +1,29 @@
-"""The one table between our flat parameter paths and the tensor names of Hugging Face and PEFT files.
+"""Names of tensors in the files of Hugging Face and PEFT ↔ our parameters' paths, which are stacked over layers.
 
-Our paths are stacked over layers ("layers/q_proj/weight" [L, out, in]); files hold one tensor per layer. Kernels keep
-their [out, in] layout on both sides, so a name is all that changes.
+Each parameter knows its own names (`model.variables.ParamInfo`); here they are looked up by name. Kernels keep their
+[out, in] layout on both sides, so a name is all that changes.
 """
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-MODULES = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-}
-"""Our module of a layer → its place in a Hugging Face layer."""
-
-UNSTACKED = {
-    "embed_tokens/weight": "model.embed_tokens.weight",
-    "norm/weight": "model.norm.weight",
-    "lm_head/weight": "lm_head.weight",
-}
-"""Our path → Hugging Face name, for what exists once."""
-
-EMBEDDING, HEAD = UNSTACKED["embed_tokens/weight"], UNSTACKED["lm_head/weight"]
+from flacuna_jax.model import llama
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.lora import PEFT_LEAVES
+from flacuna_jax.model.parameters import base_parameters
+from flacuna_jax.model.variables import ParamInfo
 
 PEFT_PREFIX = "base_model.model."
 
-_OUR_MODULE = {theirs: ours for ours, theirs in MODULES.items()}
-_OUR_PATH = {theirs: ours for ours, theirs in UNSTACKED.items()}
-_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)")
-_ADAPTER = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)")
-# With the head among its targets PEFT saves, beside the factors, the frozen tables that it might have resized.
-_ADAPTER_BASE = re.compile(r"(model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
+EMBEDDING, HEAD = (f"{module.of_layer()}.weight" for module in (llama.EMBEDDING, llama.HEAD))
+"""The tables of the vocabulary, where files are read without a config."""
+
+_ADAPTER = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
 
 # Rotary frequencies are a function of the config; files that carry them round them to half precision.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the parameter at `path` has a leading layer axis."""
-    return path.startswith("layers/")
+_LAYER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,5})(?=\.)")
 
 
 def is_ignored(name: str) -> bool:
@@ -52,44 +31,29 @@ def is_ignored(name: str) -> bool:
     return _IGNORED.fullmatch(name) is not None
 
 
-def tensor_name(path: str, layer: int | None = None) -> str:
-    """Hugging Face name of the base parameter at `path`, of one layer of it where it is stacked."""
-    if layer is None:
-        return UNSTACKED[path]
-    _, module, leaf = path.split("/")
-    return f"model.layers.{layer}.{MODULES[module]}.{leaf}"
+def parse_tensor_name(name: str, config: LlamaConfig) -> tuple[str, int | None] | None:
+    """(path, layer) of a Hugging Face name, None where the model has no such tensor.
+
+    The layer is None for what exists once. A number beyond the model's layers is returned as it is.
+    """
+    number = _LAYER.search(name)
+    pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
+    path = None if "{}" in name else _paths(config).get(pattern)
+    return None if path is None else (path, None if number is None else int(number[0]))
 
 
-def tensor_names(path: str, num_layers: int) -> tuple[str, ...]:
-    """All tensors that make up the parameter at `path`, in layer order."""
-    if not is_stacked(path):
-        return (tensor_name(path),)
-    return tuple(tensor_name(path, layer) for layer in range(num_layers))
+@functools.lru_cache(maxsize=64)
+def _paths(config: LlamaConfig) -> Mapping[str, str]:
+    """Name with {} for the layer → path."""
+    return {f"{found.module.pattern}.{found.leaf}": path for path, found in base_parameters(config).items()}
 
 
-def parse_tensor_name(name: str) -> tuple[str, int | None] | None:
-    """(path, layer) of a Hugging Face name, None where our model has no such tensor."""
-    if name in _OUR_PATH:
-        return _OUR_PATH[name], None
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return None
-    module, _, leaf = match[2].rpartition(".")
-    if module not in _OUR_MODULE or leaf not in (("weight",) if module.endswith("layernorm") else ("weight", "bias")):
-        return None
-    return f"layers/{_OUR_MODULE[module]}/{leaf}", int(match[1])
+def adapter_name(parameter: ParamInfo, layer: int) -> str:
+    """PEFT's name of one layer of an adapter's parameter; `layer` is ignored where it exists once."""
+    return f"{PEFT_PREFIX}{parameter.tensor(layer)}"
 
 
-def adapter_name(path: str, layer: int) -> str:
-    """PEFT's name of one layer of the adapter parameter at `path` ("layers/q_proj/lora_a", "lm_head/lora_b")."""
-    module, _, leaf = path.rpartition("/")
-    kernel = tensor_name(f"{module}/weight", layer if is_stacked(path) else None).removesuffix(".weight")
-    if leaf == "lora_magnitude":
-        return f"{PEFT_PREFIX}{kernel}.lora_magnitude_vector"
-    return f"{PEFT_PREFIX}{kernel}.lora_{leaf[-1].upper()}.weight"
-
-
-def parse_adapter_name(name: str) -> tuple[str, int] | None:
+def parse_adapter_name(name: str, config: LlamaConfig) -> tuple[str, int] | None:
     """(path, layer) of a PEFT adapter name, None where it is not an adapter's part of a projection or of the head.
 
     The infix ".default" that training checkpoints carry is accepted. The head's layer is 0.
@@ -97,17 +61,21 @@ def parse_adapter_name(name: str) -> tuple[str, int] | None:
     match = _ADAPTER.fullmatch(name)
     if match is None or not name.startswith(PEFT_PREFIX):
         return None
-    kernel = parse_tensor_name(f"{match[1].removeprefix(PEFT_PREFIX)}.weight")
-    if kernel is None or not kernel[0].endswith(("_proj/weight", "lm_head/weight")):
+    kernel = parse_tensor_name(f"{match[1].removeprefix(PEFT_PREFIX)}.weight", config)
+    if kernel is None or base_parameters(config)[kernel[0]].kind != "matrix":
         return None
-    leaf = f"lora_{match[2].lower()}" if match[2] else "lora_magnitude"
-    return f"{kernel[0].removesuffix('/weight')}/{leaf}", kernel[1] or 0
+    return f"{kernel[0].rpartition('/')[0]}/{_KINDS[match[2] or match[3]]}", kernel[1] or 0
 
 
-def parse_table_in_adapter(name: str) -> str | None:
-    """Path of the base's table that an adapter's file repeats under `name`, None where it is something else."""
-    match = _ADAPTER_BASE.fullmatch(name.removeprefix(PEFT_PREFIX))
-    return None if match is None else _OUR_PATH[f"{match[1]}.weight"]
+_KINDS = {leaf.removesuffix(".weight"): kind for kind, leaf in PEFT_LEAVES.items()}
+
+
+def is_table_in_adapter(name: str) -> bool:
+    """Whether a tensor of an adapter's file is a table of the base.
+
+    With the head among its targets PEFT saves, beside the factors, the frozen tables that it might have resized.
+    """
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") in (EMBEDDING, HEAD)
 
 
 def is_training_checkpoint(tensors: Iterable[str]) -> bool:

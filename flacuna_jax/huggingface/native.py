@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface import names
+from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header, write_file
 from flacuna_jax.huggingface.tensors import (
@@ -26,6 +26,7 @@ from flacuna_jax.huggingface.tensors import (
     overflow,
     row_blocks,
 )
+from flacuna_jax.model.parameters import base_parameters
 
 MANIFEST = "flacuna.json"
 FORMAT = "flacuna_jax checkpoint"
@@ -38,7 +39,7 @@ def is_native(directory: Path) -> bool:
 
 
 def write_parameter(
-    directory: Path, reader: TensorReader, path: str, sources: tuple[str, ...], dtype: np.dtype | None
+    directory: Path, reader: TensorReader, path: str, stacked: bool, sources: tuple[str, ...], dtype: np.dtype | None
 ) -> dict[str, Any]:
     """Writes one parameter, layer by layer, and returns its entry for the manifest.
 
@@ -46,6 +47,7 @@ def write_parameter(
       directory: the checkpoint being written.
       reader: where the tensors come from.
       path: the parameter.
+      stacked: whether it has a leading layer axis.
       sources: its tensors, in layer order.
       dtype: None keeps the stored one (the narrowest that holds all layers exactly).
 
@@ -53,7 +55,7 @@ def write_parameter(
       UserError: a tensor is not finite.
     """
     dtype = dtype or common_dtype(reader.dtype(name) for name in sources)
-    shape = (*((len(sources),) if names.is_stacked(path) else ()), *reader.shape(sources[0]))
+    shape = (*((len(sources),) if stacked else ()), *reader.shape(sources[0]))
     file = f"{PARAMS}/{path.replace('/', '.')}.safetensors"
     (directory / PARAMS).mkdir(exist_ok=True)
     makers = (
@@ -109,26 +111,26 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
       UserError: a file is missing, torn, or is not what the manifest says.
     """
     tensors: dict[str, StoredTensor] = {}
+    parameters = base_parameters(read_architecture(directory))
     for path, entry in read_manifest(directory)["parameters"].items():
-        leaf = _read_leaf(directory, path, entry)
-        if not names.is_stacked(path):
-            tensors[names.tensor_name(path)] = leaf
+        if path not in parameters:
+            raise UserError(f"{directory / MANIFEST} lists the parameter {path!r}, which a LLaMA does not have")
+        parameter, leaf = parameters[path], _read_leaf(directory, path, entry)
+        if not parameter.stacked:
+            tensors[parameter.tensor()] = leaf
             continue
         layers, *shape = leaf.shape
         size = leaf.nbytes // layers
         for layer in range(layers):
             place = leaf.offset + layer * size
-            tensors[names.tensor_name(path, layer)] = StoredTensor(leaf.file, place, tuple(shape), leaf.dtype)
+            tensors[parameter.tensor(layer)] = StoredTensor(leaf.file, place, tuple(shape), leaf.dtype)
     return tensors
 
 
 def _read_leaf(directory: Path, path: str, entry: Mapping[str, Any]) -> StoredTensor:
     file = directory / str(entry["file"])
-    module, _, leaf_name = path.rpartition("/")
-    stacked = leaf_name in ("weight", "bias") and module.removeprefix("layers/") in names.MODULES
-    known = path in names.UNSTACKED or stacked
-    if not known or file.parent != directory / PARAMS:
-        raise UserError(f"{directory / MANIFEST} lists the parameter {path!r}, which a LLaMA does not have")
+    if file.parent != directory / PARAMS:
+        raise UserError(f"{directory / MANIFEST} lists the parameter {path!r} in {file}, which is not in {PARAMS}/")
     tensors, _ = read_header(file)
     leaf = tensors.get(path)
     if leaf is None or 0 in leaf.shape or [list(leaf.shape), leaf.dtype.name] != [entry["shape"], entry["dtype"]]:

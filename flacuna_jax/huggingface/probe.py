@@ -1,7 +1,7 @@
 """Logits and greedy continuations with some rows of one matrix in memory at a time.
 
 So a written model, and what it was made from, can be asked on a machine much smaller than either. The layers are the
-model's own (`Block`); only its matrices are stood in for by ones that are read while they are multiplied. Everything is
+model's own block, with its modules replaced by ones that read their weights when they are called. Everything is
 float32, whatever the weights are, on the CPU.
 
 Two models can go side by side, such as a base with its adapter and what the two were merged into. Most of their
@@ -12,21 +12,21 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from flacuna_jax.config import PROJECTIONS
-from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.tensors import TensorReader, cast, host_device, row_blocks
-from flacuna_jax.model.llama import Block, LlamaConfig, RMSNorm, Rope
-from flacuna_jax.model.lora import peft_module, row_norms
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.lora import LoRALinear, row_norms
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.rope import Rope
+from flacuna_jax.model.variables import path_of
 
 Weights = Callable[[str, int, slice], np.ndarray]
 """(parameter path, layer, rows) → those rows, in any floating dtype; the layer is 0 for what exists once."""
@@ -53,22 +53,19 @@ class Side:
     adapter: Adapter | None = None
 
     def has_adapter(self, module: str, layer: int) -> bool:
-        adapter = self.adapter
-        return adapter is not None and f"{module}/lora_a" in adapter.params and layer in adapter.layers_of(module)
+        return self.adapter is not None and layer in self.adapter.layers_of(module)
 
     def product(self, x_bti: jax.Array, weight_oi: np.ndarray, module: str, layer: int, rows: slice) -> jax.Array:
         """x times some rows of a matrix, with its adapter if it has one."""
-        adapter = self.adapter
-        if adapter is None or not self.has_adapter(module, layer):
+        if self.adapter is None or not self.has_adapter(module, layer):
             return _product(x_bti, weight_oi)
-        a_ri = adapter.factor(f"{module}/lora_a", layer)
-        scale = np.float32(adapter.lora.scale_of(peft_module(module, layer)))
-        b_or = adapter.factor(f"{module}/lora_b", layer)[rows] * scale
+        a_ri, b_or, length_o = self.adapter.factors(module, layer, rows)
         y_bto = _sum_of_products(x_bti, weight_oi, a_ri, b_or)
-        if not adapter.lora.use_dora:
-            return y_bto
-        length_o = adapter.factor(f"{module}/lora_magnitude", layer)[rows]
-        return y_bto * (length_o / row_norms(*map(jnp.asarray, (cast(weight_oi, FLOAT), a_ri, b_or))))
+        return (
+            y_bto
+            if length_o is None
+            else y_bto * (length_o / row_norms(*map(jnp.asarray, (cast(weight_oi, FLOAT), a_ri, b_or))))
+        )
 
 
 def probe_ids(config: LlamaConfig, length: int = 8) -> np.ndarray:
@@ -135,8 +132,17 @@ class StreamedModel:
         kept = (2, config.num_layers, len(sides) * batch, slots, config.num_kv_heads, config.head_dim)
         self._kept = np.zeros(kept, FLOAT)
         self._filled = 0
-        self._shapes = base_shapes(config)
+        self._spec = ModelSpec(config, dtype=FLOAT.name, param_dtype=FLOAT.name)
         self._scratch = [np.empty(0, np.uint8) for _ in sides]
+        self._layer = 0
+        network = nnx.merge(*self._spec.abstract)
+        self._norm = functools.partial(self._read, "norm", network.norm)
+        self._block = network.layers
+        for name, module in list(vars(network.layers).items()):
+            if isinstance(module, LoRALinear):
+                setattr(self._block, name, functools.partial(self._linear, f"layers/{name}", module))
+            elif isinstance(module, nnx.Module):
+                setattr(self._block, name, functools.partial(self._read, f"layers/{name}", module))
 
     def extend(self, tokens_bt: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         """Adds tokens [batch, tokens]; float32 logits [sides · batch, tokens, vocab] of them, or of the last alone."""
@@ -152,50 +158,51 @@ class StreamedModel:
         positions_bt = np.maximum(self._slots_t - self._first_b[:, None], 0)
         with _in_float32():
             self._rope = Rope.at(jnp.asarray(positions_bt), self._config.rope_frequencies)
-            self._x_btd = jnp.asarray(np.concatenate([_embed(side.weights, tokens_bt) for side in self._sides]))
+            embedded = [_embed(side.weights, self._spec.embedding, tokens_bt) for side in self._sides]
+            self._x_btd = jnp.asarray(np.concatenate(embedded))
 
     def through(self, layer: int) -> None:
+        self._layer = layer
         with _in_float32():
-            attend = functools.partial(self._attend, layer, self._slots_t)
-            self._x_btd = Block.__call__(self._block(layer), self._x_btd, self._rope, attend)
+            self._x_btd = self._block(self._x_btd, self._rope, functools.partial(self._attend, layer, self._slots_t))
 
     def finish(self, *, last_only: bool = False) -> np.ndarray:
         """Reads the head; the logits."""
         with _in_float32():
-            hidden_btd = self._norm("norm/weight", 0)(self._x_btd[:, -1:] if last_only else self._x_btd)
-            head = "embed_tokens/weight" if self._config.tie_word_embeddings else "lm_head/weight"
-            return np.asarray(self._project(head, 0, hidden_btd))
+            hidden_btd = self._norm(self._x_btd[:, -1:] if last_only else self._x_btd)
+            return np.asarray(self._project(self._spec.head, hidden_btd))
 
-    def _block(self, layer: int) -> Any:
-        """What `Block` has in its place: sizes, and things to call under the names of its modules."""
-        modules = {name: functools.partial(self._linear, f"layers/{name}", layer) for name in PROJECTIONS}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        return SimpleNamespace(
-            config=self._config, **modules, **{name: self._norm(f"layers/{name}/weight", layer) for name in norms}
-        )
+    def _read(self, path: str, module: nnx.Module, x: jax.Array) -> jax.Array:
+        """A small module of the network, such as a norm, with the weights of each side."""
+        graph, abstract = nnx.split(module)
 
-    def _norm(self, path: str, layer: int) -> Callable[[jax.Array], jax.Array]:
-        def normed(side: Side, x_btd: jax.Array) -> jax.Array:
-            norm = RMSNorm(self._config.hidden_size, self._config.rms_norm_eps, jnp.dtype(FLOAT))
-            norm.weight[...] = jnp.asarray(cast(side.weights(path, layer, slice(None)), FLOAT))
-            return norm(x_btd)
+        def call(side: Side, x: jax.Array) -> jax.Array:
+            filled = [
+                (keys, variable.replace(self._whole(side, f"{path}/{path_of(keys)}")))
+                for keys, variable in nnx.to_flat_state(abstract)
+            ]
+            return nnx.merge(graph, nnx.from_flat_state(filled))(x)
 
-        return functools.partial(self._by_side, normed)
+        return self._by_side(call, x)
 
-    def _linear(self, module: str, layer: int, x_bti: jax.Array, _: Any = None) -> jax.Array:
-        y_bto, bias = self._project(f"{module}/weight", layer, x_bti), f"{module}/bias"
-        if bias not in self._shapes:
+    def _whole(self, side: Side, path: str) -> jax.Array:
+        layer = self._layer if self._spec.base[path].stacked else 0
+        return jnp.asarray(cast(side.weights(path, layer, slice(None)), FLOAT))
+
+    def _linear(self, path: str, module: LoRALinear, x_bti: jax.Array, _: Any = None) -> jax.Array:
+        y_bto = self._project(f"{path}/weight", x_bti)
+        if not hasattr(module, "bias"):
             return y_bto
-        return self._by_side(lambda side, y: y + cast(side.weights(bias, layer, slice(None)), FLOAT), y_bto)
+        return self._by_side(lambda side, y: y + self._whole(side, f"{path}/bias"), y_bto)
 
     def _by_side(self, function: Callable[[Side, jax.Array], jax.Array], x_btd: jax.Array) -> jax.Array:
         parts = jnp.split(x_btd, len(self._sides))
         return jnp.concatenate([function(side, part) for side, part in zip(self._sides, parts, strict=True)])
 
-    def _project(self, path: str, layer: int, x_bti: jax.Array) -> jax.Array:
+    def _project(self, path: str, x_bti: jax.Array) -> jax.Array:
         """x times a matrix, of each side; once where the sides have the same one."""
-        module = path.removesuffix("/weight")
-        shape = self._shapes[path][1:] if names.is_stacked(path) else self._shapes[path]
+        module, parameter = path.rpartition("/")[0], self._spec.base[path]
+        layer, shape = self._layer if parameter.stacked else 0, parameter.layer_shape
         alike = not any(side.has_adapter(module, layer) for side in self._sides)
         y_bto = np.empty((*x_bti.shape[:-1], shape[0]), FLOAT)
         for rows in row_blocks(shape, _HALF):
@@ -238,9 +245,9 @@ _HALF = 2
 """Bytes of what most weights are stored as; products are cut into blocks as files are."""
 
 
-def _embed(weights: Weights, tokens_bt: np.ndarray) -> np.ndarray:
+def _embed(weights: Weights, path: str, tokens_bt: np.ndarray) -> np.ndarray:
     """Looks up one row at a time: no other part of the table is read."""
-    rows = {i: weights("embed_tokens/weight", 0, slice(i, i + 1)) for i in np.unique(tokens_bt).tolist()}
+    rows = {i: weights(path, 0, slice(i, i + 1)) for i in np.unique(tokens_bt).tolist()}
     return np.stack([np.stack([cast(rows[i][0], FLOAT) for i in sequence]) for sequence in tokens_bt.tolist()])
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.tensors import ALL_ROWS, TensorReader, cast, host_device
+from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.quantized import KERNELS, Quantization
 
 _KEPT = 4
@@ -22,11 +23,15 @@ class RoundedBase:
 
     Args:
       base: the checkpoint.
+      config: its architecture.
       quantization: of the run.
       dtype: the run's compute dtype, in which weights are quantised and dequantised.
     """
 
-    def __init__(self, base: TensorReader, quantization: Quantization, dtype: np.dtype) -> None:
+    def __init__(self, base: TensorReader, config: LlamaConfig, quantization: Quantization, dtype: np.dtype) -> None:
+        spec = ModelSpec(config, quantization=quantization)
+        quantised = (parameter for path, parameter in spec.base.items() if path not in spec.held)
+        self._quantised = frozenset(name for parameter in quantised for name in parameter.tensors)
         self._base, self._kernel, self._dtype = base, KERNELS[quantization], dtype
         self._whole: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -49,8 +54,7 @@ class RoundedBase:
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
         """Some rows; of a projection, what they became, in the stored dtype."""
-        place = names.parse_tensor_name(name)
-        if place is None or not place[0].endswith("_proj/weight"):
+        if name not in self._quantised:
             return self._base.read(name, rows)
         with self._lock:  # a matrix is rounded as a whole, once, whoever asks for a piece of it first
             if name not in self._whole:

@@ -187,7 +187,7 @@ def host_device() -> jax.Device:
 
 def as_bytes(array: np.ndarray) -> memoryview:
     """The array's bytes in row-major order, without a copy where it is contiguous."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 BLOCK_BYTES = 1 << 22

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config import PROJECTIONS
+from flacuna_jax.config import TARGETS
 from flacuna_jax.huggingface.adapter import CONFIG_FILE, LEGACY_WEIGHTS_FILE, WEIGHTS_FILE
 from flacuna_jax.huggingface.json_file import read_json
 from flacuna_jax.huggingface.safetensors_file import read_header
@@ -15,7 +15,7 @@ from flacuna_jax.huggingface.torch_file import read_torch_file
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank."""
 _DEFAULT_RANK = 16
-_MODULES = frozenset({*PROJECTIONS, "embed_tokens", "lm_head"})
+_MODULES = frozenset({*TARGETS, "embed_tokens"})
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 

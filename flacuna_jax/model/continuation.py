@@ -85,7 +85,8 @@ def _split(spec: ModelSpec, params: Params) -> list[nnx.State]:
 
 def layers_apart(spec: ModelSpec, params: Params) -> list[nnx.State] | None:
     """The parameters of each layer by itself where that pays: for a small model on a CPU."""
-    size = sum(array.nbytes for path, array in params.items() if path.startswith("layers/"))
+    parameters = spec.held | spec.adapters
+    size = sum(array.nbytes for path, array in params.items() if parameters[path].stacked)
     return _split(spec, params) if jax.default_backend() == "cpu" and size <= SMALL_STACK else None
 
 

@@ -3,9 +3,13 @@
 Parameters keep Hugging Face's layout ([out, in] kernels, rotate-half rotary pairs), so nothing is transposed or
 permuted on the way in or out. The blocks are stacked along a leading `layers` axis and scanned: compile time does not
 grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/value heads, n head_dim, f feed-forward.
+
+Each module says here what Hugging Face calls it and which logical axes it has; nothing else lists the modules. They are
+declared in the order in which a forward pass uses them, which is also their order in written files.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flacuna_jax.config import HEAD, LoraConfig, Projection
-from flacuna_jax.errors import UserError
+from flacuna_jax.config import LoraConfig
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
-from flacuna_jax.model.lora import MODULE_IDS, BaseParam, LoRAHead, LoRALinear, adapter_ranks, base_matrix, fold_keys
+from flacuna_jax.model.lora import LoRAHead, LoRALinear, base_matrix, fold_keys
 from flacuna_jax.model.quantized import Quantization
 from flacuna_jax.model.remat import REMAT_POLICIES
-from flacuna_jax.model.rope import Rope, RopeScaling, rope_frequencies
-from flacuna_jax.model.sharding import Axes, constrain
+from flacuna_jax.model.rope import Rope, RopeScaling, ntk_theta, rope_frequencies
+from flacuna_jax.model.sharding import constrain
+from flacuna_jax.model.variables import Axes, BaseParam, ModuleName, ParamInfo
+
+EMBEDDING, HEAD = ModuleName("model.embed_tokens"), ModuleName("lm_head")
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +52,30 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     """Keys that a query sees at most, itself included (Mistral)."""
-    biases: tuple[Projection, ...] = ()
+    biases: tuple[str, ...] = ()
     """Projections that add a bias (Qwen2: q, k and v)."""
 
     @property
     def rope_frequencies(self) -> np.ndarray:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
+    def stretched(self, kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: float) -> "LlamaConfig":
+        """Sizes for a context `factor` times as long. `ntk` changes `rope_theta`, so every program can load it."""
+        own = self.max_position_embeddings
+        longer = dataclasses.replace(self, max_position_embeddings=math.ceil(own * factor))
+        if kind == "ntk":
+            return dataclasses.replace(longer, rope_theta=ntk_theta(self.rope_theta, self.head_dim, factor))
+        if kind == "linear":
+            return dataclasses.replace(longer, rope_scaling=RopeScaling("linear", factor))
+        scaling = RopeScaling("llama3", factor, original_max_position_embeddings=own, **llama3)
+        return dataclasses.replace(longer, rope_scaling=scaling)
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · weight, statistics in float32 whatever x is (Zhang & Sennrich, 2019)."""
 
-    def __init__(self, size: int, eps: float, param_dtype: jnp.dtype) -> None:
-        self.weight = BaseParam(jnp.ones((size,), param_dtype))
+    def __init__(self, name: ModuleName, size: int, eps: float, param_dtype: jnp.dtype) -> None:
+        self.weight = BaseParam(jnp.ones((size,), param_dtype), info=ParamInfo(name, "weight", "norm", (None,)))
         self.eps = eps
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
@@ -69,8 +87,9 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """The table [vocab, model]; also the language-model head where that is tied to it."""
 
-    def __init__(self, vocab_size: int, size: int, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.weight = BaseParam(base_matrix(rngs.params(), (vocab_size, size), param_dtype))
+    def __init__(self, name: ModuleName, vocab_size: int, size: int, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        table_vd = base_matrix(rngs.params(), (vocab_size, size), param_dtype)
+        self.weight = BaseParam(table_vd, info=ParamInfo(name, "weight", "table", ("vocab", None)))
 
     def table(self, dtype: jnp.dtype) -> jax.Array:
         # Not `gather_weight`: a lookup's gradient is best added up at home, and scattered as one table.
@@ -87,36 +106,42 @@ class Block(nnx.Module):
         lora: LoraConfig | None,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        layer: jax.Array | int = 0,
         quantization: Quantization | None = None,
     ) -> None:
         self.config = config
         d, f = config.hidden_size, config.intermediate_size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        ranks = {} if lora is None else adapter_ranks(lora, config.num_layers)
+        block = ModuleName("model.layers.{}", config.num_layers)
 
-        def project(name: str, into: int, out: int, axes: Axes) -> LoRALinear:
+        def norm(name: str, size: int) -> RMSNorm:
+            return RMSNorm(block.inside(name), size, config.rms_norm_eps, param_dtype)
+
+        def project(name: str, into: int, out: int, axes: Axes, dropout_id: int) -> LoRALinear:
             return LoRALinear(
+                block.inside(name),
                 into,
                 out,
                 axes=axes,
                 lora=lora,
-                ranks=ranks.get(f"layers/{name}"),
-                bias=name in config.biases,
+                layer=layer,
+                bias=block.inside(name).last in config.biases,
                 quantization=quantization,
-                module_id=MODULE_IDS[name],
+                dropout_id=dropout_id,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
 
-        self.q_proj = project("q_proj", d, q, ("heads", None))
-        self.k_proj = project("k_proj", d, kv, ("kv_heads", None))
-        self.v_proj = project("v_proj", d, kv, ("kv_heads", None))
-        self.o_proj = project("o_proj", q, d, (None, "heads"))
-        self.gate_proj = project("gate_proj", d, f, ("ffn", None))
-        self.up_proj = project("up_proj", d, f, ("ffn", None))
-        self.down_proj = project("down_proj", f, d, (None, "ffn"))
-        self.input_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
-        self.post_attention_layernorm = RMSNorm(d, config.rms_norm_eps, param_dtype)
+        # The numbers tell the dropout keys of the projections apart; another number is another random stream.
+        self.input_layernorm = norm("input_layernorm", d)
+        self.q_proj = project("self_attn.q_proj", d, q, ("heads", None), 0)
+        self.k_proj = project("self_attn.k_proj", d, kv, ("kv_heads", None), 1)
+        self.v_proj = project("self_attn.v_proj", d, kv, ("kv_heads", None), 2)
+        self.o_proj = project("self_attn.o_proj", q, d, (None, "heads"), 3)
+        self.post_attention_layernorm = norm("post_attention_layernorm", d)
+        self.gate_proj = project("mlp.gate_proj", d, f, ("ffn", None), 4)
+        self.up_proj = project("mlp.up_proj", d, f, ("ffn", None), 5)
+        self.down_proj = project("mlp.down_proj", f, d, (None, "ffn"), 6)
 
     def __call__(
         self,
@@ -166,30 +191,24 @@ class Llama(nnx.Module):
         config: LlamaConfig,
         lora: LoraConfig | None = None,
         *,
-        dtype: jnp.dtype = jnp.bfloat16,
-        param_dtype: jnp.dtype = jnp.bfloat16,
+        dtype: jnp.dtype = BFLOAT16,
+        param_dtype: jnp.dtype = BFLOAT16,
         quantization: Quantization | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.dtype = config, dtype
-        ranks = {} if lora is None else adapter_ranks(lora, config.num_layers)
-        if HEAD in ranks and config.tie_word_embeddings:
-            raise UserError(f"lora.targets: {HEAD} of this model is its embedding table (tie_word_embeddings)")
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, param_dtype, rngs)
-        make_blocks = nnx.vmap(lambda rngs: Block(config, lora, param_dtype, rngs, quantization))
-        self.layers = make_blocks(rngs.split(config.num_layers))
-        for module in ranks.keys() - {HEAD}:
-            getattr(self.layers, module.removeprefix("layers/")).set_ranks(ranks[module])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.embed_tokens = Embedding(EMBEDDING, config.vocab_size, config.hidden_size, param_dtype, rngs)
+        make_blocks = nnx.vmap(lambda rngs, layer: Block(config, lora, param_dtype, rngs, layer, quantization))
+        self.layers = make_blocks(rngs.split(config.num_layers), jnp.arange(config.num_layers))
+        self.norm = RMSNorm(ModuleName("model.norm"), config.hidden_size, config.rms_norm_eps, param_dtype)
         if not config.tie_word_embeddings:
             self.lm_head = LoRAHead(
+                HEAD,
                 config.hidden_size,
                 config.vocab_size,
                 axes=("vocab", None),
                 lora=lora,
-                ranks=ranks.get(HEAD),
-                bias=False,
-                module_id=MODULE_IDS[HEAD],
+                dropout_id=7,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )

@@ -6,6 +6,7 @@ without an adapter, has zeros beyond its own in A and in B. Then neither has a g
 them: what is trained, counted and exported is exactly each layer's own.
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -14,25 +15,21 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig, by_pattern
+from flacuna_jax.config import HEAD, LoraConfig, by_pattern
 from flacuna_jax.errors import UserError
-from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Quantization
-from flacuna_jax.model.sharding import Axes, constrain, gather_weight
+from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
+from flacuna_jax.model.sharding import constrain, gather_weight
+from flacuna_jax.model.variables import Axes, BaseParam, Kind, LoRAParam, LoRAScale, ModuleName, ParamInfo
 
 OUTPUT_NAME = "projection"
 """Of every projection's output, adapter included, for `jax.checkpoint_policies.save_only_these_names`."""
 
-
-class BaseParam(nnx.Variable):
-    """A weight of the base: frozen in compute dtype beside adapters, float32 when it is itself trained."""
-
-
-class LoRAParam(nnx.Variable):
-    """An adapter weight, always float32."""
-
-
-class LoRAScale(nnx.Variable):
-    """What B A is multiplied by, float32, 0 where a layer has no adapter. Follows from the config; never stored."""
+PEFT_LEAVES: dict[Kind, str] = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+"""Attribute of a projection, which is also the parameter's kind → PEFT's name of it behind the module's."""
 
 
 class Ranks(NamedTuple):
@@ -48,32 +45,41 @@ class Ranks(NamedTuple):
         return int(self.ranks.max())
 
 
-def adapter_ranks(lora: LoraConfig, num_layers: int) -> dict[str, Ranks]:
-    """Rank and scale in each layer, by module ("layers/q_proj", "lm_head").
+def adapter_ranks(lora: LoraConfig | None, name: ModuleName) -> Ranks | None:
+    """Rank and scale of a module's adapter in each layer; None where the module is no target.
 
     Raises:
-      UserError: the config selects a layer that the model does not have, or none for a module.
+      UserError: the config selects a layer that the model does not have.
     """
-    beyond = [layer for layer in lora.layers_to_transform or () if layer >= num_layers]
+    if lora is None or name.last not in lora.targets:
+        return None
+    count, chosen = (1, None) if name.layers is None else (name.layers, lora.layers_to_transform)
+    beyond = [layer for layer in chosen or () if layer >= count]
     if beyond:
-        raise UserError(f"lora.layers_to_transform: there is no layer {beyond[0]}, the model has {num_layers} layers")
-    chosen = range(num_layers) if lora.layers_to_transform is None else lora.layers_to_transform
-    found = {}
-    for target in lora.targets:
-        path, count = (HEAD, 1) if target == HEAD else (f"layers/{target}", num_layers)
-        ranks, scales = np.zeros(count, int), np.zeros(count, np.float32)
-        for layer in (0,) if target == HEAD else chosen:
-            name = peft_module(path, layer)
-            ranks[layer], scales[layer] = lora.rank_of(name), lora.scale_of(name)
-        found[path] = Ranks(ranks, scales)
-    return found
+        raise UserError(f"lora.layers_to_transform: there is no layer {beyond[0]}, the model has {count} layers")
+    ranks, scales = np.zeros(count, int), np.zeros(count, np.float32)
+    for layer in range(count) if chosen is None else chosen:
+        module = name.of_layer(layer)
+        ranks[layer], scales[layer] = lora.rank_of(module), lora.scale_of(module)
+    return Ranks(ranks, scales)
 
 
-def require_matches(lora: LoraConfig, num_layers: int) -> None:
-    """Raises UserError for a pattern that is about no adapter of the run, which is a name mistyped."""
-    ranks = adapter_ranks(lora, num_layers)
+def require_matches(lora: LoraConfig, modules: Iterable[ModuleName]) -> None:
+    """Raises UserError for a target or a pattern that is about no module of the model, which is a name mistyped.
+
+    `modules` are those that can have an adapter.
+    """
+    found = {module.last: module for module in modules}
+    absent = [target for target in lora.targets if target not in found]
+    if absent == [HEAD]:
+        raise UserError(f"lora.targets: {HEAD} of this model is its embedding table (tie_word_embeddings)")
+    if absent:
+        raise UserError(f"lora.targets: the model has no {absent[0]}; it has {', '.join(found)}")
     names = [
-        peft_module(path, int(layer)) for path, (of_layers, _) in ranks.items() for layer in np.flatnonzero(of_layers)
+        module.of_layer(int(layer))
+        for module in map(found.__getitem__, lora.targets)
+        if (ranks := adapter_ranks(lora, module)) is not None
+        for layer in np.flatnonzero(ranks.ranks)
     ]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in getattr(lora, key):
@@ -81,62 +87,60 @@ def require_matches(lora: LoraConfig, num_layers: int) -> None:
                 raise UserError(f"lora.{key}: {pattern!r} is the end of no adapter's name, such as {names[0]}")
 
 
-def peft_module(path: str, layer: int) -> str:
-    """The name that PEFT's patterns are matched with: ("layers/q_proj", 3) → "model.layers.3.self_attn.q_proj"."""
-    if path == HEAD:
-        return path
-    module = path.removeprefix("layers/")
-    return f"model.layers.{layer}.{'self_attn' if module[0] in 'qkvo' else 'mlp'}.{module}"
-
-
 class LoRALinear(nnx.Module):
     """A projection [out, in] with an optional low-rank adapter beside it.
 
     Args:
+      name: where it is in the network; its last component is what `lora.targets` calls it.
       axes: logical axes (out, in) of the kernel, see `sharding.RULES`.
-      lora: the adapter's settings, None for a plain projection.
-      ranks: its rank and scale; where layers differ, `set_ranks` on the stack of them tells it each layer's own.
+      lora: settings of the adapters, of which it has one if it is among the targets.
+      layer: its number in the stack, for the rank and scale of this layer.
       bias: whether the projection adds one; no adapter changes it.
       quantization: how the kernel is held, None in `param_dtype`.
-      module_id: distinguishes the dropout of this projection from its neighbours'.
+      dropout_id: what the dropout keys are folded with: projections of a layer have different numbers.
     """
 
     def __init__(
         self,
+        name: ModuleName,
         in_features: int,
         out_features: int,
         *,
         axes: Axes,
         lora: LoraConfig | None,
-        ranks: Ranks | None,
-        bias: bool,
+        layer: jax.Array | int = 0,
+        bias: bool = False,
         quantization: Quantization | None = None,
-        module_id: int,
+        dropout_id: int,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        self.axes, self.module_id = axes, module_id
+        ranks = adapter_ranks(lora, name)
+        self.axes, self.dropout_id = axes, dropout_id
         self.lora = lora if ranks is not None else None
+        info = ParamInfo(name, "weight", "matrix", axes)
         kernel_oi = base_matrix(rngs.params(), (out_features, in_features), param_dtype)
-        self.weight = BaseParam(kernel_oi) if quantization is None else KERNELS[quantization](kernel_oi)
+        hold: Callable[..., BaseParam | Kernel] = BaseParam if quantization is None else KERNELS[quantization]
+        self.weight = hold(kernel_oi, info=info)
         if bias:
-            self.bias = BaseParam(jnp.zeros((out_features,), param_dtype))
-        if lora is not None and ranks is not None:
-            bound = in_features**-0.5
-            shape_a = (ranks.largest, in_features)
-            self.lora_a = LoRAParam(jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound))
-            self.lora_b = LoRAParam(jnp.zeros((out_features, ranks.largest), jnp.float32))
-            self.lora_scale = LoRAScale(jnp.float32(ranks.scales[0]))
-            if lora.use_dora:
-                self.lora_magnitude = LoRAParam(jnp.linalg.norm(kernel_oi.astype(jnp.float32), axis=-1))
+            info = ParamInfo(name, "bias", "bias", axes[:1])
+            self.bias = BaseParam(jnp.zeros((out_features,), param_dtype), info=info)
+        if lora is None or ranks is None:
+            return
 
-    def set_ranks(self, ranks: Ranks) -> None:
-        """On stacked layers: zeros beyond each layer's own rank, each layer's own scale."""
-        within_lr = jnp.arange(ranks.largest) < jnp.asarray(ranks.ranks)[:, None]
-        self.lora_a[...] = jnp.where(within_lr[:, :, None], self.lora_a[...], 0)
-        self.lora_scale[...] = jnp.asarray(ranks.scales)
-        if hasattr(self, "lora_magnitude"):
-            self.lora_magnitude[...] = jnp.where(within_lr[:, :1], self.lora_magnitude[...], 0)
+        def adapter(kind: Kind, value: jax.Array, *axes: str | None) -> LoRAParam:
+            return LoRAParam(value, info=ParamInfo(name, PEFT_LEAVES[kind], kind, axes))
+
+        rank = jnp.asarray(ranks.ranks)[layer]
+        bound, shape_a = in_features**-0.5, (ranks.largest, in_features)
+        drawn_ri = jax.random.uniform(rngs.params(), shape_a, jnp.float32, -bound, bound)
+        within_r1 = (jnp.arange(ranks.largest) < rank)[:, None]
+        self.lora_a = adapter("lora_a", jnp.where(within_r1, drawn_ri, 0), "rank", axes[1])
+        self.lora_b = adapter("lora_b", jnp.zeros((out_features, ranks.largest), jnp.float32), axes[0], "rank")
+        self.lora_scale = LoRAScale(jnp.asarray(ranks.scales)[layer])
+        if lora.use_dora:
+            norms_o = jnp.linalg.norm(kernel_oi.astype(jnp.float32), axis=-1)
+            self.lora_magnitude = adapter("lora_magnitude", jnp.where(rank > 0, norms_o, 0), axes[0])
 
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
@@ -168,7 +172,7 @@ class LoRALinear(nnx.Module):
         assert self.lora is not None
         if row_keys_b is None or self.lora.dropout == 0:
             return x_bti
-        return dropout_rows(x_bti, fold_keys(row_keys_b, self.module_id), self.lora.dropout)
+        return dropout_rows(x_bti, fold_keys(row_keys_b, self.dropout_id), self.lora.dropout)
 
     def _rescaled(self, y_bto: jax.Array, weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Array:
         """DoRA (Liu et al., 2024, arXiv:2402.09353): each output times magnitude / ‖row of W + scale · B A‖.
@@ -245,7 +249,3 @@ def dropout_rows(x_bti: jax.Array, keys_b: jax.Array, rate: float) -> jax.Array:
     """Inverted dropout with one key per row, so that no partition of a batch over devices or steps changes it."""
     keep_bti = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_bti.shape[1:]))(keys_b)
     return jnp.where(keep_bti, x_bti / (1 - rate), jnp.zeros((), x_bti.dtype))
-
-
-MODULE_IDS = {name: index for index, name in enumerate((*PROJECTIONS, HEAD))}
-"""What the dropout keys of a module are folded with."""

@@ -1,11 +1,12 @@
-"""Parameters by name. Rooms exchange them as flat dicts, `{"layers/q_proj/weight": array}`; `ModelSpec` turns such a
-dict into a `Llama` and knows every name, shape and dtype without allocating anything."""
+"""Parameters by path. The packages exchange them as flat dicts, `{"layers/q_proj/weight": array}`. `ModelSpec` turns
+such a dict into a `Llama`. It has a `Parameter` for each entry, collected from the abstract network: shape, dtype, and
+what `llama.py` says of it."""
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flacuna_jax.config import LoraConfig, ModelConfig
-from flacuna_jax.model.llama import Llama, LlamaConfig
-from flacuna_jax.model.lora import BaseParam, LoRAParam, LoRAScale, Ranks, adapter_ranks, require_matches
-from flacuna_jax.model.quantized import KERNELS, Quantization, QuantParam
+from flacuna_jax.model.llama import Block, Llama, LlamaConfig
+from flacuna_jax.model.lora import LoRALinear, Ranks, adapter_ranks, require_matches
+from flacuna_jax.model.quantized import KERNELS, Quantization
 from flacuna_jax.model.sharding import parameter_shardings
+from flacuna_jax.model.variables import (
+    BaseParam,
+    LoRAParam,
+    LoRAScale,
+    ModuleName,
+    Parameter,
+    QuantParam,
+    of_type,
+    path_of,
+)
 
 Params = dict[str, jax.Array]
 Shapes = dict[str, tuple[int, ...]]
@@ -42,7 +53,7 @@ class ModelSpec:
           UserError: the adapters' settings select a layer that is not there, or have a pattern that matches nothing.
         """
         if lora is not None:
-            require_matches(lora, config.num_layers)
+            require_matches(lora, ModelSpec(config).linear.values())
         return cls(config, lora, model.dtype, model.dtype if lora else "float32", model.quantization)
 
     def create(self, seed: int | jax.Array) -> Llama:
@@ -60,31 +71,63 @@ class ModelSpec:
         return nnx.split(nnx.eval_shape(lambda: self.create(0)))
 
     @property
-    def base_shapes(self) -> Shapes:
-        """Names and shapes of the base's parameters, before any quantisation."""
-        return dict(_base_shapes(self.config))
+    def base(self) -> dict[str, Parameter]:
+        """The base's parameters by path, before any quantisation."""
+        return base_parameters(self.config)
+
+    @functools.cached_property
+    def held(self) -> dict[str, Parameter]:
+        """What is in memory for the base: its parameters, or what quantisation makes of them."""
+        return self._of_type(BaseParam, QuantParam)
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, Parameter]:
+        """The adapters' parameters by path; empty without LoRA."""
+        return self._of_type(LoRAParam)
+
+    def _of_type(self, *types: type[nnx.Variable]) -> dict[str, Parameter]:
+        return {path: Parameter.of(leaf) for path, leaf in of_type(self.abstract[1], *types).items()}
 
     @property
-    def held(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What is in memory for the base: its parameters, or what quantisation makes of them."""
-        leaves = nnx.to_flat_state(self.abstract[1])
-        kept = [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, BaseParam | QuantParam)]
-        return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in kept}
+    def trainable(self) -> dict[str, Parameter]:
+        """What training moves: the adapters, or every weight in full fine-tuning. Float32 always."""
+        moved = self.base if self.lora is None else self.adapters
+        return {path: dataclasses.replace(parameter, dtype=_FLOAT32) for path, parameter in moved.items()}
+
+    @property
+    def base_shapes(self) -> Shapes:
+        return {path: parameter.shape for path, parameter in self.base.items()}
 
     @property
     def lora_shapes(self) -> Shapes:
-        """Names and shapes of the adapters; empty without LoRA."""
-        leaves = nnx.to_flat_state(self.abstract[1])
-        return {_name(path): tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, LoRAParam)}
+        return {path: parameter.shape for path, parameter in self.adapters.items()}
 
     @property
+    def linear(self) -> dict[str, ModuleName]:
+        """The modules that can have an adapter, by path: "layers/q_proj", "lm_head"."""
+        matrices = {path: parameter for path, parameter in self.base.items() if parameter.kind == "matrix"}
+        return {path.rpartition("/")[0]: parameter.module for path, parameter in matrices.items()}
+
+    @property
+    def embedding(self) -> str:
+        """Path of the embedding table."""
+        return next(path for path, parameter in self.base.items() if parameter.kind == "table")
+
+    @property
+    def head(self) -> str:
+        """Path of the language-model head, which may be the embedding table."""
+        once = (path for path, found in self.base.items() if found.kind == "matrix" and not found.stacked)
+        return next(once, self.embedding)
+
+    @functools.cached_property
     def ranks(self) -> dict[str, Ranks]:
-        """Each module's ranks and scales by layer; empty without LoRA."""
-        return {} if self.lora is None else adapter_ranks(self.lora, self.config.num_layers)
+        """Ranks and scales by layer of each module that has an adapter; empty without LoRA."""
+        found = {path: adapter_ranks(self.lora, module) for path, module in self.linear.items()}
+        return {path: ranks for path, ranks in found.items() if ranks is not None}
 
     @property
     def trainable_count(self) -> int:
-        """Scalars that training moves: those of `lora_shapes` less the zeros beyond each layer's own rank."""
+        """Scalars that training moves: those of the adapters less the zeros beyond each layer's own rank."""
         if self.lora is None:
             return count(self.base_shapes)
         shapes, total = self.lora_shapes, 0
@@ -96,24 +139,21 @@ class ModelSpec:
     @functools.cached_property
     def scales(self) -> dict[str, np.ndarray]:
         """The values of `LoRAScale` variables: [layers], or a scalar for the head."""
-        return {
-            f"{module}/lora_scale": ranks.scales if module.startswith("layers/") else ranks.scales[0]
-            for module, ranks in self.ranks.items()
-        }
+        shapes = {path: leaf.shape for path, leaf in of_type(self.abstract[1], LoRAScale).items()}
+        return {path: self.ranks[path.rpartition("/")[0]].scales.reshape(shape) for path, shape in shapes.items()}
 
     def merge(self, params: Mapping[str, jax.Array]) -> Llama:
         """The network with the given base and adapter arrays; names must be exactly those of the spec."""
         graph, state = self.abstract
         filled = []
-        for path, variable in nnx.to_flat_state(state):
-            name = _name(path)
-            value = jnp.asarray(self.scales[name]) if isinstance(variable, LoRAScale) else params[name]
-            filled.append((path, variable.replace(value)))
+        for keys, variable in nnx.to_flat_state(state):
+            path = path_of(keys)
+            value = jnp.asarray(self.scales[path]) if isinstance(variable, LoRAScale) else params[path]
+            filled.append((keys, variable.replace(value)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
+_FLOAT32 = np.dtype(np.float32)
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -121,34 +161,54 @@ def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def base_shapes(config: LlamaConfig) -> Shapes:
-    """Names and shapes of the base's parameters, stacked [layers, ...] and [out, in]."""
-    return ModelSpec(config).base_shapes
+@functools.lru_cache(maxsize=64)
+def base_parameters(config: LlamaConfig) -> dict[str, Parameter]:
+    """The base's parameters by path: stacked [layers, ...], matrices [out, in]. Shared: do not change it."""
+    return ModelSpec(config).held
 
 
 @functools.lru_cache(maxsize=64)
-def _base_shapes(config: LlamaConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(leaf.shape)) for name, leaf in ModelSpec(config).held.items())
+def tensors_in_order(config: LlamaConfig) -> tuple[tuple[str, int | None], ...]:
+    """(path, layer) of every tensor of a checkpoint, in the order in which a forward pass uses them: the order of
+    declaration in `llama.py`. The layer is None for what exists once."""
+    paths: list[str] = []
+
+    def declare() -> None:
+        rngs = nnx.Rngs(0)
+        network = Llama(config, rngs=rngs)
+        network.layers = Block(config, None, jnp.dtype("float32"), rngs)  # the stack has lost the order
+        paths.extend(_declared(network))
+
+    jax.eval_shape(declare)
+    base, order = base_parameters(config), []
+    for stacked, together in itertools.groupby(paths, lambda path: base[path].stacked):
+        group = list(together)
+        layers = range(config.num_layers) if stacked else (None,)
+        order += [(path, layer) for layer in layers for path in group]
+    return tuple(order)
 
 
-def lora_shapes(config: LlamaConfig, lora: LoraConfig) -> Shapes:
-    """Names and shapes of the adapters: A [layers, rank, in], B [layers, out, rank] of each targeted projection."""
-    return ModelSpec(config, lora).lora_shapes
+def _declared(module: nnx.Module, prefix: str = "") -> Iterator[str]:
+    """Paths of a module's variables in the order in which they were assigned."""
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Variable):
+            yield f"{prefix}{name}"
+        elif isinstance(value, nnx.Module):
+            yield from _declared(value, f"{prefix}{name}/")
 
 
-def init_params(spec: ModelSpec, shapes: Shapes, seed: int, mesh: Mesh) -> Params:
-    """Freshly drawn parameters of the given names, born sharded; the same numbers on any mesh.
+def init_params(spec: ModelSpec, parameters: Mapping[str, Parameter], seed: int, mesh: Mesh) -> Params:
+    """Freshly drawn values of the given parameters, born sharded; the same numbers on any mesh.
 
     Only what is asked for is made: drawing the adapters of a 13B model allocates no base.
     """
 
     def draw(seed: jax.Array) -> Params:
-        _, state = nnx.split(spec.create(seed))
-        drawn = {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
-        return {name: drawn[name] for name in shapes}
+        drawn = of_type(nnx.state(spec.create(seed)), nnx.Variable)
+        return {path: drawn[path][...] for path in parameters}
 
     with jax.set_mesh(mesh):
-        return jax.jit(draw, out_shardings=parameter_shardings(shapes, mesh))(jnp.uint32(seed))
+        return jax.jit(draw, out_shardings=parameter_shardings(parameters, mesh))(jnp.uint32(seed))
 
 
 def fresh_adapters(spec: ModelSpec, base: Mapping[str, jax.Array], seed: int, mesh: Mesh) -> Params:
@@ -156,10 +216,9 @@ def fresh_adapters(spec: ModelSpec, base: Mapping[str, jax.Array], seed: int, me
 
     `base` is read only for DoRA.
     """
-    shapes = spec.lora_shapes
-    drawn = {name: shape for name, shape in shapes.items() if not name.endswith("lora_magnitude")}
+    measured = {path: found for path, found in spec.adapters.items() if found.kind == "lora_magnitude"}
+    drawn = {path: found for path, found in spec.adapters.items() if path not in measured}
     adapters = init_params(spec, drawn, seed, mesh)
-    measured = {name: shape for name, shape in shapes.items() if name not in drawn}
     if not measured:
         return adapters
     with jax.set_mesh(mesh):
@@ -169,30 +228,31 @@ def fresh_adapters(spec: ModelSpec, base: Mapping[str, jax.Array], seed: int, me
 
 def _row_norms(spec: ModelSpec, base: Params) -> Params:
     """DoRA's magnitudes before training, [layers, out]: row norms of W, zero in layers without an adapter."""
-    graph, stacked = nnx.split(spec.merge({**base, **{n: jnp.zeros(s) for n, s in spec.lora_shapes.items()}}).layers)
+    zeros = {path: jnp.zeros(shape) for path, shape in spec.lora_shapes.items()}
+    graph, stacked = nnx.split(spec.merge({**base, **zeros}).layers)
 
     def of_layer(state: nnx.State) -> Params:
-        block = nnx.merge(graph, state)
-        kernels = {module: getattr(block, module.removeprefix("layers/")).kernel(jnp.float32) for module in spec.ranks}
-        return {module: jnp.linalg.norm(kernel, axis=-1) for module, kernel in kernels.items()}
+        children = vars(nnx.merge(graph, state)).items()
+        adapted = {name: child for name, child in children if isinstance(child, LoRALinear) and child.lora is not None}
+        return {name: jnp.linalg.norm(child.kernel(jnp.dtype(jnp.float32)), axis=-1) for name, child in adapted.items()}
 
     return {
-        f"{module}/lora_magnitude": jnp.where(spec.ranks[module].ranks[:, None] > 0, norms_lo, 0)
-        for module, norms_lo in jax.lax.map(of_layer, stacked).items()
+        f"layers/{name}/lora_magnitude": jnp.where(spec.ranks[f"layers/{name}"].ranks[:, None] > 0, norms_lo, 0)
+        for name, norms_lo in jax.lax.map(of_layer, stacked).items()
     }
 
 
-def quantize(spec: ModelSpec, mesh: Mesh, name: str, value: jax.Array) -> Params:
+def quantize(spec: ModelSpec, mesh: Mesh, path: str, value: jax.Array) -> Params:
     """What a spec holds of a parameter of the base: itself, or the parts of its quantised form."""
-    if spec.quantization is None or f"{name}/codes" not in spec.held:
-        return {name: value}
+    if spec.quantization is None or path in spec.held:
+        return {path: value}
     kernel = KERNELS[spec.quantization]
-    parts = {part: leaf.shape for part, leaf in spec.held.items() if part.startswith(f"{name}/")}
 
     def of_layer(kernel_oi: jax.Array) -> Params:
         made = nnx.to_flat_state(nnx.state(kernel(kernel_oi)))
-        return {f"{name}/{_name(path)}": variable[...] for path, variable in made}
+        return {f"{path}/{path_of(keys)}": variable[...] for keys, variable in made}
 
+    parts = {part: spec.held[part] for part in jax.eval_shape(jax.vmap(of_layer), value)}
     with jax.set_mesh(mesh):
         by_layer = functools.partial(jax.lax.map, of_layer)
         return jax.jit(by_layer, out_shardings=parameter_shardings(parts, mesh))(value)

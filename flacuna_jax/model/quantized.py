@@ -19,7 +19,8 @@ from flax import nnx
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.quantized_matmul import quantize_rows, quantized_matmul
-from flacuna_jax.model.sharding import Axes, constrain
+from flacuna_jax.model.sharding import constrain
+from flacuna_jax.model.variables import Axes, ModuleName, ParamInfo, QuantParam
 
 Quantization = Literal["nf4", "int8", "int8_product", "fp8_product"]
 
@@ -62,8 +63,8 @@ def _between(values: np.ndarray) -> np.ndarray:
     return (values[:-1] + values[1:]) / np.float32(2)
 
 
-class QuantParam(nnx.Variable):
-    """Part of a frozen quantised kernel: codes, or the magnitudes that belong to them."""
+UNNAMED = ParamInfo(ModuleName(""), "", "matrix", (None, None))
+"""Of a kernel [out, in] outside of a network."""
 
 
 class NF4Kernel(nnx.Module):
@@ -73,7 +74,7 @@ class NF4Kernel(nnx.Module):
     [⌈out · in / 64 / 256⌉] and absmax_offset float32 [], what turns those back.
     """
 
-    def __init__(self, kernel_oi: jax.Array) -> None:
+    def __init__(self, kernel_oi: jax.Array, info: ParamInfo = UNNAMED) -> None:
         rows, columns = kernel_oi.shape
         if columns % BLOCK:
             raise UserError(
@@ -84,10 +85,12 @@ class NF4Kernel(nnx.Module):
         offset = jnp.mean(absmax)
         padded = jnp.pad(absmax - offset, (0, -absmax.size % GROUP)).reshape(-1, GROUP)
         scaled_absmax, scale = _by_magnitude(padded)
-        self.codes = QuantParam((codes[:, ::2] << 4) | codes[:, 1::2])
+        matrix = info.part("matrix", info.layer_axes)
+        self.codes = QuantParam((codes[:, ::2] << 4) | codes[:, 1::2], info=matrix)
         of_blocks = _nearest(scaled_absmax, DYNAMIC_VALUES).reshape(-1)[: absmax.size]
-        self.absmax = QuantParam(of_blocks.reshape(rows, columns // BLOCK))
-        self.absmax_scale, self.absmax_offset = QuantParam(scale), QuantParam(offset)
+        self.absmax = QuantParam(of_blocks.reshape(rows, columns // BLOCK), info=matrix)
+        self.absmax_scale = QuantParam(scale, info=info.part("scale", (None,)))
+        self.absmax_offset = QuantParam(offset, info=info.part("scale", ()))
 
     def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
         """The kernel [out, in] in `dtype`, whole along fsdp; float32 until the last rounding, as in bitsandbytes."""
@@ -98,11 +101,12 @@ class NF4Kernel(nnx.Module):
 class Int8Kernel(nnx.Module):
     """A kernel [out, in] in eight bits, codes int8 [out, in] · row_absmax float32 [out] / 127."""
 
-    def __init__(self, kernel_oi: jax.Array) -> None:
+    def __init__(self, kernel_oi: jax.Array, info: ParamInfo = UNNAMED) -> None:
         absmax = jnp.max(jnp.abs(kernel_oi.astype(jnp.float32)), axis=-1)
         per_unit = 127.0 / jnp.maximum(absmax, 1e-30)
-        self.codes = QuantParam(jnp.round(kernel_oi.astype(jnp.float32) * per_unit[:, None]).astype(jnp.int8))
-        self.row_absmax = QuantParam(absmax)
+        codes = jnp.round(kernel_oi.astype(jnp.float32) * per_unit[:, None]).astype(jnp.int8)
+        self.codes = QuantParam(codes, info=info.part("matrix", info.layer_axes))
+        self.row_absmax = QuantParam(absmax, info=info.part("scale", info.layer_axes[:1]))
 
     def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
         """As that of `NF4Kernel`."""
@@ -121,9 +125,10 @@ class Int8Product(Int8Kernel):
 class Fp8Product(nnx.Module):
     """As `Int8Product` in fp8: codes float8_e4m3fn [out, in] · row_absmax float32 [out] / 448."""
 
-    def __init__(self, kernel_oi: jax.Array) -> None:
+    def __init__(self, kernel_oi: jax.Array, info: ParamInfo = UNNAMED) -> None:
         codes, scale = quantize_rows(kernel_oi, jnp.float8_e4m3fn)
-        self.codes, self.row_absmax = QuantParam(codes), QuantParam(scale * FP8_LARGEST)
+        self.codes = QuantParam(codes, info=info.part("matrix", info.layer_axes))
+        self.row_absmax = QuantParam(scale * FP8_LARGEST, info=info.part("scale", info.layer_axes[:1]))
 
     def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
         """As that of `NF4Kernel`."""

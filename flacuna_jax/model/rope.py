@@ -7,14 +7,11 @@ input it is NTK scaling, a larger `rope_theta`; `ntk_theta` computes it.)
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-if TYPE_CHECKING:
-    from flacuna_jax.model.llama import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +48,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 def ntk_theta(theta: float, head_dim: int, factor: float) -> float:
     """The base under which the slowest pair turns `factor` times slower and the fastest as before."""
     return theta * factor ** (head_dim / (head_dim - 2))
-
-
-def stretched(
-    config: "LlamaConfig", kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: float
-) -> "LlamaConfig":
-    """The network for a context `factor` times as long. `ntk` changes `rope_theta`, so every program can load it."""
-    own = config.max_position_embeddings
-    longer = dataclasses.replace(config, max_position_embeddings=math.ceil(own * factor))
-    if kind == "ntk":
-        return dataclasses.replace(longer, rope_theta=ntk_theta(config.rope_theta, config.head_dim, factor))
-    if kind == "linear":
-        return dataclasses.replace(longer, rope_scaling=RopeScaling("linear", factor))
-    scaling = RopeScaling("llama3", factor, original_max_position_embeddings=own, **llama3)
-    return dataclasses.replace(longer, rope_scaling=scaling)
 
 
 @jax.tree_util.register_dataclass

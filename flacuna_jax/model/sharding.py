@@ -1,4 +1,4 @@
-"""How the network lies on a mesh: one table from logical axes to mesh axes, used by model, loader, trainer and tests.
+"""How the network lies on a mesh: `RULES` maps logical axes, which each parameter has, to mesh axes.
 
 The mesh has four axes, from the slowest network to the fastest. `replica` repeats the rest once per TPU slice or
 host, `data` replicates the weights, `fsdp` splits them and gathers one layer at a time, `tensor` splits heads,
@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
+from flacuna_jax.model.variables import Axes, Parameter
 
 MESH_AXES = (*BATCH_AXES, TENSOR_AXIS)
 
@@ -35,59 +36,6 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 """Logical axis → mesh axis, of activations and of weights as the computation wants them (see `stored_spec`)."""
-
-Axes = tuple[str | None, ...]
-
-BASE_AXES: dict[str, Axes] = {
-    "embed_tokens/weight": ("vocab", None),
-    "layers/input_layernorm/weight": ("layers", None),
-    "layers/q_proj/weight": ("layers", "heads", None),
-    "layers/k_proj/weight": ("layers", "kv_heads", None),
-    "layers/v_proj/weight": ("layers", "kv_heads", None),
-    "layers/o_proj/weight": ("layers", None, "heads"),
-    "layers/post_attention_layernorm/weight": ("layers", None),
-    "layers/gate_proj/weight": ("layers", "ffn", None),
-    "layers/up_proj/weight": ("layers", "ffn", None),
-    "layers/down_proj/weight": ("layers", None, "ffn"),
-    "norm/weight": (None,),
-    "lm_head/weight": ("vocab", None),
-    "layers/q_proj/bias": ("layers", "heads"),
-    "layers/k_proj/bias": ("layers", "kv_heads"),
-    "layers/v_proj/bias": ("layers", "kv_heads"),
-    "layers/o_proj/bias": ("layers", None),
-    "layers/gate_proj/bias": ("layers", "ffn"),
-    "layers/up_proj/bias": ("layers", "ffn"),
-    "layers/down_proj/bias": ("layers", None),
-}
-"""Parameter → logical axes of its dimensions: kernels [out, in] as in Hugging Face files, layers stacked in front."""
-
-
-def parameter_axes(name: str) -> Axes:
-    """Logical axes of a base or adapter parameter.
-
-    Adapters are replicated over fsdp (they are tiny, and a second set of gathers per layer is not) and follow their
-    projection over tensor: A [layers, rank, in] where `in` is split, B [layers, out, rank] and DoRA's magnitude
-    [layers, out] where `out` is. Codes of a quantised kernel, and magnitudes of its blocks, lie as the kernel does.
-    """
-    module, _, leaf = name.rpartition("/")
-    if module in BASE_AXES:
-        layers_out_in = BASE_AXES[module]
-        quantised: dict[str, Axes] = {
-            "codes": layers_out_in,
-            "absmax": layers_out_in,
-            "row_absmax": layers_out_in[:2],
-            "absmax_scale": (layers_out_in[0], None),
-            "absmax_offset": layers_out_in[:1],
-        }
-        return quantised[leaf]
-    if not leaf.startswith("lora_"):
-        return BASE_AXES[name]
-    *layers, out, into = BASE_AXES[f"{module}/weight"]
-    return {
-        "lora_a": (*layers, "rank", into),
-        "lora_b": (*layers, out, "rank"),
-        "lora_magnitude": (*layers, out),
-    }[leaf]
 
 
 def partition_spec(
@@ -105,12 +53,11 @@ def _divides(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None, size
     return size % math.prod(mesh.shape[name] for name in names) == 0
 
 
-def stored_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How a parameter lies between its uses: split over tensor and, if it is a base matrix, over fsdp as well."""
-    axes = parameter_axes(name)
-    if name.endswith(("_proj/weight", "embed_tokens/weight", "lm_head/weight", "/codes", "/absmax")):
-        return _matrix_spec(axes, shape, mesh)
-    return partition_spec(axes, shape, mesh)
+def stored_spec(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How a parameter lies between its uses: split over tensor and, if it is a matrix or a table of the base, over fsdp
+    as well. Adapters are replicated over fsdp: they are tiny, and a second set of gathers per layer is not."""
+    spec = _matrix_spec if parameter.kind in ("matrix", "table") else partition_spec
+    return spec(parameter.axes, parameter.shape, mesh)
 
 
 def _matrix_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -123,9 +70,15 @@ def _matrix_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) ->
     return spec
 
 
-def parameter_shardings(shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Shardings of named parameters (`base_shapes`, `lora_shapes` of `model.parameters`)."""
-    return {name: NamedSharding(mesh, stored_spec(name, shape, mesh)) for name, shape in shapes.items()}
+def parameter_shardings(parameters: Mapping[str, Parameter], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
+    """Shardings of parameters by path (`ModelSpec.base`, `held`, `adapters`)."""
+    return {path: NamedSharding(mesh, stored_spec(parameter, mesh)) for path, parameter in parameters.items()}
+
+
+def abstract_arrays(parameters: Mapping[str, Parameter], mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of parameters."""
+    shardings = parameter_shardings(parameters, mesh)
+    return {path: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=shardings[path]) for path, p in parameters.items()}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

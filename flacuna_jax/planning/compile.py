@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 from flacuna_jax.deviceless import lowering_for, quick_options
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE
-from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
+from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mesh
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
-from flacuna_jax.training.optimizer import make_optimizer
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 
@@ -62,7 +61,7 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
     """The trainer's own step (`training.step.make_step`) on abstract arguments, lowered for `devices`."""
     mesh = make_mesh(layout.mesh, devices)
     spec, training = workload.spec, workload.training
-    state = StateLayout(spec, make_optimizer(training, workload.statistics.steps or 1_000_000), mesh)
+    state = StateLayout(spec, workload.optimizer, mesh)
     trainable, opt_state = state.trainable, state.opt_state
     step_config = StepConfig(spec, workload.seed, layout.remat, training.attention, workload.one_document)
     step = make_step(step_config, state.optimizer, mesh, state.shardings)
@@ -73,13 +72,7 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
 
 
 def _frozen(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    spec = workload.spec
-    if spec.lora is None:
-        return {}
-    shardings = parameter_shardings({name: leaf.shape for name, leaf in spec.held.items()}, mesh)
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name]) for name, leaf in spec.held.items()
-    }
+    return {} if workload.spec.lora is None else abstract_arrays(workload.spec.held, mesh)
 
 
 def _batch(workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -108,7 +101,8 @@ def compile_step(
 
 
 def _compiled(workload: Workload, layout: Layout, devices: Sequence[jax.Device], started: float) -> CompiledStep:
-    compiled = lower_step(workload, layout, devices).compile(quick_options(devices[0]) or None)
+    options: Any = quick_options(devices[0])  # numbers, too, which older releases of jax do not declare
+    compiled = lower_step(workload, layout, devices).compile(options or None)
     program = Program(compiled.as_text() or "", lambda op_name: _loop_trips(op_name, workload, layout))
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -5,19 +5,23 @@ policy saves, with constants fitted to compiled programs (docs/scaling.md); memo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import jax
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.kernels.cross_entropy import chunk_size
-from flacuna_jax.model.parameters import Shapes, count
-from flacuna_jax.model.sharding import MESH_AXES, stored_spec
+from flacuna_jax.model.parameters import ModelSpec, count
+from flacuna_jax.model.sharding import MESH_AXES, abstract_arrays
+from flacuna_jax.model.variables import Parameter
 from flacuna_jax.planning.hlo import Collective
 from flacuna_jax.planning.workload import Layout, Workload
+from flacuna_jax.training.state import StateLayout
 
 MULTIPLYING_AGAIN = ("attention", "full")
 """Remat policies under which the backward pass repeats the projections."""
@@ -41,41 +45,28 @@ class Work:
 def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
     """Bytes per device of what the step is given, by kind."""
     spec, mesh = workload.spec, layout.mesh
-    base = _stored(spec.base_shapes, mesh)
     rows = workload.micro_batches(layout) * layout.micro_batch
     batch = rows * workload.length * (4 * 4 + 1)  # tokens, targets, segments, positions; one mask
+    state = _bytes_per_device(StateLayout(spec, workload.optimizer, _abstract(mesh)).opt_state)
+    trained = _stored(spec.trainable, mesh)
     if spec.lora is None:
-        return {"weights": 4 * base, "optimizer state": _state_bytes(workload) * base, "batch": batch}
-    adapters = _stored(spec.lora_shapes, mesh)
-    return {
-        "base weights": _held_bytes(workload, layout),
-        "adapters": 4 * adapters,
-        "optimizer state": _state_bytes(workload) * adapters,
-        "batch": batch,
-    }
+        return {"weights": trained, "optimizer state": state, "batch": batch}
+    return {"base weights": _stored(spec.held, mesh), "adapters": trained, "optimizer state": state, "batch": batch}
 
 
-def _state_bytes(workload: Workload) -> int:
-    """Of the optimizer, per trained number: two moments, one, or (of matrices that are not thin) none to speak of."""
-    adafactor = 4 if workload.spec.lora is not None else 0
-    return {"adamw": 8, "lion": 4, "adafactor": adafactor}[workload.training.optimizer]
+def _abstract(mesh: MeshConfig) -> Mesh:
+    """A mesh without devices, which shapes and shardings do not need."""
+    return cast(Mesh, AbstractMesh(tuple(getattr(mesh, axis) for axis in MESH_AXES), MESH_AXES))
 
 
-def _held_bytes(workload: Workload, layout: Layout) -> int:
-    """Of the frozen base on one device, in whatever form it is held."""
-    by_width: dict[int, Shapes] = {}
-    for name, leaf in workload.spec.held.items():
-        by_width.setdefault(leaf.dtype.itemsize, {})[name] = leaf.shape
-    return sum(width * _stored(shapes, layout.mesh) for width, shapes in by_width.items())
+def _stored(parameters: Mapping[str, Parameter], mesh: MeshConfig) -> int:
+    """Bytes of parameters on one device."""
+    return _bytes_per_device(abstract_arrays(parameters, _abstract(mesh)))
 
 
-def _stored(shapes: Shapes, mesh: MeshConfig) -> int:
-    """Numbers that one device holds."""
-    abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in MESH_AXES), MESH_AXES)
-    return sum(
-        math.prod(NamedSharding(abstract, stored_spec(name, shape, abstract)).shard_shape(shape))
-        for name, shape in shapes.items()
-    )
+def _bytes_per_device(arrays: Any) -> int:
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def temporary_bytes(workload: Workload, layout: Layout) -> int:
@@ -97,24 +88,23 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
     within_layer = 4 * d + (3 * q + 3 * kv + 4 * f) / tensor  # of the one layer that is at work
     activations = workload.tokens_per_pass(layout) * size * (config.num_layers * kept + within_layer)
     head = config.vocab_size * d // tensor * size
-    largest = max(math.prod(shape[1:]) for name, shape in spec.base_shapes.items() if name.startswith("layers/"))
+    largest = max(math.prod(parameter.layer_shape) for parameter in spec.base.values() if parameter.stacked)
     gathered = (head + 2 * largest // tensor * size) if layout.mesh.fsdp > 1 else 0
     chunk = chunk_size(workload.tokens_per_pass(layout)) * config.vocab_size // tensor * (4 + size)
     if spec.lora is None:
-        gradients = 4 * _stored(spec.base_shapes, layout.mesh)
+        gradients = _stored(spec.trainable, layout.mesh)
         # The sums of the micro-batches, each micro-batch's own, and the head's, which is whole on every device.
         return int(activations + gathered + chunk + 2 * gradients + 4 * head // size * (layout.mesh.fsdp > 1))
     # Kernels in compute dtype: where none are gathered, a whole-layer recomputation has the three of a feed-forward
     # part at once, and 4-bit codes become numbers on the way to each product.
     copies = 3 * (layout.remat == "full") + (spec.quantization == "nf4") if layout.mesh.fsdp == 1 else 0
     kernels = copies * largest // tensor * size
-    return int(activations + gathered + kernels + chunk + 3 * 4 * _stored(spec.lora_shapes, layout.mesh))
+    return int(activations + gathered + kernels + chunk + 3 * _stored(spec.trainable, layout.mesh))
 
 
-def _projection_bytes(workload: Workload) -> int:
-    """Of the frozen projections of all layers, as they are held."""
-    held = workload.spec.held.items()
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in held if "_proj/weight" in name)
+def _projections(spec: ModelSpec) -> list[Parameter]:
+    """The frozen projections of all layers, as they are held."""
+    return [part for part in spec.held.values() if part.stacked and part.kind in ("matrix", "scale")]
 
 
 def attention_flops(workload: Workload, layout: Layout) -> float:
@@ -142,8 +132,7 @@ def head_chunks(workload: Workload, layout: Layout) -> float:
 def estimate_work(workload: Workload, layout: Layout) -> Work:
     spec, config, tensor = workload.spec, workload.spec.config, layout.mesh.tensor
     tokens, micro_batches = _tokens(workload, layout), workload.micro_batches(layout)
-    matrices = {name: shape for name, shape in spec.base_shapes.items() if name.endswith("_proj/weight")}
-    weights = count(matrices)
+    weights = count({path: p.shape for path, p in spec.base.items() if p.stacked and p.kind == "matrix"})
     full_tuning, recomputed = spec.lora is None, layout.remat in MULTIPLYING_AGAIN
     passes = 2 + full_tuning + recomputed
     head_tokens = head_chunks(workload, layout) * chunk_size(workload.tokens_per_pass(layout)) * micro_batches
@@ -155,7 +144,8 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     per_token = 24 * d + (8 * config.num_heads * config.head_dim + 10 * config.intermediate_size) / tensor
     traffic = micro_batches * passes * weights / tensor * size * (2 if layout.mesh.fsdp > 1 else 1)
     if spec.quantization is not None:
-        traffic += micro_batches * passes * _projection_bytes(workload) / tensor  # codes; the kernels are made of them
+        codes = sum(math.prod(part.shape) * part.dtype.itemsize for part in _projections(spec))
+        traffic += micro_batches * passes * codes / tensor  # the kernels are made of them
     traffic += tokens * config.num_layers * per_token * size * (2 + recomputed)
     return Work(matrix_flops, attention_flops(workload, layout), traffic, tuple(_collectives(workload, layout)))
 
@@ -175,9 +165,8 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
             found.append(Collective(kind, int(nbytes), group, times, False, "estimated"))
 
     per_layer = [
-        math.prod(leaf.shape[1:]) * (leaf.dtype.itemsize if spec.quantization else size) // mesh.tensor
-        for name, leaf in spec.held.items()
-        if "_proj/weight" in name
+        math.prod(part.layer_shape) * (part.dtype.itemsize if spec.quantization else size) // mesh.tensor
+        for part in _projections(spec)
     ]
     table = spec.config.vocab_size * spec.config.hidden_size * size // mesh.tensor
     gathers = 2 + (layout.remat in MULTIPLYING_AGAIN)
@@ -190,7 +179,7 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
             exchange("all-reduce", nbytes / mesh.fsdp, copies, layers * micro_batches)
         exchange("all-reduce", 2 * table, rows, 2 * micro_batches)
     else:
-        exchange("all-reduce", 4 * _stored(spec.lora_shapes, mesh), rows, 1)
+        exchange("all-reduce", _stored(spec.adapters, mesh), rows, 1)
     activations = workload.tokens_per_pass(layout) * spec.config.hidden_size * size
     exchange(
         "all-reduce",

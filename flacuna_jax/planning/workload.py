@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import optax
+
 from flacuna_jax.config import DataConfig, MeshConfig, RunConfig, TrainingConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from flacuna_jax.data.pipeline import RunPlan
@@ -72,6 +75,10 @@ class Workload:
         spec = ModelSpec.of_run(architecture, config.model, config.lora)
         unpacked = config.data.packing == "none"
         return cls(spec, config.training, config.data.max_length, statistics, config.seed, unpacked)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.training, self.statistics.steps or 1_000_000, self.spec.trainable)
 
     @property
     def compute_bytes(self) -> int:

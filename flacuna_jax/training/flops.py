@@ -25,9 +25,7 @@ class StepFlops:
     @classmethod
     def of(cls, spec: ModelSpec) -> "StepFlops":
         sizes = spec.config
-        matrices = count(
-            {name: s for name, s in spec.base_shapes.items() if name.startswith("layers/") and len(s) == 3}
-        )
+        matrices = count({path: p.shape for path, p in spec.base.items() if p.kind == "matrix" and p.stacked})
         head = sizes.vocab_size * sizes.hidden_size
         # A product costs 2 FLOP per weight and token forward, as much for the gradient of its input, and as much again
         # for that of the weight, if it trains.

@@ -4,7 +4,7 @@ Parameters, gradients and moments are flat dicts `{"layers/q_proj/lora_a": array
 float32, whatever the dtype of the parameters.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.config import TrainingConfig
 from flacuna_jax.errors import UserError
+from flacuna_jax.model.variables import Parameter
 from flacuna_jax.training.guard import guarded
 
 Params = dict[str, jax.Array]
+Parameters = Mapping[str, Parameter]
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
@@ -55,63 +57,62 @@ def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.
     return schedule
 
 
-def make_optimizer(training: TrainingConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    training: TrainingConfig, total_steps: int, parameters: Parameters
+) -> optax.GradientTransformationExtraArgs:
     """Clips by global norm, then AdamW, Adafactor or Lion with decoupled decay times the learning rate; all of it under
     the guard against bad steps.
 
     AdamW (eps 1e-8) equals `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.AdamW` with a transformers
     schedule. Decay spares `training.no_decay`; `training.lora_plus_ratio` multiplies the rate of B. Moments are
     float32; the norm before clipping is `optax.tree.norm(gradients)`, for whoever logs it.
+
+    Args:
+      training: settings.
+      total_steps: length of the schedule.
+      parameters: what is trained, by path (`ModelSpec.trainable`).
     """
     clip = optax.identity() if training.max_grad_norm is None else clip_by_global_norm(training.max_grad_norm)
-
-    def decayed(params: Params) -> dict[str, bool]:
-        return {path: is_decayed(path, training.no_decay) for path in params}
-
+    decayed = {path: is_decayed(path, parameter, training.no_decay) for path, parameter in parameters.items()}
     named = optax.chain(
         clip,
-        _CORES[training.optimizer](training),
+        _CORES[training.optimizer](training, parameters),
         optax.add_decayed_weights(training.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate_schedule(training, total_steps)),
-        _lora_plus(training.lora_plus_ratio),
+        _lora_plus(training.lora_plus_ratio, parameters),
     )
     return guarded(_in_float32(named), training.spike_factor)
 
 
-def _adam(training: TrainingConfig) -> optax.GradientTransformation:
+def _adam(training: TrainingConfig, _: Parameters) -> optax.GradientTransformation:
     """Kingma & Ba, 2015 (arXiv:1412.6980)."""
     return optax.scale_by_adam(*(training.betas or ADAM_BETAS), ADAM_EPSILON)
 
 
-def _lion(training: TrainingConfig) -> optax.GradientTransformation:
+def _lion(training: TrainingConfig, _: Parameters) -> optax.GradientTransformation:
     """Chen et al., 2023 (arXiv:2302.06675)."""
     return optax.scale_by_lion(*(training.betas or LION_BETAS))
 
 
-def _adafactor(training: TrainingConfig) -> optax.GradientTransformation:
+def _adafactor(_: TrainingConfig, parameters: Parameters) -> optax.GradientTransformation:
     """Shazeer & Stern, 2018 (arXiv:1804.04235), with an external learning rate and no momentum.
 
     Matrices of 128 and more in both directions keep row and column means of their second moments, others all of them.
     """
-    del training
-    return _by_layer(lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
+    return _by_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), parameters)
 
 
-_CORES: dict[str, Callable[[TrainingConfig], optax.GradientTransformation]] = {
+_CORES: dict[str, Callable[[TrainingConfig, Parameters], optax.GradientTransformation]] = {
     "adamw": _adam,
     "adafactor": _adafactor,
     "lion": _lion,
 }
 
 
-def _by_layer(make: Callable[[], optax.GradientTransformation]) -> optax.GradientTransformation:
+def _by_layer(inner: optax.GradientTransformation, parameters: Parameters) -> optax.GradientTransformation:
     """Applies what looks at a matrix as a whole to each layer of a stack on its own."""
-    inner = make()
     stacked = optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
-
-    def kinds(params: Params) -> dict[str, str]:
-        return {path: "layers" if path.startswith("layers/") else "single" for path in params}
-
+    kinds = {path: "layers" if parameter.stacked else "single" for path, parameter in parameters.items()}
     return optax.partition({"layers": _unless_empty(stacked), "single": inner}, kinds)
 
 
@@ -127,12 +128,13 @@ def _unless_empty(inner: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformation(init, update)
 
 
-def _lora_plus(ratio: float) -> optax.GradientTransformation:
+def _lora_plus(ratio: float, parameters: Parameters) -> optax.GradientTransformation:
     """PEFT's groups: B and the vectors (DoRA's magnitudes) learn `ratio` times as fast as A."""
+    faster = {path for path, parameter in parameters.items() if parameter.kind in ("lora_b", "lora_magnitude")}
 
     def rescale(updates: Params, params: Any = None) -> Params:
         del params
-        return {path: u * ratio if path.endswith(("lora_b", "lora_magnitude")) else u for path, u in updates.items()}
+        return {path: u * ratio if path in faster else u for path, u in updates.items()}
 
     return optax.identity() if ratio == 1 else optax.stateless(rescale)
 
@@ -147,19 +149,19 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def is_decayed(path: str, no_decay: tuple[str, ...] = TrainingConfig().no_decay) -> bool:
-    """Whether weight decay applies to a parameter.
+def is_decayed(path: str, parameter: Parameter, no_decay: Sequence[str] = TrainingConfig().no_decay) -> bool:
+    """Whether weight decay applies to a parameter: no word of `no_decay` is its kind, or part of its path.
 
-    Decided by name: in stacked layers a norm's weight is a two-dimensional [layers, width] array.
+    Dimensions do not tell: in stacked layers a norm's weight is a two-dimensional [layers, width] array.
     """
-    return not any(word in path for word in no_decay)
+    return not any(word in path or word == parameter.kind for word in no_decay)
 
 
-def require_words(no_decay: Sequence[str], paths: Collection[str]) -> None:
-    """Raises UserError for a word, other than the default ones, that is in no parameter's name: it would spare none."""
+def require_words(no_decay: Sequence[str], parameters: Parameters) -> None:
+    """Raises UserError for a word, other than the default ones, that spares no parameter."""
     for word in set(no_decay) - set(TrainingConfig().no_decay):
-        if not any(word in path for path in paths):
-            raise UserError(f"training.no_decay: {word!r} is in no parameter's name; there are {', '.join(paths)}")
+        if all(is_decayed(path, parameter, (word,)) for path, parameter in parameters.items()):
+            raise UserError(f"training.no_decay: {word!r} is in no parameter's name; there are {', '.join(parameters)}")
 
 
 def optimizer_state_shardings(

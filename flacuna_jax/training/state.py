@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from flacuna_jax.model.parameters import ModelSpec, Params, fresh_adapters
-from flacuna_jax.model.sharding import parameter_shardings
+from flacuna_jax.model.sharding import abstract_arrays
 from flacuna_jax.training.optimizer import optimizer_state_shardings
 
 
@@ -32,9 +32,7 @@ class StateLayout:
     @property
     def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Abstract trainable parameters: the adapters, or every weight in full fine-tuning. Float32 always."""
-        shapes = self.spec.base_shapes if self.spec.lora is None else self.spec.lora_shapes
-        shardings = parameter_shardings(shapes, self.mesh)
-        return {n: jax.ShapeDtypeStruct(s, "float32", sharding=shardings[n]) for n, s in shapes.items()}
+        return abstract_arrays(self.spec.trainable, self.mesh)
 
     @property
     def opt_state(self) -> Any:

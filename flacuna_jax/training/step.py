@@ -23,7 +23,8 @@ from flacuna_jax.deviceless import known_options
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.model.parameters import ModelSpec, Params
-from flacuna_jax.model.sharding import constrain, parameter_axes, row_shards
+from flacuna_jax.model.sharding import constrain, row_shards
+from flacuna_jax.model.variables import Parameter
 from flacuna_jax.training.guard import skips
 
 Batch = Mapping[str, jax.Array]
@@ -101,7 +102,7 @@ def loss_and_gradients(
     Micro-batches at the end that hold only empty rows are not computed.
     """
     rows_per_micro_batch = batch["tokens"].shape[1]
-    differentiated = trainable if config.spec.lora is None else _copy_per_shard(trainable)
+    differentiated = trainable if config.spec.lora is None else _copy_per_shard(config.spec, trainable)
     dropout = config.spec.lora is not None and config.spec.lora.dropout > 0
     step_key = jax.random.fold_in(jax.random.key(config.seed), index)
 
@@ -123,14 +124,13 @@ def loss_and_gradients(
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, differentiated))
     loss, gradients = jax.lax.fori_loop(0, micro_batches, accumulate, zeros)
     if config.spec.lora is not None:
-        gradients = {
-            name: jnp.sum(gradient, axis=1) if _is_copied(name) else gradient for name, gradient in gradients.items()
-        }
+        copied = _copied(config.spec)
+        gradients = {path: jnp.sum(g, axis=1) if path in copied else g for path, g in gradients.items()}
     supervised = jnp.maximum(jnp.sum(batch["loss_mask"]), 1).astype(jnp.float32)
     return loss / supervised, jax.tree.map(lambda gradient: gradient / supervised, gradients)
 
 
-def _copy_per_shard(adapters: Params) -> Params:
+def _copy_per_shard(spec: ModelSpec, adapters: Params) -> Params:
     """[layers, ...] → [layers, shards, ...]: every data×fsdp shard reads, and has the gradient of, a copy of its own.
 
     So gradients are added up where they arise, over all micro-batches, and cross the devices once per step, in float32.
@@ -138,19 +138,16 @@ def _copy_per_shard(adapters: Params) -> Params:
     """
     shards = row_shards()
     copies = {}
-    for name, value in adapters.items():
-        if not _is_copied(name):
-            copies[name] = value
-            continue
-        layers, *axes = parameter_axes(name)
+    for path, parameter in _copied(spec).items():
+        value = adapters[path]
         repeated = jnp.broadcast_to(value[:, None], (value.shape[0], shards, *value.shape[1:]))
-        copies[name] = constrain(repeated, layers, "batch", *axes)
-    return copies
+        copies[path] = constrain(repeated, "layers", "batch", *parameter.layer_axes)
+    return adapters | copies
 
 
-def _is_copied(name: str) -> bool:
-    """The head's adapter is not: the loss adds up its gradient over devices itself."""
-    return name.startswith("layers/")
+def _copied(spec: ModelSpec) -> dict[str, Parameter]:
+    """Not the head's adapter: the loss adds up its gradient over devices itself."""
+    return {path: parameter for path, parameter in spec.adapters.items() if parameter.stacked}
 
 
 Step = Callable[[Params, Any, Params, Batch, Any], tuple[Params, Any, StepMetrics]]

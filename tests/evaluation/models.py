@@ -22,7 +22,7 @@ def story_model(directory: Path, devices: int = 1, **placement: int) -> LlamaLan
     config = read_architecture(directory)
     spec = ModelSpec(config, None, "float32", "float32")
     mesh = make_mesh("auto", jax.devices()[:devices])
-    params = load_base(str(directory), config, parameter_shardings(spec.base_shapes, mesh), "float32")
+    params = load_base(str(directory), config, parameter_shardings(spec.base, mesh), "float32")
     return LlamaLanguageModel(
         spec, params, load_tokenizer(directory), mesh, "story", "story", placement=Placement(**placement)
     )

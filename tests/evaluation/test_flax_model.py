@@ -124,7 +124,7 @@ def _small(spec: ModelSpec, mesh: MeshConfig | None = None, **placement: int) ->
     """Random weights; its EOS is no token, so that nothing ends early."""
     params = random_params(spec.base_shapes | spec.lora_shapes, 0.2)
     mesh = make_mesh(mesh or MeshConfig())
-    params = jax.device_put(params, parameter_shardings(spec.base_shapes | spec.lora_shapes, mesh))
+    params = jax.device_put(params, parameter_shardings(spec.base | spec.adapters, mesh))
     return LlamaLanguageModel(spec, params, _Numbers(), mesh, placement=Placement(**placement))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flacuna_jax.config import MeshConfig
 from flacuna_jax.huggingface import load
 from flacuna_jax.huggingface.architecture import read_architecture
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.parameters import base_parameters
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 
 
@@ -26,7 +26,7 @@ def touched_file_pages() -> int:
 def main(port: str, process: str, directory: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
     config = read_architecture(directory)
-    shardings = parameter_shardings(base_shapes(config), make_mesh(MeshConfig(fsdp=4)))
+    shardings = parameter_shardings(base_parameters(config), make_mesh(MeshConfig(fsdp=4)))
     taken = 0
     original = load.cast
 

@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.adapter import Adapter, host_adapter, read_adapter
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.card import Facts, Measured
 from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.lora import adapter_ranks, peft_module
-from flacuna_jax.model.parameters import ModelSpec, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from tests.huggingface.checkpoints import GROUPED, SMALL, Written
 from tests.torch_models import from_torch, torch, torch_llama
 
@@ -35,15 +34,15 @@ def random_adapter(config: LlamaConfig, lora: LoraConfig, base_name: str | None 
     """Random numbers within each layer's rank; magnitudes around the norms of the test models' rows."""
     rng = np.random.default_rng(0)
     params = {}
-    for path, shape in lora_shapes(config, lora).items():
+    for path, shape in ModelSpec(config, lora).lora_shapes.items():
         params[path] = (0.3 * rng.standard_normal(shape) + path.endswith("magnitude")).astype(np.float32)
-    for module, (ranks, _) in adapter_ranks(lora, config.num_layers).items():
+    for module, (ranks, _) in ModelSpec(config, lora).ranks.items():
         for layer, rank in enumerate(ranks if module != "lm_head" else ()):
             params[f"{module}/lora_a"][layer, rank:] = 0
             params[f"{module}/lora_b"][layer, :, rank:] = 0
             if lora.use_dora and not rank:
                 params[f"{module}/lora_magnitude"][layer] = 0
-    return Adapter(lora, params, base_name)
+    return Adapter(ModelSpec(config, lora), params, base_name)
 
 
 def our_logits(written: Written, adapter: Adapter | None) -> np.ndarray:
@@ -116,16 +115,16 @@ def test_merging_gives_pefts_weights(lora: LoraConfig, tmp_path: Path) -> None:
     merged = peft.PeftModel.from_pretrained(torch_llama(SMALL), tmp_path / "a").merge_and_unload().state_dict()
     base = torch_llama(SMALL).state_dict()
     changed = set()
-    for module in (*(f"layers/{name}" for name in PROJECTIONS), "lm_head"):
-        for layer in range(SMALL.num_layers if module != "lm_head" else 1):
-            name = f"{peft_module(module, layer)}.weight"
+    for module, module_name in ModelSpec(SMALL).linear.items():
+        for layer in range(module_name.layers or 1):
+            name = f"{module_name.of_layer(layer)}.weight"
             ours = adapter.merge(base[name].numpy(), module, layer)
             np.testing.assert_allclose(ours, merged[name].numpy(), atol=2e-6)
             rows = slice(5, 9)
             piece = adapter.merge(base[name].numpy()[rows], module, layer, rows)
             np.testing.assert_allclose(piece, ours[rows], atol=1e-6)  # another order of sums
             changed |= {name} if np.abs(ours - base[name].numpy()).max() > 0.01 else set()
-    assert len(changed) == sum(int((ranks > 0).sum()) for ranks, _ in adapter_ranks(lora, SMALL.num_layers).values())
+    assert len(changed) == sum(int((ranks > 0).sum()) for ranks, _ in adapter.spec.ranks.values())
 
 
 def test_the_directory_is_what_peft_and_vllm_expect(tmp_path: Path) -> None:
@@ -351,17 +350,3 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither adapter_model\.safetensors nor"):
         read_adapter(tmp_path, SMALL)
-
-
-def test_sharded_adapters_are_gathered(tmp_path: Path) -> None:
-    lora = LoraConfig(targets=PROJECTIONS)
-    adapter = random_adapter(SMALL, lora)
-    mesh = jax.make_mesh((4,), ("x",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "x"))
-    sharded = {
-        path: jax.device_put(value, sharding) if value.shape[2] % 4 == 0 else value
-        for path, value in adapter.params.items()
-    }
-    write_adapter(tmp_path / "a", host_adapter(lora, sharded), SMALL, trained=True)
-    found = read_adapter(tmp_path / "a", SMALL)
-    assert all(np.array_equal(found.params[path], adapter.params[path]) for path in adapter.params)

@@ -14,7 +14,7 @@ import pytest
 from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver, safetensors_file
-from flacuna_jax.huggingface.adapter import Adapter, host_adapter
+from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.alongside import LogitsAlongside
 from flacuna_jax.huggingface.architecture import hugging_face_config, read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_merged, write_model
@@ -25,7 +25,7 @@ from flacuna_jax.huggingface.probe import Side, probe_ids, stored_weights, strea
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_parameters
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.huggingface.checkpoints import SMALL, TIED, Written, save
 from tests.torch_models import torch, torch_llama, transformers
@@ -41,8 +41,9 @@ def companions(tiny_sentencepiece: Path) -> Companions:
 
 def random_adapter(config: LlamaConfig, lora: LoraConfig) -> Adapter:
     rng = np.random.default_rng(0)
-    shapes = lora_shapes(config, lora)
-    return host_adapter(lora, {path: jnp.asarray(0.1 * rng.standard_normal(shape)) for path, shape in shapes.items()})
+    spec = ModelSpec(config, lora)
+    made = {path: 0.1 * rng.standard_normal(shape) for path, shape in spec.lora_shapes.items()}
+    return Adapter(spec, {path: value.astype(np.float32) for path, value in made.items()})
 
 
 def their_logits(path: Path, config: LlamaConfig) -> np.ndarray:
@@ -85,7 +86,7 @@ def test_a_converted_checkpoint_loads_like_its_source(written: Written, companio
     convert(tmp_path / "native", open_checkpoint(written.path), config, tokenizer_source=companions.tokenizer)
     assert read_architecture(tmp_path / "native") == config
     for mesh_config in (MeshConfig(), MeshConfig(fsdp=2, tensor=2)):
-        shardings = parameter_shardings(base_shapes(config), make_mesh(mesh_config))
+        shardings = parameter_shardings(base_parameters(config), make_mesh(mesh_config))
         ours = load_base(tmp_path / "native", config, shardings, "bfloat16")
         theirs = load_base(written.path, config, shardings, "bfloat16")
         assert all(np.array_equal(np.asarray(ours[path]), np.asarray(theirs[path])) for path in theirs)
@@ -183,7 +184,7 @@ def test_trained_weights_load_in_transformers(
 ) -> None:
     model = torch_llama(config)
     save(model, tmp_path / "in", "safetensors")
-    shardings = parameter_shardings(base_shapes(config), make_mesh(mesh))
+    shardings = parameter_shardings(base_parameters(config), make_mesh(mesh))
     params = load_base(tmp_path / "in", config, shardings, "float32")
     report = write_model(tmp_path / "model", params, config, companions, dtype=np.dtype(np.float32))
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
@@ -281,7 +282,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
 ) -> None:
     adapter = random_adapter(SMALL, LoraConfig(targets=PROJECTIONS))
     wrong = {
-        "scale": dataclasses.replace(adapter, lora=adapter.lora.model_copy(update={"alpha": 32.0})),
+        "scale": dataclasses.replace(adapter, spec=ModelSpec(SMALL, adapter.lora.model_copy(update={"alpha": 32.0}))),
         "transposed layers": dataclasses.replace(adapter, params={p: v[::-1] for p, v in adapter.params.items()}),
         "forgotten": None,
     }[fault]
@@ -357,7 +358,7 @@ def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path: Path, tiny_sente
     sizes = {"num_layers": 24, "hidden_size": 512, "intermediate_size": 1408, "head_dim": 64}
     config = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=8, **sizes)
     noise = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float16)
-    params = {path: np.resize(noise * 0.02, shape) for path, shape in base_shapes(config).items()}
+    params = {path: np.resize(noise * 0.02, shape) for path, shape in ModelSpec(config).base_shapes.items()}
     source = tmp_path / "source"
     source.mkdir()
     tensors = model_tensors(params, config, np.dtype(np.float16))

@@ -16,7 +16,7 @@ from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, base_shapes
+from flacuna_jax.model.parameters import ModelSpec, base_parameters
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.huggingface.checkpoints import GROUPED, SMALL, Written, save, write
 from tests.torch_models import from_torch, torch
@@ -25,14 +25,14 @@ MESHES = {"one": MeshConfig(), "fsdp": MeshConfig(fsdp=4), "fsdp × tensor": Mes
 
 
 def load(path: Path, config: LlamaConfig, mesh: MeshConfig = MESHES["one"], dtype: str = "float32") -> dict:
-    return load_base(path, config, parameter_shardings(base_shapes(config), make_mesh(mesh)), dtype)
+    return load_base(path, config, parameter_shardings(base_parameters(config), make_mesh(mesh)), dtype)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_arrays_are_those_of_transformers_and_lie_where_they_should(mesh: str, written: Written) -> None:
     params = load(written.path, written.config, MESHES[mesh])
     expected = from_torch(written.model, written.config)
-    shardings = parameter_shardings(base_shapes(written.config), make_mesh(MESHES[mesh]))
+    shardings = parameter_shardings(base_parameters(written.config), make_mesh(MESHES[mesh]))
     assert params.keys() == expected.keys()
     for path, value in params.items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(expected[path]), err_msg=path)
@@ -63,7 +63,9 @@ def test_casts_round_once_as_torch_does(stored: str, wanted: str, plain: Written
 @pytest.mark.parametrize("mesh", MESHES)
 def test_logits_from_disk_equal_transformers(mesh: str, written: Written) -> None:
     mesh = make_mesh(MESHES[mesh])
-    params = load_base(written.path, written.config, parameter_shardings(base_shapes(written.config), mesh), "float32")
+    params = load_base(
+        written.path, written.config, parameter_shardings(base_parameters(written.config), mesh), "float32"
+    )
     tokens = np.arange(2 * 9).reshape(2, 9) * 5 % written.config.vocab_size
     with jax.set_mesh(mesh):
         model = ModelSpec(written.config, None, "float32", "float32").merge(params)
@@ -100,7 +102,7 @@ def test_rotary_frequencies_of_old_checkpoints_are_ignored(plain: Written, tmp_p
         state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.arange(6).float()
     (tmp_path / "config.json").write_bytes((plain.path / "config.json").read_bytes())
     torch.save(state, tmp_path / "pytorch_model.bin")
-    assert load(tmp_path, SMALL).keys() == base_shapes(SMALL).keys()
+    assert load(tmp_path, SMALL).keys() == ModelSpec(SMALL).base_shapes.keys()
 
 
 def rewrite(source: Written, path: Path, **changes: "torch.Tensor | None") -> None:

@@ -18,7 +18,7 @@ from flacuna_jax.huggingface.deliver import Companions, write_merged
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.parameters import base_parameters
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.huggingface.meta_checkpoints import write_meta
 from tests.tiny import SMALL
@@ -91,7 +91,7 @@ def test_it_converts_loads_and_goes_out_as_transformers_model(
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert again.config.eos_token_id == 2
 
-    shardings = parameter_shardings(base_shapes(case.config), make_mesh(MeshConfig(fsdp=2, tensor=2)))
+    shardings = parameter_shardings(base_parameters(case.config), make_mesh(MeshConfig(fsdp=2, tensor=2)))
     direct = load_base(str(tmp_path / "family" / "7B"), case.config, shardings, "float32")
     converted = load_base(str(tmp_path / "native"), case.config, shardings, "float32")
     assert all(np.array_equal(np.asarray(direct[path]), np.asarray(converted[path])) for path in converted)
@@ -143,6 +143,6 @@ def test_what_is_wrong_is_named(damage: Callable[[Path], None], says: str, tmp_p
         load_base(
             str(tmp_path),
             read_architecture(tmp_path) if (tmp_path / "params.json").is_file() else ONE,
-            parameter_shardings(base_shapes(ONE), make_mesh(MeshConfig())),
+            parameter_shardings(base_parameters(ONE), make_mesh(MeshConfig())),
             "float32",
         )

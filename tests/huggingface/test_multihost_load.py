@@ -16,7 +16,7 @@ from flacuna_jax.huggingface.deliver import convert
 from flacuna_jax.huggingface.merged import model_tensors, write_shards
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from tests.tiny import SMALL
 
 SIZES = {"num_layers": 4, "hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "vocab_size": 4000}
@@ -26,7 +26,7 @@ HALF = np.dtype(np.float16)
 
 def write_source(path: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
     noise = np.random.default_rng(0).standard_normal(1 << 18).astype(HALF)
-    params = {name: np.resize(noise * HALF.type(0.02), shape) for name, shape in base_shapes(config).items()}
+    params = {name: np.resize(noise * HALF.type(0.02), shape) for name, shape in ModelSpec(config).base_shapes.items()}
     path.mkdir()
     list(write_shards(path, model_tensors(params, config, HALF), 50_000_000))
     (path / "config.json").write_text(json.dumps(hugging_face_config(config, HALF)))

@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.huggingface import names
-from flacuna_jax.model.parameters import base_shapes, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec
 from tests.tiny import SMALL
 from tests.torch_models import torch_llama
 
@@ -11,28 +13,28 @@ peft = pytest.importorskip("peft")
 
 def test_every_base_tensor_of_transformers_has_its_place_and_back() -> None:
     state = torch_llama(SMALL).state_dict()
-    ours = {name for path in base_shapes(SMALL) for name in names.tensor_names(path, SMALL.num_layers)}
-    assert ours == set(state)
+    base = ModelSpec(SMALL).base
+    assert {name for parameter in base.values() for name in parameter.tensors} == set(state)
     for name in state:
-        path, layer = names.parse_tensor_name(name)
-        assert names.tensor_name(path, layer) == name
+        path, layer = names.parse_tensor_name(name, SMALL)
+        assert base[path].tensor(layer) == name
 
 
 def test_every_adapter_tensor_of_peft_has_its_place_and_back() -> None:
     config = peft.LoraConfig(r=3, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
     theirs = peft.get_peft_model_state_dict(peft.get_peft_model(torch_llama(SMALL), config))
-    shapes = lora_shapes(SMALL, LoraConfig(rank=3, targets=PROJECTIONS))
-    ours = {names.adapter_name(path, layer): shape[1:] for path, shape in shapes.items() for layer in range(shape[0])}
+    adapters = ModelSpec(SMALL, LoraConfig(rank=3, targets=PROJECTIONS)).adapters
+    ours = {names.adapter_name(part, layer): part.layer_shape for part in adapters.values() for layer in part.layers}
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     for name in theirs:
-        path, layer = names.parse_adapter_name(name)
-        assert names.adapter_name(path, layer) == name
-        assert names.parse_adapter_name(name.replace(".weight", ".default.weight")) == (path, layer)
+        path, layer = names.parse_adapter_name(name, SMALL)
+        assert names.adapter_name(adapters[path], layer) == name
+        assert names.parse_adapter_name(name.replace(".weight", ".default.weight"), SMALL) == (path, layer)
 
 
 def test_the_paper_has_160_adapter_tensors() -> None:
-    paths = [f"layers/{module}/{leaf}" for module in ("q_proj", "v_proj") for leaf in ("lora_a", "lora_b")]
-    assert len({names.adapter_name(path, layer) for path in paths for layer in range(40)}) == 160
+    adapters = ModelSpec(dataclasses.replace(SMALL, num_layers=40), LoraConfig()).adapters.values()
+    assert len({names.adapter_name(part, layer) for part in adapters for layer in part.layers}) == 160
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_the_paper_has_160_adapter_tensors() -> None:
     ],
 )
 def test_other_names_have_no_place(name: str) -> None:
-    assert names.parse_tensor_name(name) is None
+    assert names.parse_tensor_name(name, SMALL) is None
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_other_names_have_no_place(name: str) -> None:
     ],
 )
 def test_other_adapter_names_have_no_place(name: str) -> None:
-    assert names.parse_adapter_name(name) is None
+    assert names.parse_adapter_name(name, SMALL) is None
 
 
 def test_rotary_frequencies_alone_are_ignored() -> None:

@@ -17,11 +17,12 @@ from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
 from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model import continuation, shared_prefix
 from flacuna_jax.model.decode import GREEDY
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, Params, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec, Params, tensors_in_order
 from flacuna_jax.model.rope import ntk_theta, rope_frequencies
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.tiny import packed_batch
@@ -99,8 +100,7 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def load(path: Path, config: LlamaConfig) -> Params:
     mesh = make_mesh("auto", jax.devices()[:1])
-    shapes = ModelSpec(config).base_shapes
-    return load_base(str(path), config, parameter_shardings(shapes, mesh), "float32")
+    return load_base(str(path), config, parameter_shardings(ModelSpec(config).base, mesh), "float32")
 
 
 @functools.cache
@@ -184,13 +184,27 @@ def test_converted_and_back(member: Member, tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, member.params[name], err_msg=name)
 
 
+def test_tensors_are_written_in_the_order_in_which_a_forward_pass_asks_for_them(member: Member) -> None:
+    """Otherwise a model that is checked while it is written waits in memory (huggingface/alongside.py)."""
+    stored, asked = stored_weights(open_checkpoint(member.path), member.config), []
+
+    def weights(path: str, layer: int, rows: slice) -> np.ndarray:
+        asked.append((path, layer))
+        return stored(path, layer, rows)
+
+    ids = probe_ids(member.config)
+    theirs = member.reference(torch.tensor(ids[None])).logits[0].detach().numpy()
+    np.testing.assert_allclose(streamed_logits(weights, member.config, ids, None), theirs, atol=1e-4, rtol=1e-4)
+    assert list(dict.fromkeys(asked)) == [(path, layer or 0) for path, layer in tensors_in_order(member.config)]
+
+
 @always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2")
 def test_adapters_and_merges_are_pefts(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)
-    shapes = lora_shapes(member.config, lora)
+    shapes = ModelSpec(member.config, lora).lora_shapes
     params = {path: (0.1 * rng.standard_normal(shape)).astype(np.float32) for path, shape in shapes.items()}
-    adapter = Adapter(lora, params)
+    adapter = Adapter(ModelSpec(member.config, lora), params)
     spec = dataclasses.replace(member.spec, lora=lora)
     ours = packed_logits(spec, {**member.params, **params})
 

@@ -10,7 +10,7 @@ import pytest
 from flacuna_jax.config import LoraConfig
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, base_shapes, count, lora_shapes
+from flacuna_jax.model.parameters import ModelSpec, count
 from tests.tiny import SMALL
 from tests.torch_models import config_of, from_torch, torch, torch_llama, transformers
 
@@ -76,5 +76,5 @@ def test_trained_story_model_continues_as_it_should(story_llama):
 
 def test_13b_has_the_papers_number_of_trainable_parameters():
     vicuna_13b = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
-    assert count(lora_shapes(vicuna_13b, LoraConfig(rank=8, targets=("q_proj", "v_proj")))) == 6_553_600
-    assert count(base_shapes(vicuna_13b)) == 13_015_864_320
+    assert count(ModelSpec(vicuna_13b, LoraConfig(rank=8, targets=("q_proj", "v_proj"))).lora_shapes) == 6_553_600
+    assert count(ModelSpec(vicuna_13b).base_shapes) == 13_015_864_320

@@ -1,5 +1,6 @@
 """LoRA's variants against PEFT, float32: logits and gradients of patterns, layer subsets, rsLoRA, DoRA, the head."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.model.lora import adapter_ranks, peft_module, row_norms
+from flacuna_jax.model.lora import require_matches, row_norms
 from flacuna_jax.model.parameters import ModelSpec, Params, count
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.training.optimizer import make_optimizer
@@ -78,9 +79,9 @@ def adapters_of(model: Any, spec: ModelSpec, gradients: bool = False) -> Params:
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             continue
-        path, layer = names.parse_adapter_name(name)  # type: ignore[misc]
+        path, layer = names.parse_adapter_name(name, SMALL)  # type: ignore[misc]
         value = (parameter.grad if gradients else parameter.detach()).numpy()
-        target = params[path][layer] if names.is_stacked(path) else params[path]
+        target = params[path][layer] if spec.adapters[path].stacked else params[path]
         target[tuple(map(slice, value.shape))] = value
     return {path: jnp.asarray(value) for path, value in params.items()}
 
@@ -126,8 +127,8 @@ def test_steps_with_everything_together_equal_pefts() -> None:
     rates = TrainingConfig(
         learning_rate=1e-2, schedule="constant", lora_plus_ratio=4.0, weight_decay=0.1, no_decay=("norm",)
     )
-    layout = StateLayout(spec, make_optimizer(rates, 3), mesh)
-    base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base_shapes, mesh))
+    layout = StateLayout(spec, make_optimizer(rates, 3, spec.trainable), mesh)
+    base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base, mesh))
     state = layout.begin(adapters_of(reference, spec))
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 2))
     step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
@@ -173,8 +174,10 @@ def _zeros(spec: ModelSpec) -> Params:
 def test_training_never_moves_what_lies_beyond_a_layers_rank(decay: float) -> None:
     spec = spec_of(VARIANTS["DoRA, patterns, rank-stabilised, some layers"])
     mesh = make_mesh(MeshConfig())
-    layout = StateLayout(spec, make_optimizer(TrainingConfig(learning_rate=1e-2, weight_decay=decay), 5), mesh)
-    base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base_shapes, mesh))
+    layout = StateLayout(
+        spec, make_optimizer(TrainingConfig(learning_rate=1e-2, weight_decay=decay), 5, spec.trainable), mesh
+    )
+    base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base, mesh))
     state = layout.begin(layout.fresh_adapters(0, base))
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 2))
     step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
@@ -185,10 +188,16 @@ def test_training_never_moves_what_lies_beyond_a_layers_rank(decay: float) -> No
     assert live == spec.trainable_count < count(spec.lora_shapes)
 
 
-def test_names_for_patterns_are_those_of_the_files() -> None:
-    for module in PROJECTIONS:
-        assert f"{peft_module(f'layers/{module}', 7)}.weight" == names.tensor_name(f"layers/{module}/weight", 7)
-    assert f"{peft_module('lm_head', 0)}.weight" == names.tensor_name("lm_head/weight")
+def test_what_a_config_may_name_is_what_the_network_has() -> None:
+    """`lora.targets` is checked before a model is opened, against a list that is checked here."""
+    linear = [module.last for module in ModelSpec(SMALL).linear.values()]
+    assert sorted(linear) == sorted((*PROJECTIONS, HEAD))
+
+
+def test_a_target_that_the_network_does_not_have_is_named() -> None:
+    modules = [module for module in ModelSpec(SMALL).linear.values() if module.last != "gate_proj"]
+    with pytest.raises(UserError, match=r"lora\.targets: the model has no gate_proj; it has "):
+        require_matches(LoraConfig(targets=("gate_proj",)), modules)
 
 
 def test_row_norms_are_those_of_the_sum() -> None:
@@ -199,7 +208,7 @@ def test_row_norms_are_those_of_the_sum() -> None:
 
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="there is no layer 3, the model has 3 layers"):
-        adapter_ranks(LoraConfig(layers_to_transform=(1, 3)), SMALL.num_layers)
+        ModelSpec.of_run(SMALL, ModelConfig(path="x"), LoraConfig(layers_to_transform=(1, 3)))
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
@@ -208,7 +217,7 @@ def test_a_pattern_that_is_about_no_adapter_is_named(key: str, pattern: str) -> 
     lora = LoraConfig(targets=("q_proj", "v_proj"), layers_to_transform=(0, 2), **{key: {"v_proj": 3, pattern: 4}})
     with pytest.raises(UserError, match=rf"lora\.{key}: .* such as model\.layers\.0\.self_attn\.q_proj"):
         ModelSpec.of_run(SMALL, ModelConfig(path="x"), lora)
-    assert adapter_ranks(lora, SMALL.num_layers), "an adapter that others made may have such a one"
+    assert ModelSpec(SMALL, lora).ranks, "an adapter that others made may have such a one"
 
 
 def test_dropout_reaches_the_heads_adapter() -> None:
@@ -222,3 +231,9 @@ def test_dropout_reaches_the_heads_adapter() -> None:
         for index in (0, 1, 0)
     ]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_tied_head_is_no_target() -> None:
+    tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head of this model is its embedding table \(tie_word_embeddings\)"):
+        ModelSpec.of_run(tied, ModelConfig(path="x"), LoraConfig(targets=("q_proj", "lm_head")))

@@ -154,7 +154,7 @@ BATCH = to_device(
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_training_sees_the_dequantised_base(kind: str, mesh_config: MeshConfig) -> None:
     spec, plain, mesh = spec_of(kind), spec_of(None), make_mesh(mesh_config)
-    base = jax.device_put(random_params(spec.base_shapes, 0.2), parameter_shardings(spec.base_shapes, mesh))
+    base = jax.device_put(random_params(spec.base_shapes, 0.2), parameter_shardings(spec.base, mesh))
     adapters = random_params(spec.lora_shapes, 0.1)
     held = held_params(spec, base, mesh)
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in held.items()} == {
@@ -176,7 +176,7 @@ def test_training_sees_the_dequantised_base(kind: str, mesh_config: MeshConfig) 
 def test_no_dequantised_weight_is_kept_for_the_backward_pass(remat: str) -> None:
     spec = spec_of("nf4", targets=("q_proj", "v_proj"))
     mesh = make_mesh(MeshConfig())
-    base = init_params(spec, {name: leaf.shape for name, leaf in spec.held.items()}, 0, mesh)
+    base = init_params(spec, spec.held, 0, mesh)
     adapters = random_params(spec.lora_shapes, 0.1)
     batch = {name: leaf[0] for name, leaf in BATCH.items()}
 
@@ -195,7 +195,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(remat: str) -> None
 def test_dora_measures_the_base_that_it_will_meet() -> None:
     spec = spec_of("nf4", use_dora=True, targets=("up_proj",))
     mesh = make_mesh(MeshConfig(fsdp=2))
-    base = jax.device_put(random_params(spec.base_shapes, 0.2), parameter_shardings(spec.base_shapes, mesh))
+    base = jax.device_put(random_params(spec.base_shapes, 0.2), parameter_shardings(spec.base, mesh))
     held = held_params(spec, base, mesh)
     adapters = StateLayout(spec, optax.identity(), mesh).fresh_adapters(0, held)
     norms = np.linalg.norm(dequantised_params(spec, held)["layers/up_proj/weight"], axis=-1)
@@ -206,7 +206,7 @@ def test_checkpoints_are_quantised_while_they_are_read(tmp_path: Path) -> None:
     checkpoints = pytest.importorskip("tests.huggingface.checkpoints")
     checkpoints.write(CONFIG, tmp_path)
     spec, mesh = spec_of("nf4"), make_mesh(MeshConfig())
-    shardings = parameter_shardings(spec.base_shapes, mesh)
+    shardings = parameter_shardings(spec.base, mesh)
     plain = load_base(str(tmp_path), CONFIG, shardings, "float32")
     held = load_base(
         str(tmp_path), CONFIG, shardings, "float32", keep=lambda name, leaf: quantize(spec, mesh, name, leaf)

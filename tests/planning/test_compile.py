@@ -106,7 +106,6 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.planning.compile import _batch, _frozen, compile_step, lower_step
 from flacuna_jax.planning.workload import Layout
-from flacuna_jax.training.optimizer import make_optimizer
 from flacuna_jax.training.state import StateLayout
 from tests.planning.conftest import make_workload
 
@@ -117,7 +116,7 @@ devices = jax.devices()[:1]
 predicted = compile_step(workload, layout, devices)
 compiled = lower_step(workload, layout, devices).compile()
 mesh = make_mesh(layout.mesh, devices)
-state = StateLayout(workload.spec, make_optimizer(workload.training, 100), mesh)
+state = StateLayout(workload.spec, workload.optimizer, mesh)
 
 def status(field):
     return int(open("/proc/self/status").read().split(field + ":")[1].split()[0]) * 1024

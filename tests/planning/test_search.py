@@ -1,18 +1,23 @@
 """Which layouts are considered, how they rank, and what `mesh: auto` and `remat: auto` become."""
 
 import dataclasses
+from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from flacuna_jax.config import LoraConfig, MeshConfig, RunConfig
+from flacuna_jax.config import LoraConfig, MeshConfig, RunConfig, TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.planning import search as search_module
+from flacuna_jax.planning.estimate import argument_bytes
 from flacuna_jax.planning.plans import estimated_plan
 from flacuna_jax.planning.search import candidates, choices, choose_layout, nearest_fit, search
 from flacuna_jax.planning.targets import Machine, parse_target
 from flacuna_jax.planning.workload import Layout, assumed_statistics
+from flacuna_jax.training.state import StateLayout
 from tests.planning.conftest import make_workload
 
 PAPER = make_workload(LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128), LoraConfig(), 1280, 27)
@@ -45,6 +50,21 @@ def test_what_the_paper_s_machine_wants():
     assert best.time.step < sharded.time.step
     assert sharded.time.bound == "PCIe 4"
     assert [plan.fits for plan in ranking] == sorted((plan.fits for plan in ranking), reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", get_args(TrainingConfig.model_fields["optimizer"].annotation))
+@pytest.mark.parametrize("lora", [LoraConfig(), None], ids=["lora", "full"])
+def test_the_optimizer_state_is_as_large_as_the_estimate_says(optimizer, lora):
+    workload = make_workload(lora=lora, dtype="float32")
+    training = workload.training.model_copy(update={"optimizer": optimizer})
+    workload = dataclasses.replace(workload, training=training)
+    mesh, spec = MeshConfig(fsdp=2, tensor=2), workload.spec
+    zeros = {path: jnp.zeros(parameter.shape) for path, parameter in spec.trainable.items()}
+    shardings = parameter_shardings(spec.trainable, make_mesh(mesh))
+    layout = StateLayout(spec, workload.optimizer, make_mesh(mesh))
+    state = layout.begin(jax.device_put(zeros, shardings)).opt_state
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert argument_bytes(workload, Layout(mesh, "dots", 2))["optimizer state"] == held
 
 
 def test_faster_links_change_the_answer():

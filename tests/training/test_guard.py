@@ -11,12 +11,13 @@ import pytest
 from flacuna_jax.config import TrainingConfig
 from flacuna_jax.training.guard import SETTLING, GuardState
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tests.tiny import described
 
 PARAMS = {"layers/q_proj/lora_a": jnp.ones((2, 3, 4)), "norm/weight": jnp.ones(4)}
 
 
 def optimizer(**settings):
-    return make_optimizer(TrainingConfig(learning_rate=0.1, weight_decay=0.01, **settings), 100)
+    return make_optimizer(TrainingConfig(learning_rate=0.1, weight_decay=0.01, **settings), 100, described(PARAMS))
 
 
 @functools.cache

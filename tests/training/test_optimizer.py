@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flacuna_jax.config import MeshConfig, TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, base_shapes, init_params
+from flacuna_jax.model.parameters import ModelSpec, init_params
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.training.optimizer import (
     is_decayed,
@@ -20,6 +20,7 @@ from flacuna_jax.training.optimizer import (
     require_words,
 )
 from flacuna_jax.training.state import StateLayout
+from tests.tiny import described
 
 SHAPES = {
     "layers/q_proj/lora_a": (2, 4, 16),
@@ -29,6 +30,7 @@ SHAPES = {
     "norm/weight": (16,),
     "embed_tokens/weight": (32, 16),
 }
+PARAMETERS = described(SHAPES)
 
 
 def settings(**values) -> TrainingConfig:
@@ -73,13 +75,16 @@ def test_trajectory_equals_torch_adamw_with_clipping(max_grad_norm, weight_decay
     start = random_arrays(0)
     tensors = {path: torch.nn.Parameter(torch.from_numpy(array.copy())) for path, array in start.items()}
     groups = [
-        {"params": [t for path, t in tensors.items() if is_decayed(path)], "weight_decay": weight_decay},
-        {"params": [t for path, t in tensors.items() if not is_decayed(path)], "weight_decay": 0.0},
+        {
+            "params": [t for path, t in tensors.items() if is_decayed(path, PARAMETERS[path])],
+            "weight_decay": weight_decay,
+        },
+        {"params": [t for path, t in tensors.items() if not is_decayed(path, PARAMETERS[path])], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     scheduler = transformers.get_cosine_schedule_with_warmup(reference, 3, steps)
 
-    optimizer = make_optimizer(training, steps)
+    optimizer = make_optimizer(training, steps, PARAMETERS)
     params = {path: jnp.asarray(array) for path, array in start.items()}
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -101,7 +106,7 @@ def test_trajectory_equals_torch_adamw_with_clipping(max_grad_norm, weight_decay
 
 
 def test_first_update_of_a_warm_up_changes_nothing():
-    optimizer = make_optimizer(settings(warmup_steps=2), 10)
+    optimizer = make_optimizer(settings(warmup_steps=2), 10, PARAMETERS)
     params = {path: jnp.asarray(array) for path, array in random_arrays(0).items()}
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert all(not np.any(update) for update in updates.values())
@@ -109,8 +114,9 @@ def test_first_update_of_a_warm_up_changes_nothing():
 
 def test_clipping_follows_torch_at_the_limit(torch):
     gradient = np.full((2, 4, 16), 1e-7, np.float32)  # norm 1.1e-6, where torch's added 1e-6 halves the result
-    optimizer = make_optimizer(settings(max_grad_norm=1e-8, learning_rate=1.0, schedule="constant"), 1)
     params = {"layers/q_proj/lora_a": jnp.zeros((2, 4, 16))}
+    training = settings(max_grad_norm=1e-8, learning_rate=1.0, schedule="constant")
+    optimizer = make_optimizer(training, 1, described(params))
     _, state = optimizer.update({"layers/q_proj/lora_a": jnp.asarray(gradient)}, optimizer.init(params), params)
     tensor = torch.nn.Parameter(torch.zeros(2, 4, 16))
     tensor.grad = torch.from_numpy(gradient.copy())
@@ -146,7 +152,7 @@ def test_other_schedules_equal_transformers(settings_of_schedule, make, warmup, 
 
 
 def run(training: TrainingConfig, start: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]]):
-    optimizer = make_optimizer(training, len(gradients))
+    optimizer = make_optimizer(training, len(gradients), described(start))
     params = {path: jnp.asarray(array) for path, array in start.items()}
     state = optimizer.init(params)
     for gradient in gradients:
@@ -235,21 +241,26 @@ def test_lora_plus_equals_pefts_groups(torch):
 
 
 def test_decay_applies_to_matrices_and_adapters_only():
-    exempt = {path for path in SHAPES if not is_decayed(path)}
-    assert exempt == {"layers/input_layernorm/weight", "norm/weight", "embed_tokens/weight"}
-    assert not is_decayed("layers/q_proj/bias")
-    assert not is_decayed("layers/q_proj/lora_magnitude")
-    assert is_decayed("lm_head/weight")
-    assert is_decayed("embed_tokens/weight", no_decay=("norm",))
+    spared = {"layers/input_layernorm/weight", "norm/weight", "embed_tokens/weight", "layers/q_proj/bias"}
+    spared.add("layers/q_proj/lora_magnitude")
+    parameters = described({*SHAPES, *spared, "lm_head/weight"})
+    assert {path for path, found in parameters.items() if not is_decayed(path, found)} == spared
+    assert is_decayed("embed_tokens/weight", parameters["embed_tokens/weight"], no_decay=("norm",))
+
+
+def test_a_kind_spares_parameters_whatever_their_names_are():
+    norm = described(["norm/weight"])["norm/weight"]
+    assert not is_decayed("layers/ln_1/weight", norm, no_decay=("norm",))
+    assert is_decayed("layers/ln_1/weight", norm, no_decay=("bias",))
 
 
 def test_a_word_that_spares_nothing_is_named():
     paths = ["embed_tokens/weight", "layers/input_layernorm/weight", "layers/q_proj/lora_a"]
-    require_words((*TrainingConfig().no_decay, "lora_a", "layernorm"), paths)
+    require_words((*TrainingConfig().no_decay, "lora_a", "layernorm"), described(paths))
     with pytest.raises(
         UserError, match=r"'LayerNorm\.weight' is in no parameter's name; there are embed_tokens/weight, "
     ):
-        require_words(("bias", "LayerNorm.weight"), paths)
+        require_words(("bias", "LayerNorm.weight"), described(paths))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
@@ -257,8 +268,9 @@ def test_state_is_sharded_like_the_weights_in_full_fine_tuning(name):
     """On 4 devices each holds a quarter of every large moment, and master weights are float32."""
     config = LlamaConfig(256, 128, 384, 2, 4, 4, 32)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    layout = StateLayout(ModelSpec(config, None), make_optimizer(settings(optimizer=name), 10), mesh)
-    state = layout.begin(init_params(ModelSpec(config, None, "bfloat16", "float32"), base_shapes(config), 0, mesh))
+    spec = ModelSpec(config, None, "bfloat16", "float32")
+    layout = StateLayout(spec, make_optimizer(settings(optimizer=name), 10, spec.trainable), mesh)
+    state = layout.begin(init_params(spec, spec.base, 0, mesh))
     assert {leaf.dtype.name for leaf in state.trainable.values()} == {"float32"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
         assert leaf.dtype.name in ("float32", "int32")
@@ -271,7 +283,7 @@ def test_state_is_sharded_like_the_weights_in_full_fine_tuning(name):
 
 
 def test_moments_are_float32_for_bfloat16_parameters():
-    optimizer = make_optimizer(settings(), 10)
+    optimizer = make_optimizer(settings(), 10, PARAMETERS)
     params = {path: jnp.asarray(array, jnp.bfloat16) for path, array in random_arrays(0).items()}
     state = optimizer.init(params)
     _, state = jax.jit(optimizer.update)(params, state, params)
@@ -288,7 +300,7 @@ def test_moments_are_laid_out_like_their_parameters_and_the_step_compiles_once()
     shardings = {path: NamedSharding(mesh, spec) for path, spec in specs.items()}
     params = {path: jax.device_put(array, shardings[path]) for path, array in random_arrays(0).items()}
     abstract = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in params.items()}
-    optimizer = make_optimizer(settings(weight_decay=0.1), 10)
+    optimizer = make_optimizer(settings(weight_decay=0.1), 10, PARAMETERS)
 
     state_shardings = optimizer_state_shardings(optimizer, abstract, shardings, mesh)
     state = jax.jit(optimizer.init, out_shardings=state_shardings)(params)

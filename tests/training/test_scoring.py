@@ -46,8 +46,8 @@ def test_sums_by_label_equal_the_plain_forward_pass(mesh_config):
     adapters = random_params(SPEC.lora_shapes, 0.3, seed=1)
     expected = plain({**base, **adapters}, batch)
     adapters, base = (
-        jax.device_put(params, parameter_shardings({n: p.shape for n, p in params.items()}, mesh))
-        for params in (adapters, base)
+        jax.device_put(params, parameter_shardings(parameters, mesh))
+        for params, parameters in ((adapters, SPEC.adapters), (base, SPEC.base))
     )
     trainable, frozen = partition(SPEC, base, adapters)
     score = make_scorer(StepConfig(SPEC, seed=0), LABELS, mesh)

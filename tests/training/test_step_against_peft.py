@@ -114,7 +114,7 @@ def run_ours(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.999, 1e-8, weight_decay=0.01))
     opt_state = optimizer.init(adapters)
     shardings = (
-        parameter_shardings(spec.lora_shapes, mesh),
+        parameter_shardings(spec.adapters, mesh),
         jax.tree.map(lambda _: replicated(mesh), opt_state),
     )
     step = make_step(StepConfig(spec, seed=0), optimizer, mesh, shardings)

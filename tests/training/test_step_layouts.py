@@ -39,11 +39,11 @@ def specs(dropout: float) -> dict[str, ModelSpec]:
 def run(spec: ModelSpec, layout: tuple[MeshConfig, int], remat: str = "none"):
     mesh_config, micro_batch = layout
     mesh = make_mesh(mesh_config)
-    base = init_params(spec, spec.base_shapes, 1, mesh)
+    base = init_params(spec, spec.base, 1, mesh)
     before = {name: np.asarray(value) for name, value in base.items()}
-    trainable, frozen = partition(spec, base, init_params(spec, spec.lora_shapes, 2, mesh))
+    trainable, frozen = partition(spec, base, init_params(spec, spec.adapters, 2, mesh))
     optimizer = optax.adam(3e-3)
-    shardings = parameter_shardings({name: value.shape for name, value in trainable.items()}, mesh)
+    shardings = parameter_shardings(spec.trainable, mesh)
     opt_state = optimizer.init(trainable)
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, s: s, opt_state, shardings, transform_non_params=lambda _: replicated(mesh)
@@ -95,8 +95,8 @@ def test_dropout_is_alive_and_differs_by_step(expected):
     assert np.abs(expected["lora", 0.05][0] - expected["lora", 0.0][0]).max() > 1e-5
     spec = specs(0.5)["lora"]
     mesh = make_mesh(MeshConfig())
-    base = init_params(spec, spec.base_shapes, 1, mesh)
-    adapters = {name: value + 0.1 for name, value in init_params(spec, spec.lora_shapes, 2, mesh).items()}
+    base = init_params(spec, spec.base, 1, mesh)
+    adapters = {name: value + 0.1 for name, value in init_params(spec, spec.adapters, 2, mesh).items()}
     batch = {n: jnp.asarray(v) for n, v in in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 8).items()}
     from flacuna_jax.training.step import loss_and_gradients
 
@@ -109,8 +109,8 @@ def test_dropout_is_alive_and_differs_by_step(expected):
 def test_an_all_empty_step_gives_zero_and_no_nan():
     spec = specs(0.05)["lora"]
     mesh = make_mesh(MeshConfig())
-    base = init_params(spec, spec.base_shapes, 1, mesh)
-    adapters = init_params(spec, spec.lora_shapes, 2, mesh)
+    base = init_params(spec, spec.base, 1, mesh)
+    adapters = init_params(spec, spec.adapters, 2, mesh)
     empty = {name: jnp.asarray(leaf) for name, leaf in in_steps(packed_batch([], [[], []], LENGTH), 2).items()}
     from flacuna_jax.training.step import loss_and_gradients
 

@@ -1,0 +1,130 @@
+"""Variables of the network, and what each of them is: `ParamInfo`, given where `llama.py` makes the variable.
+
+Everything that treats parameters differently reads it there: sharding, file names, weight decay, adapters,
+quantisation, merging, and the planner. `ModelSpec` collects it from the abstract network as `Parameter`s by path.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+"""Logical axes of an array's dimensions, keys of `sharding.RULES`."""
+
+Kind = Literal["matrix", "table", "norm", "bias", "scale", "lora_a", "lora_b", "lora_magnitude"]
+"""matrix: multiplied with activations, [out, in]. table: looked up by token. norm: weight of a norm. bias: added.
+scale: turns the codes of a quantised matrix into numbers. The rest are the parts of an adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleName:
+    """Name of a module in Hugging Face's layout.
+
+    Attributes:
+      pattern: the name; `{}` stands for the number of the layer.
+      layers: number of layers that the module is stacked over; None where it exists once.
+    """
+
+    pattern: str
+    layers: int | None = None
+
+    def inside(self, child: str) -> "ModuleName":
+        return ModuleName(f"{self.pattern}.{child}", self.layers)
+
+    def of_layer(self, layer: int | None = None) -> str:
+        """The name in one layer, "model.layers.3.self_attn.q_proj"; `layer` is ignored where the module exists once."""
+        return self.pattern.format(layer)
+
+    @property
+    def last(self) -> str:
+        """The last component, which PEFT calls a target: "q_proj"."""
+        return self.pattern.rpartition(".")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """What a parameter is.
+
+    Attributes:
+      module: the module that it belongs to.
+      leaf: its name in files, behind the module's; empty for what no file holds.
+      kind: what it does.
+      layer_axes: logical axes of one layer of it.
+    """
+
+    module: ModuleName
+    leaf: str
+    kind: Kind
+    layer_axes: Axes
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the array has a leading layer axis."""
+        return self.module.layers is not None
+
+    @property
+    def axes(self) -> Axes:
+        return ("layers", *self.layer_axes) if self.stacked else self.layer_axes
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        """The layers that it has a tensor in; (None,) where it exists once."""
+        return (None,) if self.module.layers is None else tuple(range(self.module.layers))
+
+    def tensor(self, layer: int | None = None) -> str:
+        """Name of its tensor in a Hugging Face file: "model.layers.3.self_attn.q_proj.weight"."""
+        return f"{self.module.of_layer(layer)}.{self.leaf}"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all its tensors, in layer order."""
+        return tuple(map(self.tensor, self.layers))
+
+    def part(self, kind: Kind, axes: Axes) -> "ParamInfo":
+        """Of a variable that stands for part of this one and is in no file."""
+        return dataclasses.replace(self, leaf="", kind=kind, layer_axes=axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter(ParamInfo):
+    """A parameter of the abstract network: `shape` includes the layer axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, variable: nnx.Variable) -> "Parameter":
+        info: ParamInfo = variable.get_metadata("info")
+        return cls(info.module, info.leaf, info.kind, info.layer_axes, tuple(variable.shape), np.dtype(variable.dtype))
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        return self.shape[1:] if self.stacked else self.shape
+
+
+class BaseParam(nnx.Variable):
+    """A weight of the base: frozen in compute dtype beside adapters, float32 when it is itself trained."""
+
+
+class QuantParam(nnx.Variable):
+    """Part of a frozen quantised kernel: codes, or the magnitudes that belong to them."""
+
+
+class LoRAParam(nnx.Variable):
+    """An adapter weight, always float32."""
+
+
+class LoRAScale(nnx.Variable):
+    """What B A is multiplied by, float32, 0 where a layer has no adapter. Follows from the config; never stored."""
+
+
+def of_type(state: nnx.State, *types: type[nnx.Variable]) -> dict[str, Any]:
+    """The variables of these types by path, "layers/q_proj/weight"."""
+    leaves = nnx.to_flat_state(state)
+    return {path_of(path): leaf for path, leaf in leaves if isinstance(leaf, types)}
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    return "/".join(map(str, keys))
