@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from flacuna_jax.data.segments import TemplateRefusal, Tools, Turn
+from flacuna_jax.data.segments import REASONING, TemplateRefusal, Tools, Turn
 
 AS_TEXT = "data.tools_as_text: true writes such content as text"
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def check_plain(template: str, turns: Sequence[Turn], tools: Tools) -> None:
@@ -21,7 +20,7 @@ def check_plain(template: str, turns: Sequence[Turn], tools: Tools) -> None:
             raise TemplateRefusal(
                 f"{template} has no form for a message of role {turn.role!r} (turn {index + 1}){hint}"
             )
-        for key in ("tool_calls", *_REASONING):
+        for key in ("tool_calls", *REASONING):
             if turn.extra is not None and turn.extra.get(key):
                 raise TemplateRefusal(f"{template} has no form for {key!r} (turn {index + 1}); {AS_TEXT}")
     for index, (first, second) in enumerate(pairwise(turns)):
@@ -62,7 +61,7 @@ def _plain(turn: Turn) -> Turn:
         return Turn("user", f"<tool_response>{turn.text}</tool_response>")
     if turn.role in ("system", "developer"):
         return Turn("user", turn.text)
-    reasoning = next((str(extra[key]) for key in _REASONING if extra.get(key)), None)
+    reasoning = next((str(extra[key]) for key in REASONING if extra.get(key)), None)
     parts = [f"<think>\n{reasoning}\n</think>\n"] if reasoning else []
     parts += [turn.text] if turn.text else []
     parts += [f"<tool_call>{_call(call)}</tool_call>" for call in _calls(extra)]

@@ -10,7 +10,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flacuna_jax.data.as_text import AS_TEXT
 from flacuna_jax.data.jinja_program import (
@@ -19,13 +19,18 @@ from flacuna_jax.data.jinja_program import (
     JinjaProgram,
     Message,
     as_messages,
+    probe,
     with_closing_marks,
+    with_probe,
     without_closing_marks,
 )
-from flacuna_jax.data.segments import TemplateRefusal, Tools, Turn
+from flacuna_jax.data.segments import REASONING, TemplateRefusal, Tools, Turn
 from flacuna_jax.data.special_tokens import Span, SpecialTokens
 
 ADVICE = "mark what the assistant says with {% generation %}...{% endgeneration %}"
+
+FEW_ANSWERS = 3
+"""Up to fewer answers, a conversation is rendered once or twice for each."""
 
 
 class Answer(NamedTuple):
@@ -59,37 +64,65 @@ def render_with_answers(
         if marks_answers:
             rendered = conversation.by_blocks()
         else:
-            try:
-                rendered = conversation.by_prefix()
-            except _Unclear:
-                rendered = conversation.by_marks()
+            rendered = conversation.by_kinds() or conversation.by_prefix_or_marks()
     except _Unclear as error:
         if not conversation.is_prompt:
+            _require_expressed(conversation)  # a better reason, if it applies
             raise TemplateRefusal(str(error)) from None
         rendered = Rendered(conversation.whole().replace(BEGIN, "").replace(END, ""), [])
-    _require_expressed(rendered.text, conversation)
+    _require_expressed(conversation)
     return rendered._replace(answers=[answer for answer in rendered.answers if turns[answer.turn].says_something])
 
 
-def _require_expressed(text: str, conversation: "_Conversation") -> None:
-    """Raises TemplateRefusal if the template leaves out tools, calls, results, or the reasoning of the last answer."""
-    for tool in conversation.tools:
-        name = tool.get("function", tool).get("name")
-        if isinstance(name, str) and name not in text:
-            raise TemplateRefusal(f"the template has no form for tools ({name!r} is left out); {AS_TEXT}")
-    for number, (turn, message) in enumerate(
-        zip(conversation.turns, conversation.messages[conversation.offset :], strict=True), 1
-    ):
-        for call in message.get("tool_calls") or ():
-            name = call.get("function", call).get("name")
-            if isinstance(name, str) and name not in text:
-                raise TemplateRefusal(f"the template has no form for tool_calls (turn {number}); {AS_TEXT}")
-        if turn.role == "tool" and message["content"].strip() not in text:
-            raise TemplateRefusal(f"the template has no form for the result of a tool (turn {number}); {AS_TEXT}")
-    for message in conversation.messages[-1:]:
-        reasoning = message.get("reasoning_content")
-        if isinstance(reasoning, str) and reasoning.strip() not in text:
-            raise TemplateRefusal(f"the template has no form for reasoning; {AS_TEXT}")
+def _require_expressed(conversation: "_Conversation") -> None:
+    """Raises TemplateRefusal if the template leaves out tools, calls, results, or the reasoning of the last answer.
+
+    Each of them gets a probe for this. The names of functions are no proof, since a question may hold them too.
+    """
+    probed = _Probed()
+    tools = [probed.function(tool, "tools", " ({name!r} is left out)") for tool in conversation.tools]
+    messages = list(conversation.messages)
+    for index, turn in enumerate(conversation.turns, conversation.offset):
+        message = dict(messages[index])
+        where = f" (turn {index - conversation.offset + 1})"
+        if message.get("tool_calls"):
+            message["tool_calls"] = [probed.function(call, "tool_calls", where) for call in message["tool_calls"]]
+        if turn.role == "tool" and message["content"].strip():
+            message["content"] = probed.text(message["content"], f"the result of a tool{where}")
+        messages[index] = message
+    last = messages[-1] if messages else {}
+    if isinstance(last.get("reasoning_content"), str):
+        reasoning = probed.text(last["reasoning_content"], "reasoning")
+        messages[-1] = {**last, **{key: reasoning for key in REASONING if key in last}}
+    if not probed.missing:
+        return
+    text = conversation.program.render(messages, tools, conversation.is_prompt)
+    left_out = next((what for number, what in enumerate(probed.missing) if probe(number) not in text), None)
+    if left_out is not None:
+        raise TemplateRefusal(f"the template has no form for {left_out}; {AS_TEXT}")
+
+
+class _Probed:
+    """Puts probes into parts of a conversation; `missing` says of each what a template lacks that leaves it out."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+
+    def text(self, content: str, what: str) -> str:
+        self.missing.append(what)
+        return with_probe(content, len(self.missing) - 1)
+
+    def function(self, entry: Mapping[str, Any], what: str, where: str) -> Message:
+        function = entry.get("function", entry)
+        name = function.get("name")
+        if not isinstance(name, str):
+            return dict(entry)
+        named = {**function, "name": self.text(name, what + where.format(name=name))}
+        return {**entry, "function": named} if "function" in entry else named
+
+
+_Known = dict[tuple[object, ...], str]
+"""What a template writes behind a message that stands last, by the kind of the message."""
 
 
 class _Conversation(NamedTuple):
@@ -112,11 +145,19 @@ class _Conversation(NamedTuple):
         return [i for i, turn in enumerate(self.turns) if turn.role == "assistant" and turn.says_something]
 
     @property
+    def uses_tools(self) -> bool:
+        return any(message["role"] == "tool" or "tool_calls" in message for message in self.messages)
+
+    @property
     def is_prompt(self) -> bool:
         return bool(self.turns) and self.turns[-1].role != "assistant"
 
     def whole(self) -> str:
         return self.program.render(self.messages, self.tools, self.is_prompt)
+
+    def marked(self) -> tuple[str, dict[int, int]]:
+        """The whole text, and where each message ends in it."""
+        return without_closing_marks(self.program.render(with_closing_marks(self.messages), self.tools, self.is_prompt))
 
     def by_blocks(self) -> Rendered:
         """What stands in {% generation %} blocks carries loss."""
@@ -158,6 +199,41 @@ class _Conversation(NamedTuple):
             owners.append(turn)
         return owners
 
+    def by_kinds(self) -> Rendered | None:
+        """What `by_prefix_or_marks` finds, in a few renderings, for a conversation of many plain answers.
+
+        It is rendered once as a whole, and once up to the first message of each kind (see `_written_behind`). None if
+        there are few answers, if tools are used, or if the template does not write each kind the same everywhere.
+        """
+        if len(self.answers) < FEW_ANSWERS or self.uses_tools:
+            return None
+        text = self.whole()
+        clean, places = self.marked()
+        if clean != text:
+            return None
+        known: _Known = {}
+        answers: list[Answer] = []
+        for turn in self.answers:
+            message = self.offset + turn
+            if message not in places or message - 1 not in places:
+                return None
+            lead, closing = (
+                self._written_behind(index, prompt, known) for index, prompt in ((message - 1, True), (message, False))
+            )
+            if lead is None or not text.startswith(lead, places[message - 1]):
+                return None
+            if closing is None or not text.startswith(closing, places[message]):
+                return None
+            start = places[message - 1] + len(lead)
+            answers.append(Answer(start, self._end(text[: places[message] + len(closing)], start), turn))
+        return Rendered(text, answers)
+
+    def by_prefix_or_marks(self) -> Rendered:
+        try:
+            return self.by_prefix()
+        except _Unclear:
+            return self.by_marks()
+
     def by_prefix(self) -> Rendered:
         """Renders up to each answer, without it and with it; what it adds carries loss."""
         text = ""
@@ -190,18 +266,22 @@ class _Conversation(NamedTuple):
     def by_marks(self) -> Rendered:
         """Marks the end of each message while the template runs."""
         text = self.whole()
-        clean, places = without_closing_marks(
-            self.program.render(with_closing_marks(self.messages), self.tools, self.is_prompt)
-        )
+        clean, places = self.marked()
         if clean != text:
             raise _Unclear(f"the template changes what messages say, so answers cannot be told from prompts; {ADVICE}")
         lost = [turn for turn in self.answers if self.offset + turn not in places]
         if lost:
             raise _Unclear(f"the template leaves out what the assistant says in turn {lost[0] + 1}")
         answers: list[Answer] = []
+        known: _Known | None = None if self.uses_tools else {}
         for turn in self.answers:
-            start = self._start_of(text, places, turn)
-            answers.append(Answer(start, self._end_behind(text, places[self.offset + turn], turn), turn))
+            start = self._start_of(text, places, turn, known)
+            end = self._end_behind(text, places[self.offset + turn], turn, known)
+            inside = [message - self.offset + 1 for message, place in places.items() if start < place <= end]
+            others = [other for other in inside if other != turn + 1]
+            if others:
+                raise _Unclear(f"the template writes turn {others[0]} inside the answer of turn {turn + 1}; {ADVICE}")
+            answers.append(Answer(start, end, turn))
         return Rendered(text, answers)
 
     def _spans(self, text: str, start: int) -> Iterator[tuple[int, Span]]:
@@ -210,21 +290,16 @@ class _Conversation(NamedTuple):
             start += len(span.text)
             yield start, span
 
-    def _start_of(self, text: str, places: Mapping[int, int], turn: int) -> int:
+    def _start_of(self, text: str, places: Mapping[int, int], turn: int, known: _Known | None) -> int:
         """Where an answer begins: behind what the generation prompt writes after the message before it.
 
         Of a prompt that ends otherwise than the template writes an earlier answer (as with "<think>"), the part counts
         that they have in common, up to a mark or a newline.
         """
         before = self.offset + turn - 1
-        prompt, in_prompt = without_closing_marks(
-            self.program.render(with_closing_marks(self.messages[: before + 1]), self.tools, True)
-            if before >= 0
-            else ""
-        )
-        if before in places and before in in_prompt:
-            lead, rest = prompt[in_prompt[before] :], text[places[before] :]
-            common = _common(lead, rest)
+        lead = self._written_behind(before, True, known) if before in places else None
+        if lead is not None:
+            common = _common(lead, text[places[before] : places[before] + len(lead)])
             if common == len(lead):
                 return places[before] + common
             ends = [end for end, span in self._spans(lead, 0) if span.id is not None and end <= common]
@@ -233,12 +308,30 @@ class _Conversation(NamedTuple):
                 return places[before] + max(ends)
         raise _Unclear(f"the template writes no mark before an answer; {ADVICE}")
 
-    def _end_behind(self, text: str, place: int, turn: int) -> int:
+    def _written_behind(self, message: int, prompt: bool, known: _Known | None) -> str | None:
+        """What the template writes behind the text of a message that stands last; None if it leaves that text out.
+
+        With `known`, it is rendered once for all messages that have the same role and keys and end in the same white
+        space, the first turn apart: otherwise a conversation of n messages takes 2 n renderings of it.
+        """
+        one = self.messages[message]
+        content = str(one["content"])
+        key = (prompt, frozenset(one), one["role"], message > self.offset, content[len(content.rstrip()) :])
+        if known is not None and key in known:
+            return known[key]
+        until = with_closing_marks(self.messages[: message + 1])
+        text, places = without_closing_marks(self.program.render(until, self.tools, prompt))
+        if message not in places:
+            return None
+        written = text[places[message] :]
+        if known is not None:
+            known[key] = written
+        return written
+
+    def _end_behind(self, text: str, place: int, turn: int, known: _Known | None) -> int:
         """The end of an answer whose message ends at `place`: behind the special token that closes it."""
-        until = self.messages[: self.offset + turn + 1]
-        alone, places = without_closing_marks(self.program.render(with_closing_marks(until), self.tools, False))
-        closing = alone[places.get(self.offset + turn, len(alone)) :]
-        common = _common(closing, text[place:])
+        closing = self._written_behind(self.offset + turn, False, known) or ""
+        common = _common(closing, text[place : place + len(closing)])
         end = max((e for e, span in self._spans(text[: place + common], place) if span.id is not None), default=place)
         if end > place:
             return end

@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from flacuna_jax.data.segments import TemplateRefusal, Tools, Turn
+from flacuna_jax.data.segments import REASONING, TemplateRefusal, Tools, Turn
 from flacuna_jax.data.special_tokens import SpecialTokens
 
 Message = dict[str, Any]
@@ -87,8 +87,7 @@ def _message(turn: Turn) -> Message:
         if value is not None:
             message[key] = value
     # Templates read reasoning under one of two names; transformers fills both.
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     return message
@@ -157,9 +156,9 @@ def with_closing_marks(messages: Sequence[Message]) -> list[Message]:
 def _closed(message: Message, index: int) -> Message:
     mark = f"\ue000{_NONCE}c{index}\ue001"
     content = message.get("content")
-    if isinstance(content, str) and content.strip():
-        return {**message, "content": _before_space(content, mark)}
     calls = message.get("tool_calls")
+    if isinstance(content, str) and (content.strip() or (content and not calls)):
+        return {**message, "content": _before_space(content, mark)}
     if calls:
         last = calls[-1]
         function = last.get("function", last)
@@ -168,19 +167,33 @@ def _closed(message: Message, index: int) -> Message:
     return message
 
 
+def probe(number: int) -> str:
+    """A text to look for in what a template writes; it is the same where the template writes it as JSON."""
+    return f"{_NONCE}p{number:08d}"
+
+
+def with_probe(content: str, number: int) -> str:
+    """The content with `probe` at its end, in front of white space that a template may strip."""
+    return _before_space(content, probe(number))
+
+
 def _before_space(content: str, mark: str) -> str:
     kept = content.rstrip()
     return kept + mark + content[len(kept) :]
 
 
 def without_closing_marks(text: str) -> tuple[str, dict[int, int]]:
-    """The text without its marks, and the place of each mark in it (the last one where a message appears twice)."""
+    """The text without its marks, and the place of each mark in it.
+
+    Of a mark that appears twice the first place counts: a template may name a called function again in front of the
+    function's result.
+    """
     parts: list[str] = []
     places: dict[int, int] = {}
     start = length = 0
     for match in _CLOSING.finditer(text):
         parts.append(text[start : match.start()])
         length += len(parts[-1])
-        places[int(match[1])] = length
+        places.setdefault(int(match[1]), length)
         start = match.end()
     return "".join(parts) + text[start:], places

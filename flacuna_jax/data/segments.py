@@ -39,7 +39,9 @@ class Turn:
         return bool(self.text) or (self.extra is not None and any(self.extra.get(key) for key in ANSWER_KEYS))
 
 
-ANSWER_KEYS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of `Turn.extra` that hold the reasoning before an answer, in the order in which they are looked for."""
+ANSWER_KEYS = ("tool_calls", *REASONING)
 """Keys of `Turn.extra` that an assistant produces, besides its text."""
 
 

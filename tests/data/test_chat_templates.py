@@ -162,8 +162,10 @@ def _left_out(theirs: Any, source: str, conversation: Conversation, in_parts: bo
     except Exception:
         return True
     text = theirs.decode(ids)
-    said = [tool["function"]["name"] for tool in conversation.tools]
+    said = [tool["function"]["description"] for tool in conversation.tools]
     said += [turn.text for turn in conversation.turns if turn.role == "tool"]
+    calls = [call for turn in conversation.turns for call in dict(turn.extra or {}).get("tool_calls", ())]
+    said += [city for call in calls for city in call["function"]["arguments"].values()]
     said += [dict(turn.extra or {}).get("reasoning_content", "") for turn in conversation.turns[-1:]]
     return any(word not in text for word in said)
 
@@ -424,3 +426,100 @@ ZEPHYR_LIKE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+_RESULT = {"name": "weather", "tool_call_id": "abcdefghi"}
+
+
+def _supervised(template: Template, turns: tuple[Turn, ...], tools: tuple[dict[str, Any], ...] = ()) -> str:
+    segments = render(Conversation("", "", turns, None, tools), template)
+    return "".join(segment.text for segment in segments if segment.supervised)
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "gptoss", "qwen3", "mistral_v0.3"])
+def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded) -> None:
+    """Llama 3.1 and GPT-OSS escape a result that is JSON already; that is a form for it."""
+    if name not in ALL:
+        pytest.skip("trl is not installed")
+    ours, theirs = loaded(*marks_of(ALL[name]))
+    template = template_from_jinja({"default": ALL[name]}, name, ours.special)
+    turns = (
+        Turn("user", "Weather?"),
+        Turn("assistant", "", extra={"tool_calls": [_CALL]}),
+        Turn("tool", '{"sky": "\\"clear\\"", "degrees": 21}', extra=_RESULT),
+        Turn("assistant", "It is clear."),
+    )
+    conversation = Conversation("", "", turns, None, (_TOOL,))
+    assert _ours(ours, template, conversation)[0] == _theirs(theirs, ALL[name], conversation)[0]
+    supervised = _supervised(template, turns, (_TOOL,))
+    assert "Paris" in supervised
+    assert "It is clear." in supervised
+    assert "degrees" not in supervised
+
+
+def test_a_call_counts_as_left_out_where_only_its_name_is_in_the_text(loaded: Loaded) -> None:
+    """A template that ignores tool_calls, and a question that holds the name of the function."""
+    ours, _ = loaded("<|im_start|>", "<|im_end|>")
+    template = template_from_jinja({"default": ZEPHYR_LIKE}, "no tools", ours.special)
+    turns = (Turn("user", "Call weather please"), Turn("assistant", "", extra={"tool_calls": [_CALL]}))
+    with pytest.raises(TemplateRefusal, match=r"no form for tool_calls \(turn 2\)"):
+        render(Conversation("", "", turns), template)
+    with pytest.raises(TemplateRefusal, match="no form for tools"):
+        render(Conversation("", "", _said("Call weather please", "No"), None, (_TOOL,)), template)
+    reasoning = (Turn("user", "Yes or no?"), Turn("assistant", "Yes", extra={"reasoning_content": "Yes"}))
+    with pytest.raises(TemplateRefusal, match="no form for reasoning"):
+        render(Conversation("", "", reasoning), template)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v5", "diffusion_gemma"])
+def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
+    """Gemma 4 writes the results between the calls and the text of one message."""
+    if name not in ALL:
+        pytest.skip("trl is not installed")
+    ours, _ = loaded(*marks_of(ALL[name]))
+    template = template_from_jinja({"default": ALL[name]}, name, ours.special)
+    turns = (
+        Turn("user", "Weather?"),
+        Turn("assistant", "I look.", extra={"tool_calls": [_CALL]}),
+        Turn("tool", "sunny", extra=_RESULT),
+        Turn("assistant", "It is fine."),
+    )
+    with pytest.raises(TemplateRefusal, match=r"turn 3 inside the answer of turn 2|no mark behind an answer"):
+        render(Conversation("", "", turns, None, (_TOOL,)), template)
+    silent = (turns[0], Turn("assistant", "", extra={"tool_calls": [_CALL]}), *turns[2:])
+    assert "sunny" not in _supervised(template, silent, (_TOOL,))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss", "deepseekv3"])
+def test_a_message_of_white_space_alone_is_a_message(name: str, loaded: Loaded) -> None:
+    if name not in ALL:
+        pytest.skip("trl is not installed")
+    ours, theirs = loaded(*marks_of(ALL[name]))
+    template = template_from_jinja({"default": ALL[name]}, name, ours.special)
+    conversation = Conversation("", "", _said("a", "ok", " ", "yes"))
+    assert _ours(ours, template, conversation)[0] == _theirs(theirs, ALL[name], conversation)[0]
+    assert "yes" in _supervised(template, conversation.turns)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "gptoss", "deepseekv3", "llama_2"])
+def test_long_conversations_carry_loss_as_short_ones_do(name: str, loaded: Loaded) -> None:
+    """A long conversation is rendered a few times, not once per message; its answers carry the same loss."""
+    if name not in ALL:
+        pytest.skip("trl is not installed")
+    ours, _ = loaded(*marks_of(ALL[name]))
+    template = template_from_jinja({"default": ALL[name]}, name, ours.special)
+    said = [
+        text for number in range(10) for text in (f"q{number}" + " " * (number % 2), f"a{number}\n" * (number % 3 + 1))
+    ]
+    long = render(Conversation("", "", _said(*said)), template)
+    runs: dict[int, str] = {}
+    for segment in long:
+        if segment.supervised:
+            runs[segment.turn] = runs.get(segment.turn, "") + segment.text
+    assert list(runs) == list(range(1, 20, 2))
+    for turn in range(3, 20, 4):
+        following = ("q",) if turn < 19 else ()  # some templates close the last answer otherwise
+        pair = _supervised(template, _said("q", "a", *said[turn - 1 : turn + 1], *following))
+        assert pair.endswith(runs[turn])
+    whole = render_text(render(Conversation("", "", _said(*said[:-1])), template))
+    assert render_text(long).startswith(whole.rpartition(said[-2].strip())[0])
