@@ -180,6 +180,12 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
     if isinstance(record.get("text"), str):
         detail = "the record holds only `text`; format: text in the source trains on all of it, without a template"
         raise BadRecord("no known format", f"{detail} (its fields: {', '.join(has[:12])})")
+    named = {name.strip().lower(): name for name in record}
+    for fields, _ in FORMATS:
+        if all(field in named for field in fields):
+            renamed = ", ".join(f"{named[field]!r} as {field!r}" for field in fields if named[field] != field)
+            if renamed:
+                raise BadRecord("no known format", f"names of fields are lower case here: write {renamed}")
     known = "; ".join(" + ".join(fields) for fields, _ in FORMATS[:-1])
     raise BadRecord(
         "no known format",

@@ -79,6 +79,8 @@ def _require_expressed(conversation: "_Conversation") -> None:
 
     Each of them gets a probe for this. The names of functions are no proof, since a question may hold them too.
     """
+    if not conversation.tools and all(turn.extra is None and turn.role != "tool" for turn in conversation.turns):
+        return
     probed = _Probed()
     tools = [probed.function(tool, "tools", " ({name!r} is left out)") for tool in conversation.tools]
     messages = list(conversation.messages)
@@ -238,12 +240,13 @@ class _Conversation(NamedTuple):
         """Renders up to each answer, without it and with it; what it adds carries loss."""
         text = ""
         answers: list[Answer] = []
-        for turn in self.answers:
+        answered = self.answers
+        for turn in answered:
             message = self.offset + turn
             prompt = self._extended(text, self.messages[:message], prompt=True)
             text = self._extended(prompt, self.messages[: message + 1], prompt=False)
             answers.append(Answer(len(prompt), self._end(text, len(prompt)), turn))
-        if not self.answers or self.answers[-1] != len(self.turns) - 1:
+        if not answered or answered[-1] != len(self.turns) - 1:
             text = self._extended(text, self.messages, prompt=self.is_prompt)
         return Rendered(text, answers)
 
@@ -258,10 +261,10 @@ class _Conversation(NamedTuple):
     def _end(self, text: str, start: int) -> int:
         """Where an answer ends that reaches to the end of `text`: white space behind its last special token is not
         generated."""
-        spans = [span for _, span in self._spans(text, start)]
-        if len(spans) > 1 and spans[-1].id is None and not spans[-1].text.strip():
-            return len(text) - len(spans[-1].text)
-        return len(text)
+        marks = list(self.special.pattern.finditer(text, start))
+        if not marks or text[marks[-1].end() :].strip() or self.special.tokens[marks[-1][0]].rstrip:
+            return len(text)
+        return marks[-1].end()
 
     def by_marks(self) -> Rendered:
         """Marks the end of each message while the template runs."""

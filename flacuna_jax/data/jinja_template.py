@@ -117,10 +117,9 @@ def _with_spaces_in_answers(segments: Sequence[Segment], is_prompt: bool) -> Ite
     held = ""
     for index, segment in enumerate(segments):
         text, held = held + segment.text, ""
-        ends_prompt = segment.token is None and not segment.supervised and re.search(r"(?<! ) $", text)
-        following = segments[index + 1] if index + 1 < len(segments) else None
-        answers = is_prompt if following is None else following.token is None and following.supervised
-        if ends_prompt and answers:
-            text, held = text[:-1], " "
+        if segment.token is None and not segment.supervised and text.endswith(" ") and not text.endswith("  "):
+            following = segments[index + 1] if index + 1 < len(segments) else None
+            if is_prompt if following is None else following.token is None and following.supervised:
+                text, held = text[:-1], " "
         if text:
-            yield segment._replace(text=text)
+            yield segment if text == segment.text else segment._replace(text=text)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flacuna_jax.data.raw import FileKind, Place, RawRecord, is_damage, open_data_file
+from flacuna_jax.data.raw import FileKind, Place, RawRecord, is_damage, open_data_file, require_no_utf16
 from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
 
@@ -29,8 +29,7 @@ def read_json(path: Path, kind: FileKind, policy: BadRecordPolicy) -> Iterator[R
     with open_data_file(path, kind) as file:
         try:
             start = file.peek(4096)
-            if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"{path}: the file is UTF-16; convert it to UTF-8")
+            require_no_utf16(path, start)
             is_list = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             if is_list or kind.format != "lines":
                 yield from _JsonStream(path, file).records(policy)

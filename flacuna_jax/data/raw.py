@@ -1,6 +1,7 @@
 """Raw records and their places, the kinds of data files by name, and how such a file is opened."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -100,6 +101,12 @@ DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 def is_damage(error: Exception) -> bool:
     return isinstance(error, DAMAGED) or (isinstance(error, OSError) and error.errno is None)
+
+
+def require_no_utf16(path: Path, start: bytes) -> None:
+    """Raises UserError for text in UTF-16, which Excel calls Unicode text. `start`: the file's first bytes."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: the file is UTF-16; convert it to UTF-8")
 
 
 def open_data_file(path: Path, kind: FileKind) -> io.BufferedReader:

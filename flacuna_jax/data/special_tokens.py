@@ -70,15 +70,16 @@ class SpecialTokens:
         """
         start = 0
         for match in self.pattern.finditer(text):
-            token = self.tokens[match[0]]
-            begin, end = max(match.start(), start), match.end()
-            if token.lstrip:
+            number, lstrip, rstrip = self.tokens[match[0]]
+            begin, end = match.span()
+            begin = max(begin, start)
+            if lstrip:
                 begin = start + len(text[start:begin].rstrip())
-            if token.rstrip:
+            if rstrip:
                 end += len(text[end:]) - len(text[end:].lstrip())
             if begin > start:
                 yield Span(text[start:begin], None)
-            yield Span(text[begin:end], token.id)
+            yield Span(text[begin:end], number)
             start = end
         if start < len(text):
             yield Span(text[start:], None)

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from flacuna_jax.data.raw import FileKind, Place, RawRecord, is_damage, open_data_file
+from flacuna_jax.data.raw import FileKind, Place, RawRecord, is_damage, open_data_file, require_no_utf16
 from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
 
@@ -29,7 +29,9 @@ def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadReco
     number, line = 0, 1
     with open_data_file(path, kind) as file:
         try:
-            header = file.peek(4096).partition(b"\n")[0].decode(errors="replace")
+            start = file.peek(4096)
+            require_no_utf16(path, start)
+            header = start.partition(b"\n")[0].decode(errors="replace")
             separator = "\t" if kind.format == "tsv" else max(",;\t", key=header.count)
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             rows = csv.reader(text, delimiter=separator, strict=True)
@@ -49,7 +51,9 @@ def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadReco
                 line = rows.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
             policy.report.read += 1
-            what = f"not UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else str(error)
+            what = (
+                f"not UTF-8: {error.reason}; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            )
             if isinstance(error, csv.Error):
                 what += "; cells that hold quotes or line breaks must be quoted, as csv writers do it"
             policy.reject("unreadable rest of a file", Place(path, number + 1, line), f"not a table ({what})")
@@ -68,9 +72,16 @@ def _require_header(path: Path, names: Sequence[str], columns: Sequence[str]) ->
         raise UserError(f"{path}: two columns are named {twice[0]!r}; the first line must name each column once")
     if columns and not set(names) & set(columns):
         shown = ", ".join(name[:30] for name in names[:8])
+        known = [name for name in map(_plain, names) if name in columns]
+        advice = f"; write the names as {', '.join(known)}" if known else ""
         raise UserError(
-            f"{path}: the first line must name the columns, and none of its words ({shown}) belongs to a known format"
+            f"{path}: the first line must name the columns, and no name in it ({shown}) belongs to a known format"
+            f"{advice}"
         )
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
 
 
 def read_parquet(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:

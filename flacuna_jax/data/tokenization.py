@@ -16,7 +16,7 @@ off at the right but treated as data.over_length says. An empty question reads "
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -95,7 +95,7 @@ def puts_space_in_front(tokenizer: Tokenizer) -> bool:
 
 class Encoded(NamedTuple):
     """The ids of one segment (or of several that were joined), whether the assistant says them, and the turn they end
-    in."""
+    in. Conversations share `ids`; they must not be changed."""
 
     ids: list[int]
     supervised: bool
@@ -103,55 +103,54 @@ class Encoded(NamedTuple):
 
 
 class SegmentEncoder:
-    """Encodes segments with one tokenizer; remembers the ids of system texts, which nearly all examples share."""
+    """Encodes segments with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._has_dummy_prefix = puts_space_in_front(tokenizer)
         self._newline_length = len(tokenizer.encode("\n", first=False))
-        self._system_ids: dict[tuple[str, bool], list[int]] = {}
 
     def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[list[Encoded]]:
-        """The ids of every conversation's segments; all texts go to the tokenizer in one batch."""
+        """The ids of every conversation's segments.
+
+        All texts go to the tokenizer in one batch, and a text that several conversations share, such as the system
+        text, goes there once.
+        """
         joined = [join_segments(segments, keep_spaces=self._has_dummy_prefix) for segments in conversations]
-        texts: list[str] = []
-        first: list[bool] = []
-        after_newline: list[bool] = []
-        for segments in joined:
-            for index, segment in enumerate(segments):
-                if segment.token is not None or self._is_known(segment, index):
-                    continue
-                inside = index > 0 and segments[index - 1].token is None and self._has_dummy_prefix
-                has_space = segment.text.startswith(" ")
-                # The space that the tokenizer puts in front is the segment's own, or is cut off with a newline.
-                after_newline.append(inside and not has_space)
-                texts.append(segment.text[1:] if inside and has_space else "\n" * after_newline[-1] + segment.text)
-                first.append(index == 0)
-        encoded = (
-            ids[self._newline_length :] if cut else ids
-            for ids, cut in zip(self.tokenizer.encode_batch(texts, first), after_newline, strict=True)
-        )
-        return [list(self._encoded(segments, encoded)) for segments in joined]
+        numbers: dict[_Piece, int] = {}
+        order = [
+            numbers.setdefault(self._piece(segments, index), len(numbers))
+            for segments in joined
+            for index, segment in enumerate(segments)
+            if segment.token is None
+        ]
+        encoded = self.tokenizer.encode_batch([piece.text for piece in numbers], [piece.first for piece in numbers])
+        ids = [one[self._newline_length :] if piece.cut else one for piece, one in zip(numbers, encoded, strict=True)]
+        following = iter(order)
+        return [
+            [
+                Encoded(
+                    ids[next(following)] if segment.token is None else [segment.token], segment.supervised, segment.turn
+                )
+                for segment in segments
+            ]
+            for segments in joined
+        ]
 
-    def _encoded(self, segments: Sequence[Segment], encoded: Iterator[list[int]]) -> Iterator[Encoded]:
-        for index, segment in enumerate(segments):
-            if segment.token is not None:
-                ids = [segment.token]
-            elif self._is_known(segment, index):
-                ids = self._system_ids[segment.text, index == 0]
-            else:
-                ids = next(encoded)
-            yield Encoded(ids, segment.supervised, segment.turn)
+    def _piece(self, segments: Sequence[Segment], index: int) -> "_Piece":
+        text = segments[index].text
+        if index == 0 or not self._has_dummy_prefix or segments[index - 1].token is not None:
+            return _Piece(text, index == 0, False)
+        # The space that the tokenizer puts in front is the segment's own, or is cut off with a newline.
+        return _Piece(text[1:], False, False) if text.startswith(" ") else _Piece("\n" + text, False, True)
 
-    def _is_known(self, segment: Segment, index: int) -> bool:
-        if segment.turn >= 0:
-            return False
-        key = (segment.text, index == 0)
-        if key not in self._system_ids:
-            if len(self._system_ids) >= 1024:
-                return False
-            self._system_ids[key] = self.tokenizer.encode(segment.text, first=index == 0)
-        return True
+
+class _Piece(NamedTuple):
+    """A text for the tokenizer, whether it begins the sequence, and whether its first token is to be cut off."""
+
+    text: str
+    first: bool
+    cut: bool
 
 
 _MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_of_\w+>|\[/?[A-Z]{3,}(?:_[A-Z]+)*\]")

@@ -58,7 +58,7 @@ class FastTokenizer:
         anchored = [False] * len(texts) if first is None else [not one for one in first]
         marked = [_ANCHOR + text if behind else text for text, behind in zip(texts, anchored, strict=True)]
         with utf8_texts(texts):
-            encodings = self._tokenizer.encode_batch(marked, add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch_fast(marked, add_special_tokens=False)
         return [one.ids[1:] if behind else one.ids for one, behind in zip(encodings, anchored, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -221,10 +221,24 @@ def test_spreadsheets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 2 \(record 1\): not a table \(unexpected end of data; cells that hold"):
         read(path)
     path.write_text("What is it?,That.\nq,a\n")
-    with pytest.raises(UserError, match=r"the first line must name the columns, and none .*\(What is it\?, That\.\)"):
+    with pytest.raises(
+        UserError, match=r"the first line must name the columns, and no name in it \(What is it\?, That\.\)"
+    ):
         read(path)
     path.write_bytes("question,answer\nq,é\n".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8.*; save it as UTF-8"):
+        read(path)
+    path.write_bytes("question,answer\nq,a\n".encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-16; convert it to UTF-8"):
+        read(path)
+    path.write_text("Question, Answer\nq,a\n")
+    with pytest.raises(UserError, match=r"no name in it \(Question,  Answer\).*; write the names as question, answer"):
+        read(path)
+
+
+def test_names_of_fields_in_another_case(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"Instruction": "q", "output": "a"})
+    with pytest.raises(UserError, match="names of fields are lower case here: write 'Instruction' as 'instruction'"):
         read(path)
 
 
