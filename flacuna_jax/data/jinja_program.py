@@ -138,18 +138,38 @@ class JinjaProgram:
         """The template's text for guarded messages. Raises TemplateRefusal where the template fails."""
         if self._parts:
             messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-        name = "tool_use" if tools and "tool_use" in self._compiled else "default"
         try:
-            return self._compiled[name].render(
-                messages=messages,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
+            try:
+                return self._run(messages, tools, prompt)
+            except TypeError:
+                if not any(one.get("tool_calls") for one in messages):
+                    raise
+                return self._run([_with_text_arguments(one) for one in messages], tools, prompt)
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise TemplateRefusal(f"the template refuses the conversation: {kind}{error}") from None
+
+    def _run(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> str:
+        name = "tool_use" if tools and "tool_use" in self._compiled else "default"
+        return self._compiled[name].render(
+            messages=messages,
+            tools=list(tools) or None,
+            documents=None,
+            add_generation_prompt=prompt,
+            **self._variables,
+        )
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text, which DeepSeek's template joins to other text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    as_text = [
+        {**call, "function": {**call["function"], "arguments": _to_json(call["function"].get("arguments"))}}
+        for call in calls
+    ]
+    return {**message, "tool_calls": as_text}
 
 
 def with_closing_marks(messages: Sequence[Message]) -> list[Message]:

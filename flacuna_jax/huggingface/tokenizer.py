@@ -58,7 +58,7 @@ def _with_sentencepiece(directory: Path, settings: TokenizerSettings, has_fast: 
         return SentencePieceTokenizer(directory / SENTENCEPIECE, settings)
     plain = SentencePieceTokenizer(directory / SENTENCEPIECE, TokenizerSettings(directory, {}, {}, {}))
     fast = FastTokenizer.from_file(directory / FAST, settings)
-    if any(token.special and token.id >= plain.vocab_size for token in settings.added.values()):
+    if any(number >= plain.vocab_size for number in fast.special.ids):
         return fast
     slow = SentencePieceTokenizer(directory / SENTENCEPIECE, settings)
     _check_agreement(directory, slow, fast)

@@ -457,6 +457,21 @@ def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded)
     assert "degrees" not in supervised
 
 
+def test_a_template_that_needs_arguments_as_text_gets_text(loaded: Loaded) -> None:
+    if "deepseekv3" not in ALL:
+        pytest.skip("trl is not installed")
+    ours, theirs = loaded(*marks_of(ALL["deepseekv3"]))
+    template = template_from_jinja({"default": ALL["deepseekv3"]}, "deepseekv3", ours.special)
+
+    def turns(arguments: Any) -> tuple[Turn, ...]:
+        call = {**_CALL, "function": {"name": "weather", "arguments": arguments}}
+        asked = Turn("user", "Weather?"), Turn("assistant", "", extra={"tool_calls": [call]})
+        return (*asked, Turn("tool", "sunny", extra=_RESULT), Turn("assistant", "It is sunny."))
+
+    ids, _ = _ours(ours, template, Conversation("", "", turns({"city": "Paris"})))
+    assert ids == _theirs(theirs, ALL["deepseekv3"], Conversation("", "", turns('{"city": "Paris"}')))[0]
+
+
 def test_a_call_counts_as_left_out_where_only_its_name_is_in_the_text(loaded: Loaded) -> None:
     """A template that ignores tool_calls, and a question that holds the name of the function."""
     ours, _ = loaded("<|im_start|>", "<|im_end|>")

@@ -226,7 +226,7 @@ def test_spreadsheets(tmp_path: Path) -> None:
     ):
         read(path)
     path.write_bytes("question,answer\nq,é\n".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8.*; save it as UTF-8"):
+    with pytest.raises(UserError, match=r"not UTF-8.*; save it as UTF-8"):
         read(path)
     path.write_bytes("question,answer\nq,a\n".encode("utf-16"))
     with pytest.raises(UserError, match="UTF-16; convert it to UTF-8"):

@@ -292,3 +292,17 @@ def test_a_tiktoken_file_beside_a_tokenizer_json_does_not_matter(story_llama: Pa
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tiktoken"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_that_transformers_saved_beside_tokenizer_model(llama_tokenizer: Path, tmp_path: Path) -> None:
+    """transformers 5 keeps added tokens in tokenizer.json alone, so tokenizer.model lacks the EOS of the settings."""
+    transformers = pytest.importorskip("transformers")
+    original = _chat_sentencepiece(tmp_path / "model", llama_tokenizer, False)
+    theirs = transformers.AutoTokenizer.from_pretrained(original)
+    theirs.save_pretrained(tmp_path / "saved")
+    shutil.copy(original / "tokenizer.model", tmp_path / "saved")
+    ours = load_tokenizer(tmp_path / "saved")
+    assert isinstance(ours, FastTokenizer)
+    assert ours.eos_id == theirs.eos_token_id == 32001
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
