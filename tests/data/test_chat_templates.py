@@ -439,8 +439,6 @@ def _supervised(template: Template, turns: tuple[Turn, ...], tools: tuple[dict[s
 @pytest.mark.parametrize("name", ["llama3_1", "gptoss", "qwen3", "mistral_v0.3"])
 def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded) -> None:
     """Llama 3.1 and GPT-OSS escape a result that is JSON already; that is a form for it."""
-    if name not in ALL:
-        pytest.skip("trl is not installed")
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     turns = (
@@ -458,8 +456,6 @@ def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded)
 
 
 def test_a_template_that_needs_arguments_as_text_gets_text(loaded: Loaded) -> None:
-    if "deepseekv3" not in ALL:
-        pytest.skip("trl is not installed")
     ours, theirs = loaded(*marks_of(ALL["deepseekv3"]))
     template = template_from_jinja({"default": ALL["deepseekv3"]}, "deepseekv3", ours.special)
 
@@ -489,8 +485,6 @@ def test_a_call_counts_as_left_out_where_only_its_name_is_in_the_text(loaded: Lo
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_v5", "diffusion_gemma"])
 def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
     """Gemma 4 writes the results between the calls and the text of one message."""
-    if name not in ALL:
-        pytest.skip("trl is not installed")
     ours, _ = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     turns = (
@@ -507,8 +501,6 @@ def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss", "deepseekv3"])
 def test_a_message_of_white_space_alone_is_a_message(name: str, loaded: Loaded) -> None:
-    if name not in ALL:
-        pytest.skip("trl is not installed")
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     conversation = Conversation("", "", _said("a", "ok", " ", "yes"))
@@ -519,8 +511,6 @@ def test_a_message_of_white_space_alone_is_a_message(name: str, loaded: Loaded) 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "gptoss", "deepseekv3", "llama_2"])
 def test_long_conversations_carry_loss_as_short_ones_do(name: str, loaded: Loaded) -> None:
     """A long conversation is rendered a few times, not once per message; its answers carry the same loss."""
-    if name not in ALL:
-        pytest.skip("trl is not installed")
     ours, _ = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     said = [
