@@ -108,7 +108,7 @@ def test_a_conversation_through_a_pipe(
     prompt = tokenize_prompt(turns, TEMPLATE, model.tokenizer)
     assert answer == model.generate([GenerationRequest(tuple(prompt), 8)])[0].text.strip()
     assert (system, reset) == ("system text: Be brief.", "forgotten")
-    assert [line.split(":")[0] for line in captured.err.splitlines()[1:]] == ["error", "error"]
+    assert [line.split(":")[0] for line in captured.err.splitlines()[2:]] == ["error", "error"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_hhh_says_where_the_tokenizer_cannot_tell_a_from_b() -> None:
     """As one does that puts a space of its own in front of letters that it has no word for."""
 
     class Spaced(Letters):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, first: bool = True) -> list[int]:
             return super().encode(f" {text}")
 
     comparison = hhh.Comparison("harmless/0", "harmless", "q", "good", "bad")

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from flacuna_jax.config import PROJECTIONS, LoraConfig
 from flacuna_jax.errors import UserError
@@ -26,6 +25,7 @@ from tests.huggingface.checkpoints import GROUPED, SMALL, Written
 from tests.torch_models import from_torch, torch, torch_llama
 
 peft = pytest.importorskip("peft")
+files = pytest.importorskip("safetensors.torch")
 
 TOKENS = np.arange(2 * 11).reshape(2, 11) * 7 % 61
 
@@ -259,8 +259,7 @@ def test_patterns_that_are_about_no_module_are_left_out_as_by_peft(tmp_path: Pat
 def test_a_legacy_bin_adapter_with_default_infix_reads_alike(tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     expected = read_adapter(tmp_path, SMALL).params
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    state = load_file(tmp_path / "adapter_model.safetensors")
+    state = files.load_file(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({n.replace(".weight", ".default.weight"): t for n, t in state.items()}, tmp_path / "adapter_model.bin")
     found = read_adapter(tmp_path, SMALL).params
@@ -289,7 +288,7 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
     by_peft(tmp_path, SMALL)
     path = tmp_path / "adapter_model.safetensors"
     larger = torch.zeros(SMALL.vocab_size + 8, SMALL.hidden_size)
-    save_file(load_file(path) | {f"base_model.model.{name}.weight": larger}, path)
+    files.save_file(files.load_file(path) | {f"base_model.model.{name}.weight": larger}, path)
     with pytest.raises(UserError, match=r"where the base has .*: the adapter was trained with a resized vocabulary"):
         read_adapter(tmp_path, SMALL)
 
@@ -335,7 +334,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_lost_factor_is_named(lost: str, tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     tools = pytest.importorskip("safetensors.torch")
-    state = tools.load_file(tmp_path / "adapter_model.safetensors")
+    state = files.load_file(tmp_path / "adapter_model.safetensors")
     tools.save_file(
         {n: t for n, t in state.items() if not (lost in n and "layers.1" in n)}, tmp_path / "adapter_model.safetensors"
     )

@@ -63,7 +63,7 @@ def test_harmless_changes_pass(override):
         ("--training.epochs=2", "training.epochs: 1 in the checkpoint, 2 now"),
         ("--training.batch_size=64", "training.batch_size: 128 in the checkpoint, 64 now"),
         ("--data.max_length=512", "data.max_length: 1280 in the checkpoint, 512 now"),
-        ("--data.template=vicuna_v0", "data.template: vicuna_v1.1 in the checkpoint, vicuna_v0 now"),
+        ("--data.template=vicuna_v0", "data.template: auto in the checkpoint, vicuna_v0 now"),
         ("--data.sources.0.weight=0.5", "data.sources.0.weight: 1.0 in the checkpoint, 0.5 now"),
         ("--model.dtype=float32", "model.dtype: bfloat16 in the checkpoint, float32 now"),
     ],
