@@ -40,20 +40,22 @@ SMOLLM2 ?= .models/smollm2-135m-instruct
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
 
-# Each test once: on the newest Python what needs no torch, then on 3.11, with torch, what was skipped there.
+# Each test once: on the newest Python what needs no torch, then on 3.11, with torch, what was skipped there. A failure
+# in one does not keep the other from running.
 test: SELECT = -m "not slow"
 test-all: SELECT =
-test test-all: test-newest test-skipped
+test test-all:
+	status=0; for part in test-newest test-skipped; do $(MAKE) $$part SELECT='$(SELECT)' || status=1; done; exit $$status
 
 test-newest: $(VENV)/.installed-test
 	rm -f $(SKIPPED)
 	$(BIN)/python $(PYTEST) $(SELECT) --skipped-to $(SKIPPED)
 
-test-skipped: test-newest
+test-skipped:
 ifeq ($(PARITY_PYTHON),)
 	@echo "no Python 3.11 here: the comparisons with torch are left out; \`make test-whole\` has them"
 else
-	test ! -s $(SKIPPED) || $(MAKE) PARITY_PYTHON=$(PARITY_PYTHON) $(PARITY_VENV)/.installed-parity
+	test ! -s $(SKIPPED) || $(MAKE) $(PARITY_VENV)/.installed-parity
 	test ! -s $(SKIPPED) || { sort -u -o $(SKIPPED) $(SKIPPED) && $(PARITY_VENV)/bin/python $(PYTEST) $(SELECT) @$(SKIPPED); }
 endif
 

@@ -107,7 +107,9 @@ def child(script: str, *arguments: str, timeout: float | None = None) -> dict[st
     """
     command = [sys.executable, str(Path(__file__).parent / script), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        # Unfiltered, JAX's tracebacks end with the error instead of a remark about filtering.
+        environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {timeout:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,7 +1,7 @@
 """Reads an optimised XLA program: how often each instruction runs, what it multiplies, moves and sends.
 
 XLA's own cost analysis counts the body of a loop once and is absent for GPUs compiled for from afar, so this walks the
-text of the program: computations, called from loops with known trip counts, down to the instructions of fusions.
+text of the program: computations, called from loops with trip counts, down to the instructions of fusions.
 """
 
 import math
@@ -136,11 +136,9 @@ class Program:
         for instruction in computation.instructions.values():
             yield Use(instruction, computation, times, fused)
             if instruction.opcode == "while":
-                known = instruction.attribute(r'known_trip_count":\{"n":"(\d+)"')
-                trips = float(known) if known else self._loop_trips(instruction.op_name)
                 body = instruction.called("body") or ""
                 if body in self.computations:
-                    yield from self._walk(body, times * trips, fused)
+                    yield from self._walk(body, times * self._trips(instruction), fused)
             elif instruction.opcode == "conditional":
                 branches = _NAME.findall(instruction.attribute(r"branch_computations=\{([^}]*)\}") or "")
                 branches += [b for key in ("true", "false") if (b := instruction.called(f"{key}_computation"))]
@@ -150,6 +148,17 @@ class Program:
                 called = instruction.called("calls") or instruction.called("to_apply") or ""
                 if called in self.computations:
                     yield from self._walk(called, times, fused or instruction.opcode == "fusion")
+
+    def _trips(self, loop: Instruction) -> float:
+        """Times that a loop runs: as noted, or the constant that its condition counts up to, or what the caller says."""
+        if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
+            return float(known)
+        condition = self.computations.get(loop.called("condition") or "")
+        if condition is not None and condition.root.opcode == "compare" and "direction=LT" in condition.root.attributes:
+            bound = condition.instructions.get(condition.root.operands[-1])
+            if bound is not None and bound.opcode == "constant" and (count := re.match(r"\((\d+)\)", bound.attributes)):
+                return float(count[1])
+        return self._loop_trips(loop.op_name)
 
     @cached_property
     def matrix_flops(self) -> float:
@@ -349,7 +358,7 @@ def _parse_instruction(line: str) -> Instruction:
     arguments = rest[opening + 1 : closing - 1]
     attributes = rest[closing:]
     opcode = rest[:opening]
-    if opcode == "parameter":
+    if opcode in ("parameter", "constant"):  # a number, or a value
         attributes = f"({arguments}){attributes}"
     return Instruction(name.lstrip("%"), shape, opcode, tuple(_NAME.findall(arguments)), attributes)
 

@@ -114,6 +114,35 @@ ENTRY %main (a: f32[5]) -> f32[5] {{
     assert (reduction.kind, reduction.nbytes, reduction.times, reduction.overlapped) == ("all-reduce", 20, 1, True)
 
 
+def test_a_loop_counts_up_to_the_constant_in_its_condition():
+    """TPU programs note no counts, and a compiler may name a loop after something else."""
+    text = """HloModule jit_step
+
+%body (b: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %b = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%b), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%i, %y)
+}
+
+%condition (c: (s32[], f32[8,8])) -> pred[] {
+  %c = (s32[], f32[8,8]{1,0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(40)
+  %j = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %a = (s32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,8]{1,0}) while(%a), condition=%condition, body=%body, metadata={op_name="kernel/pallas_call"}
+}
+"""  # noqa: E501
+    assert Program(text, lambda op_name: 3.0).matrix_flops == 40 * 2 * 8 * 8 * 8
+    traced = text.replace("constant(40)", "parameter(1)")
+    assert Program(traced, lambda op_name: 3.0).matrix_flops == 3 * 2 * 8 * 8 * 8
+
+
 def test_exchanges_between_tpu_slices_are_what_devices_send():
     """A piece of a two-slice program: an all-reduce within each slice, then each of 16 devices sends its sixteenth."""
     attributes = (
