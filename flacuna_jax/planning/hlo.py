@@ -150,7 +150,7 @@ class Program:
                     yield from self._walk(called, times, fused or instruction.opcode == "fusion")
 
     def _trips(self, loop: Instruction) -> float:
-        """Times that a loop runs: as noted, or the constant that its condition counts up to, or what the caller says."""
+        """How often a loop runs: as noted, else the constant that its condition counts up to, else `loop_trips`."""
         if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known)
         condition = self.computations.get(loop.called("condition") or "")
