@@ -256,7 +256,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed,
         for path in out.rglob("*"):
             path.chmod(0o777)
         (newest / file).chmod(0o600)
-        probe = "import os, sys, flacuna_jax; sys.exit(not os.path.isdir(sys.argv[1]))"
+        probe = "import os, sys, jax, flacuna_jax; sys.exit(not os.path.isdir(sys.argv[1]))"
         if subprocess.run([*python, probe, out], capture_output=True, cwd=ROOT).returncode:
             pytest.skip("another user may not come here: the interpreter, the package or TMPDIR is root's alone")
         result = subprocess.run([*python, script, out], capture_output=True, text=True, cwd=ROOT)
