@@ -31,14 +31,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import hugging_face_config
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
+from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.tensors import TensorReader, forget
 from flacuna_jax.huggingface.merged import PendingTensor, write_shards
 from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
-from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.tensors import TensorReader, forget
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_parameters
 

@@ -62,7 +62,7 @@ def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # plugins look for devices otherwise
-    from flacuna_jax.config import LoraConfig, MeshConfig, TrainingConfig
+    from flacuna_jax.config.schema import LoraConfig, MeshConfig, TrainingConfig
     from flacuna_jax.deviceless import quick_options
     from flacuna_jax.model.llama import LlamaConfig
     from flacuna_jax.model.parameters import ModelSpec

@@ -26,9 +26,9 @@ import transformers
 from lm_eval.api.instance import Instance
 
 from flacuna_jax.evaluation import mmlu
-from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.evaluation.harness import HarnessModel
-from flacuna_jax.evaluation.language_model import GenerationRequest
+from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
+from flacuna_jax.generation.language_model import GenerationRequest
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import load_tokenizer

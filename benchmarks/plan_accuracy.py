@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flacuna_jax.config import LoraConfig, TrainingConfig
+from flacuna_jax.config.schema import LoraConfig, TrainingConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, split_everywhere

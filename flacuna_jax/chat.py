@@ -15,9 +15,10 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.flax_model import LlamaLanguageModel
 from flacuna_jax.evaluation.impact import writing_prompt
-from flacuna_jax.evaluation.language_model import GenerationRequest
+from flacuna_jax.generation.decode import GREEDY, Sampling
+from flacuna_jax.generation.engine import LlamaLanguageModel
+from flacuna_jax.generation.language_model import GenerationRequest
 from flacuna_jax.inference import (
     ModelAddress,
     ModelLoader,
@@ -27,8 +28,7 @@ from flacuna_jax.inference import (
     addressed_model,
     template_of,
 )
-from flacuna_jax.model.decode import GREEDY, Sampling
-from flacuna_jax.run_setup import say_on_stderr
+from flacuna_jax.run.setup import say_on_stderr
 
 COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
 

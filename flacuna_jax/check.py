@@ -19,12 +19,12 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import CONFIG_FILE
 from flacuna_jax.huggingface.answer_ends import checkpoint_ends
 from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.files.native import is_native, read_manifest
+from flacuna_jax.huggingface.files.pieces import file_digest
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.golden import FILE, Record, compare, compare_text, read_golden
-from flacuna_jax.huggingface.native import is_native, read_manifest
 from flacuna_jax.huggingface.other_encoder import encoder_of
-from flacuna_jax.huggingface.pieces import file_digest
 from flacuna_jax.huggingface.probe import stored_weights, streamed_greedy
-from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 

@@ -14,12 +14,12 @@ from flacuna_jax.huggingface import deliver, names
 from flacuna_jax.huggingface.adapter_writing import DTYPES
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.card import Facts
-from flacuna_jax.huggingface.delta import DeltaReader
 from flacuna_jax.huggingface.directories import check_target
-from flacuna_jax.huggingface.meta import is_meta
-from flacuna_jax.huggingface.read import CheckpointReader, open_checkpoint
-from flacuna_jax.huggingface.released import BASE, DequantisedBase, released_adapter
-from flacuna_jax.huggingface.tensors import TensorReader
+from flacuna_jax.huggingface.files.delta import DeltaReader
+from flacuna_jax.huggingface.files.meta import is_meta
+from flacuna_jax.huggingface.files.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.files.released import BASE, DequantisedBase, released_adapter
+from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_files
 
 

@@ -21,7 +21,6 @@ from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation import humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
-from flacuna_jax.evaluation.flax_model import Placement
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_remarks, published_rows
@@ -31,6 +30,8 @@ from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
 from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
+from flacuna_jax.generation.decode import Sampling
+from flacuna_jax.generation.engine import Placement
 from flacuna_jax.inference import (
     ModelAddress,
     ModelLoader,
@@ -39,8 +40,7 @@ from flacuna_jax.inference import (
     addressed_model,
     template_of,
 )
-from flacuna_jax.model.decode import Sampling
-from flacuna_jax.run_setup import say_on_stderr
+from flacuna_jax.run.setup import say_on_stderr
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

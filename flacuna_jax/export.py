@@ -10,8 +10,8 @@ import numpy as np
 
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config import LoraConfig, RunConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
+from flacuna_jax.config.schema import LoraConfig, RunConfig
 from flacuna_jax.convert import STORED_DTYPES
 from flacuna_jax.data.conversation import Template, Turn, render_prompt, render_text
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
@@ -23,22 +23,22 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.directories import check_target
+from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.rounded import RoundedBase
+from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.golden import Golden, Prompt
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
-from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.rounded import RoundedBase
-from flacuna_jax.huggingface.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.model_source import network_sizes
-from flacuna_jax.run_delivery import companions
-from flacuna_jax.run_facts import run_facts
-from flacuna_jax.training.checkpoint import list_checkpoints, restore_adapters
-from flacuna_jax.training.local_run import local_run
+from flacuna_jax.run.deliver import companions
+from flacuna_jax.run.facts import run_facts
+from flacuna_jax.run.model import network_sizes
+from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
+from flacuna_jax.storage.local_run import local_run
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

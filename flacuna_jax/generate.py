@@ -16,9 +16,10 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
 from flacuna_jax.evaluation.impact import writing_prompt
-from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, encode_prompt
+from flacuna_jax.generation.decode import GREEDY, Sampling
+from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
+from flacuna_jax.generation.language_model import Generation, GenerationRequest, encode_prompt
 from flacuna_jax.inference import (
     ModelLoader,
     add_base_option,
@@ -27,8 +28,7 @@ from flacuna_jax.inference import (
     addressed_model,
     template_of,
 )
-from flacuna_jax.model.decode import GREEDY, Sampling
-from flacuna_jax.run_setup import say_on_stderr
+from flacuna_jax.run.setup import say_on_stderr
 
 PRINTED_TOGETHER = 32
 """Answers are printed after so many times --batch-size of them; a long list that is broken off loses no more."""

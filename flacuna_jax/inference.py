@@ -9,23 +9,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from flacuna_jax.config import AUTO, DataConfig, MeshConfig, RunConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
+from flacuna_jax.config.schema import AUTO, DataConfig, MeshConfig, RunConfig
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
-from flacuna_jax.evaluation.flax_model import LlamaLanguageModel, Placement
+from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
+from flacuna_jax.huggingface.files.place import require_directory
 from flacuna_jax.huggingface.load import load_base
-from flacuna_jax.huggingface.place import require_directory
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
-from flacuna_jax.model_source import with_rope_scaling
-from flacuna_jax.training.local_run import local_run
+from flacuna_jax.run.model import with_rope_scaling
+from flacuna_jax.storage.local_run import local_run
 
 
 @dataclasses.dataclass(frozen=True)

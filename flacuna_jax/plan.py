@@ -16,8 +16,8 @@ from rich.console import Console
 
 from flacuna_jax.arguments import Parser, amount, whole
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config import RunConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
+from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.held_out import split
 from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_run
 from flacuna_jax.data.store_cache import cached_store, default_directory
@@ -27,12 +27,12 @@ from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
-from flacuna_jax.model_source import architecture_sizes, with_rope_scaling
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
 from flacuna_jax.planning.search import choices, nearest_fit, search
 from flacuna_jax.planning.targets import CompilerUnusable, Machine, absent_devices, parse_target, present_machine
 from flacuna_jax.planning.workload import Statistics, Workload, assumed_statistics, measured_statistics
+from flacuna_jax.run.model import architecture_sizes, with_rope_scaling
 
 Note = Callable[[str], None]
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config import RunConfig
-from flacuna_jax.config_files import load_config, top_level_keys
+from flacuna_jax.config.files import load_config, top_level_keys
+from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.conversation import Conversation, Turn, named_template
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
@@ -39,7 +39,7 @@ from flacuna_jax.flan_mini.report import PackingFacts, mixture_document, run_doc
 from flacuna_jax.flan_mini.work import writing
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
-from flacuna_jax.model_source import context_warning, network_sizes
+from flacuna_jax.run.model import context_warning, network_sizes
 
 Say = Callable[[str], None]
 

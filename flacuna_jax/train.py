@@ -16,16 +16,25 @@ import jax
 from flacuna_jax import distributed
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, leave, run_verb
-from flacuna_jax.config import RunConfig
-from flacuna_jax.config_files import load_config, require_settings
+from flacuna_jax.config.files import load_config, require_settings
+from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.settings import ShowSettings
 from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.suite import Evaluator
 from flacuna_jax.huggingface.verify import VerificationError
+from flacuna_jax.logs.live_report import LiveReport
+from flacuna_jax.logs.metrics import open_tracker
+from flacuna_jax.logs.progress import open_progress
+from flacuna_jax.logs.steady_output import steady_output
+from flacuna_jax.logs.step_log import StepLog
 from flacuna_jax.model.sharding import batch_sharding
-from flacuna_jax.run_delivery import deliver_result, what_next
-from flacuna_jax.run_evaluation import make_measurement, read_tasks
-from flacuna_jax.run_setup import (
+from flacuna_jax.run.bad_steps import BadStep, BadStepPolicy, BatchInspector
+from flacuna_jax.run.deliver import deliver_result, what_next
+from flacuna_jax.run.determinism import Beginning, NotDeterministic, check_determinism
+from flacuna_jax.run.evaluation import make_measurement, read_tasks
+from flacuna_jax.run.resume import WORDS
+from flacuna_jax.run.setup import (
     Say,
     Setup,
     open_parts,
@@ -37,25 +46,16 @@ from flacuna_jax.run_setup import (
     say_on_stderr,
     set_up,
 )
-from flacuna_jax.run_state import chosen_state, fresh_state, newest_state, starting_point
-from flacuna_jax.run_watch import Watch, measurement_is_due, report_on, say_if_worse, say_what_is_cut
-from flacuna_jax.settings import ShowSettings
-from flacuna_jax.training.bad_steps import BadStep, BadStepPolicy, BatchInspector
-from flacuna_jax.training.bucket import is_bucket, open_output, require_supported
-from flacuna_jax.training.checkpoint import Checkpointer
-from flacuna_jax.training.determinism import Beginning, NotDeterministic, check_determinism
+from flacuna_jax.run.start import chosen_state, fresh_state, newest_state, starting_point
+from flacuna_jax.run.stop import Stopped, StopRequest
+from flacuna_jax.run.watch import Watch, measurement_is_due, report_on, say_if_worse, say_what_is_cut
+from flacuna_jax.storage.bucket import is_bucket, open_output, require_supported
+from flacuna_jax.storage.checkpoint import Checkpointer
+from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.flops import StepFlops, flops_of_step
-from flacuna_jax.training.live_report import LiveReport
 from flacuna_jax.training.loop import Loop
-from flacuna_jax.training.metrics import open_tracker
 from flacuna_jax.training.profile import PROFILE, traced
-from flacuna_jax.training.progress import open_progress
-from flacuna_jax.training.resume import WORDS
-from flacuna_jax.training.run_directory import RunDirectory
-from flacuna_jax.training.steady_output import steady_output
 from flacuna_jax.training.step import StepConfig, make_step
-from flacuna_jax.training.step_log import StepLog
-from flacuna_jax.training.stop import Stopped, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -129,3 +130,15 @@ def compiled_once(compiled_programs: Path) -> Iterator[None]:
         jax.config.update(name, value)
         del os.environ[name.upper()]
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A mounted directory with 1 MiB of space; skips where this user may not mount."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)

@@ -11,11 +11,11 @@ import pytest
 
 from flacuna_jax import check, convert, export
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.config.schema import PROJECTIONS, LoraConfig
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.golden import FILE, Golden, Prompt, Record, compare, compare_text
-from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec
 from tests.huggingface.conftest import tiny_sentencepiece  # noqa: F401

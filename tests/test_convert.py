@@ -9,8 +9,8 @@ import pytest
 
 from flacuna_jax import convert
 from flacuna_jax.cli import run_verb
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import fingerprint, read_architecture
-from flacuna_jax.huggingface.read import open_checkpoint
 
 
 def test_a_trained_model_converts(story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

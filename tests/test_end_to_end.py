@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 
 from flacuna_jax import train as train_verb
 from flacuna_jax.cli import main as flacuna
-from flacuna_jax.config import MeshConfig
-from flacuna_jax.config_files import load_config, parse_config
+from flacuna_jax.config.files import load_config, parse_config
+from flacuna_jax.config.schema import MeshConfig
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
-from flacuna_jax.run_delivery import what_next
+from flacuna_jax.run.deliver import what_next
 from tests.small_run import write_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -12,18 +12,18 @@ import pytest
 
 from flacuna_jax import export
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config import LoraConfig, RunConfig
-from flacuna_jax.config_files import parse_config
+from flacuna_jax.config.files import parse_config
+from flacuna_jax.config.schema import LoraConfig, RunConfig
 from flacuna_jax.evaluation.results import Outcome, TaskResult, write_result
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import fingerprint, read_architecture
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
-from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.training.checkpoint import Checkpointer
+from flacuna_jax.storage.checkpoint import Checkpointer
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 

@@ -24,9 +24,9 @@ from safetensors.numpy import load_file, save_file
 
 from flacuna_jax import train as train_verb
 from flacuna_jax.cli import EXIT_STOPPED
-from flacuna_jax.training.checkpoint import list_checkpoints
+from flacuna_jax.run.stop import SIGNALS
+from flacuna_jax.storage.checkpoint import list_checkpoints
 from flacuna_jax.training.evaluator import HeldOut
-from flacuna_jax.training.stop import SIGNALS
 from tests.small_run import SIZES, write_run
 from tests.test_end_to_end import Stopped, losses, run
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed,
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("becomes another user, which needs root and setpriv")
     script = (
-        "import sys; from flacuna_jax.training.checkpoint import restore_adapters\n"
+        "import sys; from flacuna_jax.storage.checkpoint import restore_adapters\n"
         "from flacuna_jax.cli import run_verb; sys.exit(run_verb(lambda a: restore_adapters(a[0]) and 0, sys.argv[1:]))"
     )
     python = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flacuna_jax.config import MeshConfig
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
+from flacuna_jax.config.schema import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config import LoraConfig, MeshConfig, RunConfig
-from flacuna_jax.config_files import parse_config
+from flacuna_jax.config.files import parse_config
+from flacuna_jax.config.schema import LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.pipeline import StepSource, plan_run
 from flacuna_jax.huggingface import names
@@ -17,7 +17,7 @@ from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
-from flacuna_jax.model_source import network_sizes
+from flacuna_jax.run.model import network_sizes
 from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.torch_models import torch, transformers
 

@@ -11,9 +11,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from flacuna_jax.cli import main as flacuna
-from flacuna_jax.config import RunConfig
-from flacuna_jax.config_files import parse_config
-from flacuna_jax.evaluation.language_model import ScoreRequest
+from flacuna_jax.config.files import parse_config
+from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.generation.language_model import ScoreRequest
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader
 from flacuna_jax.model.quantized import NF4Kernel

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig
 from flacuna_jax.errors import UserError
 
 PREFIX = "hf:"

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.config import DataConfig, TrainingConfig
+from flacuna_jax.config.schema import DataConfig, TrainingConfig
 from flacuna_jax.data.packing import PackingMethod, PackPlan, epoch_examples, pack
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.errors import UserError

@@ -169,8 +169,8 @@ def _verb(verb: str, *arguments: str) -> None:
 def _measure(paths: Paths) -> tuple[list[Question], list[str], list[str]]:
     # jax starts here: until now it would only have taken memory from the training processes.
     from flacuna_jax.data.conversation import named_template
-    from flacuna_jax.evaluation.flax_model import Placement
     from flacuna_jax.generate import Settings, complete
+    from flacuna_jax.generation.engine import Placement
     from flacuna_jax.huggingface.tokenizer import load_tokenizer
     from flacuna_jax.inference import ModelAddress, ModelLoader
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, LanguageModel, Score, ScoreRequest
+from flacuna_jax.generation.language_model import Generation, GenerationRequest, LanguageModel, Score, ScoreRequest
 
 Request = TypeVar("Request", ScoreRequest, GenerationRequest)
 Answer = TypeVar("Answer", Score, Generation)

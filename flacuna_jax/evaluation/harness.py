@@ -13,7 +13,7 @@ from typing import Any
 from flacuna_jax.data.conversation import Conversation, Role, Template, Turn, render, render_text
 from flacuna_jax.data.special_tokens import Span
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.language_model import GenerationRequest, LanguageModel, ScoreRequest
+from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, ScoreRequest
 
 try:
     import lm_eval

@@ -20,7 +20,7 @@ from typing import Literal
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.files import field, locate, read_rows
-from flacuna_jax.evaluation.language_model import Score, ScoreRequest, encode_prompt
+from flacuna_jax.generation.language_model import Score, ScoreRequest, encode_prompt
 
 SIZES = {"harmless": 58, "helpful": 59, "honest": 61, "other": 43}
 CATEGORIES = tuple(SIZES)

@@ -20,7 +20,7 @@ from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import Store
-from flacuna_jax.evaluation.language_model import GenerationRequest, LanguageModel
+from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel
 
 FILTERED = "The response was filtered"
 """What stands for a review that the server's content filter withheld, as in the original."""

@@ -10,9 +10,9 @@ from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.evaluation import hhh, humaneval, impact
 from flacuna_jax.evaluation.benchmark import AnswerTask, FittedPrompt, Question, fit_shots
 from flacuna_jax.evaluation.judge import Judge
-from flacuna_jax.evaluation.language_model import Generation, GenerationRequest, LanguageModel, encode_prompt
 from flacuna_jax.evaluation.results import Outcome, TaskResult
 from flacuna_jax.evaluation.sandbox import DEFAULT_LIMITS, Limits, Verdict, isolation, run_programs
+from flacuna_jax.generation.language_model import Generation, GenerationRequest, LanguageModel, encode_prompt
 
 
 def run_answers(task: AnswerTask, model: LanguageModel) -> TaskResult:

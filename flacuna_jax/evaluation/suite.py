@@ -13,9 +13,9 @@ from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation import bbh, crass, drop, hhh, mmlu
 from flacuna_jax.evaluation.benchmark import AnswerTask
-from flacuna_jax.evaluation.language_model import LanguageModel
 from flacuna_jax.evaluation.results import TaskResult
 from flacuna_jax.evaluation.run import run_answers, run_hhh
+from flacuna_jax.generation.language_model import LanguageModel
 
 Protocol = Literal["instructeval", "lm_eval"]
 Run = Callable[[LanguageModel], list[TaskResult]]

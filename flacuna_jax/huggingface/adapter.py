@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.config import HEAD, NO_EXPRESSION, TARGETS, LoraConfig, Target, by_pattern
+from flacuna_jax.config.schema import HEAD, NO_EXPRESSION, TARGETS, LoraConfig, Target, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
-from flacuna_jax.huggingface.read import CheckpointReader
-from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import MappedFiles, ReadableTensor, StoredTensor, cast, host_device
-from flacuna_jax.huggingface.torch_file import read_torch_file
+from flacuna_jax.huggingface.files.read import CheckpointReader
+from flacuna_jax.huggingface.files.safetensors_file import read_header
+from flacuna_jax.huggingface.files.tensors import MappedFiles, ReadableTensor, StoredTensor, cast, host_device
+from flacuna_jax.huggingface.files.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.variables import ModuleName, Parameter

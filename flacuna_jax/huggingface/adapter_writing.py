@@ -11,8 +11,8 @@ import numpy as np
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from flacuna_jax.huggingface.card import Facts, adapter_card
-from flacuna_jax.huggingface.safetensors_file import write_file
-from flacuna_jax.huggingface.tensors import cast
+from flacuna_jax.huggingface.files.safetensors_file import write_file
+from flacuna_jax.huggingface.files.tensors import cast
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -9,7 +9,7 @@ from typing import Any
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.files.json_file import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 

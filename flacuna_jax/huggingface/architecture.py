@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.json_file import read_json
-from flacuna_jax.huggingface.meta import PARAMS_FILE, is_meta, meta_settings
-from flacuna_jax.huggingface.place import require_directory
+from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, meta_settings
+from flacuna_jax.huggingface.files.place import require_directory
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.rope import RopeScaling
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config.schema import LoraConfig
 
 
 @dataclass(frozen=True)

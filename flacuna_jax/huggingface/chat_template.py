@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flacuna_jax.config import AUTO, CHECKPOINT, FALLBACK, DataConfig
+from flacuna_jax.config.schema import AUTO, CHECKPOINT, FALLBACK, DataConfig
 from flacuna_jax.data.conversation import Template, named_template, template_from_jinja
 from flacuna_jax.data.jinja_template import read_jinja_file
 from flacuna_jax.data.tokenization import Tokenizer, with_notes_on_marks
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG
 
 JINJA, JSON = "chat_template.jinja", "chat_template.json"

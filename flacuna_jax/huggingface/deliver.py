@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface import names, native
+from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES, write_adapter_files
 from flacuna_jax.huggingface.alongside import LogitsAlongside
@@ -22,6 +22,9 @@ from flacuna_jax.huggingface.answer_ends import GENERATION_CONFIG
 from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_config, read_settings
 from flacuna_jax.huggingface.card import Facts, model_card
 from flacuna_jax.huggingface.directories import check_target, whole_directory
+from flacuna_jax.huggingface.files import native
+from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.tensors import TensorReader, common_dtype
 from flacuna_jax.huggingface.golden import Golden, answer, write_golden
 from flacuna_jax.huggingface.golden import notes as golden_notes
 from flacuna_jax.huggingface.load import fingerprint, match_tensors
@@ -36,8 +39,6 @@ from flacuna_jax.huggingface.merged import (
 )
 from flacuna_jax.huggingface.other_encoder import encoder_of
 from flacuna_jax.huggingface.probe import Side, Weights, stored_weights
-from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.tensors import TensorReader, common_dtype
 from flacuna_jax.huggingface.verify import (
     compare_logits,
     verify_adapter,

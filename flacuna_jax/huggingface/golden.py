@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.other_encoder import OtherEncoder
 from flacuna_jax.huggingface.probe import Weights, streamed_greedy
 from flacuna_jax.model.llama import LlamaConfig

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_architecture
-from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.tensors import ALL_ROWS, TensorReader, as_bytes, cast, row_blocks
+from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.tensors import ALL_ROWS, TensorReader, as_bytes, cast, row_blocks
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_parameters
 from flacuna_jax.model.variables import Parameter

@@ -15,11 +15,11 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_settings
 from flacuna_jax.huggingface.chat_template import read_chat_template
-from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.files.read import SAFETENSORS, SAFETENSORS_INDEX
+from flacuna_jax.huggingface.files.safetensors_file import write_file
+from flacuna_jax.huggingface.files.tensors import TensorReader, cast, common_dtype, is_finite, overflow, row_blocks
 from flacuna_jax.huggingface.load import match_tensors
-from flacuna_jax.huggingface.read import SAFETENSORS, SAFETENSORS_INDEX
-from flacuna_jax.huggingface.safetensors_file import write_file
-from flacuna_jax.huggingface.tensors import TensorReader, cast, common_dtype, is_finite, overflow, row_blocks
 from flacuna_jax.huggingface.tokenizer import TEMPLATES, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 
 from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.files.tensors import TensorReader, cast, host_device, row_blocks
 from flacuna_jax.huggingface.load import match_tensors
-from flacuna_jax.huggingface.tensors import TensorReader, cast, host_device, row_blocks
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.lora import LoRALinear, row_norms
 from flacuna_jax.model.parameters import ModelSpec

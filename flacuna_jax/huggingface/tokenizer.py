@@ -11,7 +11,7 @@ from pathlib import Path
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.fast_tokenizer import FILE as FAST
 from flacuna_jax.huggingface.fast_tokenizer import FastTokenizer
-from flacuna_jax.huggingface.place import require_directory
+from flacuna_jax.huggingface.files.place import require_directory
 from flacuna_jax.huggingface.sentencepiece_tokenizer import FILE as SENTENCEPIECE
 from flacuna_jax.huggingface.sentencepiece_tokenizer import SentencePieceTokenizer
 from flacuna_jax.huggingface.tokenizer_settings import ADDED, CONFIG, MAP, TokenizerSettings, read_tokenizer_settings

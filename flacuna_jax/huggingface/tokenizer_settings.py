@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.json_file import read_json
+from flacuna_jax.huggingface.files.json_file import read_json
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 

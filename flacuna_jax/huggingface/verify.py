@@ -10,11 +10,11 @@ import numpy as np
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.files.pieces import file_digest
+from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.safetensors_file import read_header
+from flacuna_jax.huggingface.files.tensors import StoredTensor, cast
 from flacuna_jax.huggingface.merged import PendingTensor
-from flacuna_jax.huggingface.pieces import file_digest
-from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import StoredTensor, cast
 from flacuna_jax.model.llama import LlamaConfig
 
 LOGIT_TOLERANCE = 1e-4

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config import TARGETS
+from flacuna_jax.config.schema import TARGETS
 from flacuna_jax.huggingface.adapter import CONFIG_FILE, LEGACY_WEIGHTS_FILE, WEIGHTS_FILE
-from flacuna_jax.huggingface.json_file import read_json
-from flacuna_jax.huggingface.safetensors_file import read_header
-from flacuna_jax.huggingface.tensors import StoredTensor
-from flacuna_jax.huggingface.torch_file import read_torch_file
+from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.files.safetensors_file import read_header
+from flacuna_jax.huggingface.files.tensors import StoredTensor
+from flacuna_jax.huggingface.files.torch_file import read_torch_file
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank."""

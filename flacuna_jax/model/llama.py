@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 from flacuna_jax.model.lora import LoRAHead, LoRALinear, base_matrix, fold_keys

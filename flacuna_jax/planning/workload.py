@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import optax
 
-from flacuna_jax.config import DataConfig, MeshConfig, RunConfig, TrainingConfig
+from flacuna_jax.config.schema import DataConfig, MeshConfig, RunConfig, TrainingConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training.optimizer import make_optimizer

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
-from flacuna_jax.config import DataConfig, TrainingConfig
+from flacuna_jax.config.schema import DataConfig, TrainingConfig
 from flacuna_jax.data.pipeline import StepSource, plan_run
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.model.parameters import Params

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from flacuna_jax.compiler import compiler_options
-from flacuna_jax.config import RunConfig
+from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.deviceless import known_options
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import token_losses

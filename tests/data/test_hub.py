@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.hub import HubName, local_path, local_sources

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config import DataConfig, SourceConfig, TrainingConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
 from flacuna_jax.data.pipeline import (
     Batch,
     RunPlan,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config import DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig
 from flacuna_jax.data import store_cache
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.report import DataReport
@@ -138,7 +138,7 @@ def test_what_nobody_opened_for_a_month_goes(config: DataConfig, tmp_path: Path)
 
 _KILLED = """
 import os, signal, sys
-from flacuna_jax.config import DataConfig
+from flacuna_jax.config.schema import DataConfig
 from flacuna_jax.data import store_cache
 from tests.data.conftest import Characters
 store_cache.PART_EXAMPLES = 300
@@ -205,7 +205,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(
 
 _ON_A_SMALL_DISK = """
 import sys
-from flacuna_jax.config import DataConfig
+from flacuna_jax.config.schema import DataConfig
 from flacuna_jax.data.store_cache import cached_store
 from pathlib import Path
 from tests.data.conftest import Characters

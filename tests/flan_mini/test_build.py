@@ -249,7 +249,7 @@ import os, signal, sys
 from pathlib import Path
 from flacuna_jax.flan_mini import stages, work
 from flacuna_jax.flan_mini.collection import build, find_inputs
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from tests.flan_mini.sources import load_characters
 config = load_config(sys.argv[1], schema=FlanMiniConfig)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.prepare import main
 from tests.flan_mini import sources

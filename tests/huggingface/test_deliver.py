@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig
+from flacuna_jax.config.schema import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface import deliver, safetensors_file
+from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.alongside import LogitsAlongside
 from flacuna_jax.huggingface.architecture import hugging_face_config, read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_merged, write_model
+from flacuna_jax.huggingface.files import safetensors_file
+from flacuna_jax.huggingface.files.native import MANIFEST
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
 from flacuna_jax.huggingface.merged import merged_tensors, model_tensors, write_shards
-from flacuna_jax.huggingface.native import MANIFEST
 from flacuna_jax.huggingface.probe import Side, probe_ids, stored_weights, streamed_logits
-from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.huggingface.verify import VerificationError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_parameters

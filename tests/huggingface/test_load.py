@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from flacuna_jax.config import MeshConfig
+from flacuna_jax.config.schema import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
-from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_parameters

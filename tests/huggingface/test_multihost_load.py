@@ -13,8 +13,8 @@ import pytest
 
 from flacuna_jax.huggingface.architecture import hugging_face_config
 from flacuna_jax.huggingface.deliver import convert
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.merged import model_tensors, write_shards
-from flacuna_jax.huggingface.read import open_checkpoint
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from tests.tiny import SMALL

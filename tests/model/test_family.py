@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config import LoraConfig
+from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.generation import continuation, shared_prefix
+from flacuna_jax.generation.decode import GREEDY
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
+from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
-from flacuna_jax.huggingface.read import open_checkpoint
-from flacuna_jax.model import continuation, shared_prefix
-from flacuna_jax.model.decode import GREEDY
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, Params, tensors_in_order
 from flacuna_jax.model.rope import ntk_theta, rope_frequencies

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config import HEAD, PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from flacuna_jax.config.schema import HEAD, PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.model.lora import require_matches, row_norms

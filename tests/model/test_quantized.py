@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config import LoraConfig, MeshConfig
+from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.model.parameters import ModelSpec, Params, init_params, quantize

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flacuna_jax.config import LoraConfig, TrainingConfig
+from flacuna_jax.config.schema import LoraConfig, TrainingConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.planning.targets import CompilerMissing, absent_devices, parse_target

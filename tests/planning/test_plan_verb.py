@@ -7,7 +7,7 @@ import pytest
 
 from flacuna_jax import plan as verb
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config_files import load_config
+from flacuna_jax.config.files import load_config
 from flacuna_jax.planning import compile as compile_module
 from flacuna_jax.planning import targets
 

@@ -1,4 +1,4 @@
-"""What the training room may lean on."""
+"""Which libraries the training packages need at import."""
 
 import subprocess
 import sys
@@ -10,15 +10,18 @@ import importlib, sys
 for name in sys.argv[2].split(","):
     sys.modules[name] = None
 for module in sys.argv[1].split(","):
-    importlib.import_module(f"flacuna_jax.training.{module}")
+    importlib.import_module(f"flacuna_jax.{module}")
 """
 
 
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("step,optimizer", "orbax,orbax.checkpoint,grain,datasets"),
-        ("checkpoint,metrics,optimizer,progress,report,resume,run_directory,step", "grain,datasets,wandb,matplotlib"),
+        ("training.step,training.optimizer", "orbax,orbax.checkpoint,grain,datasets"),
+        (
+            "logs.metrics,logs.progress,logs.report,run.resume,storage.checkpoint,storage.run_directory,training.step",
+            "grain,datasets,wandb,matplotlib",
+        ),
     ],
 )
 def test_imports_without(modules, absent):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flacuna_jax.config import MeshConfig, TrainingConfig
+from flacuna_jax.config.schema import MeshConfig, TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params

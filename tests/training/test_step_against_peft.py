@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig, MeshConfig
+from flacuna_jax.config.schema import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings, replicated
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step

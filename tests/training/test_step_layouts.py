@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config import LoraConfig, MeshConfig
+from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
 from flacuna_jax.training.step import StepConfig, make_step, partition

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config import PROJECTIONS, LoraConfig
+from flacuna_jax.config.schema import PROJECTIONS, LoraConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, micro_batch_losses
 from tests.tiny import SMALL, in_steps, packed_batch, random_params, to_device

@@ -1,0 +1,1 @@
+"""Settings of a run: the schema, the files they come from, and their descriptions."""

@@ -1,0 +1,1 @@
+"""Decoding: one engine for `generate`, `chat`, `evaluate` and evaluations inside a training run."""

@@ -1,0 +1,357 @@
+"""The language model of this package: log-likelihoods in packed rows, generation in rows that are refilled as answers
+end, both behind prefixes that are computed once."""
+
+import bisect
+import functools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flacuna_jax.data.tokenization import Tokenizer
+from flacuna_jax.errors import UserError
+from flacuna_jax.generation import continuation, shared_prefix
+from flacuna_jax.generation.decode import Sampling
+from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
+from flacuna_jax.generation.prefixes import Group, plan_prefixes
+from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
+from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.sharding import row_shards
+
+SIZES = (64, 128, 192, *(64 * factor * 2**power for power in range(13) for factor in (4, 5, 6, 7)))
+"""Lengths that are compiled for: 64, 128, 192, 256, 320, 384, 448, 512, 640, ..., above 256 at most a quarter more than
+is needed."""
+STEPS = 16
+"""New tokens per row between two looks at which rows have ended."""
+STREAMED_STEPS = 4
+"""The same where someone is watching."""
+
+
+def padded_size(needed: int) -> int:
+    return next(size for size in SIZES if size >= needed)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How much is computed at once: packed rows of `row_length` tokens (longer where one text needs it) in batches of
+    `row_tokens`, and `rows` prompts decoded side by side."""
+
+    row_length: int = 512
+    row_tokens: int = 4096
+    rows: int = 16
+
+
+class Document(NamedTuple):
+    """Input tokens that are computed once, and (position, target, request) of what is wanted of them."""
+
+    tokens: tuple[int, ...]
+    wanted: list[tuple[int, int, int]]
+
+    @property
+    def shareable(self) -> int:
+        return min(position for position, _, _ in self.wanted)
+
+
+@dataclass(frozen=True)
+class LlamaLanguageModel:
+    """Implements `language_model.LanguageModel`. `mesh` is where `params` live; where it spans several processes,
+    all of them ask the same at the same time and get the same answers."""
+
+    spec: ModelSpec
+    params: Mapping[str, jax.Array]
+    tokenizer: Tokenizer
+    mesh: Mesh
+    name: str = "model"
+    fingerprint: str = ""
+    placement: Placement = field(default=Placement())
+    ends: tuple[int, ...] = ()
+    """Tokens that end every answer, besides the tokenizer's EOS."""
+
+    @property
+    def context_length(self) -> int:
+        return self.spec.config.max_position_embeddings
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Raises UserError for a request that is empty on either side or longer than the context."""
+        documents = self._documents(requests)
+        log_probability = np.zeros(len(requests))
+        is_greedy = np.ones(len(requests), bool)
+        groups = plan_prefixes([d.tokens for d in documents], [d.shareable for d in documents])
+        with jax.set_mesh(self.mesh):
+            pending = [
+                batch
+                for group in groups
+                for batch in self._score_group([documents[index] for index in group.members], group.length)
+            ]
+            # Nothing waited for a result so far: the device computes while the next batch is laid out.
+            for owners, log_probability_m, is_greedy_m in pending:
+                count = len(owners)
+                np.add.at(log_probability, owners, _on_host(log_probability_m).astype(np.float64)[:count])
+                np.logical_and.at(is_greedy, owners, _on_host(is_greedy_m)[:count])
+        return [Score(float(p), bool(greedy)) for p, greedy in zip(log_probability, is_greedy, strict=True)]
+
+    def _documents(self, requests: Sequence[ScoreRequest]) -> list[Document]:
+        """Requests with the same inputs (one-token answers to one question) become one document."""
+        documents: dict[tuple[int, ...], Document] = {}
+        for index, request in enumerate(requests):
+            tokens = (request.context + request.continuation)[:-1]
+            if not request.context or not request.continuation:
+                raise UserError(f"score request {index + 1} has no {'continuation' if request.context else 'context'}")
+            if len(tokens) > self.context_length:
+                raise UserError(
+                    f"score request {index + 1} has {len(tokens)} tokens, the model's context {self.context_length}"
+                )
+            document = documents.setdefault(tokens, Document(tokens, []))
+            first = len(request.context) - 1
+            document.wanted.extend((first + i, target, index) for i, target in enumerate(request.continuation))
+        return list(documents.values())
+
+    def _score_group(self, documents: list[Document], shared: int) -> Iterator[tuple[np.ndarray, jax.Array, jax.Array]]:
+        prefix = self._prefix(documents[0].tokens[:shared])
+        lengths = [len(document.tokens) - shared for document in documents]
+        row_length = max(min(self.placement.row_length, padded_size(sum(lengths))), padded_size(max(lengths)))
+        shards = row_shards(self.mesh)
+        rows = _pack(lengths, row_length)
+        whole = min(self.placement.row_tokens // row_length, 1 << (len(rows) - 1).bit_length())
+        batch = max(1, whole // shards) * shards
+        for begin in range(0, len(rows), batch):
+            members = [[documents[index] for index in row] for row in rows[begin : begin + batch]]
+            laid_out = _lay_out(members, shared, (batch, row_length))
+            log_probability, is_greedy = shared_prefix.score(
+                self.spec,
+                self.params,
+                prefix,
+                *(self._place(rows_bt) for rows_bt in laid_out.rows),
+                laid_out.at_m,
+                laid_out.target_m,
+            )
+            yield laid_out.owners, log_probability, is_greedy
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Raises UserError for a prompt that is empty or longer than the context. Answers may run past it, as in
+        transformers; protocols that want no such thing shorten their prompts."""
+        self._check(requests)
+        # Rows that run together share the way of choosing a token, and have caches of one size.
+        kinds: dict[tuple[Sampling, int], list[int]] = {}
+        for index, request in enumerate(requests):
+            sampling = Sampling(request.temperature, request.top_k, request.top_p)
+            kinds.setdefault((sampling, padded_size(request.max_new_tokens)), []).append(index)
+        finished: dict[int, Generation] = {}
+        with jax.set_mesh(self.mesh):
+            for (sampling, _), indices in kinds.items():
+                prompts = [requests[index].prompt for index in indices]
+                for group in plan_prefixes(prompts, [len(prompt) - 1 for prompt in prompts]):
+                    members = {indices[member]: requests[indices[member]] for member in group.members}
+                    finished |= self._generate_group(members, group, sampling)
+        return [finished[index] for index in range(len(requests))]
+
+    def stream(self, request: GenerationRequest) -> Iterator[str]:
+        """The generation in pieces, as they become certain: no half of a character, no beginning of a stop string."""
+        self._check([request])
+        sampling = Sampling(request.temperature, request.top_k, request.top_p)
+        tokens: list[int] = []
+        told = 0
+        with jax.set_mesh(self.mesh):
+            rows = self._new_rows(row_shards(self.mesh), padded_size(len(request.prompt) + request.max_new_tokens))
+            rows, first_r = self._begin(rows, {0: 0}, {0: request}, 0, None, 1, sampling)
+        tokens.append(int(_on_host(first_r)[0]))
+        while (ended := self._ended(tokens, request)) is None:
+            certain = _certain(self.tokenizer.decode(tokens), request.stop)
+            yield certain[told:]
+            told = max(told, len(certain))
+            with jax.set_mesh(self.mesh):
+                rows, new_bm = self._advance(None, rows, STREAMED_STEPS, rows.slots, sampling)
+            tokens += _on_host(new_bm)[0].tolist()
+        yield ended.text[told:]
+
+    def _check(self, requests: Sequence[GenerationRequest]) -> None:
+        for index, request in enumerate(requests):
+            if not request.prompt:
+                raise UserError(f"prompt {index + 1} is empty")
+            if len(request.prompt) > self.context_length:
+                raise UserError(
+                    f"prompt {index + 1} has {len(request.prompt)} tokens, the model's context {self.context_length}"
+                )
+
+    @functools.cached_property
+    def _layers(self) -> list[nnx.State] | None:
+        return continuation.layers_apart(self.spec, self.params)
+
+    def _new_rows(self, count: int, slots: int) -> continuation.Rows:
+        rows = continuation.empty_rows(self.spec, count, slots, apart=self._layers is not None)
+        by_row_and_head = PartitionSpec(*() if self._layers is not None else (None,), BATCH_AXES, TENSOR_AXIS)
+        blocks = jax.device_put(rows.blocks, NamedSharding(self.mesh, by_row_and_head))
+        numbers = jax.device_put(rows[1:], NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+        return continuation.Rows(blocks, *numbers)
+
+    def _advance(
+        self, prefix: shared_prefix.Prefix | None, rows: continuation.Rows, steps: int, reach: int, sampling: Sampling
+    ) -> tuple[continuation.Rows, jax.Array]:
+        """`reach` as many tokens as the longest row may have afterwards."""
+        blocks = min(-(-reach // rows.block_slots), len(rows.blocks))
+        return continuation.advance(self.spec, self.params, self._layers, prefix, rows, steps, blocks, sampling)
+
+    def _generate_group(
+        self, requests: dict[int, GenerationRequest], group: Group, sampling: Sampling
+    ) -> dict[int, Generation]:
+        shared = group.length
+        prefix = self._prefix(next(iter(requests.values())).prompt[:shared])
+        # Long answers first: they do not keep the last rows busy alone.
+        waiting = sorted(requests, key=lambda i: (requests[i].max_new_tokens, len(requests[i].prompt)))
+        slots = padded_size(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
+        shards = row_shards(self.mesh)
+        count = max(1, min(self.placement.rows, len(requests)) // shards) * shards
+        at_once = max(1, count // 4)
+        steps = min(STEPS, max(r.max_new_tokens for r in requests.values()) - 1)
+        rows = self._new_rows(count, slots)
+        occupied: dict[int, tuple[int, list[int]]] = {}
+        finished: dict[int, Generation] = {}
+
+        def settle(row: int, new: Sequence[int]) -> None:
+            index, tokens = occupied[row]
+            tokens.extend(new)
+            generation = self._ended(tokens, requests[index])
+            if generation is not None:
+                finished[index] = generation
+                del occupied[row]
+
+        while waiting or occupied:
+            free = [row for row in range(count) if row not in occupied]
+            while waiting and free and (len(free) >= at_once or len(waiting) <= len(free)):
+                entering = {row: waiting.pop() for row in free[:at_once] if waiting}
+                free = free[len(entering) :]
+                rows, first_r = self._begin(rows, entering, requests, shared, prefix, at_once, sampling)
+                occupied |= {row: (index, []) for row, index in entering.items()}
+                for row, token in zip(list(entering), _on_host(first_r).tolist(), strict=False):
+                    settle(row, [token])
+                free = [row for row in range(count) if row not in occupied]
+            if occupied and steps:
+                longest = max(len(requests[index].prompt) + len(made) for index, made in occupied.values()) - shared
+                rows, new_bm = self._advance(prefix, rows, steps, longest + steps, sampling)
+                for row, new in enumerate(_on_host(new_bm).tolist()):
+                    if row in occupied:
+                        settle(row, new)
+        return finished
+
+    def _begin(
+        self,
+        rows: continuation.Rows,
+        entering: dict[int, int],
+        requests: dict[int, GenerationRequest],
+        shared: int,
+        prefix: shared_prefix.Prefix | None,
+        at_once: int,
+        sampling: Sampling,
+    ) -> tuple[continuation.Rows, jax.Array]:
+        prompts = [requests[index].prompt for index in entering.values()]
+        rests = [prompt[shared:] for prompt in prompts]
+        length = min(padded_size(max(map(len, rests))), rows.slots)
+        tokens_rt = np.zeros((at_once, length), np.int32)
+        into_r = np.full(at_once, len(rows.token_b), np.int32)
+        length_r, seed_r = np.ones(at_once, np.int32), np.zeros(at_once, np.uint32)
+        for i, (row, index) in enumerate(entering.items()):
+            tokens_rt[i, : len(rests[i])] = rests[i]
+            into_r[i], length_r[i], seed_r[i] = row, len(rests[i]), _seed(requests[index])
+        return continuation.begin(self.spec, self.params, prefix, rows, into_r, tokens_rt, length_r, seed_r, sampling)
+
+    def _ended(self, tokens: list[int], request: GenerationRequest) -> Generation | None:
+        """The generation if these tokens complete it. Cuts at whatever ends it first, as if it had been looked at after
+        every token: how many were made at once changes nothing."""
+        kept = tokens[: request.max_new_tokens]
+        ends = {self.tokenizer.eos_id, *self.ends, *request.ends}
+        length = next((i for i, token in enumerate(kept) if token in ends), len(kept))
+        at_end = length < len(kept)
+        kept = kept[:length]
+        text = self.tokenizer.decode(kept)
+        if any(stop in text for stop in request.stop):
+            needed = bisect.bisect_left(
+                range(len(kept)),
+                True,
+                key=lambda n: any(stop in self.tokenizer.decode(kept[:n]) for stop in request.stop),
+            )
+            text = self.tokenizer.decode(kept[:needed])
+            return Generation(text[: min(text.find(stop) for stop in request.stop if stop in text)], needed, "stop")
+        if at_end:
+            return Generation(text, len(kept), "eos")
+        return Generation(text, len(kept), "length") if len(kept) == request.max_new_tokens else None
+
+    def _prefix(self, tokens: Sequence[int]) -> shared_prefix.Prefix | None:
+        if not tokens:
+            return None
+        padded = np.zeros(padded_size(len(tokens)), np.int32)
+        padded[: len(tokens)] = tokens
+        return shared_prefix.compute_prefix(self.spec, self.params, padded, np.int32(len(tokens)))
+
+    def _place(self, rows_bt: np.ndarray) -> jax.Array:
+        return jax.device_put(rows_bt, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """A result whole; a part of it may be in another process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _certain(text: str, stop: Sequence[str]) -> str:
+    """What more tokens cannot change: the text less an unfinished character, or what may become a stop string."""
+    text = text.rstrip("\ufffd")
+    held = [n for term in stop for n in range(1, len(term)) if text.endswith(term[:n])]
+    return text[: len(text) - max(held, default=0)]
+
+
+def _seed(request: GenerationRequest) -> int:
+    """What a request draws depends on its own seed and prompt, not on what runs beside it."""
+    return zlib.crc32(np.asarray(request.prompt, np.int32).tobytes(), request.seed & 0xFFFFFFFF)
+
+
+def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices, first fit by decreasing length."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    open_from, shortest = 0, min(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r in range(open_from, len(rows)) if left[r] >= lengths[index]), None)
+        if row is None:
+            rows.append([])
+            left.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(index)
+        left[row] -= lengths[index]
+        while open_from < len(rows) and left[open_from] < shortest:
+            open_from += 1
+    return rows
+
+
+class LaidOut(NamedTuple):
+    rows: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """tokens, positions, segment ids."""
+    at_m: np.ndarray
+    target_m: np.ndarray
+    owners: np.ndarray
+    """The request that each scored position belongs to; shorter than `at_m` by its padding."""
+
+
+def _lay_out(rows: Sequence[Sequence[Document]], shared: int, shape: tuple[int, int]) -> LaidOut:
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    wanted: list[tuple[int, int, int]] = []
+    for row, documents in enumerate(rows):
+        begin = 0
+        for segment, document in enumerate(documents, 1):
+            rest = document.tokens[shared:]
+            span = slice(begin, begin + len(rest))
+            tokens[row, span], positions[row, span], segment_ids[row, span] = rest, range(len(rest)), segment
+            base = row * shape[1] + begin - shared
+            wanted.extend((base + position, target, owner) for position, target, owner in document.wanted)
+            begin += len(rest)
+    chunks = -(-len(wanted) // shared_prefix.SCORED_TOGETHER)
+    size = shared_prefix.SCORED_TOGETHER * (1 << (chunks - 1).bit_length())
+    padded = np.zeros((size, 3), np.int32)
+    padded[: len(wanted)] = wanted
+    return LaidOut((tokens, positions, segment_ids), padded[:, 0], padded[:, 1], padded[: len(wanted), 2])

@@ -1,0 +1,1 @@
+"""Checkpoint files: formats, readers and writers."""

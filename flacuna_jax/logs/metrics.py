@@ -1,0 +1,367 @@
+"""What a run says about itself: the record of a logged step, its rates, and where records go.
+
+metrics.jsonl is the source of truth; TensorBoard and Weights & Biases get the same numbers through one interface.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from flacuna_jax.config.schema import LoggingConfig
+from flacuna_jax.errors import UserError
+
+TENSORBOARD = "tensorboard"
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+WANDB = "wandb"
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRecord:
+    """One logged optimizer step. Counts are of this step; rates are means since the record before."""
+
+    step: int
+    """1-based: the number of updates made, this one included."""
+    epoch: int
+    """0-based."""
+    loss: float
+    """Mean over the step's supervised tokens, before its update."""
+    grad_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    """The rate this update used."""
+    examples: int
+    rows: int
+    """Packed rows that hold at least one token."""
+    tokens: int
+    """Without padding."""
+    supervised_tokens: int
+    fill: float
+    """tokens / (rows × max_length)."""
+    tokens_per_second: float | None = None
+    """Null until one step after the compiling one is finished."""
+    supervised_tokens_per_second: float | None = None
+    seconds_per_step: float | None = None
+    mfu: float | None = None
+    """Share of the devices' dense peak that the model's own arithmetic took (training/flops.py); null where it is not
+    known."""
+    peak_memory_bytes: int | None = None
+    """Largest of the local devices; null where the backend does not tell."""
+    skipped: int = 0
+    """Bad steps so far, which changed nothing."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Means over a stretch of steps; all null if it holds none."""
+
+    tokens_per_second: float | None = None
+    supervised_tokens_per_second: float | None = None
+    seconds_per_step: float | None = None
+    flops_per_second: float | None = None
+
+
+class Throughput:
+    """Rates between log points, by wall time.
+
+    Steps run asynchronously, so `start` and `lap` are called when the results of the last added step have arrived.
+    `start` is called once, after the first step: compilation is in no rate.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._since: float | None = None
+        self._steps = self._tokens = self._supervised_tokens = 0
+        self._flops = 0.0
+
+    def start(self) -> None:
+        self._since = self._clock()
+        self._steps = self._tokens = self._supervised_tokens = 0
+        self._flops = 0.0
+
+    def add(self, tokens: int, supervised_tokens: int, flops: float = 0.0) -> None:
+        """Counts one step; before `start` it counts for nothing."""
+        self._steps += 1
+        self._tokens += tokens
+        self._supervised_tokens += supervised_tokens
+        self._flops += flops
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time spent in the block: checkpoints, evaluation."""
+        began = self._clock()
+        yield
+        if self._since is not None:
+            self._since += self._clock() - began
+
+    def lap(self) -> Rates:
+        """Rates since `start` or the last lap."""
+        if self._since is None or not self._steps:
+            return Rates()
+        seconds = self._clock() - self._since
+        rates = Rates(
+            self._tokens / seconds, self._supervised_tokens / seconds, seconds / self._steps, self._flops / seconds
+        )
+        self.start()
+        return rates
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak bytes in use on the fullest local device; None where the backend keeps no statistics (CPU)."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
+    return max(peaks, default=None)
+
+
+class Tracker(Protocol):
+    """Somewhere that records go. A record is a flat mapping; `step` says where in the run it belongs."""
+
+    def log(self, record: Record) -> None: ...
+
+    def sync(self) -> None:
+        """Everything logged so far is safe when this returns; called before a checkpoint is saved."""
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def open_tracker(
+    logging: LoggingConfig, run_dir: Path, *, config: Record, after_step: int, primary: bool = True
+) -> Iterator[Tracker]:
+    """The trackers that the settings ask for, as one; closed with the block.
+
+    Args:
+      logging: which trackers.
+      run_dir: an existing run directory whose metrics.jsonl is already cut back to `after_step`.
+      config: the resolved config, shown by Weights & Biases.
+      after_step: 0, or the step of the checkpoint the run resumes from. What a tracker has seen of later steps is
+        superseded.
+      primary: whether this host is the one that writes; the others of a multi-host run log nowhere.
+
+    Raises:
+      UserError: metrics.jsonl cannot be written, or Weights & Biases is asked for and not installed or not usable.
+    """
+    with contextlib.ExitStack() as stack:
+        trackers: list[Tracker] = []
+
+        def add(tracker: Tracker) -> None:
+            stack.callback(_close, tracker)
+            trackers.append(tracker)
+
+        if primary:
+            add(JsonLines(run_dir / "metrics.jsonl"))
+            if logging.tensorboard:
+                try:
+                    add(TensorBoard(run_dir / TENSORBOARD, after_step))
+                except OSError as error:
+                    print(f"warning: TensorBoard is left out: {error}")
+            if logging.wandb is not None:
+                add(WeightsAndBiases(logging.wandb, run_dir, config))
+        yield Several(trackers)
+
+
+class Several:
+    """Passes everything on to each of its trackers; closing them is up to whoever opened them.
+
+    metrics.jsonl comes first, and what it cannot write ends the run. A tracker after it that fails is left out from
+    then on, with a word: a dashboard that is out of reach is no reason to lose a run.
+    """
+
+    def __init__(self, trackers: list[Tracker], say: Callable[[str], None] = print) -> None:
+        self._trackers = trackers
+        self._say = say
+
+    def log(self, record: Record) -> None:
+        self._each(lambda tracker: tracker.log(record))
+
+    def sync(self) -> None:
+        self._each(lambda tracker: tracker.sync())
+
+    def close(self) -> None:
+        pass
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                if isinstance(tracker, JsonLines):
+                    raise
+                self._trackers.remove(tracker)
+                self._say(f"warning: {type(tracker).__name__} is left out from now on: {error}")
+
+
+class JsonLines:
+    """A JSON object per line, each handed to the system in one write. What is not finite becomes null."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._writing():
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def log(self, record: Record) -> None:
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        line = json.dumps(values, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        with self._writing():
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+            self._require_present()
+
+    @classmethod
+    def append(cls, path: Path, record: Record) -> None:
+        """One line for a file that is seldom written."""
+        with contextlib.closing(cls(path)) as lines:
+            lines.log(record)
+
+    def sync(self) -> None:
+        with self._writing():
+            os.fsync(self._descriptor)
+            self._require_present()
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _require_present(self) -> None:
+        """A file that was deleted, or whose directory was moved, still takes what is written, and nobody reads it."""
+        if not (self._path.exists() and os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))):
+            raise UserError(
+                f"{self._path} is gone: its directory was removed, moved or unmounted while the run was going on"
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
+
+
+class TensorBoard:
+    """Scalars as event files. A resumed run starts with a mark that hides what was logged after its checkpoint.
+
+    Written here and not by tensorboardX's own writer: a thread of that works through a queue, and when the disk is full
+    it dies, and whoever waits for the queue waits for ever.
+    """
+
+    def __init__(self, directory: Path, after_step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event = Event
+        directory.mkdir(exist_ok=True)
+        # Files are read in the order of the seconds in their names, which a quick restart, or a clock that was set
+        # back, must not change.
+        earlier = (_EVENT_FILE.match(path.name) for path in directory.iterdir())
+        second = max([int(time.time()), *(int(found[1]) + 1 for found in earlier if found)])
+        self._file = (directory / f"events.out.tfevents.{second:010}.{socket.gethostname()}").open("xb")
+        self._write(file_version="brain.Event:2")
+        self._write(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def log(self, record: Record) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
+            for name, value in _scalars(record).items()
+        ]
+        if values:
+            self._write(step=record["step"], summary=Summary(value=values))
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **event: Any) -> None:
+        """As TensorFlow frames a record: length and content, each with a checksum behind it."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        content = self._event(wall_time=time.time(), **event).SerializeToString()
+        length = struct.pack("<Q", len(content))
+        for part in (length, content):
+            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
+        self._file.flush()
+
+
+class WeightsAndBiases:
+    """One W&B run for all the starts of a run directory; works offline with WANDB_MODE=offline."""
+
+    def __init__(self, project: str, run_dir: Path, config: Record) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"logging.wandb is {project!r} but the wandb package is not installed: "
+                "pip install 'flacuna-jax[wandb]', or set logging.wandb: null"
+            ) from None
+        settings: dict[str, Any] = {
+            "project": project,
+            "dir": str(run_dir),
+            "name": run_dir.name,
+            "id": _kept_id(run_dir / WANDB / "flacuna_run_id"),
+            "resume": "allow",
+            "config": dict(config),
+        }
+        try:
+            self._run = wandb.init(**settings)
+        except wandb.errors.CommError as error:  # no network: what is logged is kept, for `wandb sync` later
+            print(f"warning: logging.wandb: {error}; logging offline, below {run_dir / WANDB}")
+            wandb.teardown()  # its service still holds the run of the attempt
+            self._run = wandb.init(**settings, mode="offline")
+        except wandb.Error as error:
+            raise UserError(
+                f"logging.wandb: {error}; WANDB_MODE=offline logs without a network, logging.wandb: null does without"
+            ) from None
+
+    def log(self, record: Record) -> None:
+        self._run.log(_scalars(record), step=record["step"])
+
+    def sync(self) -> None:
+        pass  # its own process uploads and keeps a journal on the disk
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _close(tracker: Tracker) -> None:
+    try:
+        tracker.close()
+    except Exception as error:
+        print(f"warning: {type(tracker).__name__} could not be closed: {error}")
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    """The plottable part of a record; nothing of one that belongs to no step."""
+    if "step" not in record:
+        return {}
+    return {
+        name: value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _kept_id(path: Path) -> str:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()

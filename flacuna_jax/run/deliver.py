@@ -1,0 +1,123 @@
+"""The end of a training run: an adapter or a model in Hugging Face form, written and verified."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flacuna_jax.config.schema import CHECKPOINT, RunConfig
+from flacuna_jax.data.conversation import Template
+from flacuna_jax.data.tokenization import Tokenizer
+from flacuna_jax.huggingface import deliver
+from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.answer_ends import answer_ends
+from flacuna_jax.huggingface.card import Facts
+from flacuna_jax.huggingface.chat_template import resolve_name
+from flacuna_jax.huggingface.probe import probe_ids
+from flacuna_jax.model.parameters import ModelSpec, Params
+from flacuna_jax.model.sharding import (
+    parameter_shardings,
+)
+from flacuna_jax.run.facts import setting_rows
+from flacuna_jax.run.setup import Setup
+from flacuna_jax.storage.run_directory import RunDirectory
+from flacuna_jax.training.state import TrainState
+
+
+def deliver_result(
+    setup: Setup, directory: RunDirectory, state: TrainState, base: Params, last_loss: float | None
+) -> str:
+    """Writes and verifies `adapter/` (or `model/` after full fine-tuning); returns a line that says so."""
+    config = setup.config
+    trained = _on_every_host(state.trainable)
+    if jax.process_index() != 0:
+        return ""
+    if config.lora is None:
+        delivery = deliver.write_model(
+            directory.path / "model",
+            trained,
+            setup.source.config,
+            companions(config, setup.template, setup.tokenizer),
+            dtype=jnp.dtype(config.model.dtype),
+            model_source=Path(config.model.path) if config.model.path else None,
+            replace=True,
+        )
+    else:
+        rows = setting_rows(config) | {
+            "examples": f"{setup.plan.examples:,} per epoch, {len(setup.plan.epochs)} epoch(s)",
+            "optimizer steps": f"{state.step:,} of {setup.plan.examples_per_step:.0f} examples",
+        }
+        if last_loss is not None:
+            rows["last training loss"] = f"{last_loss:.4f}"
+        adapter = Adapter(
+            ModelSpec(setup.source.config, config.lora.model_copy(update={"init_from": None})),
+            {name: np.asarray(value, np.float32) for name, value in trained.items()},
+            config.model.name or config.model.path,
+        )
+        alone = jax.process_count() == 1
+        delivery = deliver.write_adapter(
+            directory.path / "adapter",
+            adapter,
+            setup.source.config,
+            trained=state.step > 1,
+            facts=Facts(rows),
+            logits=_logits_on_run(setup, base) if alone else None,
+            replace=True,
+        )
+    return f"{delivery.directory}: {delivery.size}, read back and verified against the run"
+
+
+def what_next(config: RunConfig) -> list[str]:
+    """Where the report of a finished run lies, and the commands that one wants then."""
+    run = shlex.quote(config.output_dir)
+    lines = {"report": f"{config.output_dir}/report.html"}
+    on_disk = config.model.init == "pretrained"
+    if on_disk or config.lora is None:
+        lines["talk"] = f"flacuna chat --run {run}"
+    if on_disk:
+        base = "base" if config.lora else shlex.quote(str(config.model.path))
+        lines["compare"] = f"flacuna evaluate --run {run} --compare {base} --tasks mmlu --data DIR"
+    if on_disk and config.lora:
+        lines["merge"] = f"flacuna export {run} OUT --format merged"
+    return [f"{label:<10} {text}" for label, text in lines.items()]
+
+
+def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> deliver.Companions:
+    """What a model of this run has beside its weights: the tokenizer's files, and the template that it was trained with
+    where that is not the checkpoint's own."""
+    directory = Path(config.model.tokenizer_path)
+    base = Path(config.model.path) if config.model.path else None
+    jinja = None if resolve_name(config.data.template, directory) == CHECKPOINT else template.jinja
+    token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    end = tokenizer.special.spellings[template.ends[0]] if template.ends else None
+    return deliver.Companions(directory, jinja, token_ids, answer_ends(template, tokenizer, base), end)
+
+
+def _on_every_host(params: Params) -> dict[str, Any]:
+    """Arrays that this process can read whole."""
+    if jax.process_count() == 1:
+        return dict(params)
+    return {name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()}
+
+
+def _logits_on_run(setup: Setup, base: Params) -> Callable[[Adapter], np.ndarray]:
+    """Logits of fixed ids by the run's own base and compiled network, for an adapter read back from its files."""
+    shardings = parameter_shardings(setup.spec.adapters, setup.mesh)
+    ids_t = probe_ids(setup.source.config)
+
+    def forward(params: Params, tokens_bt: jax.Array) -> jax.Array:
+        model = setup.spec.merge(params)
+        mask = model.mask(jnp.ones_like(tokens_bt))
+        return model.logits(model(tokens_bt, jnp.arange(tokens_bt.shape[1])[None], mask))[0]
+
+    def logits(adapter: Adapter) -> np.ndarray:
+        placed = jax.device_put({name: adapter.params[name] for name in shardings}, shardings)
+        with jax.set_mesh(setup.mesh):
+            return np.asarray(jax.jit(forward)({**base, **placed}, jnp.asarray(ids_t)[None]))
+
+    return logits

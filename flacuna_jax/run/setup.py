@@ -1,0 +1,361 @@
+"""What a training run is made of: model, data and plan, read and checked before anything is written."""
+
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import yaml
+from jax.sharding import Mesh
+
+from flacuna_jax import distributed
+from flacuna_jax.config.files import parse_config
+from flacuna_jax.config.schema import DataConfig, DistributedConfig, LoraConfig, MeshConfig, RunConfig
+from flacuna_jax.data.build import build_store
+from flacuna_jax.data.conversation import Template
+from flacuna_jax.data.held_out import keys, lowest, select, split
+from flacuna_jax.data.hub import local_sources
+from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_run
+from flacuna_jax.data.report import DataReport
+from flacuna_jax.data.store import TokenStore
+from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.data.tokenization import Tokenizer
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.adapter import read_adapter
+from flacuna_jax.huggingface.chat_template import describe_choice, open_template, resolve_name
+from flacuna_jax.huggingface.load import fingerprint, load_base
+from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
+from flacuna_jax.kernels.attention import require_backend
+from flacuna_jax.model.parameters import ModelSpec, Params, count, init_params, quantize
+from flacuna_jax.model.sharding import (
+    check_mesh,
+    idle_devices,
+    make_mesh,
+    parameter_shardings,
+    row_shards,
+    split_everywhere,
+)
+from flacuna_jax.planning.search import choose_layout
+from flacuna_jax.planning.targets import known_target
+from flacuna_jax.run.code_version import (
+    code_fingerprints,
+    compiler_settings,
+    library_versions,
+    package_fingerprint,
+)
+from flacuna_jax.run.model import ModelSource, context_warning, open_model
+from flacuna_jax.storage.bucket import is_bucket, read_text
+from flacuna_jax.storage.local_run import local_run
+from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
+from flacuna_jax.training.state import StateLayout
+
+Say = Callable[[str], None]
+"""Tells the person who watches; hosts other than the first say nothing."""
+
+
+def say_at_once(text: str) -> None:
+    """A log that is a file shows it now, and keeps it if the process is killed."""
+    print(text, flush=True)
+
+
+def say_on_stderr(text: str) -> None:
+    """Where standard output is the result."""
+    print(text, file=sys.stderr)
+
+
+def say_nothing(text: str) -> None:
+    del text
+
+
+class Parts(NamedTuple):
+    """A run before its data: the config with every choice made, the model's sizes and files, devices."""
+
+    config: RunConfig
+    source: ModelSource
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of once its input is known to be right."""
+
+    config: RunConfig
+    mesh: Mesh
+    source: ModelSource
+    store: TokenStore
+    report: DataReport
+    plan: RunPlan
+    tokenizer: Tokenizer
+    template: Template
+    held_out: TokenStore | None = None
+    """Records that are measured and not learned from."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return model_spec(self.config, self.source)
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        return learning_rate_schedule(self.config.training, self.plan.total_steps)
+
+    @property
+    def layout(self) -> StateLayout:
+        spec = self.spec
+        return StateLayout(spec, make_optimizer(self.config.training, self.plan.total_steps, spec.trainable), self.mesh)
+
+    @functools.cached_property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint must agree with before this run continues it."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "fingerprints": {
+                "data": self.store.fingerprint,
+                "tokenizer": tokenizer_fingerprint(self.config.model.tokenizer_path),
+                "base": fingerprint(self.source.reader, self.source.config) if self.source.reader else "random",
+                "code": code_fingerprints(),
+            },
+            "libraries": library_versions(),
+            "device": self.mesh.devices.flat[0].device_kind,
+            "compiler": compiler_settings(),
+            "rows_per_step": self.plan.rows_per_step,
+            "total_steps": self.plan.total_steps,
+        }
+
+    @property
+    def shared_facts(self) -> dict[str, str]:
+        """What all hosts must have in common."""
+        config = self.config.model_copy(update={"distributed": DistributedConfig()})
+        return {
+            "the config": config.to_yaml(),
+            "the code of flacuna_jax": package_fingerprint(),
+            "the version of jax": jax.__version__,
+            "the data": self.meta["fingerprints"]["data"],
+            "the base model": self.meta["fingerprints"]["base"],
+            "the tokenizer": self.meta["fingerprints"]["tokenizer"],
+        }
+
+
+def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
+    """Decides what `mesh: auto` and `remat: auto` leave to us.
+
+    A resumed run keeps what it had decided, if the devices are as many. Else the planner compiles a few candidates; on
+    accelerators it has no facts of, weights are split over all devices and the results of matrix products kept.
+    """
+    if config.mesh != "auto" and config.training.remat != "auto":
+        return config
+    devices = jax.devices()
+    decided = _decided_before(config)
+    if decided is not None and _uses(decided, len(devices)):
+        mesh, remat = decided.mesh, str(decided.training.remat)
+    elif devices[0].platform == "cpu" or known_target(devices[0]):
+        mesh, remat = choose_layout(config, model_spec(config, source), devices)
+    else:
+        mesh, remat = split_everywhere(devices), "dots"
+    chosen_mesh = mesh if config.mesh == "auto" else config.mesh
+    chosen_remat = remat if config.training.remat == "auto" else config.training.remat
+    training = config.training.model_copy(update={"remat": chosen_remat})
+    return config.model_copy(update={"mesh": chosen_mesh, "training": training})
+
+
+def _decided_before(config: RunConfig) -> RunConfig | None:
+    """The settings of the run that is continued; None if there is none, or its config.yaml is damaged or from before a
+    setting had its name. Its checkpoints are what has to be right, and they hold the settings, too."""
+    text = read_text(config.output_dir, "config.yaml")
+    try:
+        tree = yaml.safe_load(text or "")
+        return parse_config(tree) if isinstance(tree, dict) else None
+    except (UserError, yaml.YAMLError):
+        return None
+
+
+def _uses(config: RunConfig, devices: int) -> bool:
+    return isinstance(config.mesh, MeshConfig) and config.mesh.devices == devices
+
+
+def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
+    return ModelSpec.of_run(source.config, config.model, config.lora)
+
+
+def open_parts(config: RunConfig) -> Parts:
+    """Raises UserError for a model that is not there, or devices that do not go with it, the batch or the attention."""
+    source = open_model(config.model, config.data.max_length)
+    spec = model_spec(config, source)
+    require_words(config.training.no_decay, spec.base | spec.adapters)
+    require_backend(
+        config.training.attention,
+        source.config.head_dim,
+        config.model.dtype,
+        jax.default_backend(),
+        jax.devices()[0].device_kind,
+        config.data.packing == "none",
+    )
+    config = resolve_auto(config, source)
+    template = resolve_name(config.data.template, config.model.tokenizer_path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template": template})})
+    mesh = make_mesh(config.mesh)
+    check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
+    check_batch_arithmetic(config.training, row_shards(mesh))
+    return Parts(config, source, mesh)
+
+
+def require_output_apart(config: RunConfig) -> None:
+    """Raises UserError if a directory of data holds output_dir, whose files would be read as data by the next start."""
+    sources = (*config.data.sources, *(config.evaluation.sources if config.evaluation else ()))
+    for source in () if is_bucket(config.output_dir) else sources:
+        # Not Path.resolve, which raises where links lead in a circle.
+        if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(_read_below(source.path))):
+            raise UserError(
+                f"output_dir {config.output_dir} lies in {source.path}, which is read as data with all that it holds; "
+                "choose an output_dir elsewhere, or name the files"
+            )
+
+
+def _read_below(path: str) -> str:
+    """The directory of which all files, at any depth, may be read for a source."""
+    if Path(path).exists() or "**" not in path:
+        return path
+    return os.path.dirname(path.partition("**")[0]) or "."
+
+
+def set_up(parts: Parts, say: Say) -> Setup:
+    """Adds data and plan; the same on all hosts. Raises UserError for what is wrong with them."""
+    config, source, mesh = parts
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
+    template = open_template(config.data, config.model.tokenizer_path, tokenizer)
+    say(f"template   {describe_choice(config.data.template, config.model.tokenizer_path)}")
+    for note in template.notes:
+        say(f"note       {note}")
+    data = build_data(config, tokenizer, template, row_shards(mesh), say)
+    store, report, plan, held_out = data
+    setup = Setup(config, mesh, source, store, report, plan, tokenizer, template, held_out)
+    distributed.require_agreement(setup.shared_facts)
+    return setup
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of all devices together; None for a chip that no data sheet is kept of."""
+    devices = jax.devices()
+    target = known_target(devices[0])
+    return None if target is None else target.bf16_flops * len(devices)
+
+
+def build_data(
+    config: RunConfig, tokenizer: Tokenizer, template: Template, shards: int, say: Say
+) -> tuple[TokenStore, DataReport, RunPlan, TokenStore | None]:
+    """The tokenised corpus, what became of every record, the plan of the run, and what is held out of it.
+
+    Raises:
+      UserError: the data or the numbers of the config are not as they should be.
+    """
+    store, report = _tokenised(config, config.data, tokenizer, template, say)
+    held_out = None
+    settings = config.evaluation
+    if settings is not None and settings.fraction is not None:
+        store, held_out = split(store, settings.fraction, settings.max_examples)
+    elif settings is not None and settings.sources:
+        measured, _ = _tokenised(config, evaluation_data(config), tokenizer, template, say)
+        found = keys(measured)
+        held_out = select(measured, lowest(found, np.arange(len(measured)), settings.max_examples))
+        common = int(np.isin(found, keys(store)).sum())
+        if common:
+            say(
+                f"warning    {common:,} of {len(found):,} questions in evaluation.sources are also in the training data"
+            )
+    if held_out is not None:
+        say(f"held out   {len(held_out):,} examples, {int(held_out.supervised.sum()):,} supervised tokens")
+    return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards), held_out
+
+
+def evaluation_data(config: RunConfig) -> DataConfig:
+    """The settings that held-out records are read by: the training data's, but for `evaluation.sources`."""
+    assert config.evaluation is not None, "asked for with evaluation alone"
+    return config.data.model_copy(update={"sources": config.evaluation.sources or config.data.sources})
+
+
+def _tokenised(
+    config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
+) -> tuple[TokenStore, DataReport]:
+    data = local_sources(data, default_directory() / "downloads")
+    try:
+        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
+        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)
+    except OSError as error:
+        say(f"tokenised data: no cache ({error}); built in memory")
+        store, report = build_store(data, tokenizer, template=template)
+    for line in report.lines():
+        say(line)
+    return store, report
+
+
+def load_weights(setup: Setup) -> Params:
+    spec, mesh = setup.spec, setup.mesh
+    if setup.source.reader is None:
+        return init_params(spec, spec.held, setup.config.seed, mesh)
+    shardings = parameter_shardings(spec.base, mesh)
+    keep = functools.partial(quantize, spec, mesh)
+    return load_base(str(setup.config.model.path), setup.source.config, shardings, spec.param_dtype, keep=keep)
+
+
+def first_adapters(setup: Setup, base: Params) -> Params:
+    lora = setup.config.lora
+    if lora is None:
+        return {}
+    if lora.init_from is None:
+        return setup.layout.fresh_adapters(setup.config.seed, base)
+    adapter = read_adapter(local_run(lora.init_from), setup.source.config)
+    _require_same_adapters(lora, adapter.lora)
+    return jax.device_put(adapter.params, parameter_shardings(setup.spec.adapters, setup.mesh))
+
+
+def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
+    """Raises UserError that says how to set what differs, all of it."""
+    ours, theirs = lora.model_dump(mode="json"), found.model_dump(mode="json")
+    changes = [
+        shlex.quote(f"--lora.{name}={json.dumps(theirs[name])}")
+        for name in LoraConfig.model_fields
+        if name not in ("dropout", "init_from")
+        and ((set(ours[name]) != set(theirs[name])) if name == "targets" else (ours[name] != theirs[name]))
+    ]
+    if changes:
+        raise UserError(
+            f"the adapter in lora.init_from ({lora.init_from}) is of other settings; take it with: {' '.join(changes)}"
+        )
+
+
+def plan_lines(setup: Setup) -> list[str]:
+    """The exact plan, printed before the first step."""
+    config, plan, spec = setup.config, setup.plan, setup.spec
+    trainable, total = spec.trainable_count, count(spec.base_shapes)
+    axes = " × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    kind = setup.mesh.devices.flat[0].device_kind
+    epochs = f"{len(plan.epochs)} epoch" + ("s" if len(plan.epochs) > 1 else "")
+    return [
+        f"model      {total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.3g} %)",
+        f"data       {plan.examples:,} examples in {plan.rows:,} rows of {plan.max_length} tokens, "
+        f"fill {100 * plan.fill:.2f} %",
+        f"steps      {plan.total_steps:,} in {epochs}: {plan.rows_per_step} rows, "
+        f"{plan.examples_per_step:.1f} examples each",
+        f"devices    {setup.mesh.size} × {kind}: {axes}; {_counted(plan.accumulation, 'micro-batch', 'es')} of "
+        f"{_counted(plan.micro_rows, 'row')}, remat {config.training.remat}",
+        *(f"warning    {warning}" for warning in _warnings(setup)),
+    ]
+
+
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{plural if count != 1 else ''}"
+
+
+def _warnings(setup: Setup) -> Sequence[str]:
+    warnings = [*setup.plan.warnings, *idle_devices(setup.mesh.size, jax.device_count())]
+    if too_long := context_warning(setup.spec.config, setup.config.data.max_length):
+        warnings.append(too_long)
+    return warnings

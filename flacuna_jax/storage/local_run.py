@@ -1,0 +1,73 @@
+"""A run for those who read it: where it lies, or a copy of it where it lies in a bucket."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from etils import epath
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.storage.bucket import bucket_path, is_bucket, require_supported, talking_to
+from flacuna_jax.user_cache import user_cache
+
+_DELIVERED = ("adapter", "model")
+_COPIED = ("config.yaml", "metrics.jsonl", "evaluation", *_DELIVERED)
+_WORTH_TELLING = 1 << 30
+
+
+def local_run(run: str) -> Path:
+    """A run, or the `adapter` or `model` in one, as a directory on this machine.
+
+    What is in a bucket is copied below the user's cache, all but checkpoints; the next time, only what has changed.
+
+    Raises:
+      UserError: there is no run in the bucket, or it does not answer.
+    """
+    if not is_bucket(run):
+        return Path(run)
+    parent, _, product = run.rstrip("/").rpartition("/")
+    if product in _DELIVERED:
+        return local_run(parent) / product  # the settings beside it say on which base it goes
+    require_supported(run)
+    source, target = bucket_path(run), user_cache() / "copies" / run.replace("://", "/").rstrip("/")
+    with talking_to(run):
+        if not (source / "config.yaml").exists():
+            raise UserError(
+                f"{run} holds no run (config.yaml); copy what else is in a bucket first, as with gcloud storage cp"
+            )
+        for name in _COPIED:
+            _copy(source / name, target / name)
+    return target
+
+
+def _copy(source: epath.Path, target: Path) -> None:
+    """Makes a file or a directory what it is in the bucket; a reader of the copy sees each file whole."""
+    try:
+        found = source.stat()
+    except FileNotFoundError:
+        _remove(target)
+        return
+    if found.is_directory:
+        names = {inner.name for inner in source.iterdir()}
+        for name in names:
+            _copy(source / name, target / name)
+        for inner in target.iterdir() if target.is_dir() else ():
+            if inner.name not in names:
+                _remove(inner)
+    elif not target.is_file() or (target.stat().st_size, int(target.stat().st_mtime)) != (found.length, found.mtime):
+        if found.length > _WORTH_TELLING:
+            print(f"copying {source} ({found.length / 1e9:.1f} GB) to {target}", file=sys.stderr)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with source.open("rb") as remote, temporary.open("wb") as copy:
+            shutil.copyfileobj(remote, copy, 8 << 20)
+        os.utime(temporary, (found.mtime, found.mtime))
+        temporary.replace(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

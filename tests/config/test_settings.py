@@ -1,0 +1,33 @@
+"""`flacuna train --settings`: all of them, with what they may be, as YAML that a config can begin as."""
+
+import typing
+
+import pytest
+import yaml
+
+from flacuna_jax.config.schema import EvaluationConfig, RunConfig, TrainingConfig
+from flacuna_jax.config.settings import describe
+from flacuna_jax.train import main
+
+
+def test_every_setting_is_there_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--settings"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    tree = yaml.safe_load(printed)
+    assert list(tree) == list(RunConfig.model_fields)
+    assert list(tree["training"]) == list(TrainingConfig.model_fields)
+    assert list(tree["evaluation"]) == list(EvaluationConfig.model_fields)
+    assert tree["lora"]["targets"] == ["q_proj", "v_proj"]
+    assert tree["output_dir"] is None
+    assert "has to be set" in printed.split("output_dir:")[1].split("\n")[0]
+    assert set(tree["data"]["sources"][0]) == {"path", "format", "split", "weight", "max_examples"}
+
+
+def test_fixed_words_are_told() -> None:
+    lines = " ".join(line.strip(" #") for line in describe(TrainingConfig))
+    for word in typing.get_args(TrainingConfig.model_fields["remat"].annotation):
+        assert word in lines
+    assert "stop | skip." in lines

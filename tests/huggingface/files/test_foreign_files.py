@@ -1,0 +1,92 @@
+"""Checkpoints as people have them on their disks, and not as they should be: each is named, with the way on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.architecture import parse_architecture, read_architecture
+from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.tensors import overflow
+from flacuna_jax.huggingface.load import match_tensors
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476839424\n"
+
+
+@pytest.fixture
+def checkpoint(story_llama: Path, tmp_path: Path) -> Path:
+    directory = tmp_path / "story"
+    shutil.copytree(story_llama, directory)
+    for path in (directory, *directory.iterdir()):
+        path.chmod(0o755)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
+def test_git_lfs_pointers(checkpoint: Path, name: str) -> None:
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    (checkpoint / name).write_text(POINTER)
+    read = read_architecture if name == "config.json" else open_checkpoint
+    with pytest.raises(UserError, match=rf"{name}: this is a Git LFS pointer, not the file of 13,476,839,424 bytes"):
+        read(checkpoint)
+
+
+def test_a_byte_order_mark_in_front_of_config_json(checkpoint: Path) -> None:
+    expected = read_architecture(checkpoint)
+    path = checkpoint / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_architecture(checkpoint) == expected
+
+
+def test_a_directory_of_the_hubs_cache_names_its_snapshot(checkpoint: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    checkpoint.rename(snapshot)
+    for read in (read_architecture, open_checkpoint):
+        with pytest.raises(UserError, match=rf"directory of the hub's cache; name the snapshot in it: {snapshot}"):
+            read(tmp_path / "models--o--n")
+    assert read_architecture(snapshot).hidden_size
+
+
+def test_buffers_of_rotary_embedding_are_passed_over(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in ("inv_freq", "cos_cached", "sin_cached"):
+        tensors[f"model.layers.0.self_attn.rotary_emb.{name}"] = np.zeros(4, np.float32)
+    save_file(tensors, checkpoint / "model.safetensors")
+    match_tensors(open_checkpoint(checkpoint), read_architecture(checkpoint))
+
+
+def test_quantised_weights(checkpoint: Path) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text())
+    with pytest.raises(UserError, match=r"quantization_config is of quant_method 'gptq'; the weights are quantised"):
+        parse_architecture(raw | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "config.json")
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.qweight"] = tensors.pop(f"{name}.weight").view(np.int32)
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(UserError, match=r"the weights are quantised \(GPTQ, AWQ, bitsandbytes or fp8\)"):
+        match_tensors(open_checkpoint(checkpoint), read_architecture(checkpoint))
+
+
+def test_weights_in_fp8(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = "F8_E4M3"
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
+    with pytest.raises(
+        UserError, match=r"is held in 8-bit floating point \(F8_E4M3\); start from the bfloat16 or float16"
+    ):
+        open_checkpoint(checkpoint)
+
+
+def test_what_float16_cannot_hold_is_not_called_damage() -> None:
+    assert "largest number is 65504" in overflow(np.array([70000.0], np.float32).astype(np.float16))
+    assert overflow(np.array([np.nan], np.float16)) == overflow(np.array([np.inf], np.float32)) == ""
