@@ -10,7 +10,6 @@ opened for a month is removed when another one is built.
 
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -20,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from flacuna_jax.data.source_files import source_files
 from flacuna_jax.data.store import StoreBuilder, TokenStore
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.errors import UserError
+from flacuna_jax.source_code import source_digest
 from flacuna_jax.user_cache import user_cache
 
 PART_EXAMPLES = 32_768
@@ -45,6 +44,10 @@ UNUSED_DAYS = 30
 
 _SHAPING = ("max_length", "over_length", "on_bad_record", "train_on", "template_variables", "tools_as_text")
 _FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
+_AFTER_TOKENISATION = tuple(
+    f"data/{name}.py" for name in ("held_out", "hub", "lookup", "packing", "pipeline", "report", "store_cache")
+)
+"""Code that a corpus does not depend on."""
 _STORE, _FACTS = "store.json", "facts.json"
 
 Say = Callable[[str], None]
@@ -115,7 +118,7 @@ def identity(config: DataConfig, template: Template, tokenizer_hash: str) -> dic
     """Everything that decides the examples of a config, as settings and hashes."""
     return {
         "tokenizer": tokenizer_hash,
-        "code": _code_hash(),
+        "code": source_digest("data", without=_AFTER_TOKENISATION),
         "settings": {name: getattr(config, name) for name in _SHAPING},
         "template": template.jinja,
         "sources": [_source_identity(source) for source in config.sources],
@@ -138,15 +141,6 @@ def _file_hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-@functools.cache
-def _code_hash() -> str:
-    digest = hashlib.sha256()
-    with resources.as_file(resources.files("flacuna_jax.data")) as directory:
-        for path in sorted(directory.glob("*.py")):
-            digest.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _why(directory: Path, parts: Mapping[str, Any]) -> str:

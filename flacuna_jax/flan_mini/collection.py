@@ -15,12 +15,13 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.account import SourceAccount, Statistics
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
 from flacuna_jax.flan_mini.draw import Candidates, accepted, gather, next_draw, targets
-from flacuna_jax.flan_mini.identity import build_key, code_hash, file_hash, settings_that_count
+from flacuna_jax.flan_mini.identity import build_key, file_hash, settings_that_count
 from flacuna_jax.flan_mini.merge import Part, merge
 from flacuna_jax.flan_mini.readers import READERS
 from flacuna_jax.flan_mini.stages import LoadTokenizer, fetch, records_path, scan, write
 from flacuna_jax.flan_mini.templates import family, load_families
 from flacuna_jax.flan_mini.work import Crew, Job, Result, load_result, save_result
+from flacuna_jax.source_code import source_digest
 
 UNIT_BYTES, UNIT_FILES = 64 << 20, 64
 """Files that are read by one job: so many bytes, or so many files."""
@@ -78,7 +79,7 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
     say(f"inputs: {sum(len(files.files) for files in sources):,} files, {size / 1e6:,.1f} MB, all hashed")
     extra = sorted(Path(config.family_templates).glob("*.yaml")) if config.family_templates else []
     parts = {
-        "code": code_hash(),
+        "code": source_digest("data", "flan_mini"),
         "settings": settings_that_count(config),
         "inputs": hashes,
         "tokenizer": tokenizer_hash,

@@ -3,8 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,6 @@ def file_hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-@cache
-def code_hash() -> str:
-    """Hash of the code and templates that decide what a record says."""
-    digest = hashlib.sha256()
-    for package in ("flacuna_jax.data", "flacuna_jax.flan_mini"):
-        root = resources.files(package)
-        with resources.as_file(root) as directory:
-            for path in sorted(p for p in directory.rglob("*") if p.suffix in (".py", ".yaml")):
-                digest.update(f"{package}/{path.relative_to(directory).as_posix()}\n".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def settings_that_count(config: FlanMiniConfig) -> dict[str, Any]:

@@ -1,30 +1,31 @@
 """Which code computes a run: hashes of the package's own sources, and versions of the libraries below them.
 
-A run that is continued with other code may go on differently, and nothing in its files would say so.
+A run that is continued with other code may compute other numbers, and nothing else in its files would show it.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
-from importlib import metadata, resources
-from pathlib import Path
+from importlib import metadata
+
+from flacuna_jax.source_code import source_digest
 
 PARTS = {
-    "model": ("model", None),
-    "kernels": ("kernels", None),
-    "data": ("data", ("packing.py", "pipeline.py", "held_out.py")),
-    "training": ("training", ("step.py", "optimizer.py", "guard.py", "state.py")),
+    "model": ("model",),
+    "kernels": ("kernels",),
+    "data": ("data/packing.py", "data/pipeline.py", "data/held_out.py"),
+    "training": ("training",),
+    "compiler": ("compiler.py", "deviceless.py"),
 }
-"""What decides the numbers of a run: a room, and which files of it (None: all). What tokenises the data is not there:
-the data's own fingerprint tells its result."""
+"""Files and folders that decide the numbers of a run. The code that tokenises is not among them: its result has a
+fingerprint of its own."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 COMPILER_SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
 def code_fingerprints() -> dict[str, str]:
-    """A short hash per part of the package."""
-    return {name: _hash(room, files) for name, (room, files) in PARTS.items()}
+    """A short hash of each part of the package."""
+    return {name: source_digest(*places)[:16] for name, places in PARTS.items()}
 
 
 def library_versions() -> dict[str, str]:
@@ -32,24 +33,10 @@ def library_versions() -> dict[str, str]:
 
 
 def compiler_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the environment tells the compiler, with which the same code may round in another way."""
+    """Settings of the environment that change how the compiler rounds."""
     return {name: environment.get(name, "") for name in COMPILER_SETTINGS}
 
 
 def package_fingerprint() -> str:
-    """A hash of every source file: hosts that train together must run the same."""
-    with resources.as_file(resources.files("flacuna_jax")) as root:
-        return _digest({path.relative_to(root).as_posix(): path for path in root.rglob("*.py")})
-
-
-def _hash(room: str, files: tuple[str, ...] | None) -> str:
-    with resources.as_file(resources.files(f"flacuna_jax.{room}")) as directory:
-        found = {path.name: path for path in directory.glob("*.py") if files is None or path.name in files}
-        return _digest(found)[:16]
-
-
-def _digest(files: Mapping[str, Path]) -> str:
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        digest.update(f"{name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    """A hash of the whole package: hosts that train together must run the same code."""
+    return source_digest(".")
