@@ -272,7 +272,6 @@ def read(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.steps):
         tokens += int((next(stream)["segment_ids"] > 0).sum())
     seconds, used = time.perf_counter() - wall, cpu_seconds() - cpu
-    cursor = stream.cursor()
     following = next(stream)
     stream.close()
     say(
@@ -285,12 +284,11 @@ def read(arguments: argparse.Namespace) -> None:
     for hosts in (1, 2, 4):
         slices = []
         for host in range(hosts):
-            one = batches(store, plan, process_index=host, process_count=hosts)
-            one.restore(cursor)
+            one = batches(store, plan, start_step=arguments.steps + 1, process_index=host, process_count=hosts)
             slices.append(next(one))
             one.close()
         same = all(np.array_equal(np.concatenate([s[name] for s in slices], axis=1), following[name]) for name in first)
-        say(restored_on_hosts=hosts, same_batch=bool(same))
+        say(resumed_on_hosts=hosts, same_batch=bool(same))
 
 
 def main() -> None:

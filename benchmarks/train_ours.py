@@ -17,6 +17,7 @@ from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, Params, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 
@@ -47,7 +48,7 @@ class Bench:
     def measure(self, remat: str, micro_batch: int, budget: float) -> dict[str, Any]:
         """Compiles and times the step; whole rounds over the batches, so that every packing counts as often."""
         state = self.layout.begin(self.layout.fresh_adapters(1))
-        config = StepConfig(self.spec, 0, remat=remat)
+        config = StepConfig(NetworkConfig(self.spec, remat=remat))
         step = make_step(config, self.optimizer, self.mesh, self.layout.shardings)
         placed = [self._placed(rows, micro_batch) for rows in self.rows]
         carry = [state.trainable, state.opt_state]

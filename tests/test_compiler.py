@@ -13,6 +13,7 @@ from flacuna_jax.compiler import ALWAYS, MEMORY_FRACTION, SPLIT_WEIGHTS, compile
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 from tests.tiny import SMALL
@@ -45,7 +46,7 @@ def test_the_step_is_compiled_with_them(monkeypatch, tmp_path):
     spec = ModelSpec(SMALL, LoraConfig(), "float32", "float32")
     mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     layout = StateLayout(spec, optax.sgd(1.0), mesh)
-    step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
+    step = make_step(StepConfig(NetworkConfig(spec)), layout.optimizer, mesh, layout.shardings)
     base = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in spec.base_shapes.items()}
     shape = jax.ShapeDtypeStruct((1, 2, 16), "int32")
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)

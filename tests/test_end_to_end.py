@@ -1,23 +1,21 @@
 """`python -m flacuna_jax.train` as a user runs it: from nothing to a verified adapter, interrupted and continued."""
 
-import contextlib
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flacuna_jax import train as train_verb
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config.files import load_config, parse_config
 from flacuna_jax.config.schema import MeshConfig
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.run.deliver import what_next
+from flacuna_jax.run.training_run import open_run
 from tests.small_run import write_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -83,30 +81,28 @@ class Stopped(Exception):
     pass
 
 
-@contextlib.contextmanager
-def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The run inside breaks off once it has logged `step`; it must come that far."""
-    observe = train_verb.StepLog.__call__
+def run_until(step: int, config: Path, *overrides: str) -> None:
+    """Breaks off once the results of `step` are there; the run must come that far."""
 
-    def stop(self, record):
-        observe(self, record)
-        if record.step == step:
-            raise Stopped
+    def stop(record, state):
+        raise Stopped
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train_verb.StepLog, "__call__", stop)
-        with pytest.raises(Stopped):
-            yield
+    def train():
+        with open_run(load_config(config, overrides)) as opened:
+            opened.add_hook(stop, at=(step,))
+            opened.train()
+
+    with pytest.raises(Stopped):
+        train()
 
 
 @pytest.mark.parametrize("at", [4, 7, 11])
-def test_interrupted_runs_continue_to_the_same_bytes(finished, tmp_path, monkeypatch, at):
+def test_interrupted_runs_continue_to_the_same_bytes(finished, tmp_path, at):
     """Stopped after step `at` (first epoch, second epoch), packed, with dropout; checkpoints every 3 steps."""
     shutil.copytree(finished / "tokenizer", tmp_path / "tokenizer")
     config = finished / "config.yaml"
     out = f"--output_dir={tmp_path / 'run'}"
-    with stopped_after(at, monkeypatch):
-        run(config, out)
+    run_until(at, config, out)
     assert not (tmp_path / "run" / "adapter").exists()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9')  # what a power cut leaves behind

@@ -18,6 +18,7 @@ from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.run.model import network_sizes
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.torch_models import torch, transformers
 
@@ -104,7 +105,9 @@ def test_a_row_of_16k_has_pefts_loss_and_gradients(test_data: Path, llama_tokeni
         for step in range(plan.total_steps):
             batch = {name: jnp.asarray(leaf) for name, leaf in source[step].items()}
             assert batch["tokens"].shape == (1, 1, LENGTH)
-            loss, gradients = gradients_of(StepConfig(spec, 0, remat="full"), adapters, base, batch, jnp.int32(0))
+            loss, _, gradients = gradients_of(
+                StepConfig(NetworkConfig(spec, remat="full")), adapters, base, batch, jnp.int32(0)
+            )
             reference.zero_grad()
             expected = torch_loss(reference, [store.example(index) for index in source.rows(step)[0]])
             expected.backward()

@@ -1,8 +1,8 @@
 """From the token store to batches: how many steps a run has, which rows each holds, and the arrays themselves.
 
 `plan_run` fixes every number before the first step. `StepSource` is random access: the rows and the batch of any step
-are a function of (store, plan, step), with no state but a cache. `batches` serves them through Grain with threads that
-work ahead; its cursor is one number, so a run resumes at any step on any number of hosts.
+are a function of (store, plan, step), with no state but a cache. `BatchStream` serves them through Grain with threads
+that work ahead, from any step on and on any number of hosts.
 """
 
 import threading
@@ -289,37 +289,19 @@ class StepSource:
             return self._packed[epoch]
 
 
-CURSOR_VERSION = 1
-
-
 class BatchStream(Iterator[Batch]):
-    """Batches from a step on, made ahead of time by threads; `cursor()` says where it stands, `close()` ends them."""
+    """Batches from `start_step` to the end of the run, made ahead of time by threads; `close()` ends the threads.
+
+    Resuming needs no saved position: a batch is a function of its step, on any number of hosts.
+    """
 
     def __init__(self, source: StepSource, start_step: int, threads: int, ahead: int) -> None:
-        self._source = source
-        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._start(start_step)
-
-    def _start(self, step: int) -> None:
-        self.next_step = step
-        steps = grain.MapDataset.source(self._source)[step:]
-        self._iterator = iter(steps.to_iter_dataset(self._options))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._iterator = iter(grain.MapDataset.source(source)[start_step:].to_iter_dataset(options))
 
     def __next__(self) -> Batch:
         batch: Batch = next(self._iterator)
-        self.next_step += 1
         return batch
-
-    def cursor(self) -> dict[str, int]:
-        """Where the next batch comes from, as JSON; independent of the number of hosts and threads."""
-        return {"version": CURSOR_VERSION, "next_step": self.next_step}
-
-    def restore(self, cursor: dict[str, int]) -> None:
-        """Continues at a cursor. Raises UserError for one of another version."""
-        if cursor.get("version") != CURSOR_VERSION:
-            raise UserError(f"the checkpoint's data cursor {cursor} is not of version {CURSOR_VERSION}")
-        self.close()
-        self._start(cursor["next_step"])
 
     def close(self) -> None:
         self._iterator.close()

@@ -62,9 +62,17 @@ class TrainRecord:
     """Largest of the local devices; null where the backend does not tell."""
     skipped: int = 0
     """Bad steps so far, which changed nothing."""
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The objective's own; logged under their names, beside the others."""
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        record = dataclasses.asdict(self)
+        return record | record.pop("scalars")
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """Names that every run logs."""
+        return frozenset(field.name for field in dataclasses.fields(cls)) - {"scalars"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from flacuna_jax.data.report import DataReport
+from flacuna_jax.logs.metrics import TrainRecord
 from flacuna_jax.storage.run_directory import json_object, write_atomically
 from flacuna_jax.version import __version__
 
@@ -60,8 +61,9 @@ def write_report(
     Raises:
       UserError: the file cannot be written.
     """
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in records if "kind" not in record and "loss" in record]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    hooks = [record for record in records if record.get("kind") == "hook"]
     tasks = dict.fromkeys(key for record in evaluations for key in record if key.startswith("tasks/"))
     curves = (
         _chart(steps, "loss", "Loss", "mean over a step's supervised tokens", smooth=True),
@@ -71,6 +73,8 @@ def write_report(
         _chart(evaluations, "eval/loss", "Held-out loss", "mean over supervised tokens"),
         _chart(evaluations, "eval/token_accuracy", "Held-out token accuracy", "share of most likely tokens"),
         *(_chart(evaluations, task, task.removeprefix("tasks/"), "benchmark") for task in tasks),
+        _curves_by_name(steps, without=TrainRecord.names()),
+        _curves_by_name(hooks),
     )
     page = _PAGE.substitute(
         title=escape(title),
@@ -91,6 +95,13 @@ def write_report(
         environment=_table([{"": name, "value": value} for name, value in environment.items()], header=False),
     )
     write_atomically(path, page)
+
+
+def _curves_by_name(records: Sequence[Row], without: Collection[str] = ()) -> str:
+    """A chart of each number in the records that nothing else draws."""
+    names = {name: None for record in records for name, value in record.items() if isinstance(value, int | float)}
+    drawn = (name for name in names if name not in ("step", *without))
+    return "".join(_chart(records, name, escape(name), "", smooth=True) for name in drawn)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -90,4 +90,5 @@ class StepLog:
             mfu=mfu,
             peak_memory_bytes=peak_memory_bytes(),
             skipped=result.skipped,
+            scalars=result.scalars,
         )

@@ -17,6 +17,8 @@ from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mes
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
+from flacuna_jax.training.network import NetworkConfig
+from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 
@@ -63,23 +65,24 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
     spec, training = workload.spec, workload.training
     state = StateLayout(spec, workload.optimizer, mesh)
     trainable, opt_state = state.trainable, state.opt_state
-    step_config = StepConfig(spec, workload.seed, layout.remat, training.attention, workload.one_document)
+    network = NetworkConfig(spec, layout.remat, training.attention, workload.one_document)
+    step_config = StepConfig(network, workload.seed)
     step = make_step(step_config, state.optimizer, mesh, state.shardings)
+    batch = _batch(step_config.objective, workload, layout, mesh)
     index = jax.ShapeDtypeStruct((), "int32")
     with lowering_for(mesh):
         jitted = step.jitted  # type: ignore[attr-defined]
-        return jitted.lower(trainable, opt_state, _frozen(workload, mesh), _batch(workload, layout, mesh), index)
+        return jitted.lower(trainable, opt_state, _frozen(workload, mesh), batch, index)
 
 
 def _frozen(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {} if workload.spec.lora is None else abstract_arrays(workload.spec.held, mesh)
 
 
-def _batch(workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(objective: Objective, workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (workload.micro_batches(layout), layout.micro_batch * layout.shards, workload.length)
     sharding = batch_sharding(mesh)
-    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), "int32") | {"loss_mask": "bool"}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    return {leaf.name: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in objective.leaves}
 
 
 def compile_step(

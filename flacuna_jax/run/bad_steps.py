@@ -69,7 +69,7 @@ class BatchInspector:
         sums = jax.device_get(make_scorer(self.config, len(examples), mesh)(trainable, frozen, batch))
         found = {}
         for example in dict.fromkeys(examples.tolist()):
-            loss, tokens = float(sums.loss[place[example]]), int(sums.tokens[place[example]])
+            loss, tokens = float(sums.values["loss"][place[example]]), int(sums.tokens[place[example]])
             found[example] = loss / tokens if tokens else math.nan
         return found
 
@@ -113,7 +113,7 @@ class BatchInspector:
 
 @dataclasses.dataclass(frozen=True)
 class BadStepPolicy:
-    """The loop's answer to a bad step.
+    """A step hook that keeps the batch of a bad step and ends the run if the settings say so.
 
     Args:
       settings: `on_bad_step`, `max_bad_steps`.
@@ -130,7 +130,9 @@ class BadStepPolicy:
     say: Callable[[str], None]
 
     def __call__(self, record: StepRecord, state: TrainState) -> None:
-        """Raises `BadStep` if the run is to end."""
+        """Does nothing after a good step. Raises `BadStep` if the run is to end."""
+        if not record.is_bad:
+            return
         losses = self.inspector.losses(record.step, state.trainable, self.frozen)
         kept = self._keep(record, state, losses)
         what = f"step {record.step}: loss {record.loss:g}, gradient norm {record.grad_norm:g}{kept}"

@@ -31,15 +31,20 @@ from flacuna_jax.training.state import TrainState
 
 def deliver_result(
     setup: Setup, directory: RunDirectory, state: TrainState, base: Params, last_loss: float | None
-) -> str:
-    """Writes and verifies `adapter/` (or `model/` after full fine-tuning); returns a line that says so."""
+) -> tuple[Path, str]:
+    """Writes and verifies `adapter/`, or `model/` after full fine-tuning.
+
+    Returns:
+      Its directory, and a line for the user; empty on hosts other than the first.
+    """
     config = setup.config
     trained = _on_every_host(state.trainable)
+    path = directory.path / ("model" if config.lora is None else "adapter")
     if jax.process_index() != 0:
-        return ""
+        return path, ""
     if config.lora is None:
         delivery = deliver.write_model(
-            directory.path / "model",
+            path,
             trained,
             setup.source.config,
             companions(config, setup.template, setup.tokenizer),
@@ -61,7 +66,7 @@ def deliver_result(
         )
         alone = jax.process_count() == 1
         delivery = deliver.write_adapter(
-            directory.path / "adapter",
+            path,
             adapter,
             setup.source.config,
             trained=state.step > 1,
@@ -69,7 +74,7 @@ def deliver_result(
             logits=_logits_on_run(setup, base) if alone else None,
             replace=True,
         )
-    return f"{delivery.directory}: {delivery.size}, read back and verified against the run"
+    return path, f"{delivery.directory}: {delivery.size}, read back and verified against the run"
 
 
 def what_next(config: RunConfig) -> list[str]:

@@ -13,7 +13,7 @@ from flacuna_jax.model.parameters import Params
 from flacuna_jax.run.samples import Sampler
 from flacuna_jax.training.evaluator import HeldOut
 from flacuna_jax.training.history import History
-from flacuna_jax.training.loop import Verdict
+from flacuna_jax.training.loop import Request
 from flacuna_jax.training.state import TrainState
 
 Tasks = Callable[[Params], dict[str, float]]
@@ -28,7 +28,7 @@ def is_due(settings: EvaluationConfig, history: History, step: int, total_steps:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Called by the loop after every `settings.every_steps` steps and after the last; also before the first.
+    """A hook that the loop calls after every `settings.every_steps` steps and the last; also called before the first.
 
     Args:
       settings: what to measure, and when it is enough.
@@ -55,14 +55,14 @@ class Measurement:
     say: Callable[[str], None]
     stop: Callable[[], bool]
 
-    def __call__(self, state: TrainState) -> Verdict:
+    def __call__(self, state: TrainState) -> Request:
         """Raises UserError if there is no such number as `evaluation.metric`."""
         started = time.monotonic()
         record: dict[str, Any] = {}
         if self.held_out is not None:
             measured = self.held_out.measure(state.trainable, self.frozen, self.stop)
             if measured is None:
-                return Verdict()
+                return Request()
             record |= measured
         params = {**self.frozen, **state.trainable}
         if self.tasks is not None and self._tasks_are_due(state.step):
@@ -77,22 +77,22 @@ class Measurement:
         tasks = self.settings.tasks
         return tasks is not None and (tasks.every_steps is None or step % tasks.every_steps == 0)
 
-    def _judge(self, step: int, record: dict[str, Any]) -> Verdict:
+    def _judge(self, step: int, record: dict[str, Any]) -> Request:
         metric = self.settings.metric
         if metric not in record:
             if metric.startswith("tasks/") and not self._tasks_are_due(step):
                 self.history.add(step, None)
-                return Verdict()
+                return Request()
             numbers = [name for name in record if name not in ("step", "kind")]
             near = difflib.get_close_matches(metric, numbers, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"evaluation.metric {metric!r} is not among what is measured{hint}")
         if step == 0:  # where it begins, not something to go back to
             self.history.add(step, None)
-            return Verdict()
+            return Request()
         self.history.add(step, record[metric])
-        return Verdict(
-            save=step in self.history.best(self.keep_best), enough=self.history.is_exhausted(self.settings.patience)
+        return Request(
+            save=step in self.history.best(self.keep_best), finish=self.history.is_exhausted(self.settings.patience)
         )
 
 

@@ -54,8 +54,8 @@ def compare_meta(saved: dict[str, Any], current: dict[str, Any], allowed: Sequen
 
     Both arguments are checkpoint metas: `config` (the resolved config as JSON), `fingerprints` (data, tokenizer, base,
     ...) and plain numbers such as `rows_per_step` or `total_steps`. Compared are `config`, `fingerprints` and every
-    number that both have, except `cursor` and `counters`, which move as the run goes on. `allowed` are settings,
-    sections or `WORDS` that may differ.
+    number that both have, except `counters`, which change as the run goes on, and `cursor`, which only older
+    checkpoints have. `allowed` are settings, sections or `WORDS` that may differ.
     """
     return [_line(*change) for change in _refused(saved, current, allowed)]
 

@@ -331,22 +331,30 @@ def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
         )
 
 
-def plan_lines(setup: Setup) -> list[str]:
-    """The exact plan, printed before the first step."""
+def plan_facts(setup: Setup) -> list[tuple[str, str]]:
+    """The exact plan as (label, text) pairs, printed before the first step; there may be several warnings."""
     config, plan, spec = setup.config, setup.plan, setup.spec
     trainable, total = spec.trainable_count, count(spec.base_shapes)
     axes = " × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     kind = setup.mesh.devices.flat[0].device_kind
     epochs = f"{len(plan.epochs)} epoch" + ("s" if len(plan.epochs) > 1 else "")
     return [
-        f"model      {total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.3g} %)",
-        f"data       {plan.examples:,} examples in {plan.rows:,} rows of {plan.max_length} tokens, "
-        f"fill {100 * plan.fill:.2f} %",
-        f"steps      {plan.total_steps:,} in {epochs}: {plan.rows_per_step} rows, "
-        f"{plan.examples_per_step:.1f} examples each",
-        f"devices    {setup.mesh.size} × {kind}: {axes}; {_counted(plan.accumulation, 'micro-batch', 'es')} of "
-        f"{_counted(plan.micro_rows, 'row')}, remat {config.training.remat}",
-        *(f"warning    {warning}" for warning in _warnings(setup)),
+        ("model", f"{total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.3g} %)"),
+        (
+            "data",
+            f"{plan.examples:,} examples in {plan.rows:,} rows of {plan.max_length} tokens, "
+            f"fill {100 * plan.fill:.2f} %",
+        ),
+        (
+            "steps",
+            f"{plan.total_steps:,} in {epochs}: {plan.rows_per_step} rows, {plan.examples_per_step:.1f} examples each",
+        ),
+        (
+            "devices",
+            f"{setup.mesh.size} × {kind}: {axes}; {_counted(plan.accumulation, 'micro-batch', 'es')} of "
+            f"{_counted(plan.micro_rows, 'row')}, remat {config.training.remat}",
+        ),
+        *(("warning", warning) for warning in _warnings(setup)),
     ]
 
 

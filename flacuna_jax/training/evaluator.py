@@ -1,8 +1,7 @@
-"""Loss, perplexity and token accuracy on held-out records, all of them and by source, each token weighing the same."""
+"""The objective's measures on held-out records, over all of them and by source, each token weighing the same."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from flacuna_jax.data.pipeline import StepSource, plan_run
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.training.loop import to_devices
-from flacuna_jax.training.scoring import Scorer, make_scorer
+from flacuna_jax.training.scoring import Scorer, Sums, make_scorer
 from flacuna_jax.training.step import StepConfig
 
 ACCUMULATED = 4
@@ -34,38 +33,35 @@ class HeldOut:
     """Of the labels: the records' own sources."""
     labels: NDArray[np.int32]
     score: Scorer
+    derived: Callable[[Mapping[str, float]], dict[str, float]]
+    """Of the objective: further figures from the means."""
     batch_sharding: NamedSharding
 
     def measure(self, trainable: Params, frozen: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Loss, perplexity, token accuracy and tokens: "eval/loss", ...; of several sources also "eval/loss/NAME", ...
+        """Means of the objective's measures, "eval/loss", ..., and "eval/tokens", over all records.
 
-        Sums are taken on the devices for some rows at a time, and over those in float64. None if `stop` says so
-        between two batches.
+        If the records have several sources, also "eval/loss/SOURCE", ... The devices add up a few rows at a time in
+        float32, the host adds up those sums in float64. Returns None if `stop` returns True between two batches.
         """
-        totals = np.zeros((3, len(self.names)))
+        totals: Sums | None = None
         for step in range(self.steps):
             if stop():
                 return None
             batch = to_devices(self.source.labelled(step, self.labels), self.batch_sharding)
-            totals += np.stack(
-                [np.asarray(s, np.float64) for s in jax.device_get(self.score(trainable, frozen, batch))]
-            )
-        record = _figures("", totals.sum(axis=1))
+            found = jax.device_get(self.score(trainable, frozen, batch))
+            found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+            totals = found if totals is None else jax.tree.map(np.add, totals, found)
+        assert totals is not None, "held-out records fill at least one step"
+        record = self._figures("", jax.tree.map(np.sum, totals))
         if len(self.names) > 1:
-            for name, sums in zip(self.names, totals.T, strict=True):
-                record |= _figures(f"/{name}", sums)
+            for label, name in enumerate(self.names):
+                record |= self._figures(f"/{name}", jax.tree.map(lambda leaf, label=label: leaf[label], totals))
         return record
 
-
-def _figures(suffix: str, sums: NDArray[np.float64]) -> dict[str, float]:
-    loss, hits, tokens = sums
-    mean = loss / tokens
-    return {
-        f"eval/loss{suffix}": float(mean),
-        f"eval/perplexity{suffix}": math.exp(mean) if mean < 700 else math.inf,
-        f"eval/token_accuracy{suffix}": float(hits / tokens),
-        f"eval/tokens{suffix}": int(tokens),
-    }
+    def _figures(self, suffix: str, sums: Sums) -> dict[str, float]:
+        means = {name: float(value / sums.tokens) for name, value in sums.values.items()}
+        figures = {**means, **self.derived(means), "tokens": int(sums.tokens)}
+        return {f"eval/{name}{suffix}": value for name, value in figures.items()}
 
 
 def lay_out(
@@ -81,7 +77,7 @@ def lay_out(
     Args:
       store: the records; every one of its source indices belongs to `data.sources`.
       data, training: the run's; how many rows fit on the devices at once is what training found to fit.
-      config: the network.
+      config: the network and the objective.
       batch_sharding: of the global batch.
       shards: data×fsdp shards.
     """
@@ -104,6 +100,7 @@ def lay_out(
         names=names,
         labels=labels,
         score=make_scorer(config, len(names), mesh),
+        derived=config.objective.derived,
         batch_sharding=batch_sharding,
     )
 

@@ -1,9 +1,9 @@
-"""The loop around the step: batches in, metrics and checkpoints out, and never a wait for the device in between."""
+"""The loop around the step: batches in, hooks called, and no wait for the device in between."""
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import Step, StepMetrics
 
 STEPS_IN_FLIGHT = 1
-"""Steps behind the one at work when the loop waits: the next is always ready, and little is in the way of stopping."""
+"""Number of steps started after a step before its results are read: the device always has work, and a run that is to
+stop has little to wait for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StepRecord:
     skipped: int = 0
     """Bad steps so far; this one is among them if `in_a_row` is not 0."""
     in_a_row: int = 0
+    scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The objective's own, by name."""
 
     @property
     def is_bad(self) -> bool:
@@ -35,23 +38,54 @@ class StepRecord:
 
     @property
     def updates_before(self) -> int:
-        """Updates made when the step began: what the schedule counts."""
+        """Updates made before this step, which is what the schedule counts."""
         return self.step - 1 - (self.skipped - self.is_bad)
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What an evaluation asks of the loop."""
+class Request:
+    """What a `StateHook` asks of the loop."""
 
     save: bool = False
-    enough: bool = False
-    """The run has stopped getting better."""
+    """Call the hooks that save, whether or not they are due."""
+    finish: bool = False
+    """End the run here: it has stopped improving."""
 
 
-Observer = Callable[[StepRecord], None]
-"""Told of every finished step, in order, at most `STEPS_IN_FLIGHT` later than it was started."""
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """When a hook is called: after every `every`-th step and the last one, and after the steps in `at`."""
 
-End = Literal["finished", "enough", "stopped"]
+    every: int | None = None
+    at: Collection[int] = ()
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        return step in self.at or (self.every is not None and (step % self.every == 0 or step == total_steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepHook(Hook):
+    """Called with the results of a step, in order, when they have arrived.
+
+    Up to `STEPS_IN_FLIGHT` later steps have been started by then: the state given is the newest, not that of the step.
+    A hook ends the run by raising.
+    """
+
+    call: Callable[[StepRecord, TrainState], None] = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateHook(Hook):
+    """Called between two steps with the state after one, while no step is under way."""
+
+    call: Callable[[TrainState], Request | None] = dataclasses.field(kw_only=True)
+    saves: bool = False
+    """It saves the state: called after the other hooks of its step, when one of them asks for it, and when the run
+    stops."""
+
+
+End = Literal["finished", "enough", "stopped", "paused"]
+"""Why a loop ended: all steps are done; a hook asked to finish; `stop` returned True; the step asked for is reached."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +97,8 @@ class Loop:
       frozen: parameters that do not change.
       batches: this host's numpy batches, beginning at the state's step.
       batch_sharding: of the global batch [accumulation, batch, length].
-      total_steps: where the run ends.
-      observe: receives every step's results.
-      on_bad: called with a bad step's results and the state of now (one step on, at most); ends the run by raising.
-      save: called with the state after every `save_every` steps, after the last, and when an evaluation asks for it.
-      evaluate: called with the state after every `evaluate_every` steps and after the last.
+      total_steps: length of the run.
+      hooks: called in their order; hooks that save come last.
       stop: asked at the start and after every step; True ends the run there, saved. The same on all hosts.
     """
 
@@ -76,34 +107,33 @@ class Loop:
     batches: Iterator[dict[str, np.ndarray]]
     batch_sharding: NamedSharding
     total_steps: int
-    observe: Observer
-    on_bad: Callable[[StepRecord, TrainState], None]
-    save: Callable[[TrainState], None]
-    save_every: int
-    evaluate: Callable[[TrainState], Verdict]
-    evaluate_every: int | None
+    hooks: Sequence[StepHook | StateHook]
     stop: Callable[[], bool]
 
-    def run(self, state: TrainState) -> tuple[TrainState, End]:
-        """Trains from `state`; returns the last state, which is saved, and why it is the last."""
+    def run(self, state: TrainState, until: int | None = None) -> tuple[TrainState, End]:
+        """Trains from `state` to step `until`, or to the end.
+
+        Returns:
+          The last state and why it is the last. Unless that is "paused", the hooks that save have been called with it.
+        """
         in_flight: deque[tuple[int, StepMetrics]] = deque()
 
         def wait_until(left: int) -> None:
             while len(in_flight) > left:
                 record = _finished(*in_flight.popleft())
-                self.observe(record)
-                if record.is_bad:
-                    self.on_bad(record, state)
+                for hook in self.hooks:
+                    if isinstance(hook, StepHook) and hook.is_due(record.step, self.total_steps):
+                        hook.call(record, state)
 
         first = state.step
+        last = self.total_steps if until is None else min(until, self.total_steps)
         end: End = "stopped" if self.stop() else "finished"
-        while state.step < self.total_steps and end == "finished":
+        while state.step < last and end == "finished":
             batch = to_devices(next(self.batches), self.batch_sharding)
-            evaluating = self._is_due(state.step + 1, self.evaluate_every)
-            saving = self._is_due(state.step + 1, self.save_every)
-            # Around the compiling step, evaluations and saves the device is idle, so that what an observer times is
-            # true.
-            alone = evaluating or saving or state.step == first
+            due = [hook for hook in self._state_hooks if hook.is_due(state.step + 1, self.total_steps)]
+            # The device is idle around the compiling step and around state hooks, so that times measured by hooks are
+            # those of the steps.
+            alone = bool(due) or state.step == first
             wait_until(0 if alone else STEPS_IN_FLIGHT)
             trainable, opt_state, metrics = self.step(
                 state.trainable, state.opt_state, self.frozen, batch, np.int32(state.step)
@@ -111,26 +141,35 @@ class Loop:
             state = TrainState(state.step + 1, trainable, opt_state)
             in_flight.append((state.step, metrics))
             wait_until(0 if alone else STEPS_IN_FLIGHT)
+            saving = any(hook.saves for hook in due)
             if self.stop():
                 end = "stopped"
-            elif evaluating:
-                verdict = self.evaluate(state)
-                saving |= verdict.save
-                end = "enough" if verdict.enough else "stopped" if self.stop() else end
+            else:
+                requests = [hook.call(state) or Request() for hook in due if not hook.saves]
+                saving |= any(request.save for request in requests)
+                if any(request.finish for request in requests):
+                    end = "enough"
+                elif requests and self.stop():
+                    end = "stopped"
             if saving or end != "finished":
                 wait_until(0)
-                self.save(state)
-        return state, end
+                for hook in self._state_hooks:
+                    if hook.saves:
+                        hook.call(state)
+        wait_until(0)
+        return state, "paused" if end == "finished" and state.step < self.total_steps else end
 
-    def _is_due(self, step: int, every: int | None) -> bool:
-        return every is not None and (step % every == 0 or step == self.total_steps)
+    @property
+    def _state_hooks(self) -> list[StateHook]:
+        return [hook for hook in self.hooks if isinstance(hook, StateHook)]
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """A global batch of what each host has of it."""
+    """The global batch from each host's part of it."""
     return {name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()}
 
 
-def _finished(step: int, metrics: Any) -> StepRecord:
-    loss, grad_norm, skipped, in_a_row = jax.device_get(metrics)
-    return StepRecord(step, float(loss), float(grad_norm), int(skipped), int(in_a_row))
+def _finished(step: int, metrics: StepMetrics) -> StepRecord:
+    found = jax.device_get(metrics)
+    scalars = {name: float(value) for name, value in found.scalars.items()}
+    return StepRecord(step, float(found.loss), float(found.grad_norm), int(found.skipped), int(found.in_a_row), scalars)

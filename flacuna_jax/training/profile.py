@@ -1,33 +1,35 @@
 """A trace of a few steps, for TensorBoard's profiler or Perfetto."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from flacuna_jax.training.step import Step
+from flacuna_jax.training.loop import StateHook
+from flacuna_jax.training.state import TrainState
 
 PROFILE = "profile"
 SKIPPED, TRACED = 2, 3
 """Steps before the trace begins (the first compiles), and steps in it."""
 
 
-def traced(step: Step, directory: Path, say: Callable[[str], None]) -> Step:
-    """The same step; calls 3 to 5 are traced into `directory`, the device idle at both ends."""
-    calls = 0
+def profile_hook(directory: Path, first_step: int, total_steps: int, say: Callable[[str], None]) -> StateHook:
+    """Traces steps `first_step` + 3 to `first_step` + 5 into `directory`; the device is idle at both ends."""
+    begin, end = first_step + SKIPPED, min(first_step + SKIPPED + TRACED, total_steps)
+    return StateHook(at=(begin, end), call=_Profile(directory, begin, say))
 
-    def on_call(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == SKIPPED + 1:
-            jax.block_until_ready(arguments[0])
-            jax.profiler.start_trace(str(directory), create_perfetto_trace=True)
-        results = step(*arguments)
-        if calls == SKIPPED + TRACED:
-            jax.block_until_ready(results)
+
+@dataclasses.dataclass(frozen=True)
+class _Profile:
+    directory: Path
+    begin: int
+    say: Callable[[str], None]
+
+    def __call__(self, state: TrainState) -> None:
+        jax.block_until_ready(state.trainable)
+        if state.step == self.begin:
+            jax.profiler.start_trace(str(self.directory), create_perfetto_trace=True)
+        else:
             jax.profiler.stop_trace()
-            say(f"profile of {TRACED} steps: {directory} (tensorboard --logdir, or ui.perfetto.dev)")
-        return results
-
-    return on_call
+            self.say(f"profile of {TRACED} steps: {self.directory} (tensorboard --logdir, or ui.perfetto.dev)")

@@ -1,6 +1,6 @@
-"""Loss and accuracy of labelled tokens, without gradients: what evaluation measures, and which example a loss is from.
+"""Sums of an objective's measures by label, without gradients: by source to evaluate, by example to inspect a step.
 
-Only sums leave the device, one per label; neither logits nor losses of tokens are ever kept.
+Only the sums leave the device; neither logits nor losses of single tokens are kept.
 """
 
 from collections.abc import Callable
@@ -10,54 +10,57 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flacuna_jax.kernels.cross_entropy import token_scores
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import constrain
-from flacuna_jax.training.step import Batch, StepConfig, micro_batch_losses
+from flacuna_jax.training.network import Batch
+from flacuna_jax.training.objective import Measures
+from flacuna_jax.training.step import StepConfig
 
 
 class Sums(NamedTuple):
-    """Over the supervised targets of each label: float32 loss, int32 hits (targets that no token beats), int32 tokens.
-    Each [labels]."""
+    """Sums over the counted tokens of each label, each [labels]."""
 
-    loss: jax.Array
-    hits: jax.Array
+    values: dict[str, jax.Array]
+    """Of `Measures.values_bt`, by name and in their dtypes."""
     tokens: jax.Array
+    """Number of counted tokens, int32."""
 
 
 Scorer = Callable[[Params, Params, Batch], Sums]
-"""(trainable, frozen, batch with `labels`) → sums, readable on every host."""
+"""(trainable, frozen, batch with the additional int32 leaf `labels`) → sums, readable on every host."""
 
 
 def make_scorer(config: StepConfig, labels: int, mesh: Mesh) -> Scorer:
-    """Compiles nothing yet. Dropout is off; labels below 0 count nowhere.
+    """Compiles nothing yet. Dropout is off; tokens with a label below 0 are not counted.
 
     Args:
-      config: the network and its settings, as for the step.
-      labels: how many there are.
+      config: the network and the objective.
+      labels: number of labels.
       mesh: where the parameters are.
     """
 
     def score(trainable: Params, frozen: Params, batch: Batch) -> Sums:
-        params = {**frozen, **trainable}
+        network = config.network.with_params({**frozen, **trainable})
 
-        def add(index: jax.Array, sums: Sums) -> Sums:
+        def of_micro_batch(index: jax.Array) -> Sums:
             micro_batch = {name: constrain(leaf[index], "batch", None) for name, leaf in batch.items()}
-            losses_bt, hits_bt = micro_batch_losses(config, params, micro_batch, score=token_scores)
-            counted_bt = micro_batch["loss_mask"]
-            # Tokens without loss go to one label more, which is dropped.
-            labels_bt = jnp.where(counted_bt & (micro_batch["labels"] >= 0), micro_batch["labels"], labels)
+            measures: Measures = config.objective.measures(network, micro_batch)
+            # Tokens that do not count go to one additional label, which is dropped.
+            counted_bt = measures.counted_bt & (micro_batch["labels"] >= 0)
+            labels_bt = jnp.where(counted_bt, micro_batch["labels"], labels)
 
             def by_label(values_bt: jax.Array) -> jax.Array:
                 flat = (values_bt.reshape(-1), labels_bt.reshape(-1))
                 return jax.ops.segment_sum(*flat, num_segments=labels + 1)[:labels]
 
-            here = Sums(*(by_label(x) for x in (losses_bt, hits_bt.astype(jnp.int32), counted_bt.astype(jnp.int32))))
-            return jax.tree.map(jnp.add, sums, here)
+            values = {name: by_label(values_bt) for name, values_bt in measures.values_bt.items()}
+            return Sums(values, by_label(measures.counted_bt.astype(jnp.int32)))
 
-        counts = jnp.zeros(labels, jnp.int32)
-        zeros = Sums(jnp.zeros(labels, jnp.float32), counts, counts)
-        return jax.lax.fori_loop(0, batch["tokens"].shape[0], add, zeros)
+        def add(index: jax.Array, sums: Sums) -> Sums:
+            return jax.tree.map(jnp.add, sums, of_micro_batch(index))
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_micro_batch, jax.ShapeDtypeStruct((), jnp.int32)))
+        return jax.lax.fori_loop(0, batch["labels"].shape[0], add, zeros)
 
     jitted = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -24,7 +24,7 @@ from flacuna_jax.kernels.attention_reference import attention_reference, visible
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import MESH_AXES
-from flacuna_jax.training.step import StepConfig, micro_batch_losses
+from flacuna_jax.training.network import NetworkConfig
 from tests.kernels import packings
 from tests.tiny import SMALL
 
@@ -109,7 +109,7 @@ def test_a_step_of_unpacked_rows_takes_it_and_others_are_refused(
     monkeypatch: pytest.MonkeyPatch, one_document: bool
 ) -> None:
     spec = ModelSpec(replace(SMALL, head_dim=16), LoraConfig(), "bfloat16", "bfloat16")
-    config = StepConfig(spec, 0, "dots", "cudnn", one_document)
+    config = NetworkConfig(spec, "dots", "cudnn", one_document)
     row = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
     batch["loss_mask"] = jax.ShapeDtypeStruct((2, 16), jnp.bool_)
@@ -117,7 +117,7 @@ def test_a_step_of_unpacked_rows_takes_it_and_others_are_refused(
     adapters = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in spec.lora_shapes.items()}
 
     def losses(params: Any, batch: Any) -> Any:
-        return micro_batch_losses(config, params, batch)
+        return config.with_params(params).token_losses(batch)
 
     with on_gpu(monkeypatch):
         if one_document:

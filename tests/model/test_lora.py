@@ -15,6 +15,7 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.model.lora import require_matches, row_norms
 from flacuna_jax.model.parameters import ModelSpec, Params, count
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.optimizer import make_optimizer
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step
@@ -98,7 +99,9 @@ def torch_loss(model: Any) -> Any:
 def our_gradients(spec: ModelSpec, adapters: Params, base: Params, mesh: MeshConfig) -> tuple[jax.Array, Params]:
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 4))
     with jax.set_mesh(make_mesh(mesh)):
-        return jax.jit(loss_and_gradients, static_argnums=0)(StepConfig(spec, 0), adapters, base, batch, jnp.int32(0))
+        run = jax.jit(loss_and_gradients, static_argnums=0)
+        loss, _, gradients = run(StepConfig(NetworkConfig(spec)), adapters, base, batch, jnp.int32(0))
+    return loss, gradients
 
 
 @pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
@@ -131,7 +134,7 @@ def test_steps_with_everything_together_equal_pefts() -> None:
     base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base, mesh))
     state = layout.begin(adapters_of(reference, spec))
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 2))
-    step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
+    step = make_step(StepConfig(NetworkConfig(spec)), layout.optimizer, mesh, layout.shardings)
 
     groups = {"lr": 1e-2, "loraplus_lr_ratio": 4.0, "weight_decay": 0.1, "loraplus_weight_decay": 0.1}
     optimizer = pytest.importorskip("peft.optimizers").create_loraplus_optimizer(reference, torch.optim.AdamW, **groups)
@@ -180,7 +183,7 @@ def test_training_never_moves_what_lies_beyond_a_layers_rank(decay: float) -> No
     base = jax.device_put(from_torch(torch_llama(SMALL), SMALL), parameter_shardings(spec.base, mesh))
     state = layout.begin(layout.fresh_adapters(0, base))
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 2))
-    step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
+    step = make_step(StepConfig(NetworkConfig(spec)), layout.optimizer, mesh, layout.shardings)
     trainable, opt_state = state.trainable, state.opt_state
     for index in range(3):
         trainable, opt_state, _ = step(trainable, opt_state, base, batch, index)
@@ -227,7 +230,7 @@ def test_dropout_reaches_the_heads_adapter() -> None:
     adapters = adapters_of(reference, spec)
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 4))
     losses = [
-        float(loss_and_gradients(StepConfig(spec, 0), adapters, base, batch, jnp.int32(index))[0])
+        float(loss_and_gradients(StepConfig(NetworkConfig(spec)), adapters, base, batch, jnp.int32(index))[0])
         for index in (0, 1, 0)
     ]
     assert losses[0] == losses[2] != losses[1]

@@ -24,6 +24,7 @@ from flacuna_jax.model.quantized import (
 )
 from flacuna_jax.model.remat import REMAT_POLICIES
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.tiny import SMALL, in_steps, packed_batch, random_params, to_device
@@ -162,9 +163,11 @@ def test_training_sees_the_dequantised_base(kind: str, mesh_config: MeshConfig) 
     }
     with jax.set_mesh(mesh):
         run = jax.jit(loss_and_gradients, static_argnums=0)
-        loss, gradients = run(StepConfig(spec, 0), adapters, held, BATCH, 0)
-        expected, expected_gradients = run(StepConfig(plain, 0), adapters, dequantised_params(spec, held), BATCH, 0)
-        original, _ = run(StepConfig(plain, 0), adapters, base, BATCH, 0)
+        loss, _, gradients = run(StepConfig(NetworkConfig(spec)), adapters, held, BATCH, 0)
+        expected, _, expected_gradients = run(
+            StepConfig(NetworkConfig(plain)), adapters, dequantised_params(spec, held), BATCH, 0
+        )
+        original, _, _ = run(StepConfig(NetworkConfig(plain)), adapters, base, BATCH, 0)
     assert float(loss) == pytest.approx(float(expected), abs=1e-6)
     assert abs(float(loss) - float(original)) > 1e-4
     for name, gradient in gradients.items():

@@ -8,6 +8,7 @@ import pytest
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import make_mesh
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig, make_step
 from tests.tiny import in_steps, packed_batch, to_device
@@ -36,7 +37,7 @@ def losses(story, quantization):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     layout = StateLayout(spec, optax.adam(2e-2), mesh)
     held = {part: leaf for name, value in base.items() for part, leaf in quantize(spec, mesh, name, value).items()}
-    step = make_step(StepConfig(spec, 0), layout.optimizer, mesh, layout.shardings)
+    step = make_step(StepConfig(NetworkConfig(spec)), layout.optimizer, mesh, layout.shardings)
     state = layout.begin(layout.fresh_adapters(0))
     trainable, opt_state, found = state.trainable, state.opt_state, []
     placed = to_device(in_steps(batch, 4))

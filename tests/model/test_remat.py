@@ -15,7 +15,8 @@ from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.remat import REMAT_POLICIES
-from flacuna_jax.training.step import StepConfig, loss_and_gradients, micro_batch_losses
+from flacuna_jax.training.network import NetworkConfig
+from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.tiny import in_steps, packed_batch, random_params, to_device
 
 # Every width is its own, so that a shape tells what an array is.
@@ -36,12 +37,12 @@ def spec_for(*targets):
 
 def kept_by_layers(spec, remat):
     """{width: how many arrays [layers, rows, length, width] wait for the backward pass}, per layer."""
-    config = StepConfig(spec, 0, remat=remat, attention_backend="xla")
+    config = NetworkConfig(spec, remat=remat, attention="xla")
     base, adapters = random_params(spec.base_shapes, 0.1), random_params(spec.lora_shapes, 0.1)
     batch = to_device(BATCH)
 
     def loss(adapters):
-        return jnp.sum(micro_batch_losses(config, {**base, **adapters}, batch))
+        return jnp.sum(config.with_params({**base, **adapters}).token_losses(batch))
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         print_saved_residuals(loss, adapters)
@@ -90,10 +91,10 @@ def test_policies_change_no_gradient(remat):
     batch = to_device(in_steps(BATCH, ROWS))
 
     def gradients(remat):
-        config = StepConfig(spec, 0, remat=remat)
+        config = StepConfig(NetworkConfig(spec, remat=remat))
         return jax.jit(loss_and_gradients, static_argnums=0)(config, adapters, base, batch, jnp.int32(0))
 
-    (loss, kept), (other_loss, again) = gradients("none"), gradients(remat)
+    (loss, _, kept), (other_loss, _, again) = gradients("none"), gradients(remat)
     assert float(other_loss) == pytest.approx(float(loss), rel=1e-6)
     for name, value in kept.items():
         assert jnp.linalg.norm(again[name] - value) <= 1e-5 * jnp.linalg.norm(value), name

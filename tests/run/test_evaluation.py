@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from flacuna_jax.config.schema import EvaluationConfig
 from flacuna_jax.run.start import chosen_state
-from flacuna_jax.run.watch import say_if_worse
+from flacuna_jax.run.watch import warn_if_worse
 from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.history import History
@@ -134,7 +134,7 @@ def test_a_run_that_was_best_before_it_began_says_so(tmp_path, metric, values, s
             file.write(json.dumps({"step": step, "kind": "evaluation"} | ({metric: value} if value else {})) + "\n")
             history.add(step, value if step else None)
     said: list[str] = []
-    say_if_worse(RunDirectory(tmp_path, str(tmp_path)), settings, history, said.append)
+    warn_if_worse(RunDirectory(tmp_path, str(tmp_path)), settings, history, said.append)
     assert [says in line for line in said] == [True] * bool(says)
 
 

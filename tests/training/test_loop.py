@@ -9,43 +9,49 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.config.schema import MeshConfig
 from flacuna_jax.model.sharding import make_mesh
-from flacuna_jax.training.loop import STEPS_IN_FLIGHT, Loop, StepRecord, Verdict
+from flacuna_jax.training.loop import STEPS_IN_FLIGHT, Loop, Request, StateHook, StepHook, StepRecord
 from flacuna_jax.training.state import TrainState
+from flacuna_jax.training.step import StepMetrics
 
 
 class Diary:
-    """Writes down what the loop does; `stop_at` and `verdicts` steer it."""
+    """Writes down what the loop does; `stop_at` and `requests` steer it."""
 
-    def __init__(self, total=10, stop_at=None, verdicts=None, bad=(), **settings):
-        self.events, self.stop_at, self.verdicts, self.bad = [], stop_at, verdicts or {}, bad
+    def __init__(self, total=10, stop_at=None, requests=None, bad=(), save_every=4, evaluate_every=None, hooks=()):
+        self.events, self.stop_at, self.requests, self.bad = [], stop_at, requests or {}, bad
         self.done = 0
-        sharding = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
-        defaults = {"save_every": 4, "evaluate_every": None}
         self.loop = Loop(
             step=self.step,
             frozen={},
             batches=iter([{"tokens": np.zeros(1)}] * 100),
-            batch_sharding=sharding,
+            batch_sharding=NamedSharding(make_mesh(MeshConfig()), PartitionSpec()),
             total_steps=total,
-            observe=lambda record: self.events.append(("observe", record.step)),
-            on_bad=lambda record, state: self.events.append(("bad", record.step, state.step)),
-            save=lambda state: self.events.append(("save", state.step)),
-            evaluate=self.evaluate,
+            hooks=(
+                StateHook(every=save_every, call=lambda state: self.events.append(("save", state.step)), saves=True),
+                StateHook(every=evaluate_every, call=self.evaluate),
+                StepHook(every=1, call=lambda record, state: self.events.append(("observe", record.step))),
+                StepHook(every=1, call=self.notice_bad),
+                *hooks,
+            ),
             stop=lambda: self.done == self.stop_at,
-            **{**defaults, **settings},
         )
 
     def step(self, trainable, opt_state, frozen, batch, index):
         self.done = int(index) + 1
         bad = int(self.done in self.bad)
-        return trainable, opt_state, (jax.numpy.float32(1), jax.numpy.float32(1), np.int32(bad), np.int32(bad))
+        one = jax.numpy.float32(1)
+        return trainable, opt_state, StepMetrics(one, one, np.int32(bad), np.int32(bad), {"margin": one / 4})
+
+    def notice_bad(self, record, state):
+        if record.is_bad:
+            self.events.append(("bad", record.step, state.step))
 
     def evaluate(self, state):
         self.events.append(("evaluate", state.step))
-        return self.verdicts.get(state.step, Verdict())
+        return self.requests.get(state.step)
 
-    def run(self, begin=0):
-        state, end = self.loop.run(TrainState(begin, {}, None))
+    def run(self, begin=0, until=None):
+        state, end = self.loop.run(TrainState(begin, {}, None), until)
         return state.step, end
 
     def of(self, kind):
@@ -76,7 +82,7 @@ def test_a_request_from_before_the_first_step_is_not_answered_with_a_step():
 
 
 def test_evaluations_come_before_saves_and_may_ask_for_one():
-    diary = Diary(evaluate_every=3, verdicts={6: Verdict(save=True)})
+    diary = Diary(evaluate_every=3, requests={6: Request(save=True)})
     diary.run()
     assert diary.of("evaluate") == [3, 6, 9, 10]
     assert diary.of("save") == [4, 6, 8, 10]
@@ -84,7 +90,7 @@ def test_evaluations_come_before_saves_and_may_ask_for_one():
 
 
 def test_enough_is_enough():
-    diary = Diary(evaluate_every=3, verdicts={6: Verdict(enough=True)})
+    diary = Diary(evaluate_every=3, requests={6: Request(finish=True)})
     assert diary.run() == (6, "enough")
     assert diary.of("save") == [4, 6]
 
@@ -101,6 +107,33 @@ def test_a_bad_step_is_reported_with_the_state_of_then():
     (event,) = [event for event in diary.events if event[0] == "bad"]
     assert event[1] == 5
     assert event[2] - event[1] in (0, 1)
+
+
+def test_hooks_are_called_at_their_intervals_and_at_single_steps():
+    steps, states, scalars = [], [], []
+    diary = Diary(
+        hooks=(
+            StepHook(every=4, call=lambda record, state: steps.append(record.step)),
+            StepHook(at=(1, 7), call=lambda record, state: scalars.append((record.step, dict(record.scalars)))),
+            StateHook(every=5, at=(2,), call=lambda state: states.append(state.step)),
+        )
+    )
+    diary.run()
+    assert steps == [4, 8, 10]
+    assert scalars == [(1, {"margin": 0.25}), (7, {"margin": 0.25})]
+    assert states == [2, 5, 10]
+
+
+def test_a_run_can_be_trained_in_pieces():
+    diary = Diary(evaluate_every=6)
+    assert diary.run(until=3) == (3, "paused")
+    assert diary.of("observe") == [1, 2, 3]
+    assert diary.of("save") == []
+    assert diary.run(begin=3, until=7) == (7, "paused")
+    assert diary.run(begin=7) == (10, "finished")
+    assert diary.of("observe") == list(range(1, 11))
+    assert diary.of("evaluate") == [6, 10]
+    assert diary.of("save") == [4, 8, 10]
 
 
 def test_a_finished_run_does_nothing():
@@ -134,7 +167,8 @@ def test_the_host_runs_ahead_of_the_device():
             self.done = int(index) + 1
             assert isinstance(batch["tokens"], jax.Array), "the step never waits for a batch"
             self.events.append(("start", self.done))
-            return trainable, opt_state, (Unread(self, self.done, 1.0), *(np.float32(0), np.int32(0), np.int32(0)))
+            loss = Unread(self, self.done, 1.0)
+            return trainable, opt_state, StepMetrics(loss, np.float32(0), np.int32(0), np.int32(0), {})
 
     def placed(diary):
         for number in range(1, 100):

@@ -10,6 +10,7 @@ from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
 from flacuna_jax.training.loop import to_devices
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.scoring import make_scorer
 from flacuna_jax.training.step import StepConfig, partition
 from tests.tiny import SMALL, in_steps, packed_batch, random_params
@@ -50,10 +51,10 @@ def test_sums_by_label_equal_the_plain_forward_pass(mesh_config):
         for params, parameters in ((adapters, SPEC.adapters), (base, SPEC.base))
     )
     trainable, frozen = partition(SPEC, base, adapters)
-    score = make_scorer(StepConfig(SPEC, seed=0), LABELS, mesh)
+    score = make_scorer(StepConfig(NetworkConfig(SPEC)), LABELS, mesh)
     sums = jax.device_get(score(trainable, frozen, to_devices(in_steps(batch, 2), batch_sharding(mesh))))
     # float32 over two layers; sums of a few dozen losses of about 5.
-    np.testing.assert_allclose(sums.loss, expected[0], rtol=1e-5)
-    np.testing.assert_array_equal(sums.hits, expected[1])
+    np.testing.assert_allclose(sums.values["loss"], expected[0], rtol=1e-5)
+    np.testing.assert_array_equal(sums.values["token_accuracy"], expected[1])
     np.testing.assert_array_equal(sums.tokens, expected[2])
     assert sums.tokens.sum() < batch["loss_mask"].sum(), "label -1 counts nowhere"

@@ -9,6 +9,7 @@ import pytest
 from flacuna_jax.config.schema import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings, replicated
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step
 from tests.tiny import SMALL, in_steps, packed_batch, to_device
 from tests.torch_models import config_of, from_torch, torch, torch_llama, torch_module, transformers
@@ -84,8 +85,8 @@ def test_packed_gradients_equal_pefts_on_single_documents(targets):
     expected_loss = torch_loss(reference, documents_in(ROWS))
     expected_loss.backward()
     batch = to_device(in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 2))
-    loss, gradients = jax.jit(loss_and_gradients, static_argnums=0)(
-        StepConfig(spec, seed=0), adapters, base, batch, jnp.int32(0)
+    loss, _, gradients = jax.jit(loss_and_gradients, static_argnums=0)(
+        StepConfig(NetworkConfig(spec)), adapters, base, batch, jnp.int32(0)
     )
 
     assert float(loss) == pytest.approx(expected_loss.item(), abs=1e-5)
@@ -117,7 +118,7 @@ def run_ours(
         parameter_shardings(spec.adapters, mesh),
         jax.tree.map(lambda _: replicated(mesh), opt_state),
     )
-    step = make_step(StepConfig(spec, seed=0), optimizer, mesh, shardings)
+    step = make_step(StepConfig(NetworkConfig(spec)), optimizer, mesh, shardings)
     losses = []
     for index, batch in enumerate(batches):
         adapters, opt_state, metrics = step(adapters, opt_state, base, batch, np.int32(index))

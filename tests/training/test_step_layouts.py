@@ -9,6 +9,7 @@ import pytest
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, make_step, partition
 from tests.tiny import SMALL, in_steps, packed_batch
 
@@ -49,7 +50,7 @@ def run(spec: ModelSpec, layout: tuple[MeshConfig, int], remat: str = "none"):
         optimizer, lambda _, s: s, opt_state, shardings, transform_non_params=lambda _: replicated(mesh)
     )
     opt_state = jax.device_put(opt_state, opt_shardings)
-    step = make_step(StepConfig(spec, seed=0, remat=remat), optimizer, mesh, (shardings, opt_shardings))
+    step = make_step(StepConfig(NetworkConfig(spec, remat=remat)), optimizer, mesh, (shardings, opt_shardings))
 
     batch = in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), micro_batch * mesh_config.row_shards)
     batch = {name: jax.device_put(leaf, batch_sharding(mesh)) for name, leaf in batch.items()}
@@ -100,7 +101,9 @@ def test_dropout_is_alive_and_differs_by_step(expected):
     batch = {n: jnp.asarray(v) for n, v in in_steps(packed_batch(DOCUMENTS, ROWS, LENGTH), 8).items()}
     from flacuna_jax.training.step import loss_and_gradients
 
-    run_loss = jax.jit(lambda index: loss_and_gradients(StepConfig(spec, seed=0), adapters, base, batch, index)[0])
+    run_loss = jax.jit(
+        lambda index: loss_and_gradients(StepConfig(NetworkConfig(spec)), adapters, base, batch, index)[0]
+    )
     first, again, second = float(run_loss(0)), float(run_loss(0)), float(run_loss(1))
     assert first == again
     assert first != second
@@ -114,6 +117,6 @@ def test_an_all_empty_step_gives_zero_and_no_nan():
     empty = {name: jnp.asarray(leaf) for name, leaf in in_steps(packed_batch([], [[], []], LENGTH), 2).items()}
     from flacuna_jax.training.step import loss_and_gradients
 
-    loss, gradients = loss_and_gradients(StepConfig(spec, seed=0), adapters, base, empty, jnp.int32(0))
+    loss, _, gradients = loss_and_gradients(StepConfig(NetworkConfig(spec)), adapters, base, empty, jnp.int32(0))
     assert float(loss) == 0
     assert all(not np.asarray(g).any() for g in gradients.values())

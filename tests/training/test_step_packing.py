@@ -7,7 +7,8 @@ import pytest
 
 from flacuna_jax.config.schema import PROJECTIONS, LoraConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
-from flacuna_jax.training.step import StepConfig, loss_and_gradients, micro_batch_losses
+from flacuna_jax.training.network import NetworkConfig
+from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.tiny import SMALL, in_steps, packed_batch, random_params, to_device
 
 LENGTH = 40
@@ -23,15 +24,15 @@ def params() -> tuple[Params, Params]:
 
 def losses(params, batch) -> np.ndarray:
     base, adapters = params
-    config = StepConfig(SPEC, seed=0)
-    run = jax.jit(lambda p, b: micro_batch_losses(config, p, b))
+    config = NetworkConfig(SPEC)
+    run = jax.jit(lambda p, b: config.with_params(p).token_losses(b))
     return np.asarray(run({**base, **adapters}, to_device(batch)))
 
 
 def gradients(params, batch) -> Params:
     base, adapters = params
     run = jax.jit(loss_and_gradients, static_argnums=0)
-    return run(StepConfig(SPEC, seed=0), adapters, base, to_device(in_steps(batch, 1)), jnp.int32(0))[1]
+    return run(StepConfig(NetworkConfig(SPEC)), adapters, base, to_device(in_steps(batch, 1)), jnp.int32(0))[2]
 
 
 def test_packed_documents_have_the_losses_they_have_alone(params):

@@ -1,0 +1,301 @@
+"""A training run as an object. `flacuna train` runs one to its end; a program can train part of it and add hooks."""
+
+import contextlib
+import datetime
+import functools
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from flacuna_jax import distributed
+from flacuna_jax.config.files import require_settings
+from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.data.pipeline import BatchStream, StepSource
+from flacuna_jax.errors import UserError
+from flacuna_jax.evaluation.suite import Evaluator
+from flacuna_jax.logs.live_report import LiveReport
+from flacuna_jax.logs.metrics import open_tracker
+from flacuna_jax.logs.progress import open_progress
+from flacuna_jax.logs.step_log import StepLog
+from flacuna_jax.model.parameters import Params
+from flacuna_jax.model.sharding import batch_sharding
+from flacuna_jax.run.bad_steps import BadStep, BadStepPolicy, BatchInspector
+from flacuna_jax.run.deliver import deliver_result
+from flacuna_jax.run.evaluation import make_measurement, read_tasks
+from flacuna_jax.run.measurement import is_due
+from flacuna_jax.run.resume import WORDS
+from flacuna_jax.run.setup import (
+    Say,
+    Setup,
+    open_parts,
+    peak_flops,
+    plan_facts,
+    require_output_apart,
+    say_at_once,
+    say_nothing,
+    set_up,
+)
+from flacuna_jax.run.start import chosen_state, starting_point
+from flacuna_jax.run.stop import StopRequest
+from flacuna_jax.run.watch import Watch, report_on, warn_if_worse
+from flacuna_jax.storage.bucket import is_bucket, open_output
+from flacuna_jax.storage.checkpoint import Checkpointer
+from flacuna_jax.storage.run_directory import RunDirectory
+from flacuna_jax.training.flops import StepFlops, flops_of_step
+from flacuna_jax.training.loop import End, Loop, Request, StateHook, StepHook, StepRecord
+from flacuna_jax.training.profile import PROFILE, profile_hook
+from flacuna_jax.training.state import TrainState
+from flacuna_jax.training.step import StepConfig, make_step
+
+
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig, *, stop: StopRequest | None = None, say: Say = say_at_once, profile: bool = False
+) -> Iterator["TrainingRun"]:
+    """Opens a new run in `config.output_dir`, or the one that is there, from its newest checkpoint.
+
+    Everything is read and checked before anything is written. Only the first host prints.
+
+    Args:
+      config: from `load_config` or `parse_config`.
+      stop: ends training between two steps; None: nothing does.
+      say: receives the lines that `flacuna train` prints.
+      profile: trace a few steps into output_dir/profile.
+
+    Raises:
+      UserError: the config, the model, the data or the output directory is not usable; the message says why.
+    """
+    require_settings(config.checkpoint.allow_changes, tuple(WORDS), "checkpoint.allow_changes")
+    distributed.initialize(config.distributed)
+    require_output_apart(config)
+    tasks = read_tasks(config)
+    parts = open_parts(config)
+    primary = jax.process_index() == 0
+    say = say if primary else say_nothing
+    if unread := distributed.unread_launcher():
+        say(f"warning    {unread}")
+    with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
+        setup = set_up(parts, say)
+        # Adapters are small: writing them takes no time worth hiding.
+        asynchronous = config.lora is None or is_bucket(config.output_dir)
+        with (
+            Checkpointer(directory.output, keep=config.checkpoint.keep, asynchronous=asynchronous) as checkpointer,
+            contextlib.ExitStack() as outputs,
+        ):
+            yield TrainingRun(setup, directory, checkpointer, tasks, stop or StopRequest(), say, profile, outputs)
+
+
+class TrainingRun:
+    """One run between its start and its delivery; made by `open_run`.
+
+    `setup` has the resolved config, the data and the plan; `state` the step, the trainable parameters and the
+    optimizer state; `base` the frozen parameters.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        checkpointer: Checkpointer,
+        tasks: Evaluator | None,
+        stop: StopRequest,
+        say: Say,
+        profile: bool,
+        outputs: contextlib.ExitStack,
+    ) -> None:
+        config, self._primary = setup.config, jax.process_index() == 0
+        self.setup, self._directory, self._checkpointer = setup, directory, checkpointer
+        self._stop, self._say, self._outputs = stop, say, outputs
+        for label, text in plan_facts(setup):
+            say(f"{label:<10} {text}")
+        start = starting_point(setup, directory, checkpointer, say)
+        self.state: TrainState = start.state
+        self.base: Params = start.base
+        self._history, self._meta, self._first_step = start.history, start.meta, start.state.step
+        if self._primary:
+            directory.write_config(config.to_yaml())
+            cut = directory.cut_back(self.step, self._evaluation_is_due)
+            if cut.later:
+                say(f"metrics.jsonl: {cut.later:,} records after step {self.step} removed; those steps are made again")
+            if cut.torn:
+                say(f"metrics.jsonl: {cut.torn:,} unreadable lines removed")
+        self._report = LiveReport(functools.partial(report_on, setup, directory) if self._primary else say_nothing, say)
+        self._tasks, self._profile = tasks, profile
+        self._source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
+        stream = BatchStream(self._source, start_step=self.step, threads=2, ahead=4)
+        self._stream = outputs.enter_context(contextlib.closing(stream))
+        self._step_config = StepConfig.of_run(setup.spec, config)
+        self._compiled = make_step(self._step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
+        self._added: list[StepHook | StateHook] = []
+        self._last_loss: float | None = None
+        self._end: End = "paused"
+        self._began = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return self.state.step
+
+    @property
+    def total_steps(self) -> int:
+        return self.setup.plan.total_steps
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """All parameters by path."""
+        return {**self.base, **self.state.trainable}
+
+    def add_hook(
+        self, call: Callable[[StepRecord, TrainState], None], *, every: int = 1, at: Collection[int] = ()
+    ) -> None:
+        """Calls `call(record, state)` with the results of every `every`-th step and of the steps in `at`.
+
+        `record` arrives up to one step late, see `StepHook`. The time that a hook takes counts in no rate.
+        """
+
+        def paused(record: StepRecord, state: TrainState) -> None:
+            with self._watch.log.throughput.paused():
+                call(record, state)
+
+        self._added.append(StepHook(every=every, at=at, call=paused))
+
+    def add_state_hook(
+        self, call: Callable[[TrainState], Request | None], *, every: int | None = None, at: Collection[int] = ()
+    ) -> None:
+        """Calls `call(state)` after every `every`-th step, the last step and the steps in `at`, the device being idle.
+
+        It may return a `Request` to save the state or to finish the run.
+        """
+
+        def aside(state: TrainState) -> Request | None:
+            with self._watch.log.aside("calling a hook"):
+                return call(state)
+
+        self._added.append(StateHook(every=every, at=at, call=aside))
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes numbers to metrics.jsonl and the trackers; the report draws each as a curve."""
+        self._watch.tracker.log({"step": step, "kind": "hook", **numbers})
+
+    def train(self, until: int | None = None) -> End:
+        """Trains to step `until`, or to the end, and returns why it ended.
+
+        Raises:
+          BadStep: the loss is not finite, or leapt, and the settings say to stop.
+          UserError: the output directory failed.
+        """
+        with self._stop.deferred():
+            watch = self._watch
+            loop = Loop(
+                step=self._compiled,
+                frozen=self.base,
+                batches=self._stream,
+                batch_sharding=batch_sharding(self.setup.mesh),
+                total_steps=self.total_steps,
+                hooks=(*watch.hooks, *self._added),
+                stop=self._stop.poll,
+            )
+            try:
+                if self._evaluation_is_due:
+                    watch.evaluate(self.state)
+                if self._has_enough:
+                    self._end = "enough"
+                else:
+                    self.state, self._end = loop.run(self.state, until)
+            except BadStep as reason:
+                self._report.finish(f"ended at a bad step: {str(reason).partition(';')[0]}")
+                raise
+            self._last_loss = watch.log.last_loss
+            self._checkpointer.wait()
+            if self._end != "paused":
+                self._outputs.close()
+        return self._end
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state."""
+        self._watch.save(self.state)
+        self._checkpointer.wait()
+
+    def stopped(self, by: str) -> str:
+        """Closes the report of a run that was stopped, and says in one line what is kept of it."""
+        self._report.finish(f"stopped by {by} after step {self.step}")
+        return f"{by}: " + (
+            f"saved after step {self.step}; start again to continue" if self.step else "no step was done"
+        )
+
+    def deliver(self) -> Path:
+        """Writes and verifies the adapter, or the model after full fine-tuning, and finishes the report.
+
+        Returns:
+          The directory of the adapter or model.
+
+        Raises:
+          UserError: the run is not at its end; or the files cannot be written.
+        """
+        config, history, say = self.setup.config, self._history, self._say
+        if self._end not in ("finished", "enough"):
+            raise UserError(
+                f"the run is at step {self.step} of {self.total_steps}; train it to its end before it is delivered, "
+                "or export a checkpoint"
+            )
+        taken = datetime.timedelta(seconds=round(time.monotonic() - self._began))
+        now = f", {self.step - self._first_step:,} of them now," if self._first_step else ""
+        say(f"{self.step:,} of {self.total_steps:,} steps done{now} in {taken}")
+        if self._end == "enough":
+            say(f"stopped early: no new best in {history.since_best} evaluations")
+        warn_if_worse(self._directory, config.evaluation, history, say)
+        chosen = chosen_state(self.setup, self._checkpointer, history, self.state, say)
+        directory, line = deliver_result(self.setup, self._directory, chosen, self.base, self._last_loss)
+        say(line)
+        course = "finished" if self._end == "finished" else f"finished early, after step {self.step:,}"
+        if chosen.step != self.step:
+            course += f", the best of step {chosen.step:,} delivered"
+        self._report.finish(course)
+        return directory
+
+    @functools.cached_property
+    def _watch(self) -> Watch:
+        """Opened by the first call that needs it; its outputs are closed at the end of training."""
+        setup, config, primary = self.setup, self.setup.config, self._primary
+        path = self._directory.path
+        tracker = self._outputs.enter_context(
+            open_tracker(config.logging, path, config=setup.meta["config"], after_step=self.step, primary=primary)
+        )
+        progress = self._outputs.enter_context(open_progress(self.total_steps, self.step, primary=primary))
+        log = StepLog(
+            total_steps=self.total_steps,
+            every_steps=config.logging.every_steps,
+            schedule=setup.schedule,
+            info=self._source.info,
+            tracker=tracker,
+            progress=progress,
+            flops=functools.partial(flops_of_step, StepFlops.of(setup.spec), setup.store.lengths),
+            peak_flops=peak_flops(),
+        )
+        measurement = make_measurement(
+            setup, self._step_config, self.base, self._history, self._tasks, tracker, self._directory, progress.say,
+            self._stop.poll,
+        )  # fmt: skip
+        splits = [one.split for one in config.data.sources]
+        rows = batch_sharding(setup.mesh)
+        inspector = BatchInspector(setup.store, splits, self._source, self._step_config, rows, setup.tokenizer)
+        on_bad = BadStepPolicy(config.training, inspector, self.base, path if primary else None, progress.say)
+        profile = profile_hook(path / PROFILE, self.step, self.total_steps, progress.say) if self._profile else None
+        return Watch(
+            setup, self._directory, self._checkpointer, tracker, self._history, log, measurement, on_bad, profile,
+            self._report, self._meta,
+        )  # fmt: skip
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        """Before the first step, and where a run was stopped between a step and its evaluation."""
+        settings = self.setup.config.evaluation
+        return settings is not None and is_due(settings, self._history, self.step, self.total_steps)
+
+    @property
+    def _has_enough(self) -> bool:
+        """Whether a run that is started again had stopped early."""
+        settings = self.setup.config.evaluation
+        return settings is not None and self._history.is_exhausted(settings.patience)

@@ -1,0 +1,75 @@
+"""The network of a run together with the settings that its compiled programs are made for."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.kernels.attention import Backend
+from flacuna_jax.kernels.cross_entropy import token_losses, token_scores
+from flacuna_jax.model.llama import Llama
+from flacuna_jax.model.parameters import ModelSpec, Params
+
+Batch = Mapping[str, jax.Array]
+"""Packed rows by leaf (see `training.objective`): [accumulation, batch, length], in a micro-batch [batch, length]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """A network without parameters. Hashable, so that it can be a static argument of a jitted function."""
+
+    spec: ModelSpec
+    remat: str = "none"
+    attention: Backend = "auto"
+    one_document: bool = False
+    """No row holds more than one document, which `attention: cudnn` requires."""
+
+    @classmethod
+    def of_run(cls, spec: ModelSpec, config: RunConfig) -> "NetworkConfig":
+        training = config.training
+        return cls(spec, training.remat, training.attention, config.data.packing == "none")
+
+    def with_params(self, params: Params, row_keys_b: jax.Array | None = None) -> "Network":
+        return Network(self, params, row_keys_b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network with its parameters, which an objective applies to packed rows.
+
+    Args:
+      config: static settings.
+      params: all parameters, trainable and frozen.
+      row_keys_b: a dropout key per row; None switches dropout off.
+    """
+
+    config: NetworkConfig
+    params: Params
+    row_keys_b: jax.Array | None = None
+
+    def token_losses(self, batch: Batch) -> jax.Array:
+        """Cross-entropy of each supervised target of a micro-batch, in nats: float32 [batch, length], 0 elsewhere."""
+        model, states_btd, trained_columns = self._before_head(batch)
+        columns = {"trained_columns": trained_columns} if trained_columns else {}
+        return token_losses(states_btd, model.head(), batch["targets"], batch["loss_mask"], **columns)
+
+    def token_scores(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """`token_losses`, and whether no other token is more likely than the target: bool [batch, length]."""
+        model, states_btd, _ = self._before_head(batch)
+        return token_scores(states_btd, model.head(), batch["targets"], batch["loss_mask"])
+
+    def _before_head(self, batch: Batch) -> tuple[Llama, jax.Array, int]:
+        """The module, the states that its head is applied to, and how many of their columns belong to an adapter."""
+        config = self.config
+        model = config.spec.merge(self.params)
+        hidden_btd = model(
+            batch["tokens"],
+            batch["positions"],
+            model.mask(batch["segment_ids"], one_document=config.one_document),
+            row_keys_b=self.row_keys_b,
+            remat=config.remat,
+            attention_backend=config.attention,
+        )
+        states_btd = model.before_head(hidden_btd, self.row_keys_b)
+        return model, states_btd, states_btd.shape[-1] - hidden_btd.shape[-1]

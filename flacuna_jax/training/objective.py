@@ -1,0 +1,99 @@
+"""Objectives: what a step minimises and an evaluation measures, as values.
+
+An objective is defined on micro-batches, because its terms are sums: the step adds them up over all micro-batches and
+devices and divides once, so the result does not depend on how the rows were cut up. Whatever a run logs under a name
+of its own is a scalar of the objective; metrics.jsonl, the trackers and the report take its name from here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flacuna_jax.training.network import Batch, Network
+
+
+class Weighted(NamedTuple):
+    """A sum over a micro-batch and the total weight to divide it by, both scalars."""
+
+    sum: jax.Array
+    """Float32."""
+    weight: jax.Array
+    """A count (int32), or a sum of weights (float32); no gradient passes through it."""
+
+    def mean(self) -> jax.Array:
+        """Float32; 0 where there is no weight."""
+        weight = self.weight.astype(jnp.float32)
+        return self.sum / jnp.where(weight > 0, weight, 1.0)
+
+
+class Terms(NamedTuple):
+    """What an objective computes from a micro-batch."""
+
+    loss: Weighted
+    scalars: Mapping[str, Weighted]
+    """Logged by name, without a gradient."""
+
+
+class Measures(NamedTuple):
+    """What an evaluation adds up, per token, so that it can be divided by source or by example."""
+
+    values_bt: Mapping[str, jax.Array]
+    """By name, float32 or int32 [batch, length], zero where `counted_bt` is False. One of them is "loss"."""
+    counted_bt: jax.Array
+    """Bool [batch, length]: the tokens over which the values are averaged."""
+
+
+def _nothing(means: Mapping[str, float]) -> dict[str, float]:
+    del means
+    return {}
+
+
+class Leaf(NamedTuple):
+    """An array of the batch."""
+
+    name: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is optimised. Hashable, so that it can be a static argument of a jitted function.
+
+    Args:
+      leaves: the arrays of a batch, each [accumulation, batch, length]; among them `segment_ids`, 0 in padding.
+      terms: (network, micro-batch) → the loss and other scalars of one micro-batch.
+      measures: (network, micro-batch) → what an evaluation adds up. Dropout is off.
+      derived: means of an evaluation by name → further figures, computed from them.
+    """
+
+    leaves: tuple[Leaf, ...]
+    terms: Callable[[Network, Batch], Terms]
+    measures: Callable[[Network, Batch], Measures]
+    derived: Callable[[Mapping[str, float]], dict[str, float]] = _nothing
+
+
+def _token_terms(network: Network, batch: Batch) -> Terms:
+    return Terms(Weighted(jnp.sum(network.token_losses(batch)), jnp.sum(batch["loss_mask"])), {})
+
+
+def _token_measures(network: Network, batch: Batch) -> Measures:
+    losses_bt, hits_bt = network.token_scores(batch)
+    return Measures({"loss": losses_bt, "token_accuracy": hits_bt.astype(jnp.int32)}, batch["loss_mask"])
+
+
+def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
+    return {"perplexity": math.exp(means["loss"]) if means["loss"] < 700 else math.inf}
+
+
+PACKED_ROWS = (
+    *(Leaf(name, "int32") for name in ("tokens", "targets", "segment_ids", "positions")),
+    Leaf("loss_mask", "bool"),
+)
+"""Leaves of packed instruction data: `targets` are the next tokens, `loss_mask` marks those that are supervised."""
+
+SUPERVISED_TOKENS = Objective(PACKED_ROWS, _token_terms, _token_measures, _perplexity)
+"""Mean cross-entropy of the supervised tokens, each token weighing the same."""
