@@ -35,10 +35,12 @@ from flacuna_jax.run.start import fresh_state, newest_state
 from flacuna_jax.run.stop import Stopped, StopRequest
 from flacuna_jax.run.training_run import open_run
 from flacuna_jax.storage.bucket import require_supported
+from flacuna_jax.training.loop import StateHook, StepHook
 from flacuna_jax.training.step import StepConfig, make_step
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
+def main(argv: Sequence[str] | None = None, *, hooks: Sequence[StepHook | StateHook] = ()) -> int | None:
+    """The verb. `hooks` are added to the run, for programs that call it."""
     parser = Parser(
         "train",
         "Fine-tunes a LLaMA: LoRA adapters, or every weight with lora: null.",
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 return prove_determinism(config)
             if arguments.inspect_step is not None:
                 return inspect_step(config, arguments.inspect_step)
-            return train(config, stop, profile=arguments.profile)
+            return train(config, stop, profile=arguments.profile, hooks=hooks)
         except Stopped as reason:
             print(f"stopped: {reason}", file=sys.stderr)
             return EXIT_STOPPED
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             return EXIT_FAILURE
 
 
-def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int:
+def train(
+    config: RunConfig, stop: StopRequest, *, profile: bool = False, hooks: Sequence[StepHook | StateHook] = ()
+) -> int:
     """Runs, or resumes, one training run; returns the exit status.
 
     Raises:
@@ -81,7 +85,7 @@ def train(config: RunConfig, stop: StopRequest, *, profile: bool = False) -> int
       Stopped: a signal came; the state is saved.
       BadStep: the loss is not finite, or leapt, and the settings say to stop.
     """
-    with open_run(config, stop=stop, profile=profile) as run:
+    with open_run(config, stop=stop, profile=profile, hooks=hooks) as run:
         if run.train() == "stopped" or stop.poll():
             raise Stopped(run.stopped(by=stop.received or "another host"))
         run.deliver()

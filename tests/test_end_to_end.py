@@ -1,21 +1,27 @@
 """`python -m flacuna_jax.train` as a user runs it: from nothing to a verified adapter, interrupted and continued."""
 
+import functools
 import json
+import os
 import shlex
 import shutil
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from flacuna_jax import train
 from flacuna_jax.cli import main as flacuna
+from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config, parse_config
 from flacuna_jax.config.schema import MeshConfig
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.run.deliver import what_next
-from flacuna_jax.run.training_run import open_run
+from flacuna_jax.training.loop import StateHook, StepHook
 from tests.small_run import write_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -24,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 2}
 
 
-def run(config: Path, *overrides: str) -> int:
-    return flacuna(["train", "--config", str(config), *overrides])
+def run(config: Path, *overrides: str, hooks: Sequence[StepHook | StateHook] = ()) -> int:
+    return run_verb(functools.partial(train.main, hooks=hooks), ["--config", str(config), *overrides])
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -81,19 +87,23 @@ class Stopped(Exception):
     pass
 
 
-def run_until(step: int, config: Path, *overrides: str) -> None:
-    """Breaks off once the results of `step` are there; the run must come that far."""
+def at_step(number: int, action: Callable[[], object]) -> list[StepHook]:
+    """Hooks that do something to the world once the results of step `number` are there."""
+    return [StepHook(at=(number,), call=lambda record, state: action())]
 
-    def stop(record, state):
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_until(step: int, config: Path, *overrides: str) -> None:
+    """Breaks off after `step`, as a crash does; the run must come that far."""
+
+    def stop() -> None:
         raise Stopped
 
-    def train():
-        with open_run(load_config(config, overrides)) as opened:
-            opened.add_hook(stop, at=(step,))
-            opened.train()
-
     with pytest.raises(Stopped):
-        train()
+        run(config, *overrides, hooks=at_step(step, stop))
 
 
 @pytest.mark.parametrize("at", [4, 7, 11])

@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flacuna_jax import train as train_verb
 from flacuna_jax.cli import EXIT_STOPPED
+from flacuna_jax.run import training_run
 from flacuna_jax.run.stop import SIGNALS
 from flacuna_jax.storage.checkpoint import list_checkpoints
 from flacuna_jax.training.evaluator import HeldOut
+from flacuna_jax.training.loop import StateHook
 from tests.small_run import SIZES, write_run
-from tests.test_end_to_end import Stopped, losses, run
+from tests.test_end_to_end import Stopped, at_step, losses, run, terminate
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "signals_of_a_terminal")
 
@@ -74,21 +75,6 @@ def fill(filler: Path) -> None:
             file.write(b"x" * 4096)
 
 
-@contextlib.contextmanager
-def at_step(number: int, action):
-    """Does something to the world when step `number` has been observed."""
-    observe = train_verb.StepLog.__call__
-
-    def disturbed(self, record):
-        observe(self, record)
-        if record.step == number:
-            action()
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_verb.StepLog, "__call__", disturbed)
-        yield
-
-
 # --- The disk ----------------------------------------------------------------------------------------------------
 
 
@@ -96,8 +82,7 @@ def at_step(number: int, action):
 def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
         out, filler = disk / "run", disk / "filler"
-        with at_step(at, lambda: fill(filler)):
-            status = run(undisturbed / "config.yaml", f"--output_dir={out}")
+        status = run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(at, lambda: fill(filler)))
         said = capsys.readouterr().err
         assert status == 2
         assert "cannot be written: No space left on device" in said
@@ -107,17 +92,16 @@ def test_a_disk_that_fills_up(undisturbed, tmp_path, capsys, at):
         assert_same_run(out, undisturbed / "run")
 
 
-def test_a_disk_that_is_full_when_the_result_is_written(undisturbed, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_is_full_when_the_result_is_written(undisturbed, tmp_path, capsys):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk:
-        out, deliver = disk / "run", train_verb.deliver_result
+        out, last = disk / "run", max(losses(undisturbed / "run"))
 
-        def deliver_to_a_full_disk(*arguments):
-            fill(disk / "filler")
-            return deliver(*arguments)
+        def fill_after_the_last_save(state):
+            if state.step == last:
+                fill(disk / "filler")
 
-        with monkeypatch.context() as patched:
-            patched.setattr(train_verb, "deliver_result", deliver_to_a_full_disk)
-            assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+        hook = StateHook(call=fill_after_the_last_save, saves=True)
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=[hook]) == 2
         said = capsys.readouterr().err
         assert f"{out / 'adapter'} cannot be written: No space left on device" in said
         assert "Traceback" not in said
@@ -159,8 +143,7 @@ def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
             subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
 
         try:
-            with at_step(at, protect):
-                status = run(undisturbed / "config.yaml", f"--output_dir={out}")
+            status = run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(at, protect))
         finally:
             subprocess.run(["umount", str(disk)], capture_output=True)
         said = capsys.readouterr().err
@@ -175,8 +158,7 @@ def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
 def test_an_output_directory_that_vanishes(undisturbed, tmp_path, capsys, at):
     """Removed between two saves, and right at one."""
     out = tmp_path / "run"
-    with at_step(at, lambda: shutil.rmtree(out)):
-        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(at, lambda: shutil.rmtree(out))) == 2
     said = capsys.readouterr().err
     assert "is gone: its directory was removed, moved or unmounted" in said
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
@@ -185,8 +167,7 @@ def test_an_output_directory_that_vanishes(undisturbed, tmp_path, capsys, at):
 
 def test_an_output_directory_that_is_moved_back(undisturbed, tmp_path, capsys):
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    with at_step(5, lambda: out.rename(elsewhere)):
-        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(5, lambda: out.rename(elsewhere))) == 2
     assert "is gone" in capsys.readouterr().err
     shutil.rmtree(out, ignore_errors=True)
     elsewhere.rename(out)
@@ -222,8 +203,7 @@ def test_one_changed_number_of_the_base_is_found(undisturbed, tmp_path, capsys, 
     assert run(config, f"--output_dir={tmp_path / 'full'}", "--lora=null", "--training.max_steps=1") == 0
     (tmp_path / "full" / "model").rename(base)
     arguments = config, f"--output_dir={out}", f"--model={{path: {base}, dtype: float32}}"
-    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert run(*arguments) == EXIT_STOPPED
+    assert run(*arguments, hooks=at_step(4, terminate)) == EXIT_STOPPED
     tensors = load_file(base / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"].copy()
     embedding.flat[int(place * embedding.size)] += 1
@@ -424,25 +404,22 @@ def test_a_terminal_that_is_closed_ends_the_run_saved(undisturbed, tmp_path):
 def test_a_report_that_cannot_be_written_changes_no_status(undisturbed, tmp_path, capsys):
     out = tmp_path / "run"
     (out / "report.html").mkdir(parents=True)
-    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == EXIT_STOPPED
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(4, terminate)) == EXIT_STOPPED
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
     # In each start while it runs, and of how it ended.
     assert capsys.readouterr().out.count("warning: no report of a run that is ") == 4
     assert_same_run(out, undisturbed / "run")
 
 
-def test_a_signal_in_the_last_save_is_answered_before_the_delivery(undisturbed, tmp_path, monkeypatch, capsys):
-    out, last, save = tmp_path / "run", max(losses(undisturbed / "run")), train_verb.Watch.save
+def test_a_signal_in_the_last_save_is_answered_before_the_delivery(undisturbed, tmp_path, capsys):
+    out, last = tmp_path / "run", max(losses(undisturbed / "run"))
 
-    def save_and_be_stopped(self, state):
-        save(self, state)
+    def be_stopped(state):
         if state.step == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train_verb.Watch, "save", save_and_be_stopped)
-        assert run(undisturbed / "config.yaml", f"--output_dir={out}") == EXIT_STOPPED
+    hook = StateHook(call=be_stopped, saves=True)
+    assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=[hook]) == EXIT_STOPPED
     assert f"saved after step {last}" in capsys.readouterr().err
     assert not (out / "adapter").exists()
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
@@ -453,8 +430,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(undisturbed, tmp_path):
     """SIGTERM three times in the life of one run, between saves and at one."""
     out = tmp_path / "run"
     for step in (1, 6, 9):
-        with at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-            assert run(undisturbed / "config.yaml", f"--output_dir={out}") == EXIT_STOPPED
+        assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(step, terminate)) == EXIT_STOPPED
         assert list_checkpoints(out)[-1] in (step, step + 1)
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
     assert_same_run(out, undisturbed / "run")
@@ -465,7 +441,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(undisturbed, tmp_p
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0)
 
-    monkeypatch.setattr(train_verb, "set_up", interrupt)
+    monkeypatch.setattr(training_run, "set_up", interrupt)
     assert run(undisturbed / "config.yaml", f"--output_dir={tmp_path / 'run'}") == EXIT_STOPPED
     assert "stopped: SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -500,8 +476,7 @@ def assert_same_evaluated_run(directory: Path, expected: Path) -> None:
 def test_stopped_between_a_step_and_its_evaluation_the_next_start_makes_it(undisturbed, evaluated, tmp_path, at):
     out, step = tmp_path / "run", max(losses(evaluated)) if at == "the last step" else 10
     arguments = undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED
-    with at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert run(*arguments) == EXIT_STOPPED
+    assert run(*arguments, hooks=at_step(step, terminate)) == EXIT_STOPPED
     assert step not in dict(evaluations(out))
     assert run(*arguments) == 0
     assert_same_evaluated_run(out, evaluated)
@@ -512,8 +487,7 @@ def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evalua
     nothing."""
     out = tmp_path / "run"
     arguments = undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED
-    with at_step(10, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert run(*arguments) == EXIT_STOPPED
+    assert run(*arguments, hooks=at_step(10, terminate)) == EXIT_STOPPED
     measure = HeldOut.measure
 
     def stop_in_it(*given):
@@ -528,8 +502,8 @@ def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evalua
     def killed():
         raise Stopped
 
-    with at_step(11, killed), pytest.raises(Stopped):
-        run(*arguments)
+    with pytest.raises(Stopped):
+        run(*arguments, hooks=at_step(11, killed))
     assert 10 in dict(evaluations(out))
     assert run(*arguments) == 0
     assert "records removed that no checkpoint knows, after step 10: 2" in capsys.readouterr().out

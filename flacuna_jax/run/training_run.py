@@ -1,10 +1,11 @@
 """A training run as an object. `flacuna train` runs one to its end; a program can train part of it and add hooks."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -52,7 +53,12 @@ from flacuna_jax.training.step import StepConfig, make_step
 
 @contextlib.contextmanager
 def open_run(
-    config: RunConfig, *, stop: StopRequest | None = None, say: Say = say_at_once, profile: bool = False
+    config: RunConfig,
+    *,
+    hooks: Sequence[StepHook | StateHook] = (),
+    stop: StopRequest | None = None,
+    say: Say = say_at_once,
+    profile: bool = False,
 ) -> Iterator["TrainingRun"]:
     """Opens a new run in `config.output_dir`, or the one that is there, from its newest checkpoint.
 
@@ -60,6 +66,7 @@ def open_run(
 
     Args:
       config: from `load_config` or `parse_config`.
+      hooks: see `TrainingRun.add_hook`.
       stop: ends training between two steps; None: nothing does.
       say: receives the lines that `flacuna train` prints.
       profile: trace a few steps into output_dir/profile.
@@ -84,7 +91,10 @@ def open_run(
             Checkpointer(directory.output, keep=config.checkpoint.keep, asynchronous=asynchronous) as checkpointer,
             contextlib.ExitStack() as outputs,
         ):
-            yield TrainingRun(setup, directory, checkpointer, tasks, stop or StopRequest(), say, profile, outputs)
+            run = TrainingRun(setup, directory, checkpointer, tasks, stop or StopRequest(), say, profile, outputs)
+            for hook in hooks:
+                run.add_hook(hook)
+            yield run
 
 
 class TrainingRun:
@@ -118,9 +128,9 @@ class TrainingRun:
             directory.write_config(config.to_yaml())
             cut = directory.cut_back(self.step, self._evaluation_is_due)
             if cut.later:
-                say(f"metrics.jsonl: {cut.later:,} records after step {self.step} removed; those steps are made again")
+                say(f"metrics.jsonl: records removed that no checkpoint knows, after step {self.step}: {cut.later:,}")
             if cut.torn:
-                say(f"metrics.jsonl: {cut.torn:,} unreadable lines removed")
+                say(f"metrics.jsonl: unreadable lines removed: {cut.torn:,}")
         self._report = LiveReport(functools.partial(report_on, setup, directory) if self._primary else say_nothing, say)
         self._tasks, self._profile = tasks, profile
         self._source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
@@ -147,33 +157,12 @@ class TrainingRun:
         """All parameters by path."""
         return {**self.base, **self.state.trainable}
 
-    def add_hook(
-        self, call: Callable[[StepRecord, TrainState], None], *, every: int = 1, at: Collection[int] = ()
-    ) -> None:
-        """Calls `call(record, state)` with the results of every `every`-th step and of the steps in `at`.
-
-        `record` arrives up to one step late, see `StepHook`. The time that a hook takes counts in no rate.
-        """
-
-        def paused(record: StepRecord, state: TrainState) -> None:
-            with self._watch.log.throughput.paused():
-                call(record, state)
-
-        self._added.append(StepHook(every=every, at=at, call=paused))
-
-    def add_state_hook(
-        self, call: Callable[[TrainState], Request | None], *, every: int | None = None, at: Collection[int] = ()
-    ) -> None:
-        """Calls `call(state)` after every `every`-th step, the last step and the steps in `at`, the device being idle.
-
-        It may return a `Request` to save the state or to finish the run.
-        """
-
-        def aside(state: TrainState) -> Request | None:
-            with self._watch.log.aside("calling a hook"):
-                return call(state)
-
-        self._added.append(StateHook(every=every, at=at, call=aside))
+    def add_hook(self, hook: StepHook | StateHook) -> None:
+        """Calls it as its type says, after the run's own hooks. The time that it takes does not count as training."""
+        if isinstance(hook, StepHook):
+            self._added.append(dataclasses.replace(hook, call=functools.partial(self._call_step_hook, hook)))
+        else:
+            self._added.append(dataclasses.replace(hook, call=functools.partial(self._call_state_hook, hook)))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes numbers to metrics.jsonl and the trackers; the report draws each as a curve."""
@@ -181,6 +170,8 @@ class TrainingRun:
 
     def train(self, until: int | None = None) -> End:
         """Trains to step `until`, or to the end, and returns why it ended.
+
+        Only "paused" may be followed by another call; a run that was stopped is opened again to continue.
 
         Raises:
           BadStep: the loss is not finite, or leapt, and the settings say to stop.
@@ -254,6 +245,14 @@ class TrainingRun:
             course += f", the best of step {chosen.step:,} delivered"
         self._report.finish(course)
         return directory
+
+    def _call_step_hook(self, hook: StepHook, record: StepRecord, state: TrainState) -> None:
+        with self._watch.log.throughput.paused():
+            hook.call(record, state)
+
+    def _call_state_hook(self, hook: StateHook, state: TrainState) -> Request | None:
+        with self._watch.log.aside("calling a hook"):
+            return hook.call(state)
 
     @functools.cached_property
     def _watch(self) -> Watch:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flacuna_jax import train as train_verb
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from flacuna_jax.run import training_run
 from tests.small_run import records, write_run
-from tests.test_end_to_end import Stopped, adapter_bytes, losses, run
+from tests.test_end_to_end import adapter_bytes, losses, run, run_until
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -97,20 +97,10 @@ def test_stopping_says_where_and_leaves_the_checkpoints(poisoned, skipped, tmp_p
     assert adapter_bytes(out) == adapter_bytes(skipped)
 
 
-def test_interrupted_after_a_skip_it_continues_to_the_same_bytes(poisoned, skipped, tmp_path, monkeypatch):
+def test_interrupted_after_a_skip_it_continues_to_the_same_bytes(poisoned, skipped, tmp_path):
     out, first = tmp_path / "run", min(bad_steps(skipped))
-    observe = train_verb.StepLog.__call__
-
-    def stop(self, record):
-        observe(self, record)
-        if record.step == first + 2:
-            raise Stopped
-
     arguments = overrides_of(poisoned, out, "--training.on_bad_step=skip")
-    with monkeypatch.context() as patched:
-        patched.setattr(train_verb.StepLog, "__call__", stop)
-        with pytest.raises(Stopped):
-            run(poisoned / "config.yaml", *arguments)
+    run_until(first + 2, poisoned / "config.yaml", *arguments)
     assert run(poisoned / "config.yaml", *arguments) == 0
     assert adapter_bytes(out) == adapter_bytes(skipped)
     assert losses(out) == losses(skipped)
@@ -170,14 +160,14 @@ def test_the_batch_is_kept_even_if_its_records_are_gone(poisoned, skipped, tmp_p
     """The data file is removed between tokenising and the bad step: what the model saw is still there."""
     shutil.copy(poisoned / "data.json", tmp_path / "data.json")
     source = f"--data.sources.0.path={tmp_path / 'data.json'}"
-    original = train_verb.starting_point
+    original = training_run.starting_point
 
     def remove_first(*arguments):
         (tmp_path / "data.json").unlink()
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_verb, "starting_point", remove_first)
+        patched.setattr(training_run, "starting_point", remove_first)
         assert run(poisoned / "config.yaml", *overrides_of(poisoned, tmp_path / "run", source)) == 1
     ((_, kept),) = bad_steps(tmp_path / "run").items()
     guilty = [example for row in kept["rows"] for example in row if example["loss"] == "nan"]

@@ -17,7 +17,7 @@ from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.history import History
 from flacuna_jax.training.state import TrainState
 from tests.small_run import records, write_run
-from tests.test_end_to_end import adapter_bytes, run, stopped_after
+from tests.test_end_to_end import adapter_bytes, run, run_until
 from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -105,10 +105,9 @@ def test_the_best_checkpoint_stays(measured):
 
 
 @pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 9])
-def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, monkeypatch, at):
+def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, at):
     out = f"--output_dir={tmp_path / 'run'}"
-    with stopped_after(at, monkeypatch):
-        run(measured / "config.yaml", out)
+    run_until(at, measured / "config.yaml", out)
     assert run(measured / "config.yaml", out) == 0
     assert untimed(tmp_path / "run") == untimed(measured / "run")
     assert lines(tmp_path / "run" / "samples.jsonl") == lines(measured / "run" / "samples.jsonl")

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import json
-import os
 import re
 import signal
 import socket
@@ -26,9 +25,9 @@ from flacuna_jax.storage import bucket as bucket_module
 from flacuna_jax.storage.checkpoint import Checkpointer, list_checkpoints
 from flacuna_jax.storage.local_run import local_run
 from tests.small_run import write_run
-from tests.test_end_to_end import losses, run
+from tests.test_end_to_end import at_step, losses, run, terminate
 from tests.test_export import LORA, random_params, settings
-from tests.test_faults import at_step, delivered, start, wait_for
+from tests.test_faults import delivered, start, wait_for
 from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -167,8 +166,14 @@ def test_killed_it_goes_on_elsewhere_from_the_bucket_alone(undisturbed, machine,
 
 def stopped_after_six(undisturbed: Path, name: str) -> None:
     """Leaves checkpoints 3, 6 and 7 in the bucket."""
-    with at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert run(undisturbed / "config.yaml", f"--output_dir={name}") == 75
+    assert (
+        run(
+            undisturbed / "config.yaml",
+            f"--output_dir={name}",
+            hooks=at_step(6, terminate),
+        )
+        == 75
+    )
     assert list_checkpoints(name)[:2] == [3, 6]
 
 
@@ -236,8 +241,8 @@ def test_a_bucket_where_another_run_lives_is_refused(undisturbed, machine, stran
 
 def test_a_run_whose_bucket_is_taken_over_stops(undisturbed, machine, stranger, capsys):
     """Two starts in the same second, or one that was believed dead."""
-    with at_step(4, lambda: (stranger("gs://runs/lost"), time.sleep(0.3))):
-        assert run(undisturbed / "config.yaml", "--output_dir=gs://runs/lost") == 2
+    hooks = at_step(4, lambda: (stranger("gs://runs/lost"), time.sleep(0.3)))
+    assert run(undisturbed / "config.yaml", "--output_dir=gs://runs/lost", hooks=hooks) == 2
     assert "has been taken over by pid 7 on elsewhere" in capsys.readouterr().err
     assert list_checkpoints("gs://runs/lost") == [3]
 
