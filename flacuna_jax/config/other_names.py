@@ -100,7 +100,7 @@ OURS_BY_VALUE: Mapping[str, Mapping[object, str]] = MappingProxyType(
 OURS_IN_A_SOURCE: Mapping[str, str] = MappingProxyType(
     {
         "type": "format",
-        "ds_type": "path; the file type follows from its extension",
+        "ds_type": "path (its extension gives the file type)",
         "formatting": "format",
         "chat_template": "data.template, for all sources",
         "name": "path: hf:NAME:CONFIG",

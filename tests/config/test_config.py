@@ -12,7 +12,7 @@ from flacuna_jax.config.schema import MeshConfig, RunConfig
 from flacuna_jax.errors import UserError
 
 CONFIGS = sorted(
-    path for path in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "flan_mini" not in path.name
+    path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml") if "flan_mini" not in path.name
 )
 MINIMAL = """\
 output_dir: runs/x
@@ -43,7 +43,7 @@ def test_every_shipped_config_loads_and_starts_with_its_command(path):
 
 
 def test_the_papers_config_has_the_papers_values():
-    config = load_config(Path(__file__).parent.parent / "configs/flacuna_13b.yaml")
+    config = load_config(Path(__file__).parents[2] / "configs/flacuna_13b.yaml")
     assert config.lora is not None
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16, ("q_proj", "v_proj"))
     training = config.training
