@@ -1,4 +1,4 @@
-"""Command lines: options, the settings that may stand between them, and kinds of numbers for argparse's `type`."""
+"""Command lines: options, overrides of settings among them, and number parsers for argparse's `type`."""
 
 import argparse
 import difflib
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class _Paragraphs(argparse.HelpFormatter):
-    """Text in paragraphs, each as wide as the terminal."""
+    """Fills each paragraph of the help text to the width of the terminal."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
@@ -18,7 +18,7 @@ class _Paragraphs(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of a verb. What is mistyped gets one line with the nearest option instead of all that there are."""
+    """Parses the options of a verb. For a mistyped option it prints one line that suggests the nearest one."""
 
     def __init__(self, verb: str, description: str | None, epilog: str | None = None) -> None:
         super().__init__(f"flacuna {verb}", description=description, epilog=epilog, formatter_class=_Paragraphs)
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_with_overrides(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """Options, and what is left: `--section.key=value` settings of a config."""
+        """Returns the options and the other arguments, which are `--section.key=value` overrides of a config."""
         options, overrides = self.parse_known_args(argv)
         for text in overrides:
             if self._nearest(text.partition("=")[0]):
@@ -40,10 +40,10 @@ class Parser(argparse.ArgumentParser):
         hints = [f"; write --config {text}" for text in self._given if text.endswith((".yaml", ".yml"))]
         if not message.endswith("required: --config"):
             hints = [f"; did you mean {near}?" for near in map(self._nearest, re.findall(r"--[\w-]+", message)) if near]
-        self.exit(2, f"error: {message}{hints[0] if hints else ''} ({self.prog} --help tells them all)\n")
+        self.exit(2, f"error: {message}{hints[0] if hints else ''} ({self.prog} --help lists all options)\n")
 
     def _nearest(self, option: str) -> str | None:
-        """The option that one of no such name may be meant for."""
+        """The known option nearest to an unknown one."""
         known = {name.replace("_", "-"): name for name in self._option_string_actions if name.startswith("--")}
         if option in known.values():
             return None
@@ -52,11 +52,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Whole numbers from `least` on."""
+    """A parser of whole numbers not below `least`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or len(text) > 18 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
         return int(text)
 
     return parse

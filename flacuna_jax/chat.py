@@ -1,8 +1,8 @@
-"""`flacuna chat --run RUN`: a conversation in the terminal, worded exactly as in training.
+"""`flacuna chat --run RUN`: a conversation in the terminal, with exactly the template of training.
 
-Commands inside: /reset forgets the conversation, /system TEXT replaces the system text, /load ADAPTER changes the
-adapter (/load alone removes it), /base answers with base and tuned side by side, /task TEXT puts the next questions
-into the paper's prompt for writing (/task alone ends that), /help, /quit.
+Commands: /reset forgets the conversation, /system TEXT replaces the system text, /load ADAPTER switches the adapter
+(/load alone removes it), /base toggles answers of the base model beside those of the tuned one, /task TEXT puts the
+next questions into the paper's prompt for writing (/task alone ends this), /help, /quit.
 """
 
 import argparse
@@ -43,11 +43,11 @@ class Settings:
 
 @dataclasses.dataclass
 class Chat:
-    """One conversation with one model, and the same model without its adapter beside it if `beside_base`."""
+    """One conversation with a model; if `beside_base`, the model without its adapter answers each question too."""
 
     address: ModelAddress
     load: Callable[[ModelAddress, bool], LlamaLanguageModel]
-    """A model that is kept, or read from its files: also again, if the second argument is true."""
+    """Returns a loaded model. If the second argument is true, reads it from its files again."""
     settings: Settings
     beside_base: bool = False
     system: str | None = None
@@ -55,7 +55,7 @@ class Chat:
     turns: list[Turn] = dataclasses.field(default_factory=list)
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of what is printed for a line of the user: an answer, or what a command did."""
+        """Yields the text to print for a line of the user, in pieces: an answer, or the result of a command."""
         if text.startswith("/"):
             yield self.command(text)
             return
@@ -63,7 +63,7 @@ class Chat:
         try:
             yield from self._converse(text)
         except BaseException:
-            self.turns[:] = before  # a question without an answer is none
+            self.turns[:] = before  # drop a question that was not answered
             raise
 
     def _converse(self, text: str) -> Iterator[str]:
@@ -87,10 +87,10 @@ class Chat:
                 break
             if len(self.turns) < 3:
                 raise UserError(
-                    f"the question has {len(prompt)} tokens; {room} fit beside {settings.max_new_tokens} new ones"
+                    f"the question has {len(prompt)} tokens; {room} fit before {settings.max_new_tokens} new ones"
                 )
             del self.turns[:2]
-            yield "(the oldest question is forgotten, the context is full)\n"
+            yield "(the context is full: forgot the oldest question)\n"
         request = GenerationRequest(
             tuple(prompt),
             settings.max_new_tokens,
@@ -104,7 +104,7 @@ class Chat:
         yield from model.stream(request)
 
     def command(self, text: str) -> str:
-        """Does what a command says and tells so. Raises UserError for a command that is none."""
+        """Runs a command and returns the line to print. Raises UserError for an unknown command."""
         name, _, argument = text.partition(" ")
         argument = argument.strip()
         match name:
@@ -113,21 +113,21 @@ class Chat:
                 return "forgotten"
             case "/system":
                 self.system = argument or None
-                return f"system text: {argument or 'that of the template'}"
+                return f"system text: {argument or 'the one of the template'}"
             case "/load":
                 address = ModelAddress.of(str(self.address.base), argument or None)
-                self.load(address, True)  # it may have been trained further since
+                self.load(address, True)  # training may have changed it in the meantime
                 self.address = address
                 return f"answering: {address.name}"
             case "/base":
                 self.beside_base = not self.beside_base
-                return "base and tuned side by side" if self.beside_base else "one answer"
+                return "answers of base and tuned model" if self.beside_base else "answers of the tuned model only"
             case "/task":
                 self.task = argument or None
-                return f"questions are asked as: {writing_prompt(argument, '...')!r}" if argument else "plain questions"
+                return f"prompt: {writing_prompt(argument, '...')!r}" if argument else "plain questions"
             case "/help":
                 return COMMANDS
-        raise UserError(f"no command {name}; there are {COMMANDS}")
+        raise UserError(f"unknown command {name}; the commands are {COMMANDS}")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -160,14 +160,14 @@ def _new_tokens(wanted: int | None, model: LlamaLanguageModel) -> int:
         return min(Settings.max_new_tokens, context // 2)
     if not 1 <= wanted < context:
         raise UserError(
-            f"--max-new-tokens is {wanted}; answers have a token at least, and the question has to fit "
-            f"beside them into the model's context of {context}"
+            f"--max-new-tokens is {wanted}; it must be at least 1 and below the model's context of {context} tokens, "
+            "which also has to hold the question"
         )
     return wanted
 
 
 def _read() -> str | None:
-    """A line of the user; None at the end of input. Raises UserError where it is no text."""
+    """Reads a line; None at the end of input. Raises UserError if it is not UTF-8 text."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -177,7 +177,7 @@ def _read() -> str | None:
 
 
 def _tell(chat: Chat, line: str) -> None:
-    """Prints the answer as it comes. A mistake in a line, or Ctrl-C in an answer, does not end the conversation."""
+    """Prints the answer as it is generated. Neither a mistake in the line nor Ctrl-C ends the conversation."""
     try:
         for piece in chat.answer(line):
             print(piece, end="", flush=True)
@@ -192,11 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("chat", __doc__)
     add = parser.add_argument
     add_model_options(parser)
-    add("--beside-base", action="store_true", help="answer with the base too")
-    add("--system", help="system text instead of the template's")
-    add("--task", help="definition of a task: questions go into the paper's prompt for writing")
+    add("--beside-base", action="store_true", help="also print the answers of the base model")
+    add("--system", help="system text, replaces that of the template")
+    add("--task", help="definition of a task, for the paper's writing prompt that then wraps each question")
     add_template_option(add)
-    add("--max-new-tokens", type=int, help="default: 512, or half of the model's context where that is less")
+    add("--max-new-tokens", type=int, help="default: 512, or half of the model's context if that is less")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int)
     add("--top-p", type=float)

@@ -1,9 +1,9 @@
-"""`flacuna check DIR [--server URL]`: an exported directory, or the server that serves it, against what was recorded.
+"""`flacuna check DIR [--server URL]`: compares an exported directory, or a server of it, with its recorded results.
 
-A merged model's golden prompts are answered again from its files; with --server by an OpenAI-compatible server (vLLM,
-llama.cpp, TGI), whose tokens of the prompts are compared too where it tells them. An adapter is held against vLLM's
-rules, a converted checkpoint against the digests that were taken when it was written. Exit status 1 where something
-differs.
+For a merged model, the golden prompts are answered again from its files or, with --server, by an OpenAI-compatible
+server (vLLM, llama.cpp, TGI). The server's token ids of the prompts are compared too if it has an endpoint for them. An
+adapter is checked against vLLM's rules, a converted checkpoint against the digests that were recorded when it was
+written. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     directory = Path(arguments.directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; what `flacuna export` or `flacuna convert` wrote is expected")
+        raise UserError(f"{directory} is not a directory; give the output of `flacuna export` or `flacuna convert`")
     if (directory / CONFIG_FILE).is_file():
         return _check_adapter(directory)
     if is_native(directory):
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     for fault in faults:
         print(f"differs: {fault}")
     if not faults:
-        print(f"{len(records)} golden prompts: ids and greedy answers are those recorded")
+        print(f"{len(records)} golden prompts: ids and greedy answers match the recorded ones")
     return EXIT_FAILURE if faults else EXIT_OK
 
 
@@ -59,7 +59,7 @@ def _check_adapter(directory: Path) -> int:
     for violation in violations:
         print(f"vLLM: {violation}")
     if not violations:
-        print(f"vLLM loads {directory} with {vllm_options(directory)}")
+        print(f"vLLM can load {directory} with {vllm_options(directory)}")
     return EXIT_FAILURE if violations else EXIT_OK
 
 
@@ -68,9 +68,9 @@ def _check_converted(directory: Path) -> int:
     parameters = read_manifest(directory)["parameters"].values()
     damaged = [entry["file"] for entry in parameters if file_digest(directory / entry["file"]) != entry["digest"]]
     for file in damaged:
-        print(f"differs: {file} does not hold the bytes that were written; convert the model again")
+        print(f"differs: {file} has changed since it was written; convert the model again")
     if not damaged:
-        print(f"{len(parameters)} parameters: every file holds the bytes that were written")
+        print(f"{len(parameters)} parameters: no file has changed since it was written")
     return EXIT_FAILURE if damaged else EXIT_OK
 
 
@@ -82,10 +82,10 @@ def _check_files(directory: Path, records: Sequence[Record], count: int) -> Iter
     ends = {tokenizer.eos_id, *checkpoint_ends(directory)}
     for record in records:
         if encoder is not None and record.text_gives_ids and encoder.text(record.text) != list(record.ids):
-            yield f"{record.text[-60:]!r}: {encoder.name} gives other ids than recorded"
+            yield f"{record.text[-60:]!r}: ids of {encoder.name} differ from the recorded ones"
         chat = None if encoder is None else encoder.chat
         if encoder and chat and record.message_gives_ids and chat(record.message) != list(record.ids):
-            yield f"{record.message!r}: {encoder.name} with the chat template gives other ids than recorded"
+            yield f"{record.message!r}: ids of {encoder.name} with the chat template differ from the recorded"
     weights = stored_weights(open_checkpoint(directory), config)
     chosen, _ = streamed_greedy(weights, config, [record.ids for record in records], count)
     for record, ids in zip(records, chosen.tolist(), strict=True):
@@ -95,7 +95,7 @@ def _check_files(directory: Path, records: Sequence[Record], count: int) -> Iter
 
 
 class Server:
-    """An OpenAI-compatible server of completions."""
+    """An OpenAI-compatible completion server."""
 
     def __init__(self, url: str, name: str | None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
@@ -106,7 +106,7 @@ class Server:
         return self._ask("/v1/completions", request)["choices"][0]["text"]
 
     def tokens(self, text: str) -> list[int] | None:
-        """Ids as the server makes them, None where it does not tell (vLLM and llama.cpp do)."""
+        """The server's token ids of a text; None if it has no /tokenize endpoint (vLLM and llama.cpp have)."""
         request = {"model": self.name, "prompt": text, "add_special_tokens": True, "content": text, "add_special": True}
         try:
             return self._ask("/tokenize", request)["tokens"]
@@ -130,23 +130,27 @@ def _check_server(server: Server, directory: Path, records: Sequence[Record], co
         ids = server.tokens(record.text) if record.text_gives_ids else list(record.ids)
         told &= ids is not None
         if ids is not None and ids != list(record.ids):
-            twice = " (it puts BOS in front twice)" if ids[1:] == list(record.ids) else ""
-            yield f"{record.text[-60:]!r}: the server's ids are not those of training{twice}"
+            twice = " (it adds BOS twice)" if ids[1:] == list(record.ids) else ""
+            yield f"{record.text[-60:]!r}: the server's ids differ from those of training{twice}"
         prompt = record.text if record.text_gives_ids else list(record.ids)
         if fault := compare_text(record, server.complete(prompt, count), tokenizer.decode):
             yield f"{record.text[-60:]!r}: {fault}"
     if not told:
-        print("note: the server does not tell its tokens (/tokenize); only answers were compared")
+        print("note: the server has no /tokenize endpoint; only answers were compared")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "check",
-        "Compares what was exported or converted, or a server of it, with what was recorded.",
+        "Compares an exported or converted model, or a server of it, with the results recorded at export.",
     )
-    parser.add_argument("directory", metavar="DIR", help="what `flacuna export` or `flacuna convert` wrote")
-    parser.add_argument("--server", metavar="URL", help="of an OpenAI-compatible server, http://localhost:8000")
-    parser.add_argument("--served-name", metavar="NAME", help="model to ask for; default: the first it lists")
+    parser.add_argument("directory", metavar="DIR", help="output of `flacuna export` or `flacuna convert`")
+    parser.add_argument(
+        "--server", metavar="URL", help="an OpenAI-compatible server to check, for example http://localhost:8000"
+    )
+    parser.add_argument(
+        "--served-name", metavar="NAME", help="name of the model on the server; default: the first one it lists"
+    )
     return parser
 
 

@@ -15,20 +15,20 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.version import __version__
 
 VERBS = {
-    "convert": "read a Hugging Face LLaMA checkpoint into the native sharded form",
-    "prepare": "build the FLAN-mini collection, or report what a training config would see",
-    "plan": "say what a run takes on hardware that need not be here, and whether it fits",
-    "train": "fine-tune: LoRA adapters or all weights, on one device or many",
-    "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, verified",
-    "check": "compare what was exported or converted, or a server of it, with what was recorded then",
-    "evaluate": "benchmark tables: InstructEval or lm-evaluation-harness, models side by side",
+    "convert": "convert a LLaMA checkpoint into the native sharded format",
+    "prepare": "build the FLAN-mini collection, or report the data of a training config",
+    "plan": "predict memory and time of a run on any hardware, present or not, and whether it fits",
+    "train": "fine-tune LoRA adapters or all weights, on one device or many",
+    "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, and verify it",
+    "check": "compare an exported or converted model, or a server of it, with recorded results",
+    "evaluate": "compare models on the benchmarks of InstructEval or lm-evaluation-harness",
     "generate": "complete prompts with exactly the template of training",
-    "chat": "talk to a model in the terminal, tuned beside base if you like",
+    "chat": "talk to a model in the terminal, optionally beside its base",
 }
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR = 0, 1, 2
 EXIT_STOPPED = 75
-"""A signal ended a training run and its state is saved: the same command continues it. EX_TEMPFAIL of sysexits.h."""
+"""A signal ended a training run and its state is saved; the same command continues it. EX_TEMPFAIL of sysexits.h."""
 
 
 def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     """
     prepare_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter, and text that is none
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
     try:
         return main(sys.argv[1:] if argv is None else argv) or EXIT_OK
     except UserError as error:
@@ -51,7 +51,7 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"error: {str(error.filename)[:80]}...: longer than the name of a file can be", file=sys.stderr)
+        print(f"error: {str(error.filename)[:80]}...: the file name is too long", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,18 +60,18 @@ def run_verb(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
         if not _is_out_of_memory(error):
             raise
         what = str(error).partition("\n")[0] or "of this machine"
-        print(f"error: out of memory ({what}); `flacuna plan` says what fits", file=sys.stderr)
+        print(f"error: out of memory ({what}); `flacuna plan` reports what fits", file=sys.stderr)
         return EXIT_FAILURE
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of the host, or as XLA says it of a device."""
+    """Whether the host or, in XLA's words, a device is out of memory."""
     what = str(error).partition("\n")[0]
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what or "Out of memory" in what
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads our output any more (`flacuna ... | head`); then what is left of it goes nowhere."""
+    """Whether the reader of standard output has closed it (`flacuna ... | head`); if so, discards further output."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     if not any(events & select.POLLERR for _, events in poll.poll(0)):
@@ -100,13 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     verb, *rest = arguments
     if verb not in VERBS:
-        print(f"error: flacuna has no verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        print(f"error: unknown verb {verb!r}\n\n{usage()}", file=sys.stderr)
         return EXIT_USER_ERROR
     return run_verb(importlib.import_module(f"flacuna_jax.{verb}").main, rest)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process. Orbax has threads that wait for minutes for the rest of a save that failed, and so would it."""
+    """Ends the process at once; Orbax's threads would otherwise keep it alive for minutes after a failed save."""
     if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

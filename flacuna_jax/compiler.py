@@ -1,11 +1,11 @@
-"""What XLA is told, per platform, and where its programs are kept: one place, in which the user has the last word.
+"""XLA's compiler options per platform, and the cache of compiled programs. The user can override all of them.
 
-Options belong to a program: the train step hands them to `jax.jit`, so that the trainer, the planner (which compiles
-for machines that are absent) and the benchmarks have the same. One that a later jaxlib no longer knows is left out with
-a warning (`deviceless.known_options`), one that XLA_FLAGS (or LIBTPU_INIT_ARGS) names is left to the user.
-docs/performance.md says what each does to the compiled step.
+The train step passes the options to `jax.jit`, so that the trainer, the planner (which compiles for absent machines)
+and the benchmarks use the same ones. An option that the installed jaxlib does not know is omitted with a warning
+(`deviceless.known_options`); an option that XLA_FLAGS or LIBTPU_INIT_ARGS sets is left to the user.
+docs/performance.md describes the effect of each option on the compiled step.
 
-What has to be known before JAX meets a device is set by `prepare_process`, which every verb calls first.
+Every verb first calls `prepare_process`, which sets what JAX reads when it initializes its devices.
 """
 
 import os
@@ -18,38 +18,40 @@ from flacuna_jax.user_cache import user_cache
 Options = dict[str, bool | int | float | str]
 
 MEMORY_FRACTION = 0.95
-"""Of a GPU's memory for JAX's allocator. JAX's own default, 0.75, would refuse runs that fit; cuBLAS, NCCL and the CUDA
-context live in the rest."""
+"""Fraction of a GPU's memory for JAX's allocator. With JAX's default, 0.75, some runs that fit would fail. cuBLAS, NCCL
+and the CUDA context use the rest."""
 
 KEPT_FROM_SECONDS = 0.2
-"""JAX's own default is 1. A start compiles a handful of programs that take less each and seconds together."""
+"""Programs that take longer to compile are cached. JAX's default is 1 second, but start-up compiles several small
+programs that together take seconds."""
 
 ALWAYS: dict[str, Options] = {
     "cuda": {
-        # Off: products that share an operand are merged by laying frozen weights beside adapters, in every layer.
+        # 0 disables the pass. It merges products with a common operand, and for that it would concatenate frozen
+        # weights with adapters in every layer.
         "xla_gpu_dot_merger_threshold_mb": 0,
-        # What is computed again is the remat policy's choice. XLA's own, for programs above three quarters of the
-        # memory, multiplies frozen weights again and saves next to nothing by that.
+        # The remat policy decides what is recomputed. XLA's own pass, which runs for programs above three quarters of
+        # the memory, recomputes products with frozen weights and saves almost nothing.
         "xla_disable_hlo_passes": "rematerialization",
     },
 }
 SPLIT_WEIGHTS: dict[str, Options] = {
     "cuda": {
-        # Gathers of weights and reductions run beside arithmetic, instead of before it.
+        # Overlaps gathers of weights and reductions with arithmetic.
         "xla_gpu_enable_latency_hiding_scheduler": True,
     },
 }
-"""Beside those, for steps on a mesh that splits weights. TPUs overlap exchanges by default."""
+"""Additional options for steps on a mesh that splits weights. TPUs overlap communication by default."""
 
 QUICK: dict[str, tuple[Options, ...]] = {
     "tpu": ({"optimization_level": "O0"}, {"exec_time_optimization_effort": -1.0}),
 }
-"""For plans: the least effort for speed, under the names that it has had, the newest first (`deviceless.quick_options`
-takes the first that is known). For TPUs the full search takes minutes."""
+"""Options for plans that minimize the compiler's optimization effort, under their names in different releases, newest
+first (`deviceless.quick_options` takes the first known one). With full effort, compiling for TPUs takes minutes."""
 
 
 def compiler_options(platform: str, split_weights: bool, environment: Mapping[str, str] = os.environ) -> Options:
-    """Options for the step on a platform (`jax.Device.platform`), without those that the user sets."""
+    """Options for the train step on a platform (`jax.Device.platform`), without those that the user sets."""
     flags = environment.get("XLA_FLAGS", "") + " " + environment.get("LIBTPU_INIT_ARGS", "")
     named_by_user = set(re.findall(r"--(\w+)", flags))
     platform = "cuda" if platform == "gpu" else platform
@@ -58,10 +60,12 @@ def compiler_options(platform: str, split_weights: bool, environment: Mapping[st
 
 
 def prepare_process(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what JAX reads when it first meets a device; call before that. What the environment says stays.
+    """Sets the variables that JAX reads when it initializes its devices; call it before that. Does not overwrite
+    variables that are already set.
 
-    Programs that took longer than `KEPT_FROM_SECONDS` to compile are kept in the user's cache (`user_cache`), for the
-    next start and for resuming; JAX_ENABLE_COMPILATION_CACHE=false turns that off, JAX_COMPILATION_CACHE_DIR moves it.
+    Programs that take longer than `KEPT_FROM_SECONDS` to compile are kept in the user's cache (`user_cache`), for the
+    next start and for resumed runs. JAX_ENABLE_COMPILATION_CACHE=false disables this cache, and
+    JAX_COMPILATION_CACHE_DIR moves it.
     """
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     settings = {
@@ -71,5 +75,5 @@ def prepare_process(environment: MutableMapping[str, str] = os.environ) -> None:
     for name, value in settings.items():
         if name.upper() not in environment:
             environment[name.upper()] = str(value)
-            if jax := sys.modules.get("jax"):  # it has already read its environment
+            if jax := sys.modules.get("jax"):  # an imported jax has already read its environment
                 jax.config.update(name, value)

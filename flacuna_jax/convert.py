@@ -1,4 +1,4 @@
-"""`flacuna convert MODEL OUT`: a LLaMA checkpoint, Hugging Face's or Meta's, into the native sharded form, verified."""
+"""`flacuna convert MODEL OUT`: converts a LLaMA checkpoint of Hugging Face or Meta to the native sharded format."""
 
 import argparse
 import time
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             _extract_adapter(arguments, model)
         return None
     if arguments.base or arguments.alpha is not None:
-        raise UserError(f"--base and --alpha are for the released Flacuna, which {arguments.model} is not")
+        raise UserError(
+            f"--base and --alpha apply only to the released Flacuna, and {arguments.model} is not that checkpoint"
+        )
     delta = None if arguments.delta is None else open_checkpoint(arguments.delta, once=True)
     _convert_model(arguments, model if delta is None else DeltaReader(model, delta))
     return None
@@ -48,14 +50,14 @@ def _convert_model(arguments: argparse.Namespace, reader: TensorReader) -> None:
     if tokenizer_files(tokenizer):
         check_vocabulary(load_tokenizer(tokenizer), config.vocab_size, tokenizer)
     else:
-        print(f"note: {tokenizer} has no tokenizer; training will need model.tokenizer")
+        print(f"note: {tokenizer} has no tokenizer; set model.tokenizer for training")
     started = time.monotonic()
     dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
     written = deliver.convert(arguments.out, reader, config, tokenizer_source=tokenizer, dtype=dtype)
     seconds = time.monotonic() - started
     print(
         f"{arguments.out}: {len(written.files)} parameters of {config.num_layers} layers, "
-        f"{written.size} in {seconds:.1f} s, read back and verified. Next: model.path: {arguments.out}"
+        f"{written.size} in {seconds:.1f} s, read back and verified. Next, set model.path: {arguments.out}"
     )
 
 
@@ -72,11 +74,13 @@ def _extract_adapter(arguments: argparse.Namespace, model: CheckpointReader) -> 
 
 
 def _tokenizer_source(arguments: argparse.Namespace, reader: TensorReader) -> Path:
-    """A delta brings its tokenizer; the first publications of v1.1 left it out, its vocabulary being the base's. Meta
-    put one tokenizer.model beside the directories of all sizes."""
+    """The directory of the tokenizer. A delta normally includes one; the first releases of v1.1 did not, because they
+    use the vocabulary of the base. Meta's releases have one tokenizer.model next to the directories of all sizes."""
     if arguments.tokenizer is not None:
         if not tokenizer_files(arguments.tokenizer):
-            raise UserError(f"--tokenizer {arguments.tokenizer}: no tokenizer.model or tokenizer.json is there")
+            raise UserError(
+                f"--tokenizer {arguments.tokenizer}: the directory has no tokenizer.model or tokenizer.json"
+            )
         return Path(arguments.tokenizer)
     places = [reader.directory, Path(arguments.model)]
     if is_meta(places[1]):
@@ -90,7 +94,7 @@ STORED_DTYPES = {**DTYPES, "float16": np.dtype(np.float16)}
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "convert",
-        "Converts a LLaMA checkpoint, Hugging Face's or Meta's, into the native one.",
+        "Converts a LLaMA checkpoint of Hugging Face or Meta to the native format.",
     )
     parser.add_argument(
         "model",
@@ -98,11 +102,17 @@ def _parser() -> argparse.ArgumentParser:
         help="directory with safetensors, .bin or consolidated.*.pth files; the released Flacuna gives its adapter",
     )
     parser.add_argument("out", metavar="OUT", help="directory to create")
-    parser.add_argument("--delta", metavar="DIR", help="a published delta that is added to MODEL, its base")
-    parser.add_argument("--base", action="store_true", help="of the released Flacuna: its int8 base, not its adapter")
-    parser.add_argument("--alpha", type=float, help="of a training checkpoint like that one, but of another rank")
-    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not in MODEL")
-    parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="store in this dtype; default: as in MODEL")
+    parser.add_argument("--delta", metavar="DIR", help="a published delta to add to MODEL, its base")
+    parser.add_argument(
+        "--base", action="store_true", help="from the released Flacuna, convert its int8 base instead of its adapter"
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="LoRA alpha of a training checkpoint like the released Flacuna but with another rank",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="directory of the tokenizer; default: MODEL")
+    parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="dtype to store; default: that of MODEL")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""What compiling for devices that are not here needs from JAX and its compilers, asked of the installed versions.
+"""Compiling for absent devices, with whatever version of JAX and its compilers is installed.
 
 Two things change between releases:
 
-- Since 0.11, Pallas-Triton's lowering asks the ambient abstract mesh which GPU it lowers for, and looks the name up in
-  a list. A name that the list lacks (RTX A6000, A40, A10G, L40S, RTX 3090) is accepted only where that GPU is present.
-  For an absent one, a listed GPU of the same compute capability is named instead (`StandIn`): the lowering reads
-  nothing else.
-- Compile options come and go. An unknown one is an error, so `known_options` asks the compiler first.
+- Since 0.11, Pallas-Triton's lowering reads the name of its GPU from the ambient abstract mesh and looks it up in a
+  list. A GPU that is not in the list (RTX A6000, A40, A10G, L40S, RTX 3090) is accepted only if it is present. For an
+  absent one, `StandIn` substitutes the name of a listed GPU of the same compute capability; the lowering reads nothing
+  else.
+- Compiler options are added and removed. An unknown option is an error, so `known_options` tests each option first.
 """
 
 import logging
@@ -30,29 +30,29 @@ LISTED_GPUS = {
     "10.0": "NVIDIA B200",
     "12.0": "NVIDIA RTX PRO 6000",
 }
-"""Compute capability → a name in Pallas-Triton's list."""
+"""Compute capability → the name of a GPU in Pallas-Triton's list."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StandIn(AbstractDevice):
-    """A device that JAX's lowering knows, named in place of one that it does not."""
+    """A device that JAX's lowering knows, in place of one that it does not know."""
 
     stands_for: str
-    """`device_kind` of the device that is compiled for: what tile sizes are chosen by."""
+    """`device_kind` of the device that the program is compiled for; tile sizes depend on it."""
 
 
 def kind_compiled_for(device: AbstractDevice) -> str:
-    """The kind of the device that is compiled for."""
+    """The kind of the device that the program is compiled for."""
     return device.stands_for if isinstance(device, StandIn) else device.device_kind
 
 
 @contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """The context in which a program for a mesh is traced and lowered, whether its devices are here or not.
+    """The context for tracing and lowering a program for a mesh whose devices may be absent.
 
-    It is `jax.set_mesh`, with a stand-in named where JAX refuses to lower kernels for the devices' own kind.
+    It is `jax.set_mesh`, with a stand-in if JAX refuses to lower kernels for the devices' own kind.
     """
     stand_in = _stand_in(mesh.devices.flat[0])
     with jax.set_mesh(mesh):
@@ -66,7 +66,7 @@ def lowering_for(mesh: Mesh) -> Iterator[None]:
 
 
 def _stand_in(device: jax.Device) -> StandIn | None:
-    """None where kernels are lowered for the device as it is, and where nothing is known to stand in for it."""
+    """The stand-in for a device; None if JAX lowers kernels for the device itself, or if no stand-in is known."""
     if device.platform not in ("gpu", "cuda"):
         return None
     kind, cores = device.device_kind, getattr(device, "core_count", None)
@@ -78,7 +78,7 @@ def _stand_in(device: jax.Device) -> StandIn | None:
 
 @cache
 def _lowers_kernels(device: AbstractDevice) -> bool:
-    """Whether Pallas-Triton lowers for a device, found out with a kernel that copies 16 numbers."""
+    """Whether Pallas-Triton lowers for a device, tested with a kernel that copies 16 numbers."""
     try:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton as plgpu
@@ -100,14 +100,14 @@ def _lowers_kernels(device: AbstractDevice) -> bool:
 
 
 def quick_options(device: jax.Device) -> Options:
-    """Options for the least effort that the device's compiler spends on speed; {} where it always compiles quickly."""
+    """Options that minimize the optimization effort of the device's compiler; {} if it always compiles quickly."""
     candidates = QUICK.get(device.platform, ())
     for options in candidates:
         if _accepted(device, options):
             return options
     if candidates:
         _logger.warning(
-            "the compiler for %s knows none of the options for less effort (%s): compiling takes minutes",
+            "the compiler for %s knows none of the options that reduce its effort (%s); compiling takes minutes",
             device.device_kind,
             ", ".join(name for options in candidates for name in options),
         )
@@ -115,7 +115,7 @@ def quick_options(device: jax.Device) -> Options:
 
 
 def known_options(mesh: Mesh, options: Mapping[str, Any]) -> Options:
-    """Those of the options that the compiler of the mesh's devices knows. The others are named in a warning."""
+    """The options that the compiler of the mesh's devices knows. A warning lists the others."""
     if not options:
         return {}
     here = jax.process_index()
@@ -124,12 +124,12 @@ def known_options(mesh: Mesh, options: Mapping[str, Any]) -> Options:
         return dict(options)
     known = {name: value for name, value in options.items() if _accepted(device, {name: value})}
     gone = ", ".join(f"{name}={value}" for name, value in options.items() if name not in known)
-    _logger.warning("the compiler for %s no longer knows %s; compiled without", device.device_kind, gone)
+    _logger.warning("the compiler for %s does not know %s; compiling without", device.device_kind, gone)
     return known
 
 
 def _accepted(device: jax.Device, options: Mapping[str, Any]) -> bool:
-    """Whether the device's compiler takes the options, found out by compiling an addition."""
+    """Whether the device's compiler accepts the options, tested by compiling an addition."""
     return _accepts(device, tuple(options.items()))
 
 
@@ -141,5 +141,5 @@ def _accepts(device: jax.Device, options: tuple[tuple[str, Any], ...]) -> bool:
     except (TypeError, ValueError):  # a value that this release's Python side does not convert
         return False
     except jax.errors.JaxRuntimeError as error:
-        return "INVALID_ARGUMENT" not in str(error)  # anything else has nothing to do with the options
+        return "INVALID_ARGUMENT" not in str(error)  # other errors are not about the options
     return True

@@ -1,8 +1,8 @@
-"""Several hosts as one JAX program: who they are, and proof that they are about to run the same thing.
+"""Several hosts as one JAX program: joins them, and verifies that all of them run the same thing.
 
-JAX's own multi-controller runtime does the work. Under Slurm, Open MPI 4, on TPU pods, and in Kubernetes where the
-`kubernetes` package is installed, it finds coordinator and ranks by itself. Elsewhere `distributed.coordinator` names
-process 0; number and rank come from `distributed.num_processes` and `process_id` or from what the launcher says.
+JAX's multi-controller runtime does the work. Under Slurm, Open MPI 4, on TPU pods, and in Kubernetes with the
+`kubernetes` package, it detects coordinator and ranks. Elsewhere `distributed.coordinator` names process 0; the number
+of processes and the rank come from `distributed.num_processes` and `process_id` or from the launcher's variables.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ def initialize(config: DistributedConfig, environment: Environment = os.environ)
     if not (config.is_explicit or _in_cluster(environment)):
         return
     coordinator, processes, rank = membership(config, environment)
-    # It would take SIGTERM for itself; `training.stop` answers to it, on every host at the same step.
+    # JAX's preemption service would handle SIGTERM; instead `run.stop` does, on every host at the same step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -70,19 +70,19 @@ def initialize(config: DistributedConfig, environment: Environment = os.environ)
 
 
 def unread_launcher(environment: Environment = os.environ) -> str | None:
-    """A sentence for the variables of torchrun and accelerate, which say nothing here; None if they are not set."""
+    """A note about the variables of torchrun and accelerate, which we do not use; None if they are not set."""
     count = environment.get("WORLD_SIZE", "")
     if not count.isdecimal() or int(count) < 2 or jax.distributed.is_initialized():
         return None
     return (
-        f"WORLD_SIZE={count} and RANK={environment.get('RANK', '')} are set, as by torchrun or accelerate, and are not "
-        "used: start one process per host, it takes all devices; several hosts need distributed.coordinator, "
+        f"WORLD_SIZE={count} and RANK={environment.get('RANK', '')} are set, as by torchrun or accelerate, but are not "
+        "used: start one process per host, which uses all devices; several hosts need distributed.coordinator, "
         "num_processes and process_id"
     )
 
 
 def _in_cluster(environment: Environment) -> bool:
-    """Whether a launcher started several processes. (Each sets its variables for a single one, too.)"""
+    """Whether a launcher started several processes. (Launchers set their variables for a single process too.)"""
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
     if "TPU_WORKER_HOSTNAMES" in environment:
@@ -99,17 +99,17 @@ def _many_tpu_hosts(environment: Environment) -> bool:
 
 
 def _on_a_tpu_vm(environment: Environment) -> bool:
-    """Whether this host has TPUs and JAX may ask its metadata server who the others are; alone is fine, too.
+    """Whether this host has TPUs and JAX may ask its metadata server for the other hosts; there may be none.
 
-    On import JAX looks for chips, and sets the variable where there are none.
+    On import JAX looks for chips, and sets the variable if there are none.
     """
     return importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in environment
 
 
 def membership(config: DistributedConfig, environment: Environment) -> tuple[str | None, int | None, int | None]:
-    """(coordinator, number of processes, rank of this one); all None where JAX finds them out by itself.
+    """(coordinator, number of processes, rank of this one); all None if JAX detects them itself.
 
-    Raises UserError if the coordinator, the number or the rank is said by neither config nor launcher.
+    Raises UserError if neither config nor launcher gives the coordinator, the number or the rank.
     """
     coordinator = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if coordinator is None and not config.is_explicit and not _needs_a_coordinator(environment):
@@ -124,14 +124,14 @@ def membership(config: DistributedConfig, environment: Environment) -> tuple[str
     missing = [f"distributed.{name}" for name, value in settings.items() if value is None]
     if missing:
         raise UserError(
-            f"distributed: {' and '.join(missing)} must be said, here the launcher does not (scripts/ has launchers); "
-            "a process that works alone says --distributed.num_processes=1"
+            f"distributed: set {' and '.join(missing)}, which this launcher does not provide (see scripts/); to train "
+            "with a single process, set --distributed.num_processes=1"
         )
     return coordinator, processes, rank
 
 
 def _needs_a_coordinator(environment: Environment) -> bool:
-    """Launchers whose coordinator JAX does not find: Open MPI 5, and Kubernetes without the package that asks it."""
+    """Whether JAX cannot detect the coordinator: under Open MPI 5, and in Kubernetes without its Python package."""
     if _many_tpu_hosts(environment):
         return False
     if "OMPI_COMM_WORLD_RANK" in environment and "SLURM_PROCID" not in environment:
@@ -140,10 +140,10 @@ def _needs_a_coordinator(environment: Environment) -> bool:
 
 
 def local_devices(environment: Environment, device_files: Path = Path("/dev")) -> list[int] | None:
-    """Which of the GPUs that a process sees are its own; None: all, or there are none.
+    """Indices of the visible GPUs that this process uses; None if it uses all of them or there are none.
 
-    One process per host has all of them; several share them evenly, unless the launcher already gave each its own.
-    (Left to itself, JAX takes one GPU per process under Slurm and Open MPI.) `JAX_LOCAL_DEVICE_IDS` overrules.
+    A single process per host uses all; several share them evenly, unless the launcher already assigned each its own.
+    (By default, JAX uses one GPU per process under Slurm and Open MPI.) `JAX_LOCAL_DEVICE_IDS` takes precedence.
 
     Raises UserError if the processes of a host cannot share its GPUs evenly.
     """
@@ -170,7 +170,8 @@ def local_devices(environment: Environment, device_files: Path = Path("/dev")) -
 
 
 def _on_this_host(environment: Environment) -> int:
-    """Processes that the launcher started here. Slurm writes 2(x3),1 for three nodes with two and one with one."""
+    """Number of processes that the launcher started on this host. Slurm writes 2(x3),1 for three nodes with two
+    processes and one node with one."""
     if "SLURM_STEP_TASKS_PER_NODE" not in environment:
         return int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
     per_node: list[int] = []

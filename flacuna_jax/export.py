@@ -1,4 +1,4 @@
-"""`flacuna export RUN OUT --format adapter|merged`: a training run as a PEFT adapter or a whole Hugging Face model."""
+"""`flacuna export RUN OUT --format adapter|merged`: writes a run as a PEFT adapter or a whole Hugging Face model."""
 
 import argparse
 import dataclasses
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     run, target = local_run(arguments.run), Path(arguments.out)
     check_target(target)
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
+        raise UserError(f"{run} has no config.yaml; give the output directory of a training run")
     settings = load_config(run / "config.yaml")
     if settings.lora is None:
         _export_full(arguments, run, target, settings)
@@ -67,21 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if seen is None or arguments.merge_base == "stored":
             _write_merged(arguments, target, reader, config, adapter, beside)
         else:
-            print(f"the base is merged as training saw it, dequantised from {settings.model.quantization}")
+            print(f"merged into the base that training used, dequantised from {settings.model.quantization}")
             _write_merged(arguments, target, seen, config, adapter, beside)
         if seen is not None and arguments.merge_base == "stored":
             ids = probe_ids(config)
             logits = [streamed_logits(stored_weights(one, config), config, ids, adapter) for one in (reader, seen)]
             shift = float(np.abs(logits[0] - logits[1]).max())
             print(
-                f"note: the run was trained on weights dequantised from {settings.model.quantization}; on the stored "
-                f"ones, which these are, logits are off by up to {shift:.1e}"
+                f"note: the run was trained on weights dequantised from {settings.model.quantization}; with the stored "
+                f"weights, which were merged here, logits differ by up to {shift:.1e}"
             )
     return None
 
 
 def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorReader) -> TensorReader | None:
-    """The base as a quantised run saw it; None where that is what the checkpoint holds."""
+    """The dequantised base that a quantised run trained on; None if that is the stored base."""
     if settings.model.quantization is None:
         return None
     return RoundedBase(reader, config, settings.model.quantization, np.dtype(jnp.dtype(settings.model.dtype)))
@@ -90,7 +90,7 @@ def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorRe
 def _base_directory(arguments: argparse.Namespace, settings: RunConfig) -> Path:
     base = Path(arguments.base or settings.model.path or "")
     if not base.is_dir() or settings.model.path is None:
-        raise UserError(f"the run's base model {str(base)!r} is not here; say where it is with --base DIR")
+        raise UserError(f"the run's base model {str(base)!r} does not exist here; give its directory with --base DIR")
     return base
 
 
@@ -102,7 +102,7 @@ def _adapter(
     config: LlamaConfig,
     reader: TensorReader,
 ) -> tuple[Adapter, bool]:
-    """The run's adapter, and whether it has been trained: the final one, else that of a checkpoint."""
+    """The run's final adapter, or else that of a checkpoint, and whether it has been trained."""
     step = arguments.step
     if step is None and (run / "adapter").is_dir():
         adapter = read_adapter(run / "adapter", config)
@@ -130,15 +130,17 @@ def _export_adapter(
     rules = vllm_violations if for_vllm else lambda _: ()
     _report(deliver.write_adapter(target, adapter, config, trained=trained, dtype=dtype, facts=facts, rules=rules))
     if for_vllm:
-        print(f"vLLM loads it with {vllm_options(target)}")
+        print(f"vLLM can load it with {vllm_options(target)}")
 
 
 def _export_full(arguments: argparse.Namespace, run: Path, target: Path, settings: RunConfig) -> None:
-    """A run that trained every weight ends in `model/`, which is copied, in another dtype if asked for."""
+    """Copies `model/`, which a run that trained every weight writes at its end, in another dtype if requested."""
     if arguments.format == "adapter":
         raise UserError(f"{run} trained every weight (lora: null); it has no adapter, export it with --format merged")
     if arguments.step is not None or not (run / "model").is_dir():
-        raise UserError(f"{run} has no model/ yet, which a run of all weights writes at its end; let it finish")
+        raise UserError(
+            f"{run} has no model/ yet; a run that trains all weights writes it at its end, so let the run finish"
+        )
     reader = open_checkpoint(run / "model", once=True)
     config = read_architecture(run / "model")
     facts = run_facts(run, settings, arguments.results)
@@ -158,7 +160,9 @@ def _write_merged(
     beside: deliver.Companions,
 ) -> None:
     if arguments.check:
-        raise UserError(f"--check {arguments.check[0]} is for adapters; `flacuna check` compares a served model")
+        raise UserError(
+            f"--check {arguments.check[0]} applies to adapters only; `flacuna check` compares a served model"
+        )
     dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
     _report(
         deliver.write_merged(target, reader, config, adapter, beside, dtype=dtype, shard_bytes=arguments.shard_bytes)
@@ -172,8 +176,8 @@ def _companions(
     facts: Facts,
     of: Path | None = None,
 ) -> deliver.Companions:
-    """What goes beside the weights of a run; `of` is the model directory that a run of all weights wrote."""
-    if of is not None:  # it holds the tokenizer, with the template that the run was trained with
+    """The files to write next to the weights of a run; `of` is the model directory that a run of all weights wrote."""
+    if of is not None:  # it contains the tokenizer with the run's template
         model = settings.model.model_copy(update={"path": str(of), "tokenizer": str(of)})
         settings = settings.model_copy(update={"model": model})
     directory = Path(settings.model.tokenizer_path)
@@ -186,7 +190,7 @@ def _companions(
 
 
 QUESTIONS = ("Why is the sky blue?", "Name three colours.", "Write one sentence about rain.")
-"""What golden prompts ask; short, because the written model answers them on whatever machine exports it."""
+"""Questions of the golden prompts; short, because the exporting machine answers them with the written model."""
 
 
 def _golden(
@@ -202,14 +206,14 @@ def _golden(
             prompts.append(Prompt(question, text.removeprefix(added), tuple(ids)))
     if count and len(prompts) < len(QUESTIONS):
         print(
-            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; with {count} tokens more they exceed the context"
+            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; the others and {count} tokens exceed the context"
         )
     return Golden(tuple(prompts), count, ends, tokenizer.decode, _announce) if prompts else None
 
 
 def _announce(seconds: float) -> None:
     if seconds > 60:
-        print(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 leaves them out")
+        print(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 skips this")
 
 
 def _report(written: deliver.Delivery) -> None:
@@ -221,39 +225,48 @@ def _report(written: deliver.Delivery) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("export", "Writes a run as a PEFT adapter or a merged Hugging Face model, verified.")
+    parser = Parser("export", "Writes a run as a PEFT adapter or a merged Hugging Face model, and verifies it.")
     parser.add_argument("run", metavar="RUN", help="output directory of a training run")
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--format", required=True, choices=("adapter", "merged"))
-    parser.add_argument("--dtype", choices=sorted(STORED_DTYPES), help="default: adapter float32, merged as the base")
     parser.add_argument(
-        "--base-name", help="base model as adapter_config.json should name it; default: model.name, or its path"
+        "--dtype",
+        choices=sorted(STORED_DTYPES),
+        help="default: float32 for an adapter, the base's dtype for a merged model",
+    )
+    parser.add_argument(
+        "--base-name", help="name of the base model in adapter_config.json; default: model.name, or its path"
     )
     parser.add_argument(
         "--merge-base",
         choices=("dequantised", "stored"),
-        help="of a run with a quantised base: merge into the weights that training saw (default), or into the "
-        "checkpoint's, which says by how much logits move",
+        help="for a run with a quantised base: merge into the dequantised weights of training (default), or into "
+        "those of the checkpoint, and report how much logits change",
     )
-    parser.add_argument("--base", metavar="DIR", help="where the base model is now, if not at the config's model.path")
+    parser.add_argument("--base", metavar="DIR", help="directory of the base model; default: the config's model.path")
     parser.add_argument(
-        "--step", type=int, help="a checkpoint's step; default: the finished adapter, or the newest one"
+        "--step",
+        type=int,
+        help="step of the checkpoint to export; default: the final adapter, or the newest checkpoint",
     )
     parser.add_argument(
-        "--check", choices=("vllm",), action="append", default=[], help="refuse an adapter that vLLM would not serve"
+        "--check", choices=("vllm",), action="append", default=[], help="fail if vLLM could not serve the adapter"
     )
     parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="output of `flacuna evaluate` for the model card; default: in RUN"
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="output of `flacuna evaluate` for the model card; default: results in RUN",
     )
     parser.add_argument(
         "--golden-tokens",
         type=whole(0),
         default=8,
         metavar="N",
-        help="length of the answers in golden_prompts.json, each token one reading of the weights; 0 leaves it out",
+        help="tokens per answer in golden_prompts.json, each of which reads all weights once; 0 omits the file",
     )
     parser.add_argument(
-        "--shard-bytes", type=whole(1), default=SHARD_BYTES, help="largest weight file of a merged model"
+        "--shard-bytes", type=whole(1), default=SHARD_BYTES, help="maximum size of a weight file of a merged model"
     )
     return parser
 

@@ -1,7 +1,7 @@
 """`flacuna generate --model M [--adapter A] PROMPT ...`: completes prompts with exactly the template of training.
 
-Prompts are arguments, or lines of a file or of standard input; a .jsonl file holds {"prompt": ...} objects, so that a
-prompt can have several lines.
+Prompts are arguments, or lines of a file or of standard input. A .jsonl file holds {"prompt": ...} objects, whose
+prompts can have several lines.
 """
 
 import argparse
@@ -31,22 +31,22 @@ from flacuna_jax.inference import (
 from flacuna_jax.run.setup import say_on_stderr
 
 PRINTED_TOGETHER = 32
-"""Answers are printed after so many times --batch-size of them; a long list that is broken off loses no more."""
+"""Answers are printed after each group of this many batches, so an interrupted list loses at most one group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How prompts are worded and answers are made."""
+    """How prompts are formatted and answers are generated."""
 
     template: Template | None
-    """None takes the prompt as it is, with BOS in front where the tokenizer puts it there."""
+    """None uses the prompt as it is, after BOS if the tokenizer adds it."""
     task: str | None = None
-    """Definition of a task: prompts go into the paper's prompt for writing."""
+    """Definition of a task, for the paper's writing prompt that then wraps each prompt."""
     system: str | None = None
     """Replaces the template's system text."""
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, besides those of the template."""
+    """Texts that end an answer, in addition to those of the template."""
     sampling: Sampling = GREEDY
     seed: int = 0
 
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     prompts = _prompts(arguments)
     address, trained = addressed_model(arguments)
     if arguments.max_new_tokens < 1 or arguments.batch_size < 1:
-        raise UserError("--max-new-tokens and --batch-size are at least 1")
+        raise UserError("--max-new-tokens and --batch-size must be at least 1")
     if "" in arguments.stop:
-        raise UserError("--stop is empty: every answer would end before it begins")
+        raise UserError("--stop is empty, which would end every answer before its first token")
     about: list[str] = []
     settings = Settings(
         None if arguments.raw else template_of(address, arguments.template, trained, about.append),
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def _shown(prompt: str, answer: Generation, as_json: bool, alone: bool) -> str:
-    """An answer as it is printed; below its prompt if there are several."""
+    """An answer as printed; it follows its prompt if there are several prompts."""
     if as_json:
         record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
         return json.dumps(record, ensure_ascii=False)
@@ -92,10 +92,10 @@ def _shown(prompt: str, answer: Generation, as_json: bool, alone: bool) -> str:
 
 
 def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[Generation]:
-    """The model's answers, in the order of the prompts; equal prompts are sampled apart.
+    """The model's answers, in the order of the prompts; equal prompts are sampled with different seeds.
 
     Raises:
-      UserError: a prompt leaves no room for `max_new_tokens` in the model's context.
+      UserError: a prompt and `max_new_tokens` together exceed the model's context.
     """
     return model.generate(_requests(model, prompts, settings))
 
@@ -137,7 +137,9 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     if not arguments.prompts and file is None and not sys.stdin.isatty():
         file = "-"
     if bool(arguments.prompts) == (file is not None):
-        raise UserError("give prompts as arguments, in a --file (one per line) or on standard input: one of the three")
+        raise UserError(
+            "give prompts in exactly one of three places: as arguments, in a --file (one per line) or on standard input"
+        )
     if file is None:
         return list(arguments.prompts)
     name = "standard input" if file == "-" else f"prompt file {file}"
@@ -147,7 +149,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         raise UserError(f"{name} cannot be read: {error}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"{name} holds no prompt; write one per line")
+        raise UserError(f"{name} contains no prompt; write one per line")
     if file.endswith(".jsonl"):
         return [_prompt_of(line, f"{file}, line {number}") for number, line in lines]
     return [line for _, line in lines]
@@ -159,22 +161,28 @@ def _prompt_of(line: str, where: str) -> str:
     except (ValueError, TypeError, KeyError, RecursionError):
         prompt = None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f'{where}: a line of prompts is an object like {{"prompt": "Why?"}}')
+        raise UserError(f'{where}: a line must be an object like {{"prompt": "Why?"}}')
     return prompt
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("generate", __doc__)
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the user says")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="the user's message")
     parser.add_argument("--file", metavar="TXT", help="prompts, one per line, or .jsonl; - is standard input")
     add_model_options(parser)
     wording = parser.add_mutually_exclusive_group()
     add_template_option(wording.add_argument)
-    wording.add_argument("--raw", action="store_true", help="no template: continue the text itself")
-    parser.add_argument("--task", metavar="TEXT", help="definition of a task: the paper's prompt for writing")
-    parser.add_argument("--system", metavar="TEXT", help="system text instead of the template's")
+    wording.add_argument("--raw", action="store_true", help="no template: continue the prompt as plain text")
+    parser.add_argument(
+        "--task",
+        metavar="TEXT",
+        help="definition of a task, for the paper's writing prompt that then wraps each prompt",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system text, replaces that of the template")
     parser.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, metavar="P")

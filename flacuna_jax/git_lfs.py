@@ -1,4 +1,4 @@
-"""Git LFS pointers: small text files that stand where a clone without Git LFS has not fetched the content."""
+"""Git LFS pointers: small text files that replace content that a clone without Git LFS has not fetched."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ _START = b"version https://git-lfs.github.com/spec/"
 
 
 def require_content(path: Path) -> None:
-    """Raises UserError if `path` is a Git LFS pointer. A file that cannot be read passes: its reader will say so."""
+    """Raises UserError if `path` is a Git LFS pointer. An unreadable file passes, because its reader will report it."""
     try:
         with path.open("rb") as file:
             start = file.read(1024)
@@ -20,6 +20,6 @@ def require_content(path: Path) -> None:
     size = re.search(rb"^size (\d+)$", start, re.MULTILINE)
     of_bytes = f" of {int(size[1]):,} bytes" if size else ""
     raise UserError(
-        f"{path}: this is a Git LFS pointer, not the file{of_bytes} that it stands for; "
+        f"{path}: this is a Git LFS pointer, not the file{of_bytes} itself; "
         "run `git lfs install && git lfs pull` in its repository, or download the file again"
     )

@@ -1,4 +1,4 @@
-"""A model for inference from its directories: weights, adapter, tokenizer, mesh. Shared by the verbs that answer."""
+"""Loads a model for inference: weights, adapter, tokenizer, mesh. Shared by the verbs that generate answers."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ from flacuna_jax.storage.local_run import local_run
 
 @dataclasses.dataclass(frozen=True)
 class ModelAddress:
-    """A base, and the adapter on it if there is one. Written `DIR` or `DIR+ADAPTER`."""
+    """A base model and an optional adapter. Written `DIR` or `DIR+ADAPTER`."""
 
     base: Path
     adapter: Path | None = None
@@ -39,17 +39,17 @@ class ModelAddress:
     def parse(cls, text: str) -> "ModelAddress":
         base, plus, adapter = text.partition("+")
         if not base or (plus and not adapter):
-            raise UserError(f"{text!r} names no model; write DIR, or DIR+ADAPTER")
+            raise UserError(f"{text!r} is not a model; write DIR, or DIR+ADAPTER")
         return cls.of(base, adapter or None)
 
     @classmethod
     def of(cls, base: str, adapter: str | None) -> "ModelAddress":
-        """Either may be (of) a run in a bucket, which is copied. Raises UserError."""
+        """Either may be (part of) a run in a bucket, which is copied to this machine. Raises UserError."""
         return cls(local_run(base), local_run(adapter) if adapter else None)
 
     @property
     def name(self) -> str:
-        base = self.base.absolute().name  # "." has none
+        base = self.base.absolute().name  # "." has no name
         if self.adapter is None:
             return base
         run = self.adapter.absolute()
@@ -58,9 +58,10 @@ class ModelAddress:
 
 @dataclasses.dataclass
 class ModelLoader:
-    """Loads models one after another; a base that the next one shares stays on the devices.
+    """Loads models one after another; if the next one has the same base, the base stays on the devices.
 
-    The adapter of a run whose base was quantised goes on the base as that run saw it, unless `stored_base` is set.
+    For an adapter that was trained on a quantised base, the base is quantised the same way, unless `stored_base` is
+    set.
     """
 
     dtype: str = "bfloat16"
@@ -70,7 +71,7 @@ class ModelLoader:
     _held: tuple[tuple[Path, ModelSpec], Mapping[str, jax.Array]] | None = None
 
     def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
-        """Raises UserError where a directory is missing or is no model, adapter or tokenizer of this architecture."""
+        """Raises UserError if a directory is missing or is not a model, adapter or tokenizer of this architecture."""
         require_directory(address.base)
         adapter_directory = _adapter_directory(address.adapter)
         run = _run_of(adapter_directory)
@@ -79,7 +80,7 @@ class ModelLoader:
         if run is not None:
             config = with_rope_scaling(config, run.model, run.data.max_length)
             if run.model.quantization is not None and not self.stored_base:
-                # From the numbers that the run quantised: other roundings before it would give other codes.
+                # Quantise the same numbers as the run; rounding them first would give other codes.
                 quantization, held_dtype = run.model.quantization, run.model.dtype
         directory = tokenizer_directory(address)
         tokenizer = load_tokenizer(directory)
@@ -99,7 +100,7 @@ class ModelLoader:
             shardings = parameter_shardings(spec.adapters, mesh)
             params |= {key: jax.device_put(jnp.asarray(leaf), shardings[key]) for key, leaf in adapter.params.items()}
         directories = [address.base] if adapter_directory is None else [address.base, adapter_directory]
-        # What a run's settings make of the base (positions, quantisation) stands in no file of these directories.
+        # The run's settings for the base (positions, quantisation) are not in the files of these directories.
         fingerprint = directory_fingerprint(directories, f"flacuna {base!r}")
         return LlamaLanguageModel(
             spec,
@@ -114,36 +115,38 @@ class ModelLoader:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What `addressed_model` reads."""
-    parser.add_argument("--run", metavar="DIR", help="a training run: its base, its adapter and its template")
-    parser.add_argument("--model", metavar="DIR", help="or a Hugging Face LLaMA directory, or a converted one")
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter on that model, or the run that made one")
+    """Adds the options that `addressed_model` reads."""
+    parser.add_argument("--run", metavar="DIR", help="a training run; uses its base, adapter and template")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a Hugging Face LLaMA directory or a converted one, instead of --run"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for --model, or the run that trained one")
 
 
 def add_template_option(add: Callable[..., object]) -> None:
     add(
         "--template",
         metavar="NAME",
-        help="name of a format, a .jinja file, or checkpoint; default: the run's, else the checkpoint's own, else "
+        help="name of a format, a .jinja file, or checkpoint; default: that of the run, else of the checkpoint, else "
         "vicuna_v1.1",
     )
 
 
 def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, DataConfig | None]:
-    """Where the model is, and the data settings of the run that trained it; None if that is not known.
+    """The address of the model, and the data settings of the run that trained it; None if the run is not known.
 
     Raises:
-      UserError: the options name no model, or two, or a run that has not ended.
+      UserError: the options give no model or two models, or a run that has not finished.
     """
     if (arguments.model is None) == (arguments.run is None) or (arguments.run and arguments.adapter):
-        raise UserError("say which model: --model DIR, --model DIR --adapter DIR, or --run DIR")
+        raise UserError("give the model: --model DIR, --model DIR --adapter DIR, or --run DIR")
     if arguments.run is None:
         address = ModelAddress.of(arguments.model, arguments.adapter)
         trained = _run_of(_adapter_directory(address.adapter))
         return address, None if trained is None else trained.data
     run = local_run(arguments.run)
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} has no config.yaml; the output directory of a training run is expected")
+        raise UserError(f"{run} has no config.yaml; give the output directory of a training run")
     config = load_config(run / "config.yaml")
     if config.lora is None:
         return ModelAddress(_finished(run, "model")), config.data
@@ -153,7 +156,7 @@ def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, DataCo
 def _finished(run: Path, product: str) -> Path:
     if not (run / product).is_dir():
         raise UserError(
-            f"{run} has no {product}/ yet; it is written when training ends (continue it, or `flacuna export`)"
+            f"{run} has no {product}/ yet; training writes it at its end (continue the run, or use `flacuna export`)"
         )
     return run / product
 
@@ -162,12 +165,12 @@ def add_base_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stored-base",
         action="store_true",
-        help="put a run's adapter on the base as it is stored, also where the run quantised it (model.quantization)",
+        help="use the stored weights of the base even if the run quantised them (model.quantization)",
     )
 
 
 def _run_of(adapter_directory: Path | None) -> RunConfig | None:
-    """The settings that an adapter was trained with; None where it does not lie, under its name, in its run."""
+    """The settings that an adapter was trained with; None if it is not in the adapter directory of its run."""
     directory = None if adapter_directory is None else adapter_directory.absolute()
     if directory is None or directory.name != "adapter" or not (directory.parent / "config.yaml").is_file():
         return None
@@ -175,7 +178,7 @@ def _run_of(adapter_directory: Path | None) -> RunConfig | None:
 
 
 def tokenizer_directory(address: ModelAddress) -> Path:
-    """Where a model's tokenizer is: where the run of its adapter had it if that still exists, else beside the base."""
+    """The directory of a model's tokenizer: that of the adapter's run if it still exists, else the base's."""
     run = _run_of(_adapter_directory(address.adapter))
     configured = None if run is None or run.model.tokenizer is None else Path(run.model.tokenizer)
     return configured if configured is not None and configured.is_dir() else address.base
@@ -184,16 +187,16 @@ def tokenizer_directory(address: ModelAddress) -> Path:
 def template_of(
     address: ModelAddress, name: str | None, trained: DataConfig | None, say: Callable[[str], None]
 ) -> Template:
-    """The template for a model: the named one, else that of its run, else the checkpoint's own, else vicuna_v1.1.
+    """The template for a model: the named one, or else that of its run, the checkpoint's own, or vicuna_v1.1.
 
     Args:
       address: The model.
-      name: Of a template, a .jinja file, auto or checkpoint. None if the user named none.
+      name: Name of a template, a .jinja file, auto or checkpoint; None if the user gave none.
       trained: Data settings of the run that trained the model.
-      say: Is given a line that says which template it is, and what to know about it.
+      say: Called with a line that names the template and its warnings.
 
     Raises:
-      UserError: There is no such template.
+      UserError: The template does not exist.
     """
     directory = tokenizer_directory(address)
     tokenizer = load_tokenizer(directory)
@@ -208,9 +211,9 @@ def template_of(
 
 
 def _adapter_directory(path: Path | None) -> Path | None:
-    """An adapter's own directory, or that of a training run."""
+    """The directory of an adapter, given itself or the training run that contains it."""
     if path is None:
         return None
     if not path.is_dir():
-        raise UserError(f"{path}: no such adapter directory")
+        raise UserError(f"{path}: this adapter directory does not exist")
     return path / "adapter" if (path / "adapter").is_dir() else path

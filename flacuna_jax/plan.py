@@ -1,6 +1,6 @@
-"""`python -m flacuna_jax.plan --config C [--target 4xA6000]`: what a run will take on hardware that need not be here.
+"""`python -m flacuna_jax.plan --config C [--target 4xA6000]`: predicts what a run needs on hardware that may be absent.
 
-Compiles the trainer's own step for it, weights and devices absent, and says what it needs, how long it takes, and
+Compiles the trainer's own step for the target, without weights or devices, and reports its memory and time, and
 whether it fits.
 """
 
@@ -48,25 +48,31 @@ LLAMA_SIZES = {
 def main(argv: Sequence[str] | None = None) -> int | None:
     parser = Parser(
         "plan",
-        "Says what a run takes on a machine: memory, time, exchanges, cost; and whether it fits.",
+        "Predicts memory, time, communication and cost of a run on a machine, and whether it fits.",
         epilog="Any setting of the config can be overridden: --mesh='{data: 4}' --training.remat=full --lora=null",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
-    parser.add_argument("--target", metavar="M", help="4xA6000, 16x8xH100, v5p:4x4x8, ...; default: the devices here")
-    parser.add_argument("--search", action="store_true", help="rank layouts × remat × micro-batch instead")
+    parser.add_argument(
+        "--target", metavar="M", help="4xA6000, 16x8xH100, v5p:4x4x8, ...; default: the devices of this machine"
+    )
+    parser.add_argument("--search", action="store_true", help="rank combinations of mesh, remat and micro-batch size")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a picture of the memory by kind")
-    parser.add_argument("--price", type=amount, metavar="X", help="per device and hour, in any currency")
-    parser.add_argument("--sizes", choices=LLAMA_SIZES, help="plan for a LLaMA of these sizes instead of model.path's")
-    parser.add_argument("--examples", type=whole(1), metavar="N", help="of an epoch, where the data are not here")
-    parser.add_argument("--estimate", action="store_true", help="from the sizes alone, without compiling")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a chart of the memory by kind")
+    parser.add_argument("--price", type=amount, metavar="X", help="price per device and hour, in any currency")
+    parser.add_argument(
+        "--sizes", choices=LLAMA_SIZES, help="plan for a LLaMA of this size instead of the model at model.path"
+    )
+    parser.add_argument(
+        "--examples", type=whole(1), metavar="N", help="examples per epoch, for data that are not on this machine"
+    )
+    parser.add_argument("--estimate", action="store_true", help="estimate from the sizes, without compiling")
     arguments, overrides = parser.parse_with_overrides(argv)
     plan(arguments, load_config(arguments.config, overrides))
     return None
 
 
 def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
-    # Piped output has no width of its own; tables want this much.
+    # Piped output has no width; tables need this many columns.
     console, notes = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True, soft_wrap=True)
 
     def note(text: str) -> None:
@@ -104,11 +110,11 @@ def _plan_as_configured(
     training = config.training
     layout = default_layout(config.mesh, training.remat, training.micro_batch_size, machine)
     if layout.mesh.devices > machine.devices:
-        raise UserError(f"mesh: {layout.mesh.devices} devices, but the target has {machine.devices}; say mesh: auto")
+        raise UserError(f"mesh: {layout.mesh.devices} devices, but the target has {machine.devices}; set mesh: auto")
     if layout.mesh.devices < machine.devices and (machine.hosts > 1 or machine.target.platform == "tpu"):
         raise UserError(
-            f"mesh: {layout.mesh.devices} of the {machine.devices} devices of {machine.description}; several hosts or "
-            "a TPU slice run together or not at all: say --mesh=auto"
+            f"mesh: {layout.mesh.devices} of the {machine.devices} devices of {machine.description}; on several hosts "
+            "or a TPU slice, a run must use all devices: set --mesh=auto"
         )
     sizes = workload.spec.config
     check_tensor_parallelism(layout.mesh.tensor, sizes.num_heads, sizes.num_kv_heads, sizes.intermediate_size)
@@ -119,10 +125,10 @@ def _plan_as_configured(
 
 
 def _machine(target: str | None, estimate: bool, note: Note) -> tuple[Machine, Sequence[jax.Device] | None]:
-    """The machine, and its devices to compile for if there is a compiler."""
+    """The machine, and its devices to compile for; None if there is no compiler for them."""
     if target is None:
         return present_machine(jax.devices()), None if estimate else jax.devices()
-    # Nothing runs on an accelerator here, and plugins that look for one in vain would end the program.
+    # Planning runs nothing on an accelerator, and a plugin that finds no device would end the program.
     jax.config.update("jax_platforms", "cpu")
     machine = parse_target(target)
     if estimate:
@@ -130,7 +136,7 @@ def _machine(target: str | None, estimate: bool, note: Note) -> tuple[Machine, S
     try:
         return machine, absent_devices(machine)
     except CompilerUnusable as error:
-        note(f"note: {error}; what follows is estimated from the sizes")
+        note(f"note: {error}; the following is estimated from the sizes")
         return machine, None
 
 
@@ -143,18 +149,18 @@ def _architecture(config: RunConfig, note: Note) -> LlamaConfig:
         return read_architecture(path)
     named = re.search(r"(?<!\d)(7|13|30|65)b", path.name.lower())
     if named is None:
-        raise UserError(f"model.path: {path} is not here; say --sizes, one of {', '.join(LLAMA_SIZES)}")
-    note(f"note: {path} is not here; its name says LLaMA-{named[1]}B, whose sizes are taken")
+        raise UserError(f"model.path: {path} does not exist here; give --sizes, one of {', '.join(LLAMA_SIZES)}")
+    note(f"note: {path} does not exist here; using the sizes of LLaMA-{named[1]}B, because of its name")
     return LLAMA_SIZES[named[0]]
 
 
 def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statistics:
-    """From the data if they and the tokenizer are here, else assumed."""
+    """Computed from the data if they and the tokenizer are on this machine, otherwise assumed."""
     missing = [source.path for source in config.data.sources if not Path(source.path).exists()]
     if not Path(config.model.tokenizer_path).exists():
         missing.append(config.model.tokenizer_path)
     if missing:
-        note(f"note: {', '.join(missing)}: not here, so the data's statistics are assumed")
+        note(f"note: not found: {', '.join(missing)}; the statistics of the data are assumed")
         return assumed_statistics(config.data, config.training, examples)
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
@@ -162,17 +168,17 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
     if config.evaluation is not None and config.evaluation.fraction is not None:
         store, _ = split(store, config.evaluation.fraction, config.evaluation.max_examples)
-    # Steps and rows per step are the same on any number of shards.
+    # Steps and rows per step do not depend on the number of shards.
     training = config.training.model_copy(update={"micro_batch_size": 1})
     return measured_statistics(plan_run(store, config.data, training, seed=config.seed, shards=1), store)
 
 
 def _advice(advice: Plan | None, machine: Machine) -> str:
     if advice is None:
-        return f"no layout of this model fits {machine.description}: more devices, or larger ones, are needed"
+        return f"no layout of this model fits {machine.description}: use more or larger devices"
     how = "compiled" if advice.compiled else "estimated"
     return (
-        f"nearest that fits ({how}): {advice.name}: {advice.peak / 1e9:.1f} GB per device, "
+        f"nearest layout that fits ({how}): {advice.name}: {advice.peak / 1e9:.1f} GB per device, "
         f"{advice.time.step:.2f} s per step"
     )
 

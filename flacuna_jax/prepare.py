@@ -1,7 +1,7 @@
 """`python -m flacuna_jax.prepare --config C`: builds the FLAN-mini collection, or reports a training config's data.
 
-A config with `sources` describes a collection: it is built into its output_dir with a manifest and a report. A config
-with `data` is a training run's: its sources are tokenised, packed and reported, exactly as training sees them.
+A config with `sources` describes a collection, which is built in its output_dir with a manifest and a report. A config
+with `data` describes a training run, whose sources are tokenised, packed and reported exactly as training sees them.
 """
 
 import json
@@ -52,23 +52,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="configs/flan_mini.yaml, or a training config")
     parser.add_argument(
-        "--show", type=whole(0), default=0, metavar="N", help="print N examples per source, with loss in green"
+        "--show", type=whole(0), default=0, metavar="N", help="print N examples per source, with loss tokens in green"
     )
-    parser.add_argument("--output", metavar="DIR", help="where the collection and the report go")
-    parser.add_argument("--scale", type=float, metavar="S", help="a proportional sample: 0.01 is one per cent")
+    parser.add_argument("--output", metavar="DIR", help="directory for the collection and the report")
+    parser.add_argument("--scale", type=float, metavar="S", help="build a proportional sample; 0.01 is one per cent")
     parser.add_argument("--rebuild", action="store_true", help="build again even if nothing has changed")
     parser.add_argument(
-        "--leakage", action="append", default=[], metavar="NAME=PATH", help="an evaluation file to look for; repeatable"
+        "--leakage",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an evaluation file to search the records for; repeatable",
     )
     parser.add_argument(
-        "--cache", default=str(default_directory()), metavar="DIR", help="tokenised corpora of training configs"
+        "--cache",
+        default=str(default_directory()),
+        metavar="DIR",
+        help="cache of the tokenised data of training configs",
     )
     arguments, overrides = parser.parse_with_overrides(argv)
     keys = top_level_keys(arguments.config)
     if "data" in keys or "model" in keys:
         if arguments.scale is not None:
             raise UserError(
-                "--scale is for a collection; this config is a training run's (data.sources.N.max_examples)"
+                "--scale applies to collections only; for this training config, set data.sources.N.max_examples"
             )
         config = load_config(arguments.config, overrides)
         prepare_run(config, Path(arguments.cache), arguments.output, arguments.show, _benchmarks(arguments.leakage))
@@ -98,7 +105,7 @@ def _benchmarks(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool = False, say: Say = print) -> Built:
-    """Builds (or finds) the collection in `config.directory`, with manifest and report; returns what is there."""
+    """Builds (or finds) the collection in `config.directory`, with manifest and report, and returns it."""
     _make_directory(config.directory, "output_dir")
     scan = _leakage_scan(config.leakage)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -108,7 +115,7 @@ def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool =
         say(f"hit: {found.built.path} is up to date ({found.why})")
         built = found.built
     else:
-        say("building again, as asked" if found.built is not None else f"miss: building, {found.why}")
+        say("building again, as requested" if found.built is not None else f"miss: building, {found.why}")
         built = build(config, inputs, partial(load_tokenizer, config.tokenizer), say)
         write_manifest(config, inputs, built)
     leakage = _leakage(scan, _record_texts(built.path), say)
@@ -123,10 +130,10 @@ def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool =
 def prepare_run(
     config: RunConfig, cache: Path, output: str | None, show: int, benchmarks: dict[str, str], say: Say = print
 ) -> None:
-    """Tokenises (or finds in the cache), packs and reports the data of a training config, without what it holds out.
+    """Tokenises (or finds in the cache), packs and reports the data of a training config, without held-out records.
 
     Raises:
-      UserError: the data cannot be used; or, when all is told, a run with these settings would be refused.
+      UserError: the data cannot be used; or, after the report, a run with these settings would be refused.
     """
     _make_directory(cache, "--cache")
     if output is not None:
@@ -145,7 +152,7 @@ def prepare_run(
     if settings is not None and settings.fraction is not None:
         store, measured = split(store, settings.fraction, settings.max_examples)
         held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
-    # One shard: how many rows go through at once does not change which rows there are, nor the steps.
+    # One shard: the number of rows at a time changes neither the rows nor the steps.
     shards = 1
     if config.training.batch_unit == "rows":
         config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
@@ -188,7 +195,7 @@ def prepare_run(
 
 
 def _context_warnings(config: RunConfig) -> list[str]:
-    """Whether rows are longer than the model's context; nothing where there is only a tokenizer yet."""
+    """A warning if rows are longer than the model's context; none if only a tokenizer exists yet."""
     try:
         sizes = network_sizes(config.model, config.data.max_length)
     except UserError:
@@ -198,21 +205,23 @@ def _context_warnings(config: RunConfig) -> list[str]:
 
 
 def _make_directory(directory: Path, setting: str) -> None:
-    """Raises UserError, before anything long begins, where nothing can be written."""
+    """Creates a directory. Raises UserError, before any long work, if it cannot be written to."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix="."):
             pass
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written to ({error.strerror}); name another one ({setting})") from None
+        raise UserError(
+            f"{directory}: cannot be written to ({error.strerror}); choose another directory ({setting})"
+        ) from None
 
 
 Texts = Iterator[tuple[str, list[str], list[str]]]
-"""Task, prompts and answers of each training record."""
+"""The task, prompts and answers of each training record."""
 
 
 def _leakage_scan(config: LeakageConfig | None) -> LeakageScan | None:
-    """Reads the evaluation files, before anything long begins."""
+    """Reads the evaluation files, before any long work."""
     return None if config is None else LeakageScan(config.files, config.ngram)
 
 
@@ -248,7 +257,7 @@ def _by_role(conversation: Conversation) -> tuple[list[str], list[str]]:
 
 
 def _conversations(path: Path) -> Iterator[Conversation]:
-    """The records of a collection that this program wrote."""
+    """Reads the records of a collection that this program wrote."""
     policy = BadRecordPolicy(SourceReport(str(path)), "error", "output")
     for raw in read_records(path, COLUMNS, policy):
         entries = raw.value["conversations"]
@@ -288,7 +297,7 @@ def _show_collection(config: FlanMiniConfig, built: Built, tokenizer: Tokenizer,
 
 def _show_store(store: TokenStore, tokenizer: Tokenizer, count: int) -> None:
     """Prints the first `count` examples of each source. Tokens with loss are green, special tokens are reversed.
-    Without colours, tokens with loss stand in ⟦⟧ and a special token in ‹›."""
+    Without colours, ⟦⟧ enclose tokens with loss and ‹› a special token."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     for source, name in enumerate(store.sources):
         members = [index for index in range(len(store)) if store.source_index[index] == source][:count]

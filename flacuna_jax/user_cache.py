@@ -1,4 +1,4 @@
-"""Where results that can be made again are kept between runs: tokenised corpora, chosen layouts, compiled programs."""
+"""The directory for cached results that can be recomputed: tokenised corpora, chosen layouts, compiled programs."""
 
 import os
 import tempfile
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def user_cache(environment: Mapping[str, str] = os.environ) -> Path:
-    """$FLACUNA_CACHE, else flacuna_jax in the user's cache directory; where the user has none, as a number without a
-    name in a container, a temporary one."""
+    """$FLACUNA_CACHE, or else flacuna_jax in the user's cache directory. A user without a home directory, such as a
+    numeric user id in a container, gets a temporary directory."""
     given = environment.get("FLACUNA_CACHE")
     if given:
         return Path(given)

@@ -1,4 +1,4 @@
-"""Command lines: what is mistyped ends with status 2, one line, and the option that it was meant for."""
+"""Command lines: a mistyped option exits with status 2 and one line that suggests the right option."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from flacuna_jax.arguments import amount, whole
 from flacuna_jax.errors import UserError
 
 
-def test_what_is_a_number_is_taken() -> None:
+def test_valid_numbers_are_accepted() -> None:
     assert (whole(0)("0"), whole(1)("12"), amount("2.5"), amount("1e-3")) == (0, 12, 2.5, 1e-3)
 
 
@@ -16,15 +16,15 @@ def test_what_is_a_number_is_taken() -> None:
     [
         (plan.main, ["--price", "nan"], "--price: 'nan' is not a number above 0"),
         (plan.main, ["--price", "-1"], "--price: '-1' is not a number above 0"),
-        (plan.main, ["--examples", "0"], "--examples: '0' is not a whole number from 1 on"),
-        (plan.main, ["--examples", "9" * 40], "is not a whole number from 1 on"),
-        (prepare.main, ["--show", "-1"], "--show: '-1' is not a whole number from 0 on"),
-        (prepare.main, ["--show", "²"], "--show: '²' is not a whole number from 0 on"),
-        (export.main, ["--golden-tokens=-1"], "--golden-tokens: '-1' is not a whole number from 0 on"),
-        (export.main, ["--shard-bytes", "0"], "--shard-bytes: '0' is not a whole number from 1 on"),
+        (plan.main, ["--examples", "0"], "--examples: '0' is not a whole number >= 1"),
+        (plan.main, ["--examples", "9" * 40], "is not a whole number >= 1"),
+        (prepare.main, ["--show", "-1"], "--show: '-1' is not a whole number >= 0"),
+        (prepare.main, ["--show", "²"], "--show: '²' is not a whole number >= 0"),
+        (export.main, ["--golden-tokens=-1"], "--golden-tokens: '-1' is not a whole number >= 0"),
+        (export.main, ["--shard-bytes", "0"], "--shard-bytes: '0' is not a whole number >= 1"),
     ],
 )
-def test_what_is_none_is_named(verb, arguments, says, capsys) -> None:
+def test_invalid_numbers_are_named(verb, arguments, says, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         verb(arguments)
     assert ended.value.code == 2
@@ -41,7 +41,7 @@ def test_what_is_none_is_named(verb, arguments, says, capsys) -> None:
         (plan.main, ["--config", "c.yaml", "--serch"], "did you mean --search?"),
     ],
 )
-def test_what_is_mistyped_gets_one_line_with_the_nearest(verb, arguments, says, capsys) -> None:
+def test_a_mistyped_option_gets_one_line_with_the_nearest(verb, arguments, says, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         verb(arguments)
     assert ended.value.code == 2
@@ -51,8 +51,8 @@ def test_what_is_mistyped_gets_one_line_with_the_nearest(verb, arguments, says, 
 
 
 @pytest.mark.parametrize("override", ["--seed=7", "--output_dir=x", "--lora=null", "--mesh={data: 4}"])
-def test_settings_are_no_options(override, capsys) -> None:
-    """A config that is not there is what is wrong with this command, not the setting."""
+def test_overrides_are_not_taken_for_options(override, capsys) -> None:
+    """The command fails because of the missing config, not because of the override."""
     for verb in (train.main, prepare.main, plan.main):
         with pytest.raises(UserError, match=r"c\.yaml does not exist"):
             verb(["--config", "c.yaml", override])

@@ -1,4 +1,4 @@
-"""Conversations with the small model: wording, streaming, commands."""
+"""Conversations with the small model: template, streaming, commands."""
 
 import io
 from pathlib import Path
@@ -35,7 +35,7 @@ def _expected(model: LlamaLanguageModel, turns: list[Turn], new: int = 20) -> st
     return model.generate([GenerationRequest(tuple(prompt), new)])[0].text
 
 
-def test_turns_are_worded_as_in_training_and_stream_to_the_same_text(model: LlamaLanguageModel) -> None:
+def test_turns_have_the_text_of_training_and_stream_to_the_same_text(model: LlamaLanguageModel) -> None:
     chat = _chat(model)
     pieces = list(chat.answer("One day, Lily saw a dog."))
     assert len(pieces) > 2
@@ -47,7 +47,7 @@ def test_turns_are_worded_as_in_training_and_stream_to_the_same_text(model: Llam
 
 def test_side_by_side_keeps_the_tuned_answer(model: LlamaLanguageModel) -> None:
     chat = _chat(model)
-    assert chat.command("/base") == "base and tuned side by side"
+    assert chat.command("/base") == "answers of base and tuned model"
     said = "".join(chat.answer("Tom had a cat."))
     assert said.startswith("[base]  ")
     assert "\n[tuned] " in said
@@ -66,7 +66,7 @@ def test_commands(model: LlamaLanguageModel) -> None:
     assert chat.command("/load") == "answering: base"
     chat.command("/system Be brief.")
     assert chat.system == "Be brief."
-    with pytest.raises(UserError, match="no command /rest"):
+    with pytest.raises(UserError, match="unknown command /rest"):
         chat.command("/rest")
 
 
@@ -87,12 +87,12 @@ def test_an_adapter_that_was_trained_further_is_read_again(model: LlamaLanguageM
 def test_a_full_context_forgets_the_oldest_turns(model: LlamaLanguageModel) -> None:
     chat = _chat(model, new=30)
     chat.turns = [Turn("user", "word " * 300), Turn("assistant", "yes"), Turn("user", "b"), Turn("assistant", "c")]
-    assert "forgotten" in "".join(chat.answer("One day " * 20))
+    assert "forgot the oldest question" in "".join(chat.answer("One day " * 20))
     assert chat.turns[0].text == "b"
     turns = list(chat.turns)
     with pytest.raises(UserError, match="the question has"):
         list(chat.answer("word " * 500))
-    assert chat.turns == turns, "what could not be asked was not said"
+    assert chat.turns == turns, "a question that was not answered is dropped"
 
 
 def test_a_conversation_through_a_pipe(
@@ -117,16 +117,16 @@ def test_a_conversation_through_a_pipe(
         ("--max-new-tokens=0", "--max-new-tokens is 0"),
         ("--max-new-tokens=512", "model's context of 512"),
         ("--temperature=-1", "temperature is -1.0"),
-        ("--template=vicunia", "'vicunia' is none of"),
+        ("--template=vicunia", "'vicunia' is not one of"),
     ],
 )
-def test_mistakes_end_it_before_the_first_question(
+def test_mistakes_exit_before_the_first_question(
     option: str, message: str, story_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_verb(chat.main, ["--model", str(story_llama), option]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_room_for_the_question_is_left(model: LlamaLanguageModel) -> None:
+def test_new_tokens_leave_space_for_the_question(model: LlamaLanguageModel) -> None:
     assert chat._new_tokens(None, model) == 256
     assert chat._new_tokens(511, model) == 511

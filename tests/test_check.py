@@ -61,9 +61,9 @@ def test_transformers_gives_the_recorded_ids_and_answers(merged: Path) -> None:
         np.testing.assert_allclose(entry["margins"][0], (logits[0, 0] - logits[0, 1]).item(), atol=2e-4)
 
 
-def test_files_that_are_what_they_were_pass(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unchanged_files_pass(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(check.main, [str(merged)]) == 0
-    assert "2 golden prompts: ids and greedy answers are those recorded" in capsys.readouterr().out
+    assert "2 golden prompts: ids and greedy answers match the recorded ones" in capsys.readouterr().out
 
 
 def edited(merged: Path, path: Path, change: Callable[[dict], None]) -> Path:
@@ -88,13 +88,13 @@ def other_answer(content: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
-        (other_ids, 1, "gives other ids than recorded"),
+        (other_ids, 1, "differ from the recorded"),
         (other_answer, 1, "token 2 of the answer"),
         (lambda content: content.pop("prompts"), 2, "is damaged"),
         (lambda content: content["prompts"][0].pop("ids"), 2, "is damaged"),
     ],
 )
-def test_what_differs_is_told(
+def test_differences_are_reported(
     change: Callable, status: int, says: str, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_verb(check.main, [str(edited(merged, tmp_path / "out", change))]) == status
@@ -115,7 +115,7 @@ def test_rounding_explains_only_close_choices() -> None:
 
 
 class FakeServer(http.server.BaseHTTPRequestHandler):
-    """Answers as vLLM does, from a golden file; may add BOS twice, or answer something else."""
+    """Answers like vLLM, from a golden file; can be told to add BOS twice or to answer something else."""
 
     directory: Path
     faults: frozenset[str] = frozenset()
@@ -168,8 +168,8 @@ def serve(merged: Path) -> Iterator[Callable[..., str]]:
     ("fault", "status", "says"),
     [
         (None, 0, "2 golden prompts"),
-        ("silent", 0, "does not tell its tokens"),
-        ("twice", 1, "it puts BOS in front twice"),
+        ("silent", 0, "has no /tokenize endpoint"),
+        ("twice", 1, "it adds BOS twice"),
         ("answer", 1, "token 1 of the answer is in 'something else'"),
     ],
 )
@@ -188,7 +188,7 @@ def test_a_server_is_compared(
     assert says in capsys.readouterr().out
 
 
-def test_a_server_that_is_not_there(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_server_is_reported(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(check.main, [str(merged), "--server", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9/v1/models" in capsys.readouterr().err
 
@@ -268,7 +268,7 @@ def test_an_adapter_that_vllm_refuses_is_not_exported(
 ) -> None:
     arguments = [str(run), str(tmp_path / "out"), "--format", "adapter", "--check", "vllm"]
     assert run_verb(export.main, arguments) == 0
-    assert "vLLM loads it with --enable-lora" in capsys.readouterr().out
+    assert "vLLM can load it with --enable-lora" in capsys.readouterr().out
     monkeypatch.setattr(export, "vllm_violations", lambda _: ["rank 5 is odd"])
     arguments[1] = str(tmp_path / "other")
     assert run_verb(export.main, arguments) == 2
@@ -282,15 +282,15 @@ def test_nothing_to_check(arguments: list[str], tmp_path: Path, monkeypatch: pyt
     assert run_verb(check.main, arguments) == 2
 
 
-def test_a_converted_checkpoint_is_held_against_its_digests(
+def test_a_converted_checkpoint_is_compared_with_its_digests(
     merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_verb(convert.main, [str(merged), str(tmp_path / "native")]) == 0
     assert run_verb(check.main, [str(tmp_path / "native")]) == 0
-    assert "every file holds the bytes that were written" in capsys.readouterr().out
+    assert "no file has changed since it was written" in capsys.readouterr().out
     victim = tmp_path / "native" / "params" / "layers.up_proj.weight.safetensors"
     content = bytearray(victim.read_bytes())
     content[-7] ^= 4
     victim.write_bytes(content)
     assert run_verb(check.main, [str(tmp_path / "native")]) == 1
-    assert "layers.up_proj.weight.safetensors does not hold the bytes" in capsys.readouterr().out
+    assert "layers.up_proj.weight.safetensors has changed since it was written" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What every verb gets from `flacuna`: exit statuses, and quiet ends."""
+"""What `flacuna` gives every verb: exit statuses and clean exits."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ LISTING = (
 )
 
 
-def test_a_reader_that_leaves_ends_a_verb_without_a_traceback() -> None:
+def test_a_closed_output_ends_a_verb_without_a_traceback() -> None:
     with subprocess.Popen([sys.executable, "-c", LISTING], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -25,7 +25,7 @@ def test_a_reader_that_leaves_ends_a_verb_without_a_traceback() -> None:
     assert process.returncode == 1
 
 
-def test_any_other_broken_pipe_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+def test_any_other_broken_pipe_is_raised(capfd: pytest.CaptureFixture[str]) -> None:
     def verb(_: object) -> int:
         raise BrokenPipeError("a judge hung up")
 
@@ -42,7 +42,7 @@ def test_user_errors_are_one_message(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("says", ["RESOURCE_EXHAUSTED: 5 bytes.\nBuffers: ...", "INTERNAL: Out of memory", None])
-def test_no_memory_is_one_line(says: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_prints_one_line(says: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     def verb(_: object) -> int:
         raise MemoryError if says is None else RuntimeError(says)
 
@@ -52,14 +52,14 @@ def test_no_memory_is_one_line(says: str | None, capsys: pytest.CaptureFixture[s
     assert said.count("\n") == 1
 
 
-def test_a_name_too_long_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_name_that_is_too_long_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(lambda _: open(tmp_path / ("a" * 5000)), []) == 2  # noqa: SIM115
     said = capsys.readouterr().err
-    assert "longer than the name of a file can be" in said
+    assert "the file name is too long" in said
     assert len(said) < 300
 
 
-def test_a_letter_that_the_terminal_lacks_is_escaped() -> None:
+def test_a_character_that_the_terminal_cannot_show_is_escaped() -> None:
     verb = "lambda _: print('4 \u00d7 \\ud800') or 0"
     script = f"from flacuna_jax.cli import run_verb\nraise SystemExit(run_verb({verb}))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -1,4 +1,4 @@
-"""What compiling for absent devices asks of the installed JAX: stand-ins for GPUs, and which options exist."""
+"""Compiling for absent devices with the installed JAX: stand-ins for GPUs, and known options."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ A10 = StandIn(device_kind="NVIDIA A10", num_cores=84, platform="gpu", stands_for
 
 
 def described(target):
-    """What is read of a GPU: its name, capability and size."""
+    """The facts of a GPU that lowering reads: its name, capability and size."""
     major, minor = target.gpu.compute_capability
     return SimpleNamespace(
         platform="gpu",
@@ -33,7 +33,7 @@ def described(target):
 
 @pytest.mark.parametrize("name", GPUS)
 def test_attention_is_lowered_for_every_gpu_of_the_table(name):
-    """By its own name where this JAX takes it, else by a stand-in's."""
+    """By its own name if this JAX accepts it, otherwise by that of a stand-in."""
     gpu = described(GPUS[name])
     stand_in = deviceless._stand_in(gpu)
     device = stand_in or AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.core_count, platform="gpu")
@@ -46,7 +46,7 @@ def test_attention_is_lowered_for_every_gpu_of_the_table(name):
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
 
 
-def test_an_unlisted_gpu_has_a_stand_in_only_where_jax_asks_for_one():
+def test_an_unlisted_gpu_has_a_stand_in_only_if_jax_needs_one():
     stand_in = deviceless._stand_in(described(GPUS["a6000"]))
     assert stand_in in (None, A10)
     own_name = AbstractDevice(device_kind="NVIDIA RTX A6000", num_cores=84, platform="gpu")
@@ -57,7 +57,7 @@ def test_an_unlisted_gpu_has_a_stand_in_only_where_jax_asks_for_one():
     assert deviceless._stand_in(described(dataclasses.replace(GPUS["a6000"], gpu=unknown))) is None
 
 
-def test_tiles_are_chosen_for_the_gpu_that_is_meant():
+def test_tiles_are_chosen_for_the_gpu_behind_a_stand_in():
     mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=A10)
     with jax.sharding.use_abstract_mesh(mesh):
         assert attention_module._ambient_device() == ("NVIDIA RTX A6000", "gpu")
@@ -74,17 +74,17 @@ def test_the_mesh_is_ambient_as_with_set_mesh(monkeypatch):
         assert jax.sharding.get_abstract_mesh().empty
 
 
-def test_unknown_options_are_left_out_and_named(caplog):
+def test_unknown_options_are_omitted_with_a_warning(caplog):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     assert known_options(mesh, {"xla_cpu_enable_fast_math": True}) == {"xla_cpu_enable_fast_math": True}
     assert not caplog.text
     options = {"xla_cpu_enable_fast_math": True, "xla_of_yesterday": 3}
     assert known_options(mesh, options) == {"xla_cpu_enable_fast_math": True}
-    assert "no longer knows xla_of_yesterday=3" in caplog.text
+    assert "does not know xla_of_yesterday=3" in caplog.text
     assert known_options(mesh, {}) == {}
 
 
-def test_the_first_known_way_to_compile_quickly_is_taken(monkeypatch, caplog):
+def test_the_first_known_options_for_quick_compiling_are_used(monkeypatch, caplog):
     device = jax.devices()[0]
     assert quick_options(device) == {}
     assert not caplog.text

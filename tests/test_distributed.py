@@ -1,4 +1,4 @@
-"""Who a process is, by what launchers put into its environment."""
+"""The rank and number of processes, from the environment that launchers set."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ JOB_SET = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
 )
-def test_a_launcher_with_several_processes_is_noticed(environment, together):
+def test_a_launcher_with_several_processes_is_detected(environment, together):
     assert distributed._in_cluster({"TPU_SKIP_MDS_QUERY": "1", **environment}) == together
 
 
@@ -58,7 +58,7 @@ def test_a_tpu_vm_asks_its_metadata_server(installed, monkeypatch):
 
 
 @pytest.mark.parametrize("environment", [SLURM, OPEN_MPI_4, {"TPU_WORKER_HOSTNAMES": "t-0,t-1"}])
-def test_what_jax_finds_by_itself_is_left_to_it(environment):
+def test_jax_detects_what_it_can(environment):
     assert membership(DistributedConfig(), environment) == (None, None, None)
 
 
@@ -72,25 +72,25 @@ def test_what_jax_finds_by_itself_is_left_to_it(environment):
         ({"coordinator": "a:9", "num_processes": 8, "process_id": 0}, SLURM, ("a:9", 8, 0)),
     ],
 )
-def test_a_coordinator_is_enough_where_the_launcher_counts(settings, environment, expected):
+def test_a_coordinator_is_enough_if_the_launcher_gives_the_rest(settings, environment, expected):
     assert membership(DistributedConfig(**settings), environment) == expected
 
 
 @pytest.mark.parametrize(
     ("settings", "environment", "missing"),
     [
-        ({}, OPEN_MPI_5, "distributed.coordinator must be said"),
+        ({}, OPEN_MPI_5, "set distributed.coordinator"),
         ({"coordinator": "a:9"}, {}, "distributed.num_processes and distributed.process_id"),
         ({"num_processes": 2, "process_id": 0}, {}, "distributed.coordinator"),
-        ({"coordinator": "a:9"}, JOB_SET, "distributed.num_processes must be said"),
+        ({"coordinator": "a:9"}, JOB_SET, "set distributed.num_processes"),
     ],
 )
-def test_what_nobody_says_is_asked_for(settings, environment, missing):
+def test_missing_settings_are_named(settings, environment, missing):
     with pytest.raises(UserError, match=missing):
         membership(DistributedConfig(**settings), environment)
 
 
-def test_a_pod_of_an_indexed_job_does_not_train_alone_by_mistake(monkeypatch):
+def test_a_pod_of_an_indexed_job_does_not_train_alone(monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--distributed.num_processes=1"):
         distributed.initialize(DistributedConfig(), JOB_SET)
@@ -129,15 +129,15 @@ def eight_gpus(tmp_path: Path) -> Path:
         ({**SLURM, "JAX_LOCAL_DEVICE_IDS": "2"}, None),
     ],
 )
-def test_each_process_has_its_share_of_the_gpus(environment, own, eight_gpus):
+def test_each_process_gets_its_share_of_the_gpus(environment, own, eight_gpus):
     assert local_devices(environment, eight_gpus) == own
 
 
-def test_without_gpus_nothing_is_said(tmp_path):
+def test_without_gpus_there_are_no_device_ids(tmp_path):
     assert local_devices(SLURM, tmp_path) is None
 
 
-def test_shares_that_do_not_come_out_even_are_refused(eight_gpus):
+def test_gpus_that_cannot_be_shared_evenly_are_an_error(eight_gpus):
     uneven = {**OPEN_MPI_4, "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}
     with pytest.raises(UserError, match="3 processes on this host cannot share its 8 GPUs"):
         local_devices(uneven, eight_gpus)

@@ -127,7 +127,7 @@ def test_a_run_of_all_weights(story_llama: Path, config: LlamaConfig, tmp_path: 
     [
         (["--format", "adapter", "--step", "7"], "no checkpoint of step 7; there are 5, 10"),
         (["--format", "adapter", "--dtype", "float16"], "float32 or bfloat16"),
-        (["--format", "merged", "--base", "nowhere"], "'nowhere' is not here"),
+        (["--format", "merged", "--base", "nowhere"], "'nowhere' does not exist here"),
     ],
 )
 def test_bad_arguments_exit_2_and_write_nothing(

@@ -81,7 +81,7 @@ def test_a_run_brings_its_base_adapter_and_template(
     assert tuned != _say(capsys, "--run", str(run), "--template", "vicuna_v1.1", *PRECISE, STORY)
 
 
-def test_an_adapter_that_no_longer_lies_in_its_run(
+def test_an_adapter_outside_of_its_run(
     run: Path, story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What else is called config.yaml beside it is none of its business."""
@@ -116,7 +116,7 @@ def test_prompts_from_a_file_and_answers_as_json(
     assert records == [json.loads(line) for line in _say(capsys, *options, "--file", str(tmp_path / "prompts.jsonl"))]
 
 
-def test_a_task_words_prompts_as_the_paper_does(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_uses_the_prompt_of_the_paper(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(story_llama), *PRECISE]
     worded = _say(capsys, *options, "Write a story.\n\nAbout Lily\nOutput:")
     assert _say(capsys, *options, "--task", "Write a story", "About Lily") == worded
@@ -141,7 +141,7 @@ def test_a_template_file_system_text_and_stops(
     assert say("--stop", stop, STORY) == answer[: answer.index(stop)]
 
 
-def test_equal_prompts_are_sampled_apart(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_prompts_get_different_samples(story_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(story_llama), "--raw", *PRECISE, "--temperature", "1"]
     assert len(set(_say(capsys, *options, STORY, STORY, STORY))) > 1
 
@@ -152,7 +152,7 @@ def test_sampling_is_a_function_of_the_seed(story_llama: Path, capsys: pytest.Ca
     assert first == again != other
 
 
-def test_what_is_printed_together_changes_nothing(
+def test_the_number_of_answers_printed_together_does_not_change_them(
     story_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", str(story_llama), "--raw", *PRECISE, "--temperature", "1", "--batch-size", "2", *[STORY] * 5]
@@ -167,11 +167,11 @@ def test_what_is_printed_together_changes_nothing(
         (["--model", "MODEL"], "standard input cannot be read"),
         (["--model", "MODEL", "--file", "x.txt", "hello"], "give prompts"),
         (["--model", "MODEL", "--file", "absent.txt"], "prompt file absent.txt cannot be read"),
-        (["hello"], "say which model"),
-        (["--model", "MODEL", "--run", "RUN", "hello"], "say which model"),
+        (["hello"], "give the model"),
+        (["--model", "MODEL", "--run", "RUN", "hello"], "give the model"),
         (["--run", "absent", "hello"], "absent has no config.yaml"),
         (["--model", "absent", "hello"], "absent"),
-        (["--model", "MODEL", "--template", "vicunia", "hello"], "'vicunia' is none of"),
+        (["--model", "MODEL", "--template", "vicunia", "hello"], "'vicunia' is not one of"),
         (["--model", "MODEL", "--template", "none.jinja", "hello"], "none.jinja: the template cannot be read"),
         (["--model", "MODEL", "--temperature", "-1", "hello"], "temperature is -1.0"),
         (["--model", "MODEL", "--temperature", "nan", "hello"], "temperature is nan"),
@@ -193,7 +193,7 @@ def test_mistakes_get_one_message(
     assert captured.out == ""
 
 
-def test_prompt_files_with_a_byte_order_mark_and_without_end(
+def test_prompt_files_with_a_byte_order_mark_or_without_a_final_newline(
     story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + STORY.encode() + b"\r\n")
@@ -201,10 +201,10 @@ def test_prompt_files_with_a_byte_order_mark_and_without_end(
     assert json.loads(_say(capsys, *options, "--file", str(tmp_path / "marked.txt"))[0])["prompt"] == STORY
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     assert run_verb(generate.main, [*options, "--file", str(tmp_path / "deep.jsonl")]) == 2
-    assert "deep.jsonl, line 1: a line of prompts is an object" in capsys.readouterr().err
+    assert "deep.jsonl, line 1: a line must be an object" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "adapter").rename(run / "elsewhere")
     assert run_verb(generate.main, ["--run", str(run), "hello"]) == 2
     assert "has no adapter/ yet" in capsys.readouterr().err

@@ -88,9 +88,9 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     merged = ["--format", "merged", "--golden-tokens", "0"]
     assert flacuna(["export", str(run), str(tmp_path / "merged"), *merged, "--merge-base", "stored"]) == 0
-    assert "logits are off by up to" in capsys.readouterr().out
+    assert "logits differ by up to" in capsys.readouterr().out
     assert flacuna(["export", str(run), str(tmp_path / "rounded"), *merged]) == 0
-    assert "as training saw it, dequantised from nf4" in capsys.readouterr().out
+    assert "that training used, dequantised from nf4" in capsys.readouterr().out
     asked = [ScoreRequest((1, 5, 9, 30), (7, 11, 4))]
     (trained,) = loaded.loglikelihood(asked)
     for directory, same in (("rounded", True), ("merged", False)):

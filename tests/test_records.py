@@ -128,12 +128,12 @@ def test_what_prepare_says(
     command = ["--config", str(tmp_path / "c.yaml"), "--cache", str(tmp_path / "cache")]
     assert run_verb(prepare, [*command, "--output", str(tmp_path / "report")]) == 0
     said = capsys.readouterr().out
-    assert "split train: 1 file taken; left out as validation or test by name: test.jsonl" in said
+    assert "split train: 1 file read; left out as validation or test by name: test.jsonl" in said
     assert "field topic ignored in 1 record\n" in said
     assert "warning: data.max_length 4096 exceeds the model's context of 512" in said
     assert "field ignored" in (tmp_path / "report" / "report.md").read_text()
     assert run_verb(prepare, [*command, "--data.sources.0.split=test"]) == 0
-    assert "split test: 1 of 2 files taken" in capsys.readouterr().out
+    assert "split test: 1 of 2 files read" in capsys.readouterr().out
     assert run_verb(prepare, command) == 0
     said = capsys.readouterr().out
     assert "tokenised data: hit" in said
@@ -146,4 +146,4 @@ def test_variables_of_torchrun_are_noticed() -> None:
     assert unread_launcher({"WORLD_SIZE": "1", "RANK": "0"}) is None
     said = unread_launcher({"WORLD_SIZE": "8", "RANK": "3"})
     assert said is not None
-    assert said.startswith("WORLD_SIZE=8 and RANK=3 are set, as by torchrun or accelerate, and are not used")
+    assert said.startswith("WORLD_SIZE=8 and RANK=3 are set, as by torchrun or accelerate, but are not used")

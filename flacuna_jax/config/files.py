@@ -1,4 +1,4 @@
-"""Reads configs: YAML with exact line numbers, `--a.b=value` overrides, and messages a person can act on."""
+"""Reads configs: YAML with exact line numbers, `--a.b=value` overrides, and messages that users can act on."""
 
 import difflib
 import math
@@ -21,13 +21,13 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-5` as text; this loader reads it as the number it is. Dates, which no setting is, stay text;
-    duplicate keys and keys that are no words are refused."""
+    """A YAML 1.1 loader that reads `2e-5` as a number rather than text, and dates as text, because no setting is a
+    date. It rejects duplicate keys and keys that are not scalars."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`; what it brings gives way to the keys here
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`; keys here override merged ones
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
@@ -40,14 +40,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_scalar(self, node: Any) -> Any:
-        """Pairs of escaped surrogates, as JSON writes what lies beyond 16 bits, are one character."""
+        """Joins pairs of escaped surrogates, which JSON writes for characters beyond 16 bits, to one character."""
         text = super().construct_scalar(node)
         try:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            raise yaml.constructor.ConstructorError(None, None, f"{text!r} is no text", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!r} is not valid text", node.start_mark
+            ) from None
         if "\0" in text:
-            raise yaml.constructor.ConstructorError(None, None, "a NUL can stand in no setting", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "a setting must not contain a NUL character", node.start_mark
+            )
         return text
 
 
@@ -72,7 +76,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, schema: type
     Args:
       path: YAML file.
       overrides: `--section.key=value` strings; values are YAML.
-      schema: the kind of config; a run's, unless told otherwise.
+      schema: the kind of config; by default, the config of a run.
 
     Raises:
       UserError: the file cannot be read, is not YAML, or a setting is unknown, mistyped or out of range; the message
@@ -84,18 +88,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, schema: type
 
 
 def top_level_keys(path: str | Path) -> frozenset[str]:
-    """The sections of a config file, which tell what kind of config it is; raises `UserError` like `load_config`."""
+    """The top-level keys of a config file, which identify its kind; raises `UserError` like `load_config`."""
     return frozenset(map(str, _read_yaml(Path(path))[0]))
 
 
 def require_settings(names: Sequence[str], words: Sequence[str], key: str) -> None:
-    """Raises `UserError` for a name in the list `key` that is no setting or section of a run, nor one of `words`."""
+    """Raises `UserError` for a name in the list `key` that is neither a setting or section of a run nor in `words`."""
     known = [*words, *_all_keys(RunConfig)]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; besides settings there are {', '.join(words)}"
-            raise UserError(f"{key}: {name!r} is no setting{hint}")
+            hint = f"; did you mean {near[0]}?" if near else f"; besides settings, {', '.join(words)} are valid"
+            raise UserError(f"{key}: {name!r} is not a setting{hint}")
 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), origin: str = "config") -> RunConfig:
@@ -136,13 +140,13 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
 
 
 def _parse_yaml(text: str) -> tuple[Any, dict[Location, int]]:
-    """Plain data, and the line of each part of it. Raises YAMLError, or ValueError for numbers beyond all sense."""
+    """Returns plain data and the line of each part of it. Raises YAMLError, or ValueError for absurdly long numbers."""
     lines: dict[Location, int] = {}
     try:
         tree = yaml.load(text, Loader=_Loader)  # a SafeLoader subclass: builds plain data only
         _collect_lines(yaml.compose(text, Loader=_Loader), (), lines)
     except RecursionError:
-        raise ValueError("it is nested without end, or an alias stands within what it names") from None
+        raise ValueError("it is nested too deeply, or an alias refers to a value that contains it") from None
     return tree, lines
 
 
@@ -183,7 +187,7 @@ def _parse_override(text: str) -> tuple[Location, Any]:
 
 
 def _assign(tree: dict[str, Any], location: Location, value: Any, text: str) -> None:
-    """Sets `tree[location] = value`, making absent sections; only mappings and existing list items can be entered."""
+    """Sets `tree[location] = value` and creates missing sections; enters only mappings and existing list items."""
     here: Any = tree
     for part, following in zip(location, (*location[1:], None), strict=True):
         last = following is None
@@ -191,7 +195,7 @@ def _assign(tree: dict[str, Any], location: Location, value: Any, text: str) -> 
             if not isinstance(part, int) or part >= len(here):
                 raise UserError(f"{text!r}: {part!r} is not an item of a list of {len(here)}")
         elif not isinstance(here, dict):
-            raise UserError(f"{text!r}: {part!r} lies inside a plain value")
+            raise UserError(f"{text!r}: {part!r} is inside a value that is not a section")
         if last:
             here[part] = value
         else:
@@ -201,7 +205,7 @@ def _assign(tree: dict[str, Any], location: Location, value: Any, text: str) -> 
 
 
 def _lists_to_tuples(value: Any) -> Any:
-    """Strict validation wants tuples where the schema says tuple; YAML only has lists."""
+    """Converts lists to tuples: the schema has tuples and validates strictly, and YAML has only lists."""
     if isinstance(value, dict):
         return {key: _lists_to_tuples(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -223,8 +227,8 @@ def _explain(error: ValidationError, overridden: dict[Location, str], origin_of:
 
 
 def _concerns(set_at: Location, location: Location, message: str) -> bool:
-    """Whether an override is what a complaint about `location` is about: it set that place or what that lies in, or
-    part of what it holds, and the complaint names it."""
+    """Whether an override caused an error at `location`: it set that location or one that contains it, or it set a part
+    of that location and the message names that part."""
     if location[: len(set_at)] == set_at:
         return True
     return set_at[: len(location)] == location and re.search(rf"\b{re.escape(str(set_at[-1]))}\b", message) is not None
@@ -253,14 +257,14 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
     else:
         nearest = _nearest_value(kind, value, item.get("ctx", {}))
         if isinstance(value, int | float) and value <= 0 and _may_be_null(location, schema):
-            nearest = f"{nearest}, or null for none" if nearest else "null, for none"
-        hint = f"; valid would be {nearest}" if nearest is not None else ""
+            nearest = f"{nearest}, or null for none" if nearest else "null for none"
+        hint = f"; use {nearest}" if nearest is not None else ""
     message = "input should be a list" if kind == "tuple_type" else f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{key}: {message} (got {value!r}){hint}"
 
 
 def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | None:
-    """The nearest valid value, or what one of the wrong kind was probably meant to be; None where nothing is near."""
+    """The nearest valid value, or for a value of the wrong type the one probably meant; None if there is none."""
     if kind in ("greater_than", "less_than"):
         limit, way, word = (limits["gt"], 1, "above") if kind == "greater_than" else (limits["lt"], -1, "below")
         return str(limit + way) if isinstance(limit, int) else f"any number {word} {limit:g}"
@@ -288,12 +292,12 @@ def _as_number(value: Any, whole: bool) -> str | None:
 
 
 def _without_union_tags(location: tuple[str | int, ...]) -> Location:
-    """Pydantic puts the name of the tried type into the location of a union's error; users don't write it."""
+    """Removes the type names that Pydantic adds to the location of a union's error; users do not write them."""
     return tuple(part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part)))
 
 
 def _as_section(location: Location, value: Any, schema: type[BaseModel]) -> str:
-    """How a path stands in a section, or a list of such, that was given by the path alone."""
+    """A hint that shows a source written as a section, for a source (or list of sources) given as a path alone."""
     if _section_at(location, schema) is not SourceConfig or not isinstance(value, str):
         return ""
     form = f"{{path: {value}}}"
@@ -318,13 +322,13 @@ def _nearest_key(location: Location, value: Any, schema: type[BaseModel]) -> str
         near = difflib.get_close_matches(wrong, list(section.model_fields), n=1)
         if near:
             return f"; did you mean {'.'.join(map(str, (*location[:-1], near[0])))}?"
-    # Far from home, a name must be nearly right; in an entry of a list, other sections do not come into question.
+    # A name from another section must be a close match; an entry of a list is not matched with other sections.
     everywhere = {key.rsplit(".", 1)[-1]: key for key in reversed(_all_keys(schema))}
     near = difflib.get_close_matches(wrong, list(everywhere), n=1, cutoff=0.75)
     if near and section is not SourceConfig:
         return f"; did you mean {everywhere[near[0]]}?"
     names = ", ".join(section.model_fields) if section else ""
-    return f"; known here: {names}" if names else ""
+    return f"; valid keys here: {names}" if names else ""
 
 
 def _section_at(location: Location, schema: type[BaseModel]) -> type[BaseModel] | None:

@@ -1,9 +1,9 @@
-"""What other trainers call our settings, for the message that answers to one of their names."""
+"""Names of our settings in other trainers, for the error message when a config uses one of them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_BATCH = "training.batch_size, the examples of a whole step: accumulation and devices follow from it"
+_BATCH = "training.batch_size, the examples of an optimizer step; gradient accumulation is derived from it"
 
 OURS: Mapping[str, str] = MappingProxyType(
     {
@@ -16,7 +16,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         "load_in_4bit": "model.quantization (nf4)",
         "load_in_8bit": "model.quantization (int8)",
         "attn_implementation": "training.attention",
-        "per_device_train_batch_size": "training.micro_batch_size, the rows of a device at a time",
+        "per_device_train_batch_size": "training.micro_batch_size, the rows per device in one pass",
         "gradient_accumulation_steps": _BATCH,
         "num_train_epochs": "training.epochs",
         "lr": "training.learning_rate",
@@ -34,7 +34,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         "early_stopping_patience": "evaluation.patience",
         "save_steps": "checkpoint.every_steps",
         "save_total_limit": "checkpoint.keep",
-        "resume_from_checkpoint": "checkpoint.resume (auto, unless it is set)",
+        "resume_from_checkpoint": "checkpoint.resume (auto by default)",
         "logging_steps": "logging.every_steps",
         "report_to": "logging.wandb and logging.tensorboard",
         "fsdp_config": "mesh",
@@ -80,7 +80,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         "lora_attn_modules": "lora.targets",
     }
 )
-"""Their name, at the end of a dotted path, to ours; what follows it is an explanation."""
+"""Maps the last part of their dotted name to ours; text after our name is an explanation."""
 
 OURS_BY_VALUE: Mapping[str, Mapping[object, str]] = MappingProxyType(
     {
@@ -100,7 +100,7 @@ OURS_BY_VALUE: Mapping[str, Mapping[object, str]] = MappingProxyType(
 OURS_IN_A_SOURCE: Mapping[str, str] = MappingProxyType(
     {
         "type": "format",
-        "ds_type": "path, whose ending tells the kind of file",
+        "ds_type": "path (its extension gives the file type)",
         "formatting": "format",
         "chat_template": "data.template, for all sources",
         "name": "path: hf:NAME:CONFIG",
@@ -120,7 +120,7 @@ OURS_IN_A_SOURCE: Mapping[str, str] = MappingProxyType(
 
 
 def ours(name: str, value: object, in_a_source: bool = False) -> str | None:
-    """What another trainer's setting of that name and value is here; None for a name that is not known."""
+    """Our equivalent of another trainer's setting with that name and value; None for an unknown name."""
     name = name.lower()
     if in_a_source:
         return OURS_IN_A_SOURCE.get(name)

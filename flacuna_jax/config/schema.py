@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-"""What `lora.targets` may name, so that a mistyped word is found before a model is opened. Which modules a model has,
-`model/llama.py` says; `lora.require_matches` compares the two."""
+"""Valid names in `lora.targets`; a mistyped name is rejected before a model is opened. `model/llama.py` defines the
+modules of a model; `lora.require_matches` compares the two."""
 TARGETS: tuple[Target, ...] = get_args(Target)
 HEAD: Target = "lm_head"
 PROJECTIONS = tuple(target for target in TARGETS if target != HEAD)
@@ -32,18 +32,18 @@ ALL_LINEAR = "all-linear"
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
-"""Sizes, steps and layers are counted in 32 bits."""
+"""Sizes, steps and layer indices fit a signed 32-bit integer."""
 PositiveFloat = Annotated[float, Field(gt=0, lt=3.4e38)]
-"""As float32 has them."""
+"""Limited to the range of float32."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path, or what may stand in its place (gs://..., hf:...); ~ is the home directory, as in a shell."""
+"""A path or an address in its place (gs://..., hf:...). A leading ~ expands to the home directory, as in a shell."""
 
 TEMPLATE_NAMES = ("vicuna_v1.1", "vicuna_v0", "llama-2-chat", "chatml", "alpaca", "plain")
 AUTO, CHECKPOINT, FALLBACK = "auto", "checkpoint", "vicuna_v1.1"
-"""auto is the checkpoint's own chat template if it has one, else the fallback."""
+"""`auto` uses the chat template of the checkpoint if it has one, otherwise the fallback."""
 
 
 def _known_template(name: str, names: tuple[str, ...]) -> str:
@@ -51,16 +51,16 @@ def _known_template(name: str, names: tuple[str, ...]) -> str:
         return name
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name!r} is none of {', '.join(names)}, nor a .jinja file{hint}")
+    raise ValueError(f"{name!r} is not one of {', '.join(names)}, or a .jinja file{hint}")
 
 
 TemplateName = Annotated[str, AfterValidator(lambda name: _known_template(name, TEMPLATE_NAMES))]
-"""A conversation format of ours, or a Jinja file."""
+"""The name of a built-in conversation format, or the path of a Jinja file."""
 TemplateChoice = Annotated[str, AfterValidator(lambda name: _known_template(name, (AUTO, CHECKPOINT, *TEMPLATE_NAMES)))]
 
 
 class Section(BaseModel):
-    """Frozen, strict, and closed: an unknown key or a wrong type is an error, never ignored or converted."""
+    """Frozen and strict: an unknown key or a value of the wrong type is an error; it is never ignored or converted."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -73,7 +73,7 @@ class Section(BaseModel):
 
 
 class ArchitectureConfig(Section):
-    """Sizes of a LLaMA to be trained from scratch (`model.init: random`)."""
+    """Sizes of a LLaMA model to train from scratch (`model.init: random`)."""
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -84,7 +84,7 @@ class ArchitectureConfig(Section):
     head_dim: PositiveInt | None = None
     """Defaults to hidden_size / num_heads."""
     vocab_size: PositiveInt | None = None
-    """Defaults to the tokenizer's."""
+    """Defaults to the vocabulary size of the tokenizer."""
     max_position_embeddings: PositiveInt = 2048
     rope_theta: PositiveFloat = 10000.0
     rms_norm_eps: PositiveFloat = 1e-6
@@ -95,22 +95,22 @@ class ArchitectureConfig(Section):
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if (head_dim := self.head_dim or self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"head_dim {head_dim} is odd; rotary embedding turns pairs")
+            raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings rotate pairs of dimensions")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         return self
 
 
 class RopeScalingConfig(Section):
-    """Stretches a model to longer inputs than it was trained with; see docs/methods.md."""
+    """Extends a model to longer inputs than it was trained with; see docs/methods.md."""
 
     type: Literal["linear", "ntk", "llama3"]
     factor: Annotated[float, Field(gt=1)] | None = None
-    """How much longer; null takes data.max_length / the model's own context."""
+    """Ratio of the extended context length to the model's own; null means data.max_length / the model's own."""
     low_freq_factor: PositiveFloat = 1.0
-    """llama3: wavelengths above the model's own context / this are stretched in full."""
+    """llama3: wavelengths above (the model's own context length / this value) are scaled by the whole factor."""
     high_freq_factor: PositiveFloat = 4.0
-    """llama3: wavelengths below the model's own context / this stay."""
+    """llama3: wavelengths below (the model's own context length / this value) are not scaled."""
 
     @model_validator(mode="after")
     def factors_in_order(self) -> "RopeScalingConfig":
@@ -123,18 +123,19 @@ class RopeScalingConfig(Section):
 
 class ModelConfig(Section):
     path: LocalPath | None = None
-    """A Hugging Face LLaMA directory or a converted one."""
+    """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`."""
     name: str | None = None
-    """What adapters name as their base, for example lmsys/vicuna-13b-v1.1; defaults to `path` as given."""
+    """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to `path` as given."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are float32 always."""
+    """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are always float32."""
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: ArchitectureConfig | None = None
     quantization: Literal["nf4", "int8", "int8_product", "fp8_product"] | None = None
-    """How the projections of a frozen base are held, instead of in `dtype`; see docs/methods.md. _product: also
-    multiplied in 8 bits, with activations and gradients, on units that are faster at it (docs/performance.md)."""
+    """How the projections of a frozen base are stored; null stores them in `dtype`. See docs/methods.md. With the
+    _product forms, the matrix products with activations and gradients are also computed in 8 bits, which some devices
+    do faster (docs/performance.md)."""
     rope_scaling: RopeScalingConfig | None = None
-    """For inputs longer than the model's context; null leaves positions as the checkpoint has them."""
+    """For inputs longer than the model's context; null uses the rotary embedding of the checkpoint unchanged."""
     tokenizer: LocalPath | None = None
     """Directory with tokenizer.model or tokenizer.json; defaults to `path`."""
 
@@ -167,7 +168,7 @@ def _as_pairs(value: Any) -> Any:
 
 
 NO_EXPRESSION = (re.error, RecursionError, OverflowError)
-"""What Python's compiler of regular expressions raises."""
+"""The exceptions that `re.compile` raises for an invalid pattern."""
 
 
 def _are_expressions(pairs: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
@@ -187,17 +188,17 @@ Layers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidat
 _Patterns = (BeforeValidator(_as_pairs), AfterValidator(_are_expressions), PlainSerializer(dict))
 RankPattern = Annotated[tuple[tuple[str, PositiveInt], ...], *_Patterns]
 AlphaPattern = Annotated[tuple[tuple[str, PositiveFloat], ...], *_Patterns]
-"""A mapping in YAML; pairs here, so that a config can be hashed."""
+"""A mapping in YAML, stored as pairs so that a config is hashable."""
 
 
 def by_pattern(patterns: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
-    """PEFT's rule: the value of the first pattern that matches the module's whole name or a dotted end of it."""
+    """PEFT's rule: the value of the first pattern that matches the module's whole name or a dotted suffix of it."""
     matches = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
     return next(matches, default)
 
 
 class LoraConfig(Section):
-    """LoRA (Hu et al., 2021) with the paper's values as defaults: y = W x + alpha/rank · B A dropout(x)."""
+    """LoRA (Hu et al., 2021): y = W x + alpha/rank · B A dropout(x). The defaults are the paper's values."""
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
@@ -206,28 +207,31 @@ class LoraConfig(Section):
         "q_proj",
         "v_proj",
     )
-    """Any of the seven projections of a layer, which all-linear names together, and the head, lm_head."""
+    """Modules that get adapters: any of the seven projections of a layer (all-linear selects all seven), and the output
+    head, lm_head."""
     layers_to_transform: Layers | None = None
-    """Layers that get adapters, counted from 0; null is all of them."""
+    """Indices of the layers that get adapters, from 0; null selects all layers."""
     rank_pattern: RankPattern = ()
-    """Other ranks by module: a regular expression for the end of a name such as model.layers.3.self_attn.q_proj."""
+    """Ranks of single modules. Each key is a regular expression that matches the end of a module's name, such as
+    model.layers.3.self_attn.q_proj."""
     alpha_pattern: AlphaPattern = ()
-    """Other alphas by module, like `rank_pattern`."""
+    """Alphas of single modules, with the same keys as `rank_pattern`."""
     use_rslora: bool = False
-    """alpha/√rank instead of alpha/rank (Kalajdzievski, 2023)."""
+    """Scale adapters by alpha/√rank instead of alpha/rank (Kalajdzievski, 2023)."""
     use_dora: bool = False
-    """Trains the length of each row of W + B A apart from its direction (Liu et al., 2024)."""
+    """DoRA (Liu et al., 2024): train the norm of each row of W + B A separately from its direction."""
     init_from: LocalPath | None = None
-    """A PEFT adapter directory of the same settings to go on from, instead of a fresh one."""
+    """PEFT adapter directory to initialize the adapters from; its settings must equal these. null starts with new
+    adapters."""
 
     @model_validator(mode="after")
     def targets_fit_together(self) -> "LoraConfig":
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets names a projection twice: {list(self.targets)}")
         if self.layers_to_transform is not None and HEAD in self.targets:
-            raise ValueError(f"layers_to_transform selects layers, and {HEAD} in targets is in none of them")
+            raise ValueError(f"layers_to_transform selects layers, but {HEAD} in targets is in no layer")
         if self.use_dora and HEAD in self.targets:
-            raise ValueError(f"use_dora is for projections; take {HEAD} out of targets")
+            raise ValueError(f"use_dora applies to projections only; remove {HEAD} from targets")
         return self
 
     def rank_of(self, module: str) -> int:
@@ -235,15 +239,15 @@ class LoraConfig(Section):
         return by_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What B A is multiplied by in a module of that name."""
+        """The factor that multiplies B A in the module of that name."""
         rank = self.rank_of(module)
         return by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class SourceConfig(Section):
     path: LocalPath
-    """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, compressed or not), a directory, a pattern such as
-    data/*.jsonl, or hf:NAME[:CONFIG[:SPLIT]], fetched once. See docs/data.md."""
+    """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, optionally compressed), a directory, a pattern such as
+    data/*.jsonl, or hf:NAME[:CONFIG[:SPLIT]], which is downloaded once. See docs/data.md."""
     format: Literal[
         "auto",
         "flan_mini",
@@ -255,14 +259,15 @@ class SourceConfig(Section):
         "question_answer",
         "text",
     ] = "auto"
-    """auto: what the fields of a file's first records say. text: no template, and every token carries loss."""
+    """auto: detected from the fields of the first records of each file. text: no template is applied, and the loss
+    covers every token."""
     split: str | None = None
-    """Of a directory that holds several splits, or of the hub: which one; null takes what is not for validation or
-    test by its name."""
+    """Which split to read from a directory with several splits or from the Hub; null reads every split whose name does
+    not mark it as validation or test data."""
     weight: PositiveFloat = 1.0
-    """Passes over the source per epoch; a fraction is a subset drawn from (seed, epoch)."""
+    """Passes over the source per epoch. A fractional pass is a random subset, drawn with (seed, epoch)."""
     max_examples: PositiveInt | None = None
-    """Keep only this many records, the first ones in file order."""
+    """Use only this many records, the first ones in file order."""
 
 
 class DataConfig(Section):
@@ -272,80 +277,84 @@ class DataConfig(Section):
     on_bad_record: Literal["error", "skip"] = "error"
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
     template: TemplateChoice = AUTO
-    """How conversations become text: the name of a format, a .jinja file, or checkpoint, the chat template that the
-    base model brings. auto: checkpoint if there is one, else vicuna_v1.1."""
+    """How conversations become text: the name of a format, a .jinja file, or checkpoint for the chat template of the
+    base model. auto: the base model's chat template if it has one, otherwise vicuna_v1.1."""
     template_variables: dict[str, bool | int | str] = {}
-    """Passed to a Jinja template beside the messages, for example enable_thinking: false."""
+    """Passed to a Jinja template together with the messages, for example enable_thinking: false."""
     tools_as_text: bool = False
-    """Whether tools, tool calls, tool results and reasoning are written as text where the template has no form for
-    them. Otherwise a record that has them is a bad record."""
+    """Whether tools, tool calls, tool results and reasoning are written as plain text if the template does not support
+    them. If false, a record that contains them is a bad record."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens carry loss: every assistant turn, only the last one, or everything but the BOS."""
+    """Which tokens the loss covers: every assistant turn, only the last assistant turn, or everything except BOS."""
 
 
 class TrainingConfig(Section):
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
-    """A run ends at `epochs` or `max_steps`, whichever comes first."""
+    """Maximum number of optimizer steps; a run ends at `epochs` or `max_steps`, whichever comes first."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     betas: tuple[Fraction, Fraction] | None = None
-    """Decay rates of the moments; (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion where they are not given."""
+    """Decay rates of the moments; null means (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion."""
     learning_rate: PositiveFloat = 2e-5
     lora_plus_ratio: PositiveFloat = 1.0
-    """LoRA+ (Hayou et al., 2024): learning rate of B, and of DoRA's magnitudes, as a multiple of that of A."""
+    """LoRA+ (Hayou et al., 2024): ratio of the learning rate of B and of DoRA's magnitudes to that of A."""
     warmup_steps: NonNegativeInt = 0
     warmup_ratio: Fraction = 0.0
-    """Or warm-up as a part of the run's steps, rounded down."""
+    """Warm-up as a fraction of the run's steps, rounded down; an alternative to `warmup_steps`."""
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
     decay_steps: PositiveInt | None = None
-    """Of warmup_stable_decay: how many of the last steps the rate falls in, along a cosine."""
+    """warmup_stable_decay: number of final steps in which the learning rate decays, along a cosine."""
     final_ratio: Fraction = 0.0
-    """What cosine, linear and warmup_stable_decay end at, as a fraction of `learning_rate`."""
+    """Final learning rate of cosine, linear and warmup_stable_decay, as a fraction of `learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     no_decay: tuple[str, ...] = ("norm", "bias", "embed_tokens", "lora_magnitude")
-    """Parameters do not decay if one of these words is in their name, or is their kind: matrix, table, norm, bias."""
+    """Parameters without weight decay: those whose name contains one of these words, or whose kind (matrix, table,
+    norm, bias) is one of them."""
     max_grad_norm: PositiveFloat | None = 1.0
     batch_size: PositiveInt = 128
-    """Examples or packed rows per optimizer step, see `batch_unit`."""
+    """Examples or packed rows per optimizer step; see `batch_unit`."""
     batch_unit: Literal["examples", "rows"] = "examples"
     micro_batch_size: PositiveInt = 2
-    """Rows per data×fsdp shard in one forward and backward pass."""
+    """Rows in one forward and backward pass, per data×fsdp shard."""
     remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = "auto"
-    """What the backward pass computes again: nothing, all but projections and attention, all but attention, or each
-    whole layer. offload: as dots, with the results of projections kept in the host's memory. auto: `flacuna plan`'s."""
+    """What the backward pass recomputes. none: nothing. dots: everything except projections and attention. attention:
+    everything except attention. full: each whole layer. offload: like dots, but the outputs of projections are kept in
+    host memory. auto: the choice of `flacuna plan`."""
     attention: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"
-    """auto: the kernels for the device. xla: plain loops, to compare. cudnn: on GPUs, of rows that are not packed.
-    tokamax: Mosaic kernels for Hopper and Blackwell GPUs (pip install 'flacuna-jax[tokamax]')."""
+    """Attention implementation. auto: the kernels for the device. xla: plain loops, for comparison. cudnn: for GPUs,
+    without packing. tokamax: Mosaic kernels for Hopper and Blackwell GPUs (pip install 'flacuna-jax[tokamax]')."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite, or leaps, changes nothing. stop: the run ends there; skip: it goes
-    on with the next batch. The batch is kept in bad_steps/ either way."""
+    """What to do at a bad step, which is one whose loss or gradient is not finite or spikes (see `spike_factor`). Its
+    update is not applied, and its batch is saved in bad_steps/. stop: end the run. skip: continue with the next
+    batch."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
-    """A leap is a loss or gradient norm above this many times its mean over the last steps; null looks for none."""
+    """A loss or gradient norm above this multiple of its mean over the last steps is a spike; null disables the
+    check."""
     max_bad_steps: PositiveInt = 10
-    """With on_bad_step: skip, so many in a row end the run all the same."""
+    """With on_bad_step: skip, the run ends after this many bad steps in a row."""
 
     @model_validator(mode="after")
     def schedule_is_whole(self) -> "TrainingConfig":
         if (self.schedule == "warmup_stable_decay") != (self.decay_steps is not None):
-            raise ValueError("decay_steps belongs to schedule: warmup_stable_decay, which needs it")
+            raise ValueError("schedule: warmup_stable_decay needs decay_steps, and no other schedule has it")
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("warmup_steps and warmup_ratio are two ways to say the same; set one of them")
+            raise ValueError("warmup_steps and warmup_ratio set the same thing; set only one of them")
         if self.final_ratio and self.schedule in ("constant", "inverse_sqrt"):
-            raise ValueError(f"final_ratio has no meaning with schedule: {self.schedule}")
+            raise ValueError(f"final_ratio has no effect with schedule: {self.schedule}")
         if self.betas is not None and self.optimizer == "adafactor":
-            raise ValueError("betas are AdamW's and Lion's; Adafactor has a schedule of its own for them")
+            raise ValueError("betas apply to AdamW and Lion only; Adafactor computes its own decay rates")
         return self
 
     def warmup_of(self, total_steps: int) -> int:
-        """Steps of warm-up in a run of so many."""
+        """Number of warm-up steps in a run of `total_steps` steps."""
         return self.warmup_steps or int(self.warmup_ratio * total_steps)
 
 
 class MeshConfig(Section):
-    """Devices per axis, slowest network first; their product is the number of devices used."""
+    """Devices per mesh axis, from the slowest network to the fastest. Their product is the number of devices used."""
 
     replica: PositiveInt = 1
-    """Copies of all that follows, one per TPU slice or host: only gradients cross the network between them."""
+    """Number of copies of the other axes, one per TPU slice or host; only gradients cross the network between them."""
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
     tensor: PositiveInt = 1
@@ -356,78 +365,83 @@ class MeshConfig(Section):
 
     @property
     def row_shards(self) -> int:
-        """Parts that the rows of a batch are cut into."""
+        """Number of shards of the rows of a batch."""
         return self.replica * self.data * self.fsdp
 
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     keep: PositiveInt = 3
-    """The last so many stay."""
+    """Number of most recent checkpoints to keep."""
     keep_best: NonNegativeInt = 1
-    """And so many more, the best by evaluation.metric; each is saved when it is measured. Without evaluation, none."""
+    """Number of best checkpoints by evaluation.metric to keep in addition; each is saved when it is evaluated. Without
+    evaluation, none are kept."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest checkpoint in output_dir if there is one; never: refuse a used output_dir."""
+    """auto: continue from the newest checkpoint in output_dir, if there is one. never: fail if output_dir holds a
+    run."""
     allow_changes: tuple[str, ...] = ()
-    """What may differ from the run that is continued: settings or sections by name (training.learning_rate), or data,
+    """What may differ from the run that is resumed: names of settings or sections (training.learning_rate), or data,
     tokenizer, base, code."""
 
 
 class TasksConfig(Section):
-    """Benchmarks of `flacuna evaluate` that are run on the model in training."""
+    """Benchmarks of `flacuna evaluate` to run on the model during training."""
 
     names: Annotated[tuple[str, ...], Field(min_length=1)]
-    """As in `flacuna evaluate --tasks`: mmlu:5, bbh, hhh, ..., or the harness's tasks."""
+    """Names as in `flacuna evaluate --tasks`: mmlu:5, bbh, hhh, ..., or tasks of lm-evaluation-harness."""
     data: LocalPath
-    """Directory of the benchmarks' files, or of the harness's task files."""
+    """Directory of the benchmarks' files, or of the task files of lm-evaluation-harness."""
     protocol: Literal["instructeval", "lm_eval"] = "instructeval"
     limit: PositiveInt | None = 20
-    """Problems per subject or task."""
+    """Number of problems per subject or task; null runs all."""
     every_steps: PositiveInt | None = None
-    """Null: with every evaluation."""
+    """Steps between runs of the benchmarks; null runs them with every evaluation."""
 
 
 class EvaluationConfig(Section):
-    """What is measured while a run goes on, on records that it does not learn from."""
+    """Evaluation during a run, on records that it does not train on."""
 
     every_steps: PositiveInt = 500
-    """Besides that the start and the end are measured."""
+    """Steps between evaluations. The model is also evaluated before the first step and after the last."""
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training records to hold out, chosen by the hash of their question: records with the same question
-    are on the same side, whatever their order or number."""
+    """Fraction of the training records to hold out, chosen by a hash of the question: records with the same question
+    are either all held out or all trained on, regardless of their order or number."""
     sources: tuple[SourceConfig, ...] = ()
-    """Or records of their own."""
+    """Separate sources of evaluation records; an alternative to `fraction`."""
     max_examples: PositiveInt | None = None
-    """Measure only so many of the held-out records, those with the lowest hashes."""
+    """Evaluate on only this many of the held-out records, those with the lowest hashes."""
     metric: str = "eval/loss"
-    """Which number tells the best checkpoint, and when to stop. Losses and perplexities want to be low, others high."""
+    """Metric that selects the best checkpoint and decides early stopping. Lower is better for losses and perplexities,
+    higher for all others."""
     patience: PositiveInt | None = None
-    """Stop after so many evaluations in a row without a new best."""
+    """Stop after this many evaluations in a row without a new best value; null never stops early."""
     deliver: Literal["last", "best"] = "last"
-    """Which checkpoint becomes adapter/ (or model/)."""
+    """Which checkpoint is written to adapter/ (or model/) at the end."""
     samples: NonNegativeInt = 4
-    """Held-out questions that are answered at every evaluation, for people to read."""
+    """Number of held-out questions that the model answers at every evaluation, for people to read."""
     prompts: tuple[str, ...] = ()
-    """Questions of one's own to answer besides."""
+    """Additional questions of your own for the model to answer."""
     sample_tokens: PositiveInt = 128
-    """The longest answer."""
+    """Maximum number of tokens in an answer."""
     tasks: TasksConfig | None = None
 
     @model_validator(mode="after")
     def measures_something(self) -> "EvaluationConfig":
         if self.fraction is not None and self.sources:
-            raise ValueError("fraction and sources are two ways to say the same; set one of them")
+            raise ValueError("fraction and sources both set the held-out records; set only one of them")
         if self.fraction is None and not self.sources and self.tasks is None:
-            raise ValueError("fraction, sources or tasks is missing: there is nothing to measure")
+            raise ValueError("fraction, sources or tasks is missing: there is nothing to evaluate")
         if self.metric.startswith("eval/") and self.fraction is None and not self.sources:
-            raise ValueError(f"metric {self.metric} is of held-out records; set fraction or sources, or name a task's")
+            raise ValueError(
+                f"metric {self.metric} needs held-out records; set fraction or sources, or choose a metric of a task"
+            )
         if any(source.weight != 1 for source in self.sources):
-            raise ValueError("sources: weight is for training; what is measured is read once")
+            raise ValueError("sources: weight applies to training only; evaluation reads each record once")
         return self
 
     @property
     def lower_is_better(self) -> bool:
-        # eval/MEASURE/SOURCE and tasks/NAME/MEASURE; what sources and tasks are called says nothing.
+        # eval/MEASURE/SOURCE or tasks/NAME/MEASURE; the names of sources and tasks must not influence the result.
         parts = self.metric.split("/")
         measure = parts[1] if self.metric.startswith("eval/") else parts[-1]
         return "loss" in measure or "perplexity" in measure
@@ -437,20 +451,20 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 10
     tensorboard: bool = True
     wandb: str | None = None
-    """A Weights & Biases project; needs the `wandb` extra."""
+    """Name of a Weights & Biases project to log to; needs the `wandb` extra."""
 
 
 class DistributedConfig(Section):
-    """Several hosts; found out by itself under Slurm, Open MPI, Kubernetes and on TPU pods."""
+    """Several hosts; detected automatically under Slurm, Open MPI, Kubernetes and on TPU pods."""
 
     coordinator: str | None = None
     """host:port of process 0."""
     num_processes: PositiveInt | None = None
     process_id: NonNegativeInt | None = None
     join_seconds: PositiveInt = 300
-    """How long to wait for a late host at the start."""
+    """Seconds to wait for all hosts at the start."""
     heartbeat_seconds: PositiveInt = 30
-    """How long a silent host is believed to live; then the others stop."""
+    """Seconds without a heartbeat after which a host is considered dead and the others stop."""
 
     @property
     def is_explicit(self) -> bool:
@@ -459,15 +473,15 @@ class DistributedConfig(Section):
 
 class RunConfig(Section):
     output_dir: LocalPath
-    """A directory, or gs://BUCKET/PATH, see docs/training.md."""
+    """A directory, or gs://BUCKET/PATH; see docs/training.md."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     model: ModelConfig
     lora: LoraConfig | None = LoraConfig()
-    """null trains every weight of the base."""
+    """LoRA adapters to train; null trains every weight of the base."""
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig | Literal["auto"] = "auto"
-    """auto: what the planner finds best for the devices here; or devices per axis."""
+    """auto: the mesh that the planner finds best for the available devices; or the number of devices per axis."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     logging: LoggingConfig = LoggingConfig()
@@ -476,9 +490,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def methods_fit_together(self) -> "RunConfig":
         if self.lora is None and self.training.lora_plus_ratio != 1:
-            raise ValueError("training.lora_plus_ratio is for adapters; with lora: null there are none")
+            raise ValueError("training.lora_plus_ratio applies to adapters, and lora: null has none")
         if self.lora is None and self.model.quantization is not None:
-            raise ValueError("model.quantization is for a frozen base; with lora: null every weight trains")
+            raise ValueError("model.quantization needs a frozen base, but lora: null trains every weight")
         if self.training.attention == "cudnn" and (self.data.packing != "none" or self.model.dtype != "bfloat16"):
             raise ValueError("training.attention: cudnn needs data.packing: none and model.dtype: bfloat16")
         if self.training.attention == "tokamax" and self.model.dtype != "bfloat16":

@@ -1,4 +1,4 @@
-"""Every setting of a run in words, as a YAML file with comments: what `flacuna train --settings` prints."""
+"""Prints every setting of a run as a YAML file with comments, for `flacuna train --settings`."""
 
 import argparse
 import textwrap
@@ -16,18 +16,18 @@ _WIDTH = 100
 
 
 class ShowSettings(argparse.Action):
-    """An option that prints them and ends, as --help does."""
+    """An option that prints all settings and exits, as --help does."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        print("\n".join(["# Any of these may also be given as --section.key=value.", *describe(RunConfig)]))
+        print("\n".join(["# Each setting can also be given as --section.key=value.", *describe(RunConfig)]))
         parser.exit()
 
 
 def describe(section: type[BaseModel], indent: str = "") -> list[str]:
-    """A section's settings with their defaults, what they may be, and what they do."""
+    """The lines of a section: each setting with its default, its allowed words and its description."""
     lines = []
     for name, field in section.model_fields.items():
         lines += [f"{indent}# {line}" for line in _comment(field, _WIDTH - len(indent) - 2)]
@@ -50,27 +50,27 @@ def _comment(field: FieldInfo, width: int) -> list[str]:
     if len(words) > 1:
         notes.insert(0, f"{' | '.join(words)}.")
     if _section_of(field.annotation)[0] is not None and not field.is_required() and not field.get_default():
-        notes.append("None unless it is set.")
+        notes.append("Default: null.")
     return textwrap.wrap(" ".join(filter(None, notes)), width)
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "    # has to be set"
+        return "    # required"
     value = field.get_default(call_default_factory=True)
     text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
     return f" {text.strip().removesuffix('...').strip()}"
 
 
 def _words(annotation: Any) -> list[str]:
-    """The fixed words that a setting may be."""
+    """The fixed words that a setting accepts."""
     if typing.get_origin(annotation) is typing.Literal:
         return [str(word) for word in typing.get_args(annotation)]
     return [word for part in typing.get_args(annotation) for word in _words(part)]
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a setting is, and whether it is a list of such."""
+    """The section class of a setting, or None, and whether the setting is a list of such sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):

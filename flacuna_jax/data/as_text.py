@@ -1,4 +1,4 @@
-"""Tools, calls, results and reasoning for templates that have no form for them: refused, or written as text."""
+"""Tools, calls, results and reasoning for templates that do not support them: rejected, or written as text."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,30 +11,30 @@ AS_TEXT = "data.tools_as_text: true writes such content as text"
 
 
 def check_plain(template: str, turns: Sequence[Turn], tools: Tools) -> None:
-    """Raises TemplateRefusal unless turns alternate between user and assistant and hold nothing but text."""
+    """Raises TemplateRefusal unless turns alternate between user and assistant and contain only text."""
     if tools:
-        raise TemplateRefusal(f"{template} has no form for a list of tools; {AS_TEXT}")
+        raise TemplateRefusal(f"{template} does not support a list of tools; {AS_TEXT}")
     for index, turn in enumerate(turns):
         if turn.role not in ("user", "assistant"):
             hint = f"; {AS_TEXT}" if turn.role == "tool" else ""
             raise TemplateRefusal(
-                f"{template} has no form for a message of role {turn.role!r} (turn {index + 1}){hint}"
+                f"{template} does not support a message of role {turn.role!r} (turn {index + 1}){hint}"
             )
         for key in ("tool_calls", *REASONING):
             if turn.extra is not None and turn.extra.get(key):
-                raise TemplateRefusal(f"{template} has no form for {key!r} (turn {index + 1}); {AS_TEXT}")
+                raise TemplateRefusal(f"{template} does not support {key!r} (turn {index + 1}); {AS_TEXT}")
     for index, (first, second) in enumerate(pairwise(turns)):
         if first.role == second.role:
             where = f"turns {index + 1} and {index + 2}"
-            raise TemplateRefusal(f"{template} needs turns that alternate, and {where} are both of the {first.role}")
+            raise TemplateRefusal(f"{template} needs alternating turns, but {where} are both of role {first.role!r}")
 
 
 def written_as_text(system: str, turns: Sequence[Turn], tools: Tools) -> tuple[str, list[Turn]]:
-    """A conversation in which everything is text and turns alternate.
+    """Converts a conversation to one of text only, with alternating turns.
 
-    Tools become a JSON line each in the system text, calls `<tool_call>` lines of the assistant, results
-    `<tool_response>` lines of the user, reasoning a `<think>` block before the answer. Developer and later system
-    messages become the user's. Turns of one role that follow each other are joined by a newline.
+    Each tool becomes a line of JSON in the system text, calls become `<tool_call>` lines of the assistant, results
+    `<tool_response>` lines of the user, and reasoning a `<think>` block before the answer. Developer messages and later
+    system messages become messages of the user. Consecutive turns of one role are joined by a newline.
     """
     if tools:
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

@@ -16,22 +16,22 @@ from flacuna_jax.data.tokenization import SegmentEncoder, TokenizedExample, Toke
 from flacuna_jax.errors import UserError
 
 BLOCK = 512
-"""Conversations that are tokenised together."""
+"""Number of conversations that are tokenised together."""
 
 OVER_LENGTH = "longer than data.max_length"
 TRUNCATED = "question shortened to data.max_length"
 TURNS_REMOVED = "turns removed to fit data.max_length"
-ANSWER_TOO_LONG = "no room in data.max_length for an answer and a shortened question"
+ANSWER_TOO_LONG = "answer and shortened question longer than data.max_length"
 NO_LOSS = "no supervised token"
-REFUSED = "the template has no form for the record"
+REFUSED = "the template does not support the record"
 
 Located = tuple[int, Place, Conversation]
-"""Number of a record in its source, its place, and what it says."""
+"""The number of a record in its source, its place, and its conversation."""
 SHOWN_CHARACTERS = 20
-"""How many of the characters that a tokenizer does not know are named."""
+"""Maximum number of unknown characters that the report lists."""
 
 Progress = Callable[[int], None]
-"""Called now and then with the number of records read so far."""
+"""Called periodically with the number of records read so far."""
 
 
 def build_store(
@@ -43,10 +43,10 @@ def build_store(
     """Tokenises every source of a config.
 
     Args:
-      template: None takes the one that `config` names, which must then not be a checkpoint's.
+      template: None uses the one that `config` names, which must then not be that of a checkpoint.
 
     Raises:
-      UserError: The input is bad, or a source gives no example.
+      UserError: The input is invalid, or a source yields no example.
     """
     template = template or template_without_checkpoint(config, tokenizer)
     builder = StoreBuilder([source.path for source in config.sources], tokenizer.vocab_size)
@@ -63,7 +63,7 @@ def build_store(
 
 
 def template_without_checkpoint(config: DataConfig, tokenizer: Tokenizer) -> Template:
-    """The template of a config for data that belongs to no checkpoint. Raises UserError if it names a checkpoint's."""
+    """The template of a config for data without a checkpoint. Raises UserError if it needs a checkpoint."""
     name = FALLBACK if config.template == AUTO else config.template
     template = named_template(
         name, tokenizer.special, tools_as_text=config.tools_as_text, variables=config.template_variables
@@ -74,15 +74,15 @@ def template_without_checkpoint(config: DataConfig, tokenizer: Tokenizer) -> Tem
 
 
 def require_examples(report: SourceReport) -> None:
-    """Raises UserError for a source that gave no example."""
+    """Raises UserError for a source that yielded no example."""
     if not report.kept:
         reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report.dropped.most_common())
         first = next((f"; first: {report.first_seen[reason]}" for reason, _ in report.dropped.most_common(1)), "")
-        raise UserError(f"{report.path}: not one usable example ({reasons or 'no records'}){first}")
+        raise UserError(f"{report.path}: no usable example ({reasons or 'no records'}){first}")
 
 
 class SourceBuild:
-    """One source's way into the store. `builder` may be exchanged between blocks, so that a long way has parts."""
+    """Adds the examples of one source to a store. `builder` may be replaced between blocks, to build it in parts."""
 
     def __init__(
         self,
@@ -106,10 +106,10 @@ class SourceBuild:
         self._shortener = Shortener(self._template, tokenizer, encoder, config.train_on, config.max_length)
 
     def blocks(self, passed: int = 0, report: SourceReport | None = None) -> Iterator[int]:
-        """Adds block after block, and yields after each how many conversations have gone by.
+        """Adds the examples block by block, and yields the number of conversations so far after each block.
 
-        `passed` conversations are only read, and then the counts are set to those of `report`: so a way that was
-        interrupted is taken up where these two were noted.
+        To continue an interrupted build, give its last number as `passed` and its counts as `report`: the first
+        `passed` conversations are read but not added, and then the counts are set to `report`.
         """
         wanted = self._source.max_examples
         conversations = self._read()
@@ -118,7 +118,7 @@ class SourceBuild:
                 pass
             self._report.__dict__.update(report.__dict__)
         while wanted is None or self._report.kept < wanted:
-            # With a limit, a block is never larger than what is still wanted, so nothing is read beyond it.
+            # With a limit, a block contains at most the conversations still needed, so no record beyond it is read.
             size = BLOCK if wanted is None else min(BLOCK, wanted - self._report.kept)
             block = list(islice(conversations, size))
             if not block:
@@ -150,7 +150,7 @@ class SourceBuild:
         self._report.supervised_tokens += sum(int(np.count_nonzero(example.loss_mask)) for example in kept)
 
     def _render(self, block: list[Located]) -> tuple[list[Located], list[list[Segment]]]:
-        """The conversations that the template has a form for, and their segments."""
+        """The conversations that the template supports, and their segments."""
         policy = BadRecordPolicy(self._report, self._config.on_bad_record)
         accepted: list[Located] = []
         rendered: list[list[Segment]] = []
@@ -163,7 +163,7 @@ class SourceBuild:
         return accepted, rendered
 
     def _count_unknown(self, conversation: Conversation, example: TokenizedExample) -> None:
-        """Counts unknown tokens with loss, and names the characters that become them."""
+        """Counts unknown tokens with loss, and collects the characters that become them."""
         unknown_id = self._tokenizer.unk_id
         if unknown_id is None:
             return
@@ -177,7 +177,7 @@ class SourceBuild:
             self._report.unknown_characters = (known + "".join(found))[:SHOWN_CHARACTERS]
 
     def _fit(self, place: Place, conversation: Conversation, example: TokenizedExample) -> TokenizedExample | None:
-        """The example within the length limit and with something to learn; None, and counted, if that cannot be."""
+        """The example, shortened to the length limit if necessary; None if it is dropped, which is counted."""
         length, limit = len(example.ids), self._config.max_length
         if not example.loss_mask.any():
             self._report.drop(NO_LOSS, place)
@@ -187,7 +187,7 @@ class SourceBuild:
         if self._config.over_length == "error":
             raise UserError(
                 f"{place}: {length} tokens, more than data.max_length {limit} "
-                "(data.over_length: drop or truncate_prompt would go on)"
+                "(data.over_length: drop or truncate_prompt would continue)"
             )
         shorter = None
         if self._config.over_length == "truncate_prompt":

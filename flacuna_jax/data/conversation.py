@@ -1,7 +1,7 @@
-"""Conversations, and the templates that turn them into segments with the supervised spans known by construction.
+"""Conversations, and the templates that convert them to segments, so that supervised spans are known by construction.
 
 A template is a function from turns to segments (`segments.py`), bound to the special tokens of one tokenizer:
-`layouts.py` has the formats that come with the project, `jinja_template.py` makes one from a chat template.
+`layouts.py` has the built-in formats, `jinja_template.py` makes one from a chat template.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ __all__ = [
 def named_template(
     name: str, special: SpecialTokens, *, tools_as_text: bool = False, variables: Mapping[str, Any] | None = None
 ) -> Template:
-    """One of our templates, or that of a .jinja file, with the tokens of one tokenizer.
+    """A built-in template, or that of a .jinja file, bound to the special tokens of one tokenizer.
 
     Args:
       name: One of `NAMES`, or a path that ends in .jinja.
       special: The tokenizer's special tokens.
-      tools_as_text: Whether tools, calls, results and reasoning that the template has no form for are written as text.
-        Otherwise such conversations are refused.
-      variables: Passed to a .jinja file beside the messages.
+      tools_as_text: Whether tools, calls, results and reasoning that the template does not support are written as text.
+        Otherwise such conversations are rejected.
+      variables: Passed to a .jinja file together with the messages.
 
     Raises:
-      UserError: The name is neither, or the file cannot be used as a template.
+      UserError: The name is invalid, or the file cannot be used as a template.
     """
     if name.endswith(".jinja"):
         sources = {"default": read_jinja_file(Path(name))}
@@ -59,7 +59,7 @@ def named_template(
         known = (AUTO, CHECKPOINT, *NAMES)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"template {name!r} is none of {', '.join(known)}, nor a .jinja file{hint}")
+        raise UserError(f"template {name!r} is not one of {', '.join(known)}, or a .jinja file{hint}")
     return our_template(name, special, tools_as_text)
 
 
@@ -71,7 +71,7 @@ def template_from_jinja(
     tools_as_text: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> Template:
-    """As `jinja_template`; a text that one of our templates exported is that template again."""
+    """Like `jinja_template`, but a text that a built-in template exported gives that built-in template."""
     ours = (our_template(known, special, tools_as_text) for known in NAMES)
     exported = next((template for template in ours if template.jinja == sources["default"]), None)
     if exported is not None:
@@ -81,7 +81,7 @@ def template_from_jinja(
 
 
 def _or_as_text(layout: Layout) -> Layout:
-    """Writes as text what a chat template has no form for."""
+    """A layout that writes content as text if the chat template does not support it."""
 
     def either(system: str, turns: Sequence[Turn], tools: Tools) -> Iterator[Segment]:
         try:
@@ -93,20 +93,20 @@ def _or_as_text(layout: Layout) -> Layout:
 
 
 def template_source(name: str) -> str:
-    """The Jinja of a template by name, before it meets a tokenizer. Raises UserError for a file that cannot be read."""
+    """The Jinja text of a template by name, not bound to a tokenizer. Raises UserError for an unreadable file."""
     return read_jinja_file(Path(name)) if name.endswith(".jinja") else source_of(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as a record gives it.
+    """The conversation in a record.
 
     Attributes:
-      turns: Messages in order, without a system message that stands first.
+      turns: Messages in order, without a leading system message.
       system: Replaces the template's system text. None keeps that text.
-      tools: JSON schemas of the functions that the assistant may call, as transformers takes them.
+      tools: JSON schemas of the functions that the assistant may call, in the form of transformers.
       raw: Whether the record is a text without roles: `turns` is one turn of the assistant with that text, no template
-        is applied, and every token of it carries loss.
+        is applied, and every token carries loss.
     """
 
     id: str
@@ -118,9 +118,9 @@ class Conversation:
 
 
 def render(conversation: Conversation, template: Template) -> list[Segment]:
-    """Segments of a conversation; ends ready for the answer unless the last turn is the assistant's.
+    """Segments of a conversation. They end with the generation prompt unless the last turn is the assistant's.
 
-    Raises TemplateRefusal for what the template has no form for.
+    Raises TemplateRefusal if the template does not support the conversation.
     """
     system = template.system if conversation.system is None else conversation.system
     return [s for s in template.layout(system, conversation.turns, conversation.tools) if s.text or s.token is not None]
@@ -129,12 +129,12 @@ def render(conversation: Conversation, template: Template) -> list[Segment]:
 def render_prompt(
     turns: Sequence[Turn], template: Template, system: str | None = None, tools: Tools = ()
 ) -> list[Segment]:
-    """Segments of a generation prompt, from turns that do not end with the assistant's."""
+    """Segments of a generation prompt, from turns whose last one is not the assistant's."""
     if not turns or turns[-1].role == "assistant":
-        raise ValueError("a prompt ends with a turn of the user or of a tool")
+        raise ValueError("the last turn of a prompt must be of the user or of a tool")
     return render(Conversation("", "", tuple(turns), system, tuple(tools)), template)
 
 
 def render_text(segments: Sequence[Segment]) -> str:
-    """The whole text, special tokens as the tokenizer spells them."""
+    """The whole text, with special tokens in the tokenizer's spelling."""
     return "".join(segment.text for segment in segments)

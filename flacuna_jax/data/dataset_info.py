@@ -1,4 +1,4 @@
-"""LLaMA-Factory's dataset_info.json: which fields of a file hold what.
+"""LLaMA-Factory's dataset_info.json: the meaning of the fields of a file.
 
     {"my_data": {"file_name": "my.json", "formatting": "sharegpt", "columns": {"messages": "dialog"}, "tags": {...}}}
 
@@ -39,7 +39,7 @@ _KNOWN_COLUMNS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class FileDescription:
-    """What dataset_info.json says of a file: `columns` from LLaMA-Factory's name of a field to the file's."""
+    """The entry of a file in dataset_info.json. `columns` maps LLaMA-Factory's name of a field to the file's name."""
 
     name: str
     formatting: Literal["alpaca", "sharegpt"]
@@ -49,9 +49,9 @@ class FileDescription:
 
 
 def read_descriptions(directory: Path) -> dict[Path, FileDescription]:
-    """By file, what the dataset_info.json of a directory says; empty without one, or for the one `datasets` writes.
+    """The entries of a directory's dataset_info.json by file; empty without one, or for the one `datasets` writes.
 
-    Raises UserError for an entry that is not as LLaMA-Factory has it.
+    Raises UserError for an entry that LLaMA-Factory would not accept.
     """
     path = directory / NAME
     try:
@@ -75,7 +75,7 @@ def read_descriptions(directory: Path) -> dict[Path, FileDescription]:
                 and not found[file].ranking
                 and dataclasses.replace(description, name="") != (dataclasses.replace(found[file], name=""))
             ):
-                raise UserError(f"{path}: {found[file].name!r} and {name!r} describe {file.name} in two ways")
+                raise UserError(f"{path}: {found[file].name!r} and {name!r} describe {file.name} differently")
             found[file] = description
     return found
 
@@ -87,10 +87,10 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
 def _describe(path: Path, name: str, entry: Mapping[str, Any]) -> FileDescription:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _DEFAULT_COLUMNS:
-        raise UserError(f"{path}: {name!r}: formatting is {formatting!r}; known are alpaca and sharegpt")
+        raise UserError(f"{path}: {name!r}: formatting is {formatting!r}; it must be alpaca or sharegpt")
     columns = _texts(path, name, "columns", entry.get("columns"), _KNOWN_COLUMNS)
     tags = _texts(path, name, "tags", entry.get("tags"), frozenset(_DEFAULT_TAGS))
-    # A description with columns of its own names all that it wants used, as in LLaMA-Factory.
+    # As in LLaMA-Factory, a description with columns lists every column to use; there are no defaults then.
     return FileDescription(
         name,
         formatting,
@@ -104,8 +104,10 @@ def _texts(path: Path, name: str, key: str, value: Any, known: frozenset[str]) -
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise UserError(f"{path}: {name!r}: {key} must map names to names of fields")
+        raise UserError(f"{path}: {name!r}: {key} must map names to field names")
     unknown = sorted(set(value) - known)
     if unknown:
-        raise UserError(f"{path}: {name!r}: {key} has the unknown {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        raise UserError(
+            f"{path}: {name!r}: {key} has the unknown name {unknown[0]!r}; known are {', '.join(sorted(known))}"
+        )
     return value

@@ -1,4 +1,4 @@
-"""Which fields make which format, and the parser of each; what records of every format may hold besides."""
+"""The fields and the parser of each record format, and the fields that records of any format may have."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from flacuna_jax.data.segments import Role, Turn
 
 
 class Dialogue(NamedTuple):
-    """What a record says: its system text (None for none), its turns, the schemas of its tools."""
+    """The content of a record: its system text (None without one), its turns, the schemas of its tools."""
 
     system: str | None
     turns: list[Turn]
@@ -28,10 +28,10 @@ _TOOLS = ("tools", "functions")
 _MEDIA = ("images", "videos", "audios")
 _MEDIUM = tuple(name.removesuffix("s") for name in _MEDIA)
 _MARKS = tuple(f"<{name}>" for name in _MEDIUM)
-"""Where in a text a picture, a video or a sound stands."""
+"""Placeholders of a picture, a video or a sound in a text."""
 _PAIR = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 _NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, "kto_tag", "label"))
-"""Fields that make a record one of pictures or of preferences, where they say something."""
+"""Fields that, unless empty, mark a record as one of pictures or of preferences."""
 
 
 def _messages(reading: Reading) -> Dialogue:
@@ -52,7 +52,7 @@ def _single_turn(reading: Reading, question: str, context: str | None, answer: s
 
 
 def _history(reading: Reading, field: str = "history") -> list[Turn]:
-    """Earlier turns, [[question, answer], ...], as LLaMA-Factory and ms-swift have them."""
+    """Earlier turns, [[question, answer], ...], in the form of LLaMA-Factory and ms-swift."""
     pairs = decoded(reading.take(field) or [], repr(field))
     form = f"{field!r} must be a list of pairs [question, answer]"
     if not isinstance(pairs, list):
@@ -81,7 +81,7 @@ def _question_answer(reading: Reading) -> Dialogue:
 
 
 def _prompt_completion(reading: Reading) -> Dialogue:
-    """Only the completion carries loss, also where the prompt is a list of messages with answers of its own."""
+    """Only the completion carries loss, even if the prompt is a list of messages that contains answers."""
     system: str | None = None
     if isinstance(reading.record.get("prompt"), list):
         system, turns = read_messages(reading, "prompt")
@@ -100,7 +100,7 @@ def _text(reading: Reading) -> Dialogue:
 
 
 def _with_fields_beside(parse: Parser) -> Parser:
-    """`parse`, and the system text and the tools that stand in fields of their own."""
+    """Extends `parse` with a system text and tools from separate fields."""
 
     def parse_all(reading: Reading) -> Dialogue:
         own, turns, _ = parse(reading)
@@ -110,7 +110,7 @@ def _with_fields_beside(parse: Parser) -> Parser:
 
 
 def _system(reading: Reading, own: str | None) -> str | None:
-    """`own`, the system text among the messages, or that of the field beside them."""
+    """The system text: `own`, which is the one among the messages, or that of a separate field."""
     field = reading.first(*_SYSTEM)
     beside = reading.optional_text(field) if field is not None else None
     if own and beside and own != beside:
@@ -144,7 +144,7 @@ FORMATS: Sequence[tuple[tuple[str, ...], str]] = (
     (("prompt", "response"), "question_answer"),
     (("input", "output"), "question_answer"),
 )
-"""Fields that a record must have, and the format that it then is of; the first that fits."""
+"""Required fields of each format; the first entry whose fields a record has decides its format."""
 
 COLUMNS = tuple(
     dict.fromkeys(
@@ -168,7 +168,7 @@ COLUMNS = tuple(
 
 
 def detect_format(record: object, unread: Sequence[str] = ()) -> str:
-    """The format whose fields a record has; raises BadRecord naming what it has instead. `unread`: more field names."""
+    """The format whose fields a record has. `unread` are more field names. Raises BadRecord with the fields found."""
     if not isinstance(record, dict):
         raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
     for fields, name in FORMATS:
@@ -178,24 +178,24 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
         raise _preference("chosen and rejected answers")
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
     if isinstance(record.get("text"), str):
-        detail = "the record holds only `text`; format: text in the source trains on all of it, without a template"
+        detail = "the record has only `text`; set format: text in its source to train on it without a template"
         raise BadRecord("no known format", f"{detail} (its fields: {', '.join(has[:12])})")
     named = {name.strip().lower(): name for name in record}
     for fields, _ in FORMATS:
         if all(field in named for field in fields):
             renamed = ", ".join(f"{named[field]!r} as {field!r}" for field in fields if named[field] != field)
             if renamed:
-                raise BadRecord("no known format", f"names of fields are lower case here: write {renamed}")
+                raise BadRecord("no known format", f"field names must be lower case: write {renamed}")
     known = "; ".join(" + ".join(fields) for fields, _ in FORMATS[:-1])
     raise BadRecord(
         "no known format",
-        f"the record is of no known format (its fields: {', '.join(has[:12]) or 'none'}; known are {known}; text). "
-        "Rename the fields, or describe them in a dataset_info.json beside the file, as LLaMA-Factory does",
+        f"the record has no known format (its fields: {', '.join(has[:12]) or 'none'}; known are {known}; text). "
+        "Rename the fields, or describe them in a dataset_info.json next to the file, as for LLaMA-Factory",
     )
 
 
 def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Sequence[str]) -> None:
-    """Raises BadRecord for pictures and for preferences, which a loss on answers would read past."""
+    """Raises BadRecord for pictures and preferences, which training on answers would silently ignore."""
     if not unread and reading.record.keys().isdisjoint(_NOT_TEXT):
         return
     if _has_pair(reading.record):
@@ -208,7 +208,7 @@ def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Seq
     for name in (*reading.record, *unread):
         filled = name in unread or not is_empty(reading.record[name])
         if filled and (name in _MEDIA or (marked and name in _MEDIUM)):
-            raise BadRecord("pictures or sound", f"the record comes with {name!r}; only text can be trained on")
+            raise BadRecord("pictures or sound", f"the record has {name!r}; training supports text only")
 
 
 def _has_pair(record: Mapping[str, Any]) -> bool:
@@ -218,8 +218,8 @@ def _has_pair(record: Mapping[str, Any]) -> bool:
 def _preference(what: str) -> BadRecord:
     return BadRecord(
         "preference data",
-        f"the record has {what}: preference tuning is not supported; to train on the preferred answers alone, write "
-        "them as prompt and completion and leave the others out",
+        f"the record has {what}: preference tuning is not supported; to train on the preferred answers only, write "
+        "them as prompt and completion without the others",
     )
 
 
@@ -235,7 +235,7 @@ def described_parser(description: FileDescription) -> Parser:
 def _described_alpaca(description: FileDescription, reading: Reading) -> Dialogue:
     columns = _usable_columns(description, reading)
     if "prompt" not in columns or "response" not in columns:
-        raise BadRecord("no known format", f"{description.name!r} of dataset_info.json names no prompt and response")
+        raise BadRecord("no known format", f"{description.name!r} of dataset_info.json must name prompt and response")
     history = _history(reading, columns["history"]) if "history" in columns else []
     query = columns.get("query")
     turns = [*history, *_single_turn(reading, columns["prompt"], query, columns["response"])]
@@ -270,7 +270,7 @@ def _usable_columns(description: FileDescription, reading: Reading) -> Mapping[s
             raise _preference(f"{name} answers in {description.columns[name]!r}")
     for name in _MEDIA:
         if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
-            raise BadRecord("pictures or sound", f"the record comes with {name}; only text can be trained on")
+            raise BadRecord("pictures or sound", f"the record has {name}; training supports text only")
     return description.columns
 
 

@@ -1,8 +1,7 @@
-"""Raw records of data files, streamed in bounded memory, each with its place.
+"""Raw records of data files with their places, streamed in bounded memory.
 
-Everything that can be wrong with a file is a UserError that names the file and the line (or row); damage that begins at
-one record is handed to the BadRecordPolicy, which may count it instead. Which files a source has is told by
-`source_files.py`.
+Every fault of a file is a UserError that names the file and the line (or row). Damage that begins at a record goes to
+the BadRecordPolicy, which may count it instead. `source_files.py` finds the files of a source.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ __all__ = ["SUFFIXES", "DataFiles", "Place", "RawRecord", "find_files", "kind_of
 
 
 def read_records(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The records of one file, in order. `columns` are those that are of use in a table."""
+    """The records of one file, in order. `columns` are the columns to read from a table."""
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"{path}: the name does not end in one of {KNOWN_SUFFIXES}")

@@ -1,4 +1,4 @@
-r"""The record formats people have, all ending in `Conversation`. docs/data.md has them in a table.
+r"""Reads the supported record formats into `Conversation`. docs/data.md lists the formats in a table.
 
 sharegpt, flan_mini   {"conversations": [{"from": "human", "value": str}, ...]}
 messages              {"messages": [{"role": "user", "content": str or text parts}, ...]}
@@ -6,24 +6,24 @@ alpaca                {"instruction": str, "input": str, "output": str, "history
 dolly                 {"instruction": str, "context": str, "response": str}
 prompt_completion     {"prompt": str or messages, "completion": str or messages}
 question_answer       {"question" or "query" or "prompt" or "input": str, "answer" or "response" or "output": str}
-text                  {"text": str}: no template, every token carries loss; only where the source asks for it
+text                  {"text": str}: no template, every token carries loss; only if the source sets format: text
 
-Lists of messages are read alike in either field; see `messages.py`. `id` and `source` are kept where a record has them;
-`system` (or `system_prompt`) and `tools` beside any of these fields are used. Every other field that holds something is
-counted by its name. Rules for all formats:
+Lists of messages are read the same in every field; see `messages.py`. `id` and `source` are kept if a record has them;
+`system` (or `system_prompt`) and `tools` are used in any format. Every other non-empty field is counted by its name.
+Rules for all formats:
 
-- An answer that comes first, before any question, is dropped, as FastChat did, and counted.
-- A system message that stands first replaces the template's system text; an empty one keeps the template's. Whether
-  later ones, and several turns of one role in a row, can be said is the template's to decide.
-- What follows the last answer (a question without one, an empty answer) is removed and counted.
-- A record in which the assistant says nothing is dropped and counted: there is nothing to learn in it.
-- Pairs of a preferred and a rejected answer, and records with pictures, are refused.
-- Anything else is a bad record: an error with its place, or counted, as data.on_bad_record says.
+- An answer before any question is dropped, as in FastChat, and counted.
+- A leading system message replaces the template's system text; an empty one keeps it. The template decides whether it
+  supports later system messages and consecutive turns of one role.
+- Turns after the last answer (a question without an answer, an empty answer) are removed and counted.
+- A record without any text of the assistant is dropped and counted, because there is nothing to learn in it.
+- Pairs of a preferred and a rejected answer, and records with pictures, are rejected.
+- Any other record is a bad record: an error with its place, or counted, depending on data.on_bad_record.
 
-Alpaca's instruction and input are joined as "{instruction}\n{input}", each stripped of white space at its ends, the way
-the authors of Flacuna did in their earlier Flan-Alpaca. Stanford's own prompt ("Below is an instruction ...") is
-another template for the same fields; a Vicuna template takes its place. An input of "<noinput>", the mark of Stanford's
-seed tasks, counts as none.
+Alpaca's instruction and input are stripped of white space at both ends and joined as "{instruction}\n{input}", as the
+authors of Flacuna did in their earlier Flan-Alpaca. Stanford's own prompt ("Below is an instruction ...") is a
+different template for the same fields; here, the Vicuna template replaces it. An input of "<noinput>", which marks
+Stanford's seed tasks, counts as empty.
 """
 
 import functools
@@ -69,9 +69,9 @@ NO_ANSWER = "no answer in the record"
 def read_source(config: SourceConfig, policy: BadRecordPolicy) -> Iterator[tuple[Place, Conversation]]:
     """The usable conversations of a source, in file order, each with its place.
 
-    The format of a file is that of its first record that has a known one, or what a dataset_info.json beside it says.
-    Every record read is counted in `policy.report`, and so is every one that is not passed on; `max_examples` is the
-    caller's to apply.
+    The format of a file is that of its first record with a known format, or that given by a dataset_info.json next to
+    the file. `policy.report` counts every record that is read and every one that is not yielded. The caller applies
+    `max_examples`.
     """
     found = source_files(config.path, config.split)
     policy.report.ignored_files = found.ignored
@@ -93,7 +93,7 @@ def read_source(config: SourceConfig, policy: BadRecordPolicy) -> Iterator[tuple
 
 
 class _Chooser:
-    """How the records of one file are read: as the source says, or dataset_info.json, or the first that is known."""
+    """Chooses the format of one file: that of the source, of dataset_info.json, or of the first known record."""
 
     def __init__(self, name: str, description: FileDescription | None) -> None:
         self.columns = COLUMNS if description is None else (*COLUMNS, *described_columns(description))
@@ -111,7 +111,7 @@ class _Chooser:
         return self._parser
 
     def other_format(self, raw: RawRecord) -> str:
-        """For a record that is not in the file's format: in which it seems to be, and what decided the file's."""
+        """For a record not in the file's format: the format it seems to have, and what decided that of the file."""
         if self._parser is None:
             return ""
         try:
@@ -123,8 +123,8 @@ class _Chooser:
         if self._decided_by is None:
             return f" (its fields are those of format: {found})"
         return (
-            f" (its fields are those of format {found}, but {self._decided_by.in_file} decided that the file is of "
-            f"format {self._name}; put the two into files of their own)"
+            f" (its fields are those of format {found}, but {self._decided_by.in_file} set the format of the file to "
+            f"{self._name}; put the two formats into separate files)"
         )
 
 
@@ -154,7 +154,7 @@ def parse_record(raw: RawRecord, parse: Parser, policy: BadRecordPolicy) -> Conv
 def _plain_text(
     identity: str, source: str, turns: list[Turn], place: Place, policy: BadRecordPolicy
 ) -> Conversation | None:
-    """A text of its own, to which no template is applied."""
+    """A plain text, to which no template is applied."""
     if not turns[0].text.strip():
         policy.report.drop(NO_ANSWER, place)
         return None
@@ -162,14 +162,14 @@ def _plain_text(
 
 
 def _answers(turn: Turn) -> bool:
-    """Whether there is something to learn in a turn; white space alone is nothing."""
+    """Whether a turn contains something to learn; white space alone does not count."""
     if turn.role != "assistant":
         return False
     return bool(turn.text.strip()) or (turn.extra is not None and replace(turn, text="").says_something)
 
 
 def _repair(turns: list[Turn], place: Place, policy: BadRecordPolicy) -> list[Turn]:
-    """Without answers that come first and without what follows the last one; [] if nothing is left to learn."""
+    """Removes leading answers and the turns after the last answer; returns [] if nothing is left to learn."""
     begin = next((index for index, turn in enumerate(turns) if turn.role not in ("assistant", "tool")), len(turns))
     if not any(map(_answers, turns[begin:])):
         return []
@@ -189,7 +189,7 @@ def _check_unicode(system: str | None, turns: list[Turn]) -> None:
             turn.text.encode()
         (system or "").encode()
     except UnicodeEncodeError as error:
-        raise BadRecord("invalid Unicode", f"the text holds half a surrogate pair ({error.reason})") from error
+        raise BadRecord("invalid Unicode", f"the text contains half a surrogate pair ({error.reason})") from error
 
 
 def _id(record: Mapping[str, Any], place: Place) -> str:
@@ -208,5 +208,5 @@ def _source(record: Mapping[str, Any], place: Place) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _name_of(path: Path) -> str:
-    """A file's name without its endings and the number of its shard."""
+    """A file's name without its extensions and shard number."""
     return re.sub(r"-\d{5}-of-\d{5}.*", "", path.name.split(".")[0])

@@ -1,8 +1,9 @@
-"""Records that are kept from training, to measure on: chosen by what they ask, not by where they stand.
+"""Held-out records for evaluation, selected by their question, not by their position.
 
 The key of an example is a hash of its tokens before the first that carries loss: template, system text and question.
-So two records that ask the same are on the same side, even where their answers differ; adding, removing or reordering
-others moves none. Where no text comes before the loss (plain text), the key is of the whole example.
+Therefore records with the same question are either all held out or all trained on, even if their answers differ, and
+adding, removing or reordering other records changes nothing. If no text precedes the loss (plain text), the key is a
+hash of the whole example.
 """
 
 import dataclasses
@@ -17,24 +18,24 @@ from flacuna_jax.errors import UserError
 
 
 class Split(NamedTuple):
-    """`training` is the whole store, but what is held out belongs to no source any more (-1), so that no epoch draws
-    it. `held_out` has those examples alone."""
+    """`training` is the whole store, but with source -1 for held-out examples, so that no epoch draws them. `held_out`
+    contains only those examples."""
 
     training: TokenStore
     held_out: TokenStore
 
 
 def keys(store: TokenStore) -> NDArray[np.uint64]:
-    """uint64 [examples], the same for examples that ask the same question; no seed, no position enters."""
+    """uint64 [examples], equal for examples with the same question; independent of seed and position."""
     return np.array([_key(store, index) for index in range(len(store))], np.uint64)
 
 
 def split(store: TokenStore, fraction: float, max_examples: int | None = None) -> Split:
-    """Holds out the examples whose key lies in the lowest `fraction` of all keys; at most `max_examples` are measured
-    (the others stay out of training all the same).
+    """Holds out the examples whose key is in the lowest `fraction` of the key range. At most `max_examples` of them are
+    evaluated; the others are not trained on either.
 
     Raises:
-      UserError: that is none of them, or all.
+      UserError: no example or every example would be held out.
     """
     found = keys(store)
     chosen = found < np.uint64(fraction * 2.0**64)
@@ -42,7 +43,7 @@ def split(store: TokenStore, fraction: float, max_examples: int | None = None) -
         count, total = int(chosen.sum()), len(store)
         raise UserError(
             f"evaluation.fraction {fraction:g} holds out {count} of {total} examples; "
-            f"{'take a larger share' if not count else 'take a smaller share'}, or name evaluation.sources"
+            f"{'use a larger fraction' if not count else 'use a smaller fraction'}, or set evaluation.sources"
         )
     source_index = np.where(chosen, np.int32(-1), store.source_index)
     measured = lowest(found, np.flatnonzero(chosen), max_examples)
@@ -50,7 +51,7 @@ def split(store: TokenStore, fraction: float, max_examples: int | None = None) -
 
 
 def lowest(found: NDArray[np.uint64], examples: NDArray[np.int64], max_examples: int | None) -> NDArray[np.int64]:
-    """The `max_examples` with the lowest keys, in the order of the store; all if None."""
+    """The `max_examples` examples with the lowest keys, in the order of the store; all if None."""
     if max_examples is None or len(examples) <= max_examples:
         return examples
     return np.sort(examples[np.argsort(found[examples], kind="stable")[:max_examples]])
@@ -73,7 +74,7 @@ def select(store: TokenStore, examples: NDArray[np.int64]) -> TokenStore:
 
 
 def question(store: TokenStore, index: int) -> NDArray[np.int32]:
-    """Token ids of an example before the first that carries loss."""
+    """The token ids of an example before the first one that carries loss."""
     example = store.example(index)
     return example.ids[: int(np.argmax(example.loss_mask))]
 
@@ -81,7 +82,7 @@ def question(store: TokenStore, index: int) -> NDArray[np.int32]:
 def _key(store: TokenStore, index: int) -> int:
     start, end = int(store.offsets[index]), int(store.offsets[index + 1])
     asked = int(np.argmax(store.loss_mask[start:end]))
-    # One token is BOS: every example would have the same key.
+    # A single token is BOS, which would give every example the same key.
     tokens = store.tokens[start : start + asked if asked > 1 else end]
     return int.from_bytes(hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest(), "little")
 

@@ -1,4 +1,4 @@
-"""Sources that name a dataset of the Hugging Face hub: hf:NAME[:CONFIG[:SPLIT]], fetched once into parquet."""
+"""Sources from the Hugging Face Hub: hf:NAME[:CONFIG[:SPLIT]], downloaded once and stored as Parquet."""
 
 import os
 from dataclasses import dataclass
@@ -29,19 +29,19 @@ class HubName:
 
 
 def local_path(path: str, directory: Path, setting: str) -> str:
-    """`path` itself, or for a hub name the parquet file below `directory`, fetched if it is not there.
+    """`path` itself, or for a Hub name its Parquet file below `directory`, which is downloaded if it is missing.
 
     Args:
-      setting: what a message calls the path, for example "data.sources.0".
+      setting: name of the path's setting for messages, for example "data.sources.0".
 
     Raises:
-      UserError: the hub cannot be reached or does not have it, or its client is not installed.
+      UserError: the Hub cannot be reached or does not have the dataset, or its client is not installed.
     """
     if not path.startswith(PREFIX):
         return path
     hub_name = HubName.parse(path)
     if not hub_name.name:
-        raise UserError(f"{setting}: {path!r} names no dataset; write hf:NAME[:CONFIG[:SPLIT]]")
+        raise UserError(f"{setting}: {path!r} is not a dataset name; write hf:NAME[:CONFIG[:SPLIT]]")
     file = directory / hub_name.file
     if not file.is_file():
         _download(hub_name, file, f"{setting}: {path}")
@@ -49,7 +49,7 @@ def local_path(path: str, directory: Path, setting: str) -> str:
 
 
 def local_sources(config: DataConfig, directory: Path) -> DataConfig:
-    """The config with every source on this machine; see `local_path`."""
+    """The config with local paths for all sources; see `local_path`."""
     sources = tuple(
         source.model_copy(update={"path": local_path(_with_split(source), directory, f"data.sources.{index}")})
         for index, source in enumerate(config.sources)
@@ -58,12 +58,12 @@ def local_sources(config: DataConfig, directory: Path) -> DataConfig:
 
 
 def _with_split(source: SourceConfig) -> str:
-    """The path of a source, with its split in it if it is a hub name."""
+    """The path of a source; a Hub name includes the split."""
     if not source.path.startswith(PREFIX) or source.split is None:
         return source.path
     named = HubName.parse(source.path)
     if source.path.count(":") > 2 and named.split != source.split:
-        raise UserError(f"{source.path}: the path names split {named.split}, and split: {source.split} another")
+        raise UserError(f"{source.path}: the path has split {named.split}, but split: {source.split} is another")
     return f"{PREFIX}{named.name}:{named.config or ''}:{source.split}"
 
 
@@ -72,7 +72,7 @@ def _download(hub_name: HubName, file: Path, what: str) -> None:
         import datasets  # optional, and it takes seconds to import
     except ImportError as error:
         raise UserError(
-            f"{what} needs the hub's client: pip install 'flacuna-jax[hub]' ({error}); "
+            f"{what} needs the Hub client: pip install 'flacuna-jax[hub]' ({error}); "
             "a path to a local copy works without it"
         ) from None
     try:
@@ -82,8 +82,8 @@ def _download(hub_name: HubName, file: Path, what: str) -> None:
         dataset.to_parquet(str(partial))
         os.replace(partial, file)
     except Exception as error:
-        # The hub's client raises its own, requests' and the file system's errors; all of them mean: not obtained.
+        # The Hub client raises its own, requests' and the file system's errors; all of them mean that it failed.
         raise UserError(
-            f"{what} could not be fetched from the hub ({type(error).__name__}: {error}); "
+            f"{what} could not be downloaded from the Hub ({type(error).__name__}: {error}); "
             "a path to a local copy works without it"
         ) from error

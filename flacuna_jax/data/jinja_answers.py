@@ -1,10 +1,12 @@
-"""Which part of a rendered conversation carries loss. It is found in one of three ways, never by searching an answer:
+"""Finds the parts of a rendered conversation that carry loss, in one of three ways. None of them searches for the text
+of an answer.
 
-1. The template says so by {% generation %} blocks.
-2. The template only ever appends: an answer is what its message adds to the generation prompt before it.
-3. Otherwise each message is marked at its end while the template runs. An answer begins behind what the generation
-   prompt writes after the message before it, and ends behind the special token that follows its own mark. That holds
-   for templates that write earlier messages differently once later ones are there, as those of reasoning models do.
+1. The template marks them with {% generation %} blocks.
+2. Each message only appends text: an answer is the text that its message adds to the generation prompt before it.
+3. Otherwise each message gets a mark at its end while the template runs. An answer begins after the text that the
+   generation prompt adds to the previous message, and ends after the special token that follows its own mark. This
+   also works for templates that write earlier messages differently once there are later ones, such as those of
+   reasoning models.
 """
 
 import itertools
@@ -27,10 +29,10 @@ from flacuna_jax.data.jinja_program import (
 from flacuna_jax.data.segments import REASONING, TemplateRefusal, Tools, Turn
 from flacuna_jax.data.special_tokens import Span, SpecialTokens
 
-ADVICE = "mark what the assistant says with {% generation %}...{% endgeneration %}"
+ADVICE = "enclose the assistant's answers in {% generation %}...{% endgeneration %}"
 
 FEW_ANSWERS = 3
-"""Up to fewer answers, a conversation is rendered once or twice for each."""
+"""With fewer answers, a conversation is rendered once or twice for each answer."""
 
 
 class Answer(NamedTuple):
@@ -47,7 +49,7 @@ class Rendered(NamedTuple):
 
 
 class _Unclear(Exception):
-    """The rendered text does not tell which part of it is an answer."""
+    """The answers cannot be located in the rendered text."""
 
 
 def render_with_answers(
@@ -67,7 +69,7 @@ def render_with_answers(
             rendered = conversation.by_kinds() or conversation.by_prefix_or_marks()
     except _Unclear as error:
         if not conversation.is_prompt:
-            _require_expressed(conversation)  # a better reason, if it applies
+            _require_expressed(conversation)  # gives a more specific reason, if it applies
             raise TemplateRefusal(str(error)) from None
         rendered = Rendered(conversation.whole().replace(BEGIN, "").replace(END, ""), [])
     _require_expressed(conversation)
@@ -75,14 +77,14 @@ def render_with_answers(
 
 
 def _require_expressed(conversation: "_Conversation") -> None:
-    """Raises TemplateRefusal if the template leaves out tools, calls, results, or the reasoning of the last answer.
+    """Raises TemplateRefusal if the template omits tools, calls, results, or the reasoning of the last answer.
 
-    Each of them gets a probe for this. The names of functions are no proof, since a question may hold them too.
+    To test this, each of them gets a probe. The names of functions prove nothing, since a question may contain them.
     """
     if not conversation.tools and all(turn.extra is None and turn.role != "tool" for turn in conversation.turns):
         return
     probed = _Probed()
-    tools = [probed.function(tool, "tools", " ({name!r} is left out)") for tool in conversation.tools]
+    tools = [probed.function(tool, "tools", " ({name!r} is omitted)") for tool in conversation.tools]
     messages = list(conversation.messages)
     for index, turn in enumerate(conversation.turns, conversation.offset):
         message = dict(messages[index])
@@ -101,11 +103,11 @@ def _require_expressed(conversation: "_Conversation") -> None:
     text = conversation.program.render(messages, tools, conversation.is_prompt)
     left_out = next((what for number, what in enumerate(probed.missing) if probe(number) not in text), None)
     if left_out is not None:
-        raise TemplateRefusal(f"the template has no form for {left_out}; {AS_TEXT}")
+        raise TemplateRefusal(f"the template does not support {left_out}; {AS_TEXT}")
 
 
 class _Probed:
-    """Puts probes into parts of a conversation; `missing` says of each what a template lacks that leaves it out."""
+    """Inserts probes into parts of a conversation; `missing` describes the part that an absent probe belongs to."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -124,11 +126,11 @@ class _Probed:
 
 
 _Known = dict[tuple[object, ...], str]
-"""What a template writes behind a message that stands last, by the kind of the message."""
+"""The text that a template writes after a message that is the last one, by the kind of the message."""
 
 
 class _Conversation(NamedTuple):
-    """One conversation on its way through a template. `messages` are those of `turns`, after a system message."""
+    """One conversation with its template. `messages` are those of `turns`, after a system message if there is one."""
 
     program: JinjaProgram
     special: SpecialTokens
@@ -138,12 +140,12 @@ class _Conversation(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """Messages in front of the turns."""
+        """The number of messages before the turns."""
         return len(self.messages) - len(self.turns)
 
     @property
     def answers(self) -> list[int]:
-        """Turns in which the assistant says something."""
+        """Indices of the turns in which the assistant says something."""
         return [i for i, turn in enumerate(self.turns) if turn.role == "assistant" and turn.says_something]
 
     @property
@@ -158,11 +160,11 @@ class _Conversation(NamedTuple):
         return self.program.render(self.messages, self.tools, self.is_prompt)
 
     def marked(self) -> tuple[str, dict[int, int]]:
-        """The whole text, and where each message ends in it."""
+        """The whole text, and the position of each message's end."""
         return without_closing_marks(self.program.render(with_closing_marks(self.messages), self.tools, self.is_prompt))
 
     def by_blocks(self) -> Rendered:
-        """What stands in {% generation %} blocks carries loss."""
+        """Finds the answers in {% generation %} blocks."""
         parts: list[str] = []
         blocks: list[tuple[int, int]] = []
         length = 0
@@ -186,26 +188,29 @@ class _Conversation(NamedTuple):
         return Rendered(text, [Answer(start, end, turn) for (start, end), turn in zip(blocks, owners, strict=True)])
 
     def _owners(self, text: str, blocks: Sequence[tuple[int, int]]) -> list[int]:
-        """The answer that each block belongs to, where a template writes an answer in several."""
+        """The answer that each block belongs to, for a template that writes an answer in several blocks."""
         marked = self.program.render(with_closing_marks(self.messages), self.tools, self.is_prompt)
         clean, places = without_closing_marks(marked.replace(BEGIN, "").replace(END, ""))
         if clean != text or any(self.offset + turn not in places for turn in self.answers):
-            raise _Unclear("the template has several {% generation %} blocks per answer, and changes what messages say")
+            raise _Unclear(
+                "the template has several {% generation %} blocks per answer, and changes the text of messages"
+            )
         owners: list[int] = []
         for start, _ in blocks:
             following = [message for message, place in places.items() if place >= start]
             message = min(following, key=lambda one: places[one], default=len(self.messages))
             turn = message - self.offset
-            if turn not in self.answers:  # the block stands between an answer and the next message
+            if turn not in self.answers:  # the block is between an answer and the next message
                 turn = max((answer for answer in self.answers if answer < turn), default=self.answers[0])
             owners.append(turn)
         return owners
 
     def by_kinds(self) -> Rendered | None:
-        """What `by_prefix_or_marks` finds, in a few renderings, for a conversation of many plain answers.
+        """The result of `by_prefix_or_marks` with few renderings, for a conversation of many plain answers.
 
-        It is rendered once as a whole, and once up to the first message of each kind (see `_written_behind`). None if
-        there are few answers, if tools are used, or if the template does not write each kind the same everywhere.
+        The conversation is rendered once as a whole, and once up to the first message of each kind (see
+        `_written_behind`). Returns None if there are few answers, if tools are used, or if the template does not write
+        each kind the same everywhere.
         """
         if len(self.answers) < FEW_ANSWERS or self.uses_tools:
             return None
@@ -237,7 +242,7 @@ class _Conversation(NamedTuple):
             return self.by_marks()
 
     def by_prefix(self) -> Rendered:
-        """Renders up to each answer, without it and with it; what it adds carries loss."""
+        """Renders the conversation up to each answer, without it and with it; the added text carries loss."""
         text = ""
         answers: list[Answer] = []
         answered = self.answers
@@ -259,8 +264,8 @@ class _Conversation(NamedTuple):
         return text
 
     def _end(self, text: str, start: int) -> int:
-        """Where an answer ends that reaches to the end of `text`: white space behind its last special token is not
-        generated."""
+        """The end of an answer that extends to the end of `text`, without the white space after its last special token,
+        which is not generated."""
         marks = list(self.special.pattern.finditer(text, start))
         if not marks or text[marks[-1].end() :].strip() or self.special.tokens[marks[-1][0]].rstrip:
             return len(text)
@@ -271,10 +276,10 @@ class _Conversation(NamedTuple):
         text = self.whole()
         clean, places = self.marked()
         if clean != text:
-            raise _Unclear(f"the template changes what messages say, so answers cannot be told from prompts; {ADVICE}")
+            raise _Unclear(f"the template changes the text of messages, so answers cannot be located; {ADVICE}")
         lost = [turn for turn in self.answers if self.offset + turn not in places]
         if lost:
-            raise _Unclear(f"the template leaves out what the assistant says in turn {lost[0] + 1}")
+            raise _Unclear(f"the template omits the assistant's text in turn {lost[0] + 1}")
         answers: list[Answer] = []
         known: _Known | None = None if self.uses_tools else {}
         for turn in self.answers:
@@ -288,16 +293,16 @@ class _Conversation(NamedTuple):
         return Rendered(text, answers)
 
     def _spans(self, text: str, start: int) -> Iterator[tuple[int, Span]]:
-        """The spans of the text behind `start`, each with where it ends."""
+        """The spans of the text after `start`, each with the position of its end."""
         for span in self.special.split(text[start:]):
             start += len(span.text)
             yield start, span
 
     def _start_of(self, text: str, places: Mapping[int, int], turn: int, known: _Known | None) -> int:
-        """Where an answer begins: behind what the generation prompt writes after the message before it.
+        """The start of an answer: after the text that the generation prompt adds to the previous message.
 
-        Of a prompt that ends otherwise than the template writes an earlier answer (as with "<think>"), the part counts
-        that they have in common, up to a mark or a newline.
+        If the template writes an earlier answer differently from the generation prompt (for example without "<think>"),
+        only their common prefix counts, up to a mark or a newline.
         """
         before = self.offset + turn - 1
         lead = self._written_behind(before, True, known) if before in places else None
@@ -309,13 +314,13 @@ class _Conversation(NamedTuple):
             ends += [match.end() for match in re.finditer(r"[\n>\]]", lead[:common])]
             if ends:
                 return places[before] + max(ends)
-        raise _Unclear(f"the template writes no mark before an answer; {ADVICE}")
+        raise _Unclear(f"the template writes no marker before an answer; {ADVICE}")
 
     def _written_behind(self, message: int, prompt: bool, known: _Known | None) -> str | None:
-        """What the template writes behind the text of a message that stands last; None if it leaves that text out.
+        """The text that the template writes after a message that is the last one; None if it omits the message's text.
 
-        With `known`, it is rendered once for all messages that have the same role and keys and end in the same white
-        space, the first turn apart: otherwise a conversation of n messages takes 2 n renderings of it.
+        With `known`, one rendering serves all messages that have the same role and keys and end in the same white
+        space, except the first turn. Without it, a conversation of n messages needs 2 n renderings.
         """
         one = self.messages[message]
         content = str(one["content"])
@@ -332,13 +337,13 @@ class _Conversation(NamedTuple):
         return written
 
     def _end_behind(self, text: str, place: int, turn: int, known: _Known | None) -> int:
-        """The end of an answer whose message ends at `place`: behind the special token that closes it."""
+        """The end of an answer whose message ends at `place`: after the special token that closes it."""
         closing = self._written_behind(self.offset + turn, False, known) or ""
         common = _common(closing, text[place : place + len(closing)])
         end = max((e for e, span in self._spans(text[: place + common], place) if span.id is not None), default=place)
         if end > place:
             return end
-        # The last answer is closed otherwise than those before it.
+        # The template closes the last answer differently from earlier ones.
         for following, span in self._spans(text, place):
             if span.id is not None:
                 return following
@@ -349,9 +354,9 @@ class _Conversation(NamedTuple):
         line = text.rfind("\n", place, place + common)
         if line > place:
             return line
-        raise _Unclear(f"the template writes no mark behind an answer; {ADVICE}")
+        raise _Unclear(f"the template writes no marker after an answer; {ADVICE}")
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the common prefix."""
+    """Length of the common prefix of two texts."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

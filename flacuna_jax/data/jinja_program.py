@@ -1,7 +1,7 @@
-"""Runs a chat template as transformers does, and keeps what people wrote apart from what the template writes.
+"""Runs a chat template as transformers does, and distinguishes the text of messages from the text of the template.
 
-Before a template runs, every spelling of a special token in a message is replaced by a mark that no text can hold.
-What reads like a special token in the rendered text was therefore written by the template.
+Before a template runs, every spelling of a special token in a message is replaced by a mark that no text can contain.
+Therefore every special token in the rendered text was written by the template.
 """
 
 import functools
@@ -25,18 +25,18 @@ Message = dict[str, Any]
 
 _NONCE = secrets.token_hex(16)
 BEGIN, END = (f"\ue000{_NONCE}{mark}\ue001" for mark in ("begin", "end"))
-"""What {% generation %} blocks leave around their text."""
+"""Marks that {% generation %} blocks write around their text."""
 _GUARDED = re.compile(f"\ue000{_NONCE}g(\\d+)\ue001")
 _CLOSING = re.compile(f"\ue000{_NONCE}c(\\d+)\ue001")
 
 DATE = datetime(2000, 1, 1)
-"""What `strftime_now` writes: with today's date, the same records would be other data every day."""
+"""The fixed date that `strftime_now` writes; with today's date, the same records would give other tokens every day."""
 
 
 class _Generation(Extension):
-    """{% generation %}...{% endgeneration %}: what the assistant says."""
+    """{% generation %}...{% endgeneration %}, which enclose the assistant's answers."""
 
-    tags = {"generation"}  # noqa: RUF012, Jinja's own interface
+    tags = {"generation"}  # noqa: RUF012, Jinja's interface
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -59,7 +59,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: Jinja's own filter escapes HTML."""
+    """The filter of transformers; Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -75,12 +75,12 @@ def compile_template(source: str) -> jinja2.Template:
     template = environment.from_string(source)
     template.globals = dict(
         template.globals
-    )  # Jinja copies its ChainMap for every rendering, which takes a third of it
+    )  # Jinja copies its ChainMap for every rendering, which takes a third of the time
     return template
 
 
 def as_messages(system: str, turns: Sequence[Turn]) -> list[Message]:
-    """The messages that transformers would pass to the template, from a conversation."""
+    """Converts a conversation to the messages that transformers would pass to the template."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     return messages + [_message(turn) for turn in turns]
 
@@ -90,7 +90,7 @@ def _message(turn: Turn) -> Message:
     for key, value in (turn.extra or {}).items():
         if value is not None:
             message[key] = value
-    # Templates read reasoning under one of two names; transformers fills both.
+    # Templates read reasoning from one of two keys; like transformers, set both.
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -103,8 +103,8 @@ class JinjaProgram:
     Args:
       sources: Jinja by name: "default", and "tool_use" if the checkpoint has one.
       special: The tokenizer's special tokens.
-      variables: Passed to the template beside the messages, for example enable_thinking.
-      parts: Whether the content of messages is a list with one part of text, as processors of images have it.
+      variables: Passed to the template together with the messages, for example enable_thinking.
+      parts: Whether the content of messages is a list with one text part, as image processors expect.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class JinjaProgram:
         self._parts = parts
 
     def guard(self, value: Any) -> Any:
-        """A message, or a part of one, in which no string spells a special token."""
+        """Returns a message, or a part of one, in which no string spells a special token."""
         if isinstance(value, str):
             return self._special.pattern.sub(lambda match: self._guards[match[0]], value)
         if isinstance(value, Mapping):
@@ -129,13 +129,13 @@ class JinjaProgram:
         return value
 
     def unguard(self, text: str) -> str:
-        """What people wrote, again."""
+        """Restores the original text of messages."""
         if _NONCE not in text:
             return text
         return _GUARDED.sub(lambda match: self._spellings[int(match[1])], text)
 
     def render(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> str:
-        """The template's text for guarded messages. Raises TemplateRefusal where the template fails."""
+        """Renders guarded messages. Raises TemplateRefusal if the template fails."""
         if self._parts:
             messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         try:
@@ -147,7 +147,7 @@ class JinjaProgram:
                 return self._run([_with_text_arguments(one) for one in messages], tools, prompt)
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
-            raise TemplateRefusal(f"the template refuses the conversation: {kind}{error}") from None
+            raise TemplateRefusal(f"the template rejects the conversation: {kind}{error}") from None
 
     def _run(self, messages: Sequence[Message], tools: Tools, prompt: bool) -> str:
         name = "tool_use" if tools and "tool_use" in self._compiled else "default"
@@ -161,7 +161,7 @@ class JinjaProgram:
 
 
 def _with_text_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as JSON text, which DeepSeek's template joins to other text."""
+    """The message with the arguments of its calls as JSON text, which DeepSeek's template concatenates with strings."""
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -173,7 +173,7 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def with_closing_marks(messages: Sequence[Message]) -> list[Message]:
-    """The messages with a mark at the end of what each says, in front of white space that a template may strip."""
+    """Adds a mark to the end of each message's text, before trailing white space, which a template may strip."""
     return [_closed(message, index) for index, message in enumerate(messages)]
 
 
@@ -192,12 +192,12 @@ def _closed(message: Message, index: int) -> Message:
 
 
 def probe(number: int) -> str:
-    """A text to look for in what a template writes; it is the same where the template writes it as JSON."""
+    """A text to search for in the rendered text; it is unchanged if the template writes it as JSON."""
     return f"{_NONCE}p{number:08d}"
 
 
 def with_probe(content: str, number: int) -> str:
-    """The content with `probe` at its end, in front of white space that a template may strip."""
+    """Adds `probe` to the end of the content, before trailing white space, which a template may strip."""
     return _before_space(content, probe(number))
 
 
@@ -207,10 +207,10 @@ def _before_space(content: str, mark: str) -> str:
 
 
 def without_closing_marks(text: str) -> tuple[str, dict[int, int]]:
-    """The text without its marks, and the place of each mark in it.
+    """Returns the text without its marks, and the position of each mark in it.
 
-    Of a mark that appears twice the first place counts: a template may name a called function again in front of the
-    function's result.
+    For a mark that appears twice, the first position counts: a template may repeat the name of a called function before
+    the function's result.
     """
     parts: list[str] = []
     places: dict[int, int] = {}

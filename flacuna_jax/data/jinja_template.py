@@ -1,4 +1,4 @@
-"""Conversation formats given as Jinja: the chat template of a checkpoint, or a file."""
+"""Conversation formats written in Jinja: the chat template of a checkpoint, or a file."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from flacuna_jax.errors import UserError
 
 
 def read_jinja_file(path: Path) -> str:
-    """The text of a template file. Raises UserError if it cannot be read."""
+    """Reads a template file. Raises UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -31,12 +31,12 @@ def jinja_template(
 
     Args:
       sources: Jinja by name: "default", and "tool_use" for conversations with tools if it differs.
-      name: Where the text comes from, for messages.
-      special: The special tokens of the tokenizer that will encode it.
-      variables: Passed to the template beside the messages.
+      name: Origin of the text, for messages.
+      special: The special tokens of the tokenizer that will encode the conversations.
+      variables: Passed to the template together with the messages.
 
     Raises:
-      UserError: The text is not Jinja.
+      UserError: The text is not valid Jinja.
     """
     for source in sources.values():
         try:
@@ -47,7 +47,7 @@ def jinja_template(
         _made(sources, name, special, JinjaProgram(sources, special, variables or {}, parts)) for parts in (False, True)
     )
     template = next(made)
-    if template.untrainable is not None:  # the templates of models that see images may need messages in parts
+    if template.untrainable is not None:  # templates of models for images may need messages in parts
         return next((other for other in made if other.untrainable is None), template)
     return template
 
@@ -63,7 +63,7 @@ def _made(sources: Mapping[str, str], name: str, special: SpecialTokens, program
 
     notes: tuple[str, ...] = ()
     if any("strftime_now" in source for source in sources.values()):
-        notes = (f"the template writes the date; it is {DATE:%d %B %Y} here, so that records stay the same every day",)
+        notes = (f"the template writes the current date; it is fixed to {DATE:%d %B %Y} to keep the data the same",)
     template = Template(name, "", layout, (), (), sources["default"], notes)
     try:
         ends, stop = _try_out(layout)
@@ -73,12 +73,14 @@ def _made(sources: Mapping[str, str], name: str, special: SpecialTokens, program
 
 
 def _try_out(layout: Layout) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """What ends an answer: special tokens, and text. Raises TemplateRefusal for what would fail with every record."""
+    """Returns the special tokens and the text that end an answer. Raises TemplateRefusal if every record would fail."""
     turns = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))
     segments = list(layout("", turns, ()))
     supervised = "".join(segment.text for segment in segments if segment.supervised)
     if "two" not in supervised or "four" not in supervised or "one" in supervised or "three" in supervised:
-        raise TemplateRefusal(f"the template does not tell answers from prompts (loss on {supervised!r}); {ADVICE}")
+        raise TemplateRefusal(
+            f"answers cannot be separated from prompts in the template (loss on {supervised!r}); {ADVICE}"
+        )
     answer = itertools.dropwhile(lambda segment: "two" not in segment.text, segments)
     tail = next(answer).text.partition("two")[2].strip()
     closing = next(answer, None)
@@ -88,7 +90,7 @@ def _try_out(layout: Layout) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def _segments(program: JinjaProgram, special: SpecialTokens, rendered: Rendered) -> Iterator[Segment]:
-    """Cuts the text at special tokens and where answers begin and end."""
+    """Splits the text at special tokens and at the start and end of answers."""
     answers = iter(sorted(rendered.answers))
     answer = next(answers, None)
     turn = 0
@@ -112,8 +114,8 @@ def _segments(program: JinjaProgram, special: SpecialTokens, rendered: Rendered)
 
 
 def _with_spaces_in_answers(segments: Sequence[Segment], is_prompt: bool) -> Iterator[Segment]:
-    """A space that the template writes before an answer is the beginning of the answer's first token: it carries loss
-    with the answer, and a prompt that waits for an answer ends before it."""
+    """Moves a space that the template writes before an answer into the answer, because it is part of the answer's first
+    token: it carries loss with the answer, and a generation prompt ends before it."""
     held = ""
     for index, segment in enumerate(segments):
         text, held = held + segment.text, ""

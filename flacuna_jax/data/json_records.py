@@ -1,8 +1,9 @@
-"""Records of JSON files, streamed in bounded memory: a value per line, one list, or values one after another.
+"""Records of JSON files, streamed in bounded memory: one value per line, one list, or a sequence of values.
 
-A file whose outermost value is an object that holds the list of records, {"data": [...]}, is read as that list; the
-names are `WRAPPERS`. A JSON list cannot be entered again behind a syntax error, so there the rest of the file counts as
-one unreadable record. A key that stands twice in an object makes a bad record: which of its values is meant is unknown.
+A file whose outermost value is an object that contains the list of records, {"data": [...]}, is read as that list;
+`WRAPPERS` are the keys for it. Reading a JSON list cannot continue after a syntax error, so the rest of such a file
+counts as one unreadable record. An object with a duplicate key is a bad record, because it is unknown which of the
+values is meant.
 """
 
 import codecs
@@ -17,15 +18,15 @@ from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
 
 CHUNK = 4 << 20
-"""Bytes read at once."""
+"""Number of bytes per read."""
 LONGEST_RECORD = 256 << 20
-"""Characters after which a JSON record without an end is given up, so that a torn file cannot fill the memory."""
+"""Maximum length of a JSON record in characters, so that a torn file cannot fill the memory."""
 WRAPPERS = ("data", "train", "records", "examples", "rows", "instances", "samples")
-"""Keys under which an object holds the list of a file's records."""
+"""Keys of an outermost object that may contain the list of records."""
 
 
 def read_json(path: Path, kind: FileKind, policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The records of a JSON file. Raises UserError if it cannot be read; what is damaged goes to `policy`."""
+    """The records of a JSON file. Raises UserError if it cannot be read; damaged records go to `policy`."""
     with open_data_file(path, kind) as file:
         try:
             start = file.peek(4096)
@@ -65,7 +66,7 @@ def _read_lines(path: Path, file: BinaryIO, policy: BadRecordPolicy) -> Iterator
 def _looks_like(line: bytes) -> str:
     text = line.strip()
     if text in (b"{", b"[") or re.match(rb"\"[^\"]*\"\s*:", text):
-        return "; the file holds records over several lines: give it a name that ends in .json"
+        return "; its records span several lines: give the file a name that ends in .json"
     if text.startswith(b"{'"):
         return "; the line is the repr of a Python dict: write it with json.dumps"
     return "; the line looks like CSV: give the file a name that ends in .csv" if _is_csv(text) else ""
@@ -84,7 +85,7 @@ def _short(error: Exception) -> str:
 
 
 class _Decoder:
-    """Decodes JSON and notes the keys that stand twice in an object."""
+    """Decodes JSON and records duplicate keys of objects."""
 
     def __init__(self) -> None:
         self._repeated: list[str] = []
@@ -104,22 +105,22 @@ class _Decoder:
         return self._decode(text)
 
     def raw_decode(self, text: str, position: int) -> tuple[Any, int]:
-        """A value at `position`, and where it ends."""
+        """The value at `position`, and the position of its end."""
         self._repeated.clear()
         return self._raw_decode(text, position)
 
     def checked(self, record: RawRecord, policy: BadRecordPolicy) -> Iterator[RawRecord]:
-        """The record just decoded; nothing, and counted, if a key stands twice."""
+        """Yields the record just decoded; if it has a duplicate key, counts it instead."""
         if not self._repeated:
             yield record
             return
         policy.report.read += 1
-        what = f"the key {self._repeated[0]!r} stands twice in an object; which of its values is meant?"
+        what = f"the key {self._repeated[0]!r} appears twice in an object; remove one of them"
         policy.reject("key given twice", record.place, what)
 
 
 class _Broken(Exception):
-    """The text is no JSON list of records; `line` is where."""
+    """The text is not a JSON list of records; `line` is the line of the error."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -127,7 +128,7 @@ class _Broken(Exception):
 
 
 class _JsonStream:
-    """Values of one JSON list, or of JSON values one after another, decoded from a window that moves over the file."""
+    """Decodes the values of one JSON list, or a sequence of values, from a window that moves over the file."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
@@ -165,16 +166,16 @@ class _JsonStream:
                 if in_object:
                     self._leave_wrapper(policy)
                 if self._peek() != "":
-                    raise _Broken("there is text behind the end of the list", self._line)
+                    raise _Broken("there is text after the end of the list", self._line)
         except _Broken as error:
             policy.report.read += 1
             place = Place(self._path, max(number, 1), error.line)
             policy.reject("unreadable rest of a file", place, f"not JSON ({error})")
 
     def _enter_wrapper(self, policy: BadRecordPolicy) -> bool:
-        """In an object that holds the list of records: moves to the list, and counts the members in front of it.
+        """For an object that contains the list of records: moves to the list, and counts the members before it.
 
-        False, without moving, for any other value, or where the list begins behind the first `CHUNK`.
+        Returns False without moving for any other value, or if the list begins after the first `CHUNK`.
         """
         if self._peek() != "{":
             return False
@@ -202,7 +203,7 @@ class _JsonStream:
             return False
 
     def _leave_wrapper(self, policy: BadRecordPolicy) -> None:
-        """Behind the list: reads the rest of the object, whose members are counted."""
+        """Reads the rest of the object after the list, and counts its members."""
         while (following := self._peek()) == ",":
             self._advance(self._position + 1)
             self._peek()
@@ -218,7 +219,7 @@ class _JsonStream:
         self._advance(self._position + 1)
 
     def _another(self) -> bool:
-        """After a value: True at a comma (which is passed), False at the end of the list."""
+        """Called after a value. Skips a comma and returns True; returns False at the end of the list."""
         following = self._peek()
         if following == ",":
             self._advance(self._position + 1)
@@ -244,7 +245,7 @@ class _JsonStream:
             except (RecursionError, ValueError) as error:  # a number of thousands of digits is a ValueError
                 raise _Broken(_short(error), self._line) from error
             else:
-                # A number may go on behind the window, which then cuts it up to two characters late ("1e+").
+                # A number may continue after the window; an incomplete end has at most two characters ("1e+").
                 if end + 2 < len(self._window) or self._at_end:
                     self._advance(end)
                     return value
@@ -252,11 +253,11 @@ class _JsonStream:
             chunk *= 2
 
     def _may_be_unfinished(self, error: json.JSONDecodeError) -> bool:
-        # The longest literal that a window can cut is "-Infinity"; an escape is shorter.
+        # The longest literal that the end of the window can cut is "-Infinity"; an escape is shorter.
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._window) - 16
 
     def _peek(self) -> str:
-        """The next character that is no white space, and moves there; "" at the end of the file."""
+        """Moves to the next character that is not white space and returns it; "" at the end of the file."""
         while True:
             window, position = self._window, self._position
             while position < len(window) and window[position] in " \t\r\n":

@@ -1,7 +1,7 @@
-"""The conversation formats that come with the project: as segments, and as the Jinja that tokenizers carry.
+"""The built-in conversation formats: as segments, and as Jinja for tokenizer files.
 
-They know a system text and turns that alternate between user and assistant. What else a conversation holds (tools,
-their calls and results, reasoning) is refused, or written as text first (`as_text.py`).
+They support a system text and turns that alternate between user and assistant. Other content (tools, their calls and
+results, reasoning) is rejected, or converted to text first (`as_text.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +16,8 @@ from flacuna_jax.data.special_tokens import SpecialTokens
 def _vicuna_v1_1(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     """`{system} USER: {u} ASSISTANT: {a}</s>USER: {u2} ASSISTANT: {a2}</s>`, as FastChat's get_prompt writes it.
 
-    FastChat's form of empty texts is kept, since it is what such a prompt looks like when served: an empty turn is its
-    role and colon without a separator after it ("USER:ASSISTANT:"), so an empty answer has no EOS and no loss.
+    Empty texts are written as in FastChat, because served prompts look the same: an empty turn is its role and colon
+    without a separator after it ("USER:ASSISTANT:"), so an empty answer has no EOS and no loss.
     """
     yield from write.bos(-1)
     yield text(system, False, -1)
@@ -33,12 +33,12 @@ def _vicuna_v1_1(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[
 
 
 def _vicuna_v0(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
-    r"""`{system}\n\n### Human: {u}\n### Assistant: {a}\n### Human: ...`, the layout FastChat trained v0 with.
+    r"""`{system}\n\n### Human: {u}\n### Assistant: {a}\n### Human: ...`, the format with which FastChat trained v0.
 
-    (Its later get_prompt variants put no newline between turns; the training code is followed.) Two things are ours:
-    the "###" that ends an answer carries loss, and the last answer is followed by EOS with loss, so that the model
-    learns to stop in both places; and the "### Assistant:" in front of an answer does not carry loss, as it is given
-    in generation. FastChat did it the other way round, with no EOS at all.
+    (FastChat's later get_prompt variants put no newline between turns; this follows its training code.) Two things
+    differ from FastChat: the "###" that ends an answer carries loss, and EOS with loss follows the last answer, so that
+    the model learns to stop in both places; and the "### Assistant:" before an answer carries no loss, because it is
+    given in generation. FastChat did the opposite, and had no EOS.
     """
     yield from write.bos(-1)
     yield text(f"{system}\n\n###", False, -1)
@@ -56,7 +56,7 @@ def _vicuna_v0(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Se
 def _llama_2(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     r"""`<s>[INST] {u} [/INST] {a} </s><s>[INST] {u2} [/INST] {a2} </s>`, texts stripped, as Llama 2 Chat was trained.
 
-    A system text stands in the first user's turn: `[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{u} [/INST]`.
+    A system text is part of the first user turn: `[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{u} [/INST]`.
     """
     head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     for index, turn in enumerate(turns):
@@ -76,7 +76,7 @@ def _llama_2(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segm
 def _chatml(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
     r"""`<|im_start|>user\n{u}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n`.
 
-    Where the tokenizer has no `<|im_end|>`, the marks are text, and EOS follows the last answer, so that the model
+    If the tokenizer has no `<|im_end|>`, the markers are text, and EOS follows the last answer, so that the model
     learns to stop.
     """
     yield from write.bos(-1)
@@ -121,7 +121,7 @@ def _alpaca(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segme
 
 
 def _plain(write: Writer, system: str, turns: Sequence[Turn]) -> Iterator[Segment]:
-    r"""`{u}\n{a}</s>`: no marks at all, as models of the FLAN family are asked."""
+    r"""`{u}\n{a}</s>`: no markers, like the prompts of FLAN models."""
     yield from write.bos(-1)
     if system:
         yield text(f"{system}\n\n", False, -1)
@@ -148,7 +148,7 @@ _JINJA_CHECK = (
 
 
 def _jinja(system: str, body: str) -> str:
-    # repr() of our own system sentences is a valid jinja string literal: double quotes around an apostrophe.
+    # repr() of our system texts is a valid Jinja string literal: it puts double quotes around an apostrophe.
     return _JINJA_HEAD.replace("SYSTEM", repr(system)) + body.replace("CHECK", _JINJA_CHECK)
 
 
@@ -232,14 +232,14 @@ _PLAIN_JINJA = _jinja(
 
 @dataclass(frozen=True)
 class _Format:
-    """One of our formats before it meets a tokenizer."""
+    """A built-in format, not bound to a tokenizer."""
 
     system: str
     layout: Callable[[Writer, str, Sequence[Turn]], Iterator[Segment]]
     jinja: str
     stop_string: str | None = None
     end: str | None = None
-    """The mark that ends an answer where the tokenizer has it as a token. None: EOS ends it."""
+    """The marker that ends an answer if the tokenizer has it as a token. None if EOS ends it."""
 
 
 _FORMATS: Mapping[str, _Format] = MappingProxyType(
@@ -256,22 +256,22 @@ NAMES = tuple(_FORMATS)
 
 
 def system_text(name: str) -> str:
-    """The system text of one of our formats."""
+    """The system text of a built-in format."""
     return _FORMATS[name].system
 
 
 def source_of(name: str) -> str:
-    """The Jinja of one of our formats, before it meets a tokenizer."""
+    """The Jinja text of a built-in format, not bound to a tokenizer."""
     return _FORMATS[name].jinja
 
 
 def our_template(name: str, special: SpecialTokens, tools_as_text: bool = False) -> Template:
-    """One of our formats with the tokens of one tokenizer.
+    """A built-in format, bound to the special tokens of one tokenizer.
 
     Args:
       name: One of `NAMES`.
-      special: The tokenizer's.
-      tools_as_text: Whether tools, calls, results and reasoning are written as text. Otherwise they are refused.
+      special: The tokenizer's special tokens.
+      tools_as_text: Whether tools, calls, results and reasoning are written as text. Otherwise they are rejected.
     """
     format_, write = _FORMATS[name], Writer(special)
     owns_end = format_.end is not None and write.owns(format_.end)
@@ -288,6 +288,6 @@ def our_template(name: str, special: SpecialTokens, tools_as_text: bool = False)
 
 
 def _jinja_for(source: str, bos: str | None, owns_end: bool) -> str:
-    """The Jinja of a format for one tokenizer: transformers does not define bos_token where there is none."""
+    """The Jinja of a format for one tokenizer: transformers does not define bos_token if the tokenizer has none."""
     source = source.replace("LAST_END", r"'\n'" if owns_end else "eos_token")
     return source if bos is not None else source.replace("bos_token + ", "")

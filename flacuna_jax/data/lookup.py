@@ -1,4 +1,4 @@
-"""Back from an example to the record it was made of, as it stands in its file."""
+"""Finds the original record of an example in its file."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,10 +10,10 @@ from flacuna_jax.data.source_files import source_files
 
 
 def find_records(path: str, numbers: Collection[int], split: str | None = None) -> dict[int, dict[str, Any]]:
-    """The records of a source by their number from 0 (`TokenStore.record_index`): where each is, and what it says.
+    """The place and content of records of a source, by their number from 0 (`TokenStore.record_index`).
 
-    `path` and `split` are those of the source, whose files are read again up to the last one wanted.
-    Raises UserError where they cannot be read any more.
+    `path` and `split` are those of the source, whose files are read again up to the last requested record.
+    Raises UserError if they can no longer be read.
     """
     report = SourceReport(path)
     policy = BadRecordPolicy(report, "skip")

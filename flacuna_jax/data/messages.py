@@ -1,11 +1,11 @@
-"""Lists of messages as turns: the dialects of roles, content in parts, tool calls, reasoning, and loss per message.
+"""Converts lists of messages to turns: dialects of roles, content in parts, tool calls, reasoning, loss per message.
 
-A message is an object with a role (`role` or `from`) and a text (`content`, `value` or `text`). Besides it may hold
+A message is an object with a role (`role` or `from`) and a text (`content`, `value` or `text`). It may also have
 
 - tool_calls, tool_call_id, name, reasoning_content, thinking, reasoning: kept in `Turn.extra` for the template;
-- weight, train, loss, training: whether an assistant's message carries loss. null says nothing.
+- weight, train, loss, training: whether an assistant's message carries loss. null means that it is not set.
 
-The other keys of a message are named in `Reading.ignored`.
+`Reading.ignored` lists the other keys of a message.
 """
 
 import json
@@ -42,9 +42,9 @@ ROLES: Mapping[str, Role] = {
     "tool_result": "tool",
     "ipython": "tool",
 }
-"""Names of roles, in lower case, as OpenAI, ShareGPT and their dialects write them."""
+"""Names of roles, in lower case, in the formats of OpenAI, ShareGPT and their dialects."""
 CALL_ROLES = frozenset({"function_call", "tool_call", "tool_calls"})
-"""Roles whose text is a call of a function, as JSON."""
+"""Roles whose text is a function call in JSON."""
 
 _ROLE_KEYS = ("role", "from")
 _TEXT_KEYS = ("content", "value", "text")
@@ -52,7 +52,7 @@ _LOSS_KEYS = ("weight", "train", "loss", "training")
 _EXTRA_TEXTS = ("tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
 
 ARGUMENTS_DECODED = "arguments of tool calls decoded from JSON text"
-CALLS_WRAPPED = "tool calls or tools put into the form {type: function, function: ...}"
+CALLS_WRAPPED = "tool calls or tools converted to {type: function, function: ...}"
 RESULTS_ENCODED = "results of tools written as JSON text"
 
 
@@ -63,15 +63,15 @@ def read_messages(
     calls: frozenset[str] = CALL_ROLES,
     keys: tuple[str, str] = ("role", "content"),
 ) -> tuple[str | None, list[Turn]]:
-    """The system text that stands first, or None, and the turns of a field that holds a list of messages.
+    """The leading system text, or None, and the turns of a field that contains a list of messages.
 
     Args:
-      roles: What the dialect calls the roles, in lower case.
-      calls: Which of these names mean that the text is a call of a function.
-      keys: Names of the role and the text in a message, which are looked for before the usual ones.
+      roles: Names of the roles in the dialect, in lower case.
+      calls: Those of these names whose text is a function call.
+      keys: Keys of the role and the text in a message, which take precedence over the usual ones.
 
     Raises:
-      BadRecord: The field is not a list of messages, or one of them cannot be understood.
+      BadRecord: The field is not a list of messages, or one of them is invalid.
     """
     entries = decoded(reading.take(field), repr(field))
     if not isinstance(entries, list):
@@ -86,7 +86,7 @@ def read_messages(
 
 
 def read_tools(reading: Reading, *fields: str) -> tuple[Mapping[str, Any], ...]:
-    """The schemas of functions in the first of `fields` that holds any: a list of objects, or JSON text of one."""
+    """The function schemas in the first non-empty one of `fields`: a list of objects, or its JSON text."""
     field = reading.first(*fields)
     if field is None:
         return ()
@@ -104,7 +104,7 @@ def without_loss(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _plain_turn(entry: Any, roles: Mapping[str, Role], calls: frozenset[str]) -> Turn | None:
-    """The turn of a message that has a role and a text and nothing else, as nearly all have: reads ten times faster."""
+    """The turn of a message with only a role and a text, which nearly all messages are; reads them ten times faster."""
     if type(entry) is not dict or len(entry) != 2:
         return None
     name, text = entry.get("role") or entry.get("from"), entry.get("content") or entry.get("value")
@@ -169,13 +169,13 @@ class _Message:
         if key is None:
             raise BadRecord(
                 "unknown role",
-                f"{self._where} says neither `role` nor `from` (its fields: {', '.join(self._entry) or 'none'})",
+                f"{self._where} has neither `role` nor `from` (its fields: {', '.join(self._entry) or 'none'})",
             )
         name = self._take(key)
         known = name.strip().lower() if isinstance(name, str) else ""
         if known not in self._roles:
             listed = ", ".join(sorted(self._roles))
-            raise BadRecord("unknown role", f"{self._where} has the unknown {key} {name!r} (known: {listed})")
+            raise BadRecord("unknown role", f"{self._where} has unknown {key} {name!r} (known: {listed})")
         return known
 
     def _text(self, role: Role, may_be_absent: bool) -> str:
@@ -189,7 +189,7 @@ class _Message:
                 raise BadRecord("wrong type", f"{present!r} of {self._where} must be text, not null")
             raise BadRecord(
                 "wrong type",
-                f"{self._where} has no text: it belongs in `content` or `value` (its fields: {', '.join(self._entry)})",
+                f"{self._where} has no text; put it in `content` or `value` (its fields: {', '.join(self._entry)})",
             )
         value = self._take(key)
         if isinstance(value, str):
@@ -200,7 +200,7 @@ class _Message:
         return _join_parts(value, f"{key!r} of {self._where}")
 
     def _tool_calls(self) -> list[dict[str, Any]]:
-        """Of `tool_calls`, or of the `function_call` that OpenAI had before."""
+        """The calls in `tool_calls`, or in OpenAI's older `function_call`."""
         calls, old = self._take("tool_calls"), self._take("function_call")
         if is_empty(calls):
             calls = None if is_empty(old) else [old]
@@ -224,7 +224,7 @@ class _Message:
         function = dict(call["function"])
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            # OpenAI's wire format; templates and the engines that serve models take the object.
+            # OpenAI's wire format is JSON text; templates and serving engines expect the object.
             function["arguments"] = decoded(arguments, f"'arguments' of {what}") if arguments.strip() else {}
             self._reading.changed.append(ARGUMENTS_DECODED)
         elif arguments is None:
@@ -240,21 +240,22 @@ class _Message:
         for key, value in said.items():
             if isinstance(value, str) or value not in (0, 1):
                 known = "0 or 1" if key == "weight" else "true or false"
-                raise BadRecord("unknown weight", f"{key!r} of {self._where} is {value!r}; it can be {known}")
+                raise BadRecord("unknown weight", f"{key!r} of {self._where} is {value!r}; it must be {known}")
         if len({bool(value) for value in said.values()}) > 1:
             both = " and ".join(f"{key} {json.dumps(value)}" for key, value in said.items())
-            raise BadRecord("unknown weight", f"{self._where} says {both}; which is meant?")
+            raise BadRecord("unknown weight", f"{self._where} has {both}, which contradict each other")
         trained = all(said.values())
         if role == "assistant":
             return trained
         if said and trained:
-            # Only answers can carry loss here, so the wish is counted as not granted.
+            # Only answers can carry loss here, so the key is counted as ignored.
             self._reading.ignored += [f"{self._field}[].{key} of the {role}" for key in said]
         return True
 
 
 def _as_function(reading: Reading, value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """{"type": "function", "function": {"name": ...}}, as transformers takes calls and tools; a bare one is wrapped."""
+    """{"type": "function", "function": {"name": ...}}, the form of transformers for calls and tools; adds the wrapper
+    if it is missing."""
     function = value.get("function")
     if isinstance(function, dict) and isinstance(function.get("name"), str):
         return dict(value) if "type" in value else {"type": "function", **value}
@@ -263,7 +264,7 @@ def _as_function(reading: Reading, value: Mapping[str, Any], what: str) -> dict[
         identity = {"id": value["id"]} if "id" in value else {}
         bare = {key: part for key, part in value.items() if key not in ("id", "type")}
         return {"type": "function", **identity, "function": bare}
-    raise BadRecord("wrong tool call", f"{what} names no function (its fields: {', '.join(value) or 'none'})")
+    raise BadRecord("wrong tool call", f"{what} has no function name (its fields: {', '.join(value) or 'none'})")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -275,7 +276,7 @@ def _are_parts(value: Any) -> bool:
 
 
 def _join_parts(content: object, what: str) -> str:
-    """Content given as a list of parts, [{"type": "text", "text": ...}]; only text can be trained on."""
+    """Joins content given as a list of parts, [{"type": "text", "text": ...}]; training supports text only."""
     if not isinstance(content, list) or not content:
         raise BadRecord("wrong type", f"{what} must be text, not {kind_name(content)}")
     texts = []

@@ -1,10 +1,10 @@
-r"""`over_length: truncate_prompt`: makes a conversation fit by shortening what users say, never an answer.
+r"""`over_length: truncate_prompt`: makes a conversation fit by shortening questions, never answers.
 
-The middle of a question is cut out and "\n...\n" put in its place, since instructions stand at the start (Alpaca) or at
-the end (few-shot FLAN). The longest questions give first: all are cut to one common length in tokens, but none below
-`SHORTEST_QUESTION`. If that is not enough, whole exchanges (a question and all up to the next) go: the last ones, or
-with `train_on: last`, where only the last answer is to be learnt, the first ones. What then still does not fit cannot
-be trained on.
+The middle of a question is replaced by "\n...\n", since instructions are at the start (Alpaca) or at the end (few-shot
+FLAN). The longest questions are shortened first: all questions are cut to a common maximum length in tokens, but none
+below `SHORTEST_QUESTION`. If that is not enough, whole exchanges (a question and everything up to the next question)
+are removed: from the end, or with `train_on: last`, which trains on the last answer only, from the start. A
+conversation that still does not fit is dropped.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from flacuna_jax.data.tokenization import (
 )
 
 SHORTEST_QUESTION = 32
-"""Tokens of a question that are always left."""
+"""Number of tokens of a question that are always kept."""
 GAP = "\n...\n"
 _ATTEMPTS = 4
 
@@ -40,7 +40,7 @@ class Shortener:
     max_length: int
 
     def shorten(self, conversation: Conversation, length: int) -> Shortened | None:
-        """An example of at most max_length tokens from a conversation of `length`; None if there is no way."""
+        """An example of at most max_length tokens from a conversation of `length` tokens; None if impossible."""
         turns_before = len(conversation.turns)
         while len(conversation.turns) >= 2:
             example = self._cut_questions(conversation, length)
@@ -76,13 +76,13 @@ class Shortener:
             excess = len(example.ids) - self.max_length
             if excess <= 0:
                 return example
-            # Text cut in another place may need a token or two more than the pieces it was made of.
+            # The shortened text may need one or two tokens more than the pieces it was joined from.
             budget -= excess
         return None
 
     def _cut(self, turn: Turn, ids: list[int], keep: int) -> Turn:
         head, tail = ids[: (keep + 1) // 2], ids[len(ids) - keep // 2 :]
-        # A cut through the bytes of one character leaves replacement characters at the edges.
+        # A cut within the bytes of a character leaves replacement characters at the edges.
         start = self.tokenizer.decode(head).rstrip("\ufffd").rstrip()
         end = self.tokenizer.decode(tail).lstrip("\ufffd").lstrip()
         return replace(turn, text=f"{start}{GAP}{end}")
@@ -95,7 +95,8 @@ class Shortener:
 def _without_an_exchange(turns: tuple[Turn, ...], first: bool) -> tuple[Turn, ...]:
     """The turns without their first or last exchange: questions, calls of tools, their results, and answers.
 
-    What stands before the first question stays. () if no exchange is left. An end without something to learn goes, too.
+    Turns before the first question are kept, and turns at the end without anything to learn are removed. Returns () if
+    no exchange is left.
     """
     starts = [i for i, turn in enumerate(turns) if turn.role == "user" and (i == 0 or turns[i - 1].role != "user")]
     if len(starts) < 2:
@@ -111,7 +112,7 @@ def _without_an_exchange(turns: tuple[Turn, ...], first: bool) -> tuple[Turn, ..
 def common_limit(lengths: list[int], budget: int, gap: int) -> int:
     """The largest L with sum(min(n, L)) <= budget, so that cutting every n > L to L fits; 0 if there is none.
 
-    A cut question holds the gap within its L tokens, so a limit below `SHORTEST_QUESTION` + gap is no limit.
+    The L tokens of a cut question include the gap, so L must be at least `SHORTEST_QUESTION` + gap.
     """
     remaining = budget
     for index, shortest in enumerate(sorted(lengths)):

@@ -1,13 +1,13 @@
-"""Which examples share a row: a plan over all lengths at once, a pure function of (lengths, seed, epoch).
+"""Packs examples into rows: a plan over all lengths at once, which is a pure function of (lengths, seed, epoch).
 
-Nothing here depends on a random number generator of a library: orders come from a hash of (seed, epoch, index), so that
-a plan is the same on every machine and with every version of NumPy.
+No random number generator of a library is used: orders come from a hash of (seed, epoch, index), so that a plan is the
+same on every machine and with every version of NumPy.
 
-Examples are placed longest first, equal lengths in shuffled order (best-fit and first-fit *decreasing*): on lengths
-like FLAN's that fills 99.8 % of the rows, where a shuffled order leaves 1.2 % empty. Then the rows are shuffled, so
-that a batch is a sample of the epoch. Best-fit takes the fullest row with room, found by its free room, an integer of
-at most max_length, through a bit set of the rooms that occur; so a step costs the same for a thousand rows and for a
-million.
+Examples are placed longest first, with equal lengths in shuffled order (best-fit and first-fit *decreasing*). On
+lengths like FLAN's this fills 99.8 % of the rows, while a shuffled order leaves 1.2 % empty. Then the rows are
+shuffled, so that a batch is a sample of the epoch. Best-fit selects the fullest row with enough free space. It finds
+that row by its free space, an integer of at most max_length, with a bit set of the values that occur, so placing an
+example costs the same for a thousand rows as for a million.
 """
 
 import heapq
@@ -25,7 +25,7 @@ PackingMethod = Literal["best_fit", "first_fit", "none"]
 class PackPlan:
     """Row r holds examples[row_offsets[r] : row_offsets[r + 1]], in this order.
 
-    row_offsets: int64 [rows + 1]. examples: int64 [examples], indices into what was packed.
+    row_offsets: int64 [rows + 1]. examples: int64 [examples], indices into the packed lengths.
     """
 
     row_offsets: NDArray[np.int64]
@@ -40,7 +40,7 @@ class PackPlan:
 
 
 def permutation(size: int, *key: int) -> NDArray[np.int64]:
-    """A shuffled range(size), int64 [size], drawn by the key alone."""
+    """A shuffled range(size), int64 [size], which depends only on the key."""
     return np.argsort(hashes(size, *key), kind="stable")
 
 
@@ -59,17 +59,17 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-# Distinct uses of one (seed, epoch) draw from distinct streams.
+# Different uses of one (seed, epoch) use different streams.
 _EXAMPLE_ORDER, _ROW_ORDER, _SUBSET = 1, 2, 3
 
 
 def epoch_examples(
     source_index: NDArray[np.integer[Any]], weights: Sequence[float], seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """The examples of one epoch, int64: each source as many times as its weight says.
+    """The examples of one epoch, int64, in which each source is repeated according to its weight.
 
     source_index: int [examples]. A weight w gives floor(w) whole passes over its source and a subset of
-    round((w - floor(w)) × size) examples drawn by (seed, epoch, source): another subset in each epoch.
+    round((w - floor(w)) × size) examples, drawn with (seed, epoch, source), so every epoch has another subset.
     """
     chosen: list[NDArray[np.int64]] = []
     for source, weight in enumerate(weights):
@@ -88,7 +88,7 @@ def pack(lengths: NDArray[np.integer[Any]], max_length: int, method: PackingMeth
     Raises ValueError for a length outside of that range.
     """
     if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= max_length):
-        raise ValueError(f"lengths must lie between 1 and {max_length}")
+        raise ValueError(f"lengths must be between 1 and {max_length}")
     order = permutation(len(lengths), seed, epoch, _EXAMPLE_ORDER)
     if method == "none":
         return PackPlan(np.arange(len(order) + 1, dtype=np.int64), order)
@@ -105,9 +105,9 @@ def pack(lengths: NDArray[np.integer[Any]], max_length: int, method: PackingMeth
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """The row of each example: the fullest one with room, else a new one."""
+    """The row of each example: the fullest one with enough free space, or else a new one."""
     rows_with_room: list[list[int]] = [[] for _ in range(capacity)]
-    rooms = 0  # bit set of the rooms for which rows_with_room is not empty
+    rooms = 0  # bit set of the free spaces for which rows_with_room is not empty
     rows = 0
     row_of: list[int] = []
     for length in lengths:
@@ -131,10 +131,10 @@ def _best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 
 def _first_fit(lengths: list[int], capacity: int) -> list[int]:
-    """The row of each example: the one opened first of all with room, else a new one.
+    """The row of each example: the earliest opened one with enough free space, or else a new one.
 
-    For each free room a heap of its rows, and over the rooms a tree of the smallest row in any larger room: entry
-    `leaves + room` is the heap's top, every other entry the smaller of its two children.
+    There is a heap of rows for each value of free space, and a binary tree of minima over these values: entry
+    `leaves + room` is the top of a heap, and every other entry the smaller of its two children.
     """
     leaves = 1 << capacity.bit_length()
     none = len(lengths)

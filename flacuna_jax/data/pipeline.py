@@ -1,4 +1,4 @@
-"""From the token store to batches: how many steps a run has, which rows each holds, and the arrays themselves.
+"""From the token store to batches: the number of steps of a run, the rows of each step, and its arrays.
 
 `plan_run` fixes every number before the first step. `StepSource` is random access: the rows and the batch of any step
 are a function of (store, plan, step), with no state but a cache. `BatchStream` serves them through Grain with threads
@@ -23,8 +23,9 @@ from flacuna_jax.errors import UserError
 Batch = dict[str, NDArray[Any]]
 """tokens, targets, segment_ids, positions: int32, loss_mask: bool, each [accumulation, batch, length].
 
-tokens are inputs; targets[..., t] is the next token of the same document, 0 where there is none; loss_mask says which
-targets carry loss; segment_ids count documents from 1 in each row, 0 is padding; positions start at 0 in each document.
+tokens are inputs; targets[..., t] is the next token of the same document, or 0 at its end; loss_mask is True for
+targets with loss; segment_ids number the documents of each row from 1, 0 is padding; positions start at 0 in each
+document.
 """
 
 
@@ -40,8 +41,8 @@ class EpochPlan(NamedTuple):
 class RunPlan:
     """The arithmetic of a run, exact for every epoch.
 
-    Row i of a step (0 <= i < rows_per_step) sits at divmod(i, micro_rows) of the batch's first two axes; what is left
-    of the last micro-batch, and of an epoch's last step, is empty rows.
+    Row i of a step (0 <= i < rows_per_step) is at index divmod(i, micro_rows) of the batch's first two axes. Empty rows
+    fill the last micro-batch and the last step of an epoch.
     """
 
     seed: int
@@ -54,22 +55,22 @@ class RunPlan:
     accumulation: int
     epochs: tuple[EpochPlan, ...]
     total_steps: int
-    """Where the run ends: after all epochs, or at max_steps."""
+    """Number of steps of the run: all epochs, or max_steps."""
     warnings: tuple[str, ...]
 
     @property
     def examples(self) -> int:
-        """Examples of the first epoch."""
+        """Number of examples in the first epoch."""
         return self.epochs[0].examples
 
     @property
     def rows(self) -> int:
-        """Packed rows of the first epoch."""
+        """Number of packed rows in the first epoch."""
         return self.epochs[0].rows
 
     @property
     def fill(self) -> float:
-        """Share of the first epoch's rows that is tokens and not padding."""
+        """Fraction of the first epoch's rows that is tokens, not padding."""
         return self.epochs[0].tokens / (self.rows * self.max_length)
 
     @property
@@ -81,7 +82,7 @@ class RunPlan:
         return self.examples * min(self.rows_per_step, self.rows) / self.rows
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it) of a step counted from 0. Raises IndexError beyond the run."""
+        """(epoch, step within the epoch) of a step, counted from 0. Raises IndexError after the end of the run."""
         if 0 <= step < self.total_steps:
             for epoch, plan in enumerate(self.epochs):
                 if step < plan.first_step + plan.steps:
@@ -100,8 +101,8 @@ def plan_run(
 ) -> RunPlan:
     """The plan of a run over `shards` data×fsdp shards.
 
-    `rows_per_step` is the number that a checkpoint has frozen; None derives it. Raises UserError where the config's
-    numbers do not go together, naming the keys.
+    `rows_per_step` is the fixed number from a checkpoint; None computes it. Raises UserError with the keys if the
+    numbers of the config are inconsistent.
     """
     check_batch_arithmetic(training, shards)
     weights = tuple(source.weight for source in data.sources)
@@ -112,7 +113,7 @@ def plan_run(
     for epoch in range(training.epochs):
         examples = epoch_examples(store.source_index, weights, seed, epoch)
         if not len(examples):
-            raise UserError("data.sources: the weights leave no example in an epoch")
+            raise UserError("data.sources: with these weights, an epoch has no example")
         rows = pack(lengths[examples], data.max_length, data.packing, seed, epoch).rows
         if rows_per_step is None:
             rows_per_step = _rows_per_step(training, rows, len(examples))
@@ -123,13 +124,13 @@ def plan_run(
             steps = training.max_steps
             break
     assert rows_per_step is not None, "epochs is positive"
-    # A batch larger than the data is every epoch in one step, and no more memory than that.
+    # If a batch is larger than the data, an epoch is one step of only as many rows as it has.
     rows_per_step = min(rows_per_step, max(epoch.rows for epoch in epochs))
     size = f"the run of {steps} steps ({epochs[0].rows} rows per epoch, {rows_per_step} rows per step)"
     warmup = training.warmup_of(steps)
     if warmup >= steps and warmup:
         raise UserError(
-            f"training.warmup_steps {warmup} is not shorter than {size}; training.warmup_ratio: 0.03 goes with any run"
+            f"training.warmup_steps {warmup} is not shorter than {size}; training.warmup_ratio: 0.03 suits any length"
         )
     if training.decay_steps is not None and warmup + training.decay_steps > steps:
         raise UserError(
@@ -150,13 +151,13 @@ def plan_run(
 
 
 def check_batch_arithmetic(training: TrainingConfig, shards: int) -> None:
-    """Raises UserError if rows per step are fixed by the config and do not divide; needs no data."""
+    """Raises UserError if the config fixes the rows per step to a number that is not divisible; needs no data."""
     micro_rows = training.micro_batch_size * shards
     if training.batch_unit == "rows" and training.batch_size % micro_rows:
         raise UserError(
             f"training.batch_size {training.batch_size} with training.batch_unit: rows must be a multiple of "
             f"{micro_rows} = training.micro_batch_size {training.micro_batch_size} × {shards} data×fsdp shards of the "
-            "mesh; with batch_unit: examples any number will do"
+            "mesh; with batch_unit: examples, any number is valid"
         )
 
 
@@ -175,14 +176,14 @@ def _warnings(training: TrainingConfig, first: EpochPlan) -> tuple[str, ...]:
     unpacked_steps = -(-first.examples // training.batch_size)
     if unpacked_steps > 2 * first.steps:
         return (
-            f"packing makes {first.steps} optimizer steps per epoch of what would be {unpacked_steps} unpacked; "
+            f"with packing, an epoch has {first.steps} optimizer steps instead of {unpacked_steps}; "
             "training.batch_unit: examples keeps their number",
         )
     return ()
 
 
 class StepInfo(NamedTuple):
-    """What a step holds, over all hosts. `example_indices`: int64, into the store, row by row."""
+    """The contents of a step on all hosts. `example_indices`: int64, indices into the store, row by row."""
 
     epoch: int
     example_indices: NDArray[np.int64]
@@ -230,14 +231,15 @@ class StepSource:
         return batch
 
     def rows(self, step: int) -> list[NDArray[np.int64]]:
-        """The examples (indices into the store) of each row of a step, empty rows left out."""
+        """The examples (indices into the store) of each row of a step, without empty rows."""
         epoch, step_in_epoch = self._plan.locate(step)
         packed = self._epoch(epoch)
         first = step_in_epoch * self._plan.rows_per_step
         return [packed.row(row) for row in range(first, min(first + self._plan.rows_per_step, packed.rows))]
 
     def labelled(self, step: int, label_of_example: NDArray[np.integer[Any]]) -> Batch:
-        """The batch of a step and one leaf more, `labels`: int32, on every token its example's label, -1 on padding."""
+        """The batch of a step with an additional leaf `labels`: int32, the label of each token's example, -1 on
+        padding."""
         batch = self[step]
         labels = np.full(batch["segment_ids"].shape, -1, np.int32)
         for number, examples in enumerate(self.rows(step)):
@@ -249,7 +251,7 @@ class StepSource:
         return {**batch, "labels": labels}
 
     def info(self, step: int) -> StepInfo:
-        """The counts of a step, and which examples it holds."""
+        """The counts and the examples of a step."""
         rows = self.rows(step)
         examples = np.concatenate(rows)
         tokens = int(self._lengths[examples].sum())
@@ -277,7 +279,7 @@ class StepSource:
             start = end
 
     def _epoch(self, epoch: int) -> PackPlan:
-        """The packed epoch; two are kept, as threads that work ahead cross from one into the next."""
+        """The plan of an epoch; two are kept, because prefetching threads cross from one epoch into the next."""
         with self._lock:
             if epoch not in self._packed:
                 plan = self._plan
@@ -317,5 +319,5 @@ def batches(
     threads: int = 2,
     ahead: int = 4,
 ) -> BatchStream:
-    """This host's batches of a run, from `start_step` to the end; `ahead` of them are kept ready."""
+    """This host's batches of a run, from `start_step` to the end; `ahead` of them are prefetched."""
     return BatchStream(StepSource(store, plan, process_index, process_count), start_step, threads, ahead)

@@ -1,4 +1,4 @@
-"""Raw records and their places, the kinds of data files by name, and how such a file is opened."""
+"""Raw records and their places; kinds of data files by name; opening of data files."""
 
 import bz2
 import codecs
@@ -39,7 +39,7 @@ _OPENERS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(
         ".xz": lzma.open,
     }
 )
-KNOWN_SUFFIXES = f"{', '.join(SUFFIXES)} (the text formats also with {', '.join(_OPENERS)} behind)"
+KNOWN_SUFFIXES = f"{', '.join(SUFFIXES)} (the text formats also with {', '.join(_OPENERS)} appended)"
 
 _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip", ".gz"),
@@ -56,7 +56,7 @@ _WEB_PAGE = (b"<!doctype html", b"<html")
 
 
 class Place(NamedTuple):
-    """Where a record is: `number` counts records or rows from 1; `line` is 0 where lines mean nothing (Parquet)."""
+    """The place of a record: `number` counts records or rows from 1; `line` is 0 in files without lines (Parquet)."""
 
     path: Path
     number: int
@@ -71,7 +71,7 @@ class Place(NamedTuple):
 
 
 class RawRecord(NamedTuple):
-    """A record as its file has it. `unread` names the columns of a Parquet file that were not read."""
+    """An unchanged record of a file. `unread` lists the columns of a Parquet file that were not read."""
 
     place: Place
     value: Any
@@ -81,11 +81,11 @@ class RawRecord(NamedTuple):
 class FileKind(NamedTuple):
     format: Format
     compression: str
-    """The suffix of the compression; empty for none."""
+    """The suffix of the compression; empty if the file is not compressed."""
 
 
 def kind_of(path: Path) -> FileKind | None:
-    """The kind of a data file by its name, upper or lower case; None for a name that is not one of a data file."""
+    """The kind of a data file by its name, in upper or lower case; None if the name is not that of a data file."""
     name = path.name.lower()
     compression = next((suffix for suffix in _OPENERS if name.endswith(suffix)), "")
     suffix = Path(name.removesuffix(compression)).suffix
@@ -96,7 +96,7 @@ def kind_of(path: Path) -> FileKind | None:
 
 
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-"""What the decompressors raise for a torn or damaged file; zstd's raises an OSError without a number."""
+"""Exceptions of the decompressors for a torn or damaged file; that of zstd raises an OSError without errno."""
 
 
 def is_damage(error: Exception) -> bool:
@@ -104,15 +104,15 @@ def is_damage(error: Exception) -> bool:
 
 
 def require_no_utf16(path: Path, start: bytes) -> None:
-    """Raises UserError for text in UTF-16, which Excel calls Unicode text. `start`: the file's first bytes."""
+    """Raises UserError for UTF-16, which Excel calls Unicode text. `start` are the first bytes of the file."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: the file is UTF-16; convert it to UTF-8")
 
 
 def open_data_file(path: Path, kind: FileKind) -> io.BufferedReader:
-    """The decompressed bytes of a file; they may not be seekable, but can be peeked into.
+    """A reader of the decompressed bytes of a file. It supports peek, but may not support seek.
 
-    Raises UserError if the file cannot be opened or is evidently of another kind.
+    Raises UserError if the file cannot be opened or its first bytes show another kind.
     """
     try:
         with path.open("rb") as file:
@@ -128,6 +128,6 @@ def _require_kind(path: Path, kind: FileKind, start: bytes) -> None:
     for magic, what, suffix in _MAGIC:
         if start.startswith(magic) and suffix not in (kind.compression, f".{kind.format}"):
             rename = f"; rename it so that it ends in {suffix}" if suffix else ""
-            raise UserError(f"{path}: the file is {what}, which its name does not say{rename}")
+            raise UserError(f"{path}: the file is {what}, unlike its name{rename}")
     if start.lstrip().lower().startswith(_WEB_PAGE):
-        raise UserError(f"{path}: the file is a web page (HTML), not data; was the download's address that of a page?")
+        raise UserError(f"{path}: the file is a web page (HTML), not data; check the address it was downloaded from")

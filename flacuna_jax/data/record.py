@@ -1,4 +1,4 @@
-"""A record while it is read: which of its fields were used, and what was found wrong."""
+"""Tracks which fields of a record a parser has used, and its errors."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class BadRecord(Exception):
-    """A record that cannot be understood: a `reason` to count it under, and what exactly is wrong."""
+    """An invalid record: the `reason` under which it is counted, and the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -17,12 +17,12 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass
 class Reading:
-    """The fields of a record, and what became of them.
+    """The fields of a record, and how they were used.
 
     Attributes:
       used: Names of the fields that a parser has looked at.
       ignored: Names of keys inside fields, such as messages[].id, that were not used.
-      changed: How parts of the record were read in another form than they have.
+      changed: Conversions of parts of the record.
     """
 
     record: Mapping[str, Any]
@@ -31,12 +31,12 @@ class Reading:
     changed: list[str] = dataclasses.field(default_factory=list)
 
     def take(self, name: str) -> Any:
-        """The value of a field, which then counts as used; None if the record does not have it."""
+        """Returns the value of a field and marks it as used; None if the record does not have it."""
         self.used.add(name)
         return self.record.get(name)
 
     def text(self, name: str) -> str:
-        """A field that must be text. Raises BadRecord."""
+        """A field that must be text. Raises BadRecord if it is not."""
         value = self.take(name)
         if not isinstance(value, str):
             what = f"not {kind_name(value)}" if name in self.record else "and is missing"
@@ -52,7 +52,7 @@ class Reading:
         return next((name for name in names if self.record.get(name) is not None), None)
 
     def unused(self) -> list[str]:
-        """Fields that hold something and that nothing has looked at."""
+        """Non-empty fields that were not used."""
         return [name for name, value in self.record.items() if name not in self.used and not is_empty(value)]
 
 
@@ -61,13 +61,13 @@ def is_empty(value: object) -> bool:
 
 
 def kind_name(value: object) -> str:
-    """What a JSON value is, for messages."""
+    """The kind of a JSON value, for messages."""
     names = {type(None): "null", dict: "an object", list: "a list", bool: "true or false", int: "a number", str: "text"}
     return names.get(type(value), "a number" if isinstance(value, float) else type(value).__name__)
 
 
 def decoded(value: Any, what: str) -> Any:
-    """A list or object that a file may hold as JSON text, as tables do. Raises BadRecord for text that is not JSON."""
+    """Decodes a list or object if a file has it as JSON text, as in tables. Raises BadRecord if it is not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -76,6 +76,6 @@ def decoded(value: Any, what: str) -> Any:
         text = value.strip()
         hint = ""
         if text.startswith(("[{'", "{'", '[{"')):
-            hint = "; it looks like Python's repr of a list, as to_csv writes it: write the data as .jsonl or .parquet"
+            hint = "; it looks like a Python repr, as written by to_csv: write the data as .jsonl or .parquet"
         shown = text[:40] + ("..." if len(text) > 40 else "")
         raise BadRecord("wrong type", f"{what} is the text {shown!r}, which is not JSON{hint}") from None

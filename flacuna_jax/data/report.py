@@ -1,4 +1,4 @@
-"""What became of every record: the counts that a data build prints, and the policy for records it cannot use."""
+"""The counts that a data build prints for its records, and the policy for invalid records."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,16 +7,16 @@ from typing import Literal
 from flacuna_jax.errors import UserError
 
 UNKNOWN_SHARE = 0.001
-"""Share of unknown tokens among those with loss above which a data build warns."""
+"""A data build warns if the fraction of unknown tokens among those with loss is above this value."""
 
 
 @dataclass
 class SourceReport:
     """Counts for one configured source. Lengths are in tokens.
 
-    read = kept + the sum of `dropped` holds for complete reads, where each unreadable record or torn file counts as
-    one read. `changed` counts records that were kept in another form; `first_seen` tells where each reason first
-    occurred, and what was wrong there.
+    After a complete read, read = kept + the sum of `dropped`, where each unreadable record or torn file counts as one
+    read. `changed` counts records that were kept in a changed form; `first_seen` has the place and the details of the
+    first occurrence of each reason.
     """
 
     path: str
@@ -27,18 +27,18 @@ class SourceReport:
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     tokens_lost: int = 0
-    """Tokens of over-long examples that were dropped or cut away."""
+    """Tokens of over-long examples that were dropped or cut off."""
     first_seen: dict[str, str] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
-    """By name, in how many records a field held something that was not used."""
+    """By name of a field, the number of records in which it was not empty and not used."""
     unknown_tokens: int = 0
     """Tokens with loss that are the tokenizer's unknown token."""
     unknown_characters: str = ""
-    """Characters of answers that the tokenizer does not know, the first ones that were found."""
+    """The first characters of answers found that the tokenizer does not know."""
     ignored_files: tuple[str, ...] = ()
-    """Files of a directory whose ending is not one of a data file."""
+    """Files of a directory that are not data files by their extension."""
     notes: tuple[str, ...] = ()
-    """Which files were taken, where there was a choice."""
+    """Which files were read, if there was a choice."""
 
     def drop(self, reason: str, where: object, detail: str = "") -> None:
         self.dropped[reason] += 1
@@ -56,7 +56,7 @@ class SourceReport:
             self.first_seen[reason] = f"{where}: {detail}" if detail else str(where)
 
     def lines(self) -> list[str]:
-        """The report in words, a line per fact."""
+        """The report as text, one fact per line."""
         lines = [
             f"{self.path}: {self.read:,} records read, {self.kept:,} kept, "
             f"{self.tokens:,} tokens, {self.supervised_tokens:,} supervised"
@@ -79,7 +79,7 @@ class SourceReport:
         return lines
 
     def _ignored_lines(self) -> list[str]:
-        """The fields that were ignored in equally many records stand in one line."""
+        """Lines for ignored fields; fields that were ignored in the same number of records share a line."""
         by_count: dict[int, list[str]] = {}
         for name, count in self.ignored.most_common():
             by_count.setdefault(count, []).append(name)
@@ -121,15 +121,15 @@ class DataReport:
 
 @dataclass(frozen=True)
 class BadRecordPolicy:
-    """What to do with a record that cannot be understood: stop with its place, or count it and go on."""
+    """What to do with an invalid record: stop with an error, or count it and continue."""
 
     report: SourceReport
     mode: Literal["error", "skip"]
     key: str = "data.on_bad_record"
-    """The setting that `mode` comes from, for messages."""
+    """Name of the setting that `mode` comes from, for messages."""
 
     def reject(self, reason: str, where: object, detail: str) -> None:
         """Counts the record under `reason`; raises UserError(`where`: `detail`) if bad records are errors."""
         if self.mode == "error":
-            raise UserError(f"{where}: {detail} ({self.key}: skip would count it and go on)")
+            raise UserError(f"{where}: {detail} ({self.key}: skip would count it and continue)")
         self.report.drop(reason, where, detail)

@@ -1,7 +1,7 @@
-"""Segments: what a conversation is made of before it becomes ids.
+"""Segments: the parts of a conversation before tokenisation.
 
-A segment is a special token or a text, together with the answer to "does this carry loss?". Ids are made segment by
-segment, so no message text can become a special token, and no mask is found by searching for a response string.
+A segment is a special token or a text, with a flag whether it carries loss. Each segment is tokenised separately, so no
+message text can become a special token, and no mask is found by searching for a response string.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class TemplateRefusal(ValueError):
-    """A template has no form for a conversation. The message says what it cannot express."""
+    """A template does not support a conversation. The message names the part that it does not support."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Turn:
     """One message of a conversation.
 
     Attributes:
-      trained: Whether an assistant's turn carries loss. Other roles never do.
-      extra: The other keys of the message, which are passed to the template as transformers passes them: tool_calls,
+      trained: Whether an assistant's turn carries loss. Turns of other roles never do.
+      extra: The other keys of the message, which are passed to the template as in transformers: tool_calls,
         tool_call_id, name, reasoning_content, thinking. None if there are none.
     """
 
@@ -40,19 +40,19 @@ class Turn:
 
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of `Turn.extra` that hold the reasoning before an answer, in the order in which they are looked for."""
+"""Keys of `Turn.extra` for the reasoning before an answer, in order of precedence."""
 ANSWER_KEYS = ("tool_calls", *REASONING)
-"""Keys of `Turn.extra` that an assistant produces, besides its text."""
+"""Keys of `Turn.extra` that the assistant produces in addition to its text."""
 
 
 class Segment(NamedTuple):
     """A text, or a special token with its id.
 
     Attributes:
-      text: For a special token, how it is spelled in the rendered text.
+      text: The text; for a special token, its spelling in the rendered text.
       token: Its id. None for text.
-      supervised: Whether it is what the assistant says, which carries loss unless its turn is not trained.
-      turn: Index of the turn that it ends in; -1 before the first.
+      supervised: Whether it is part of an answer, which carries loss unless its turn is not trained.
+      turn: Index of the turn that it ends in; -1 before the first turn.
     """
 
     text: str
@@ -62,23 +62,23 @@ class Segment(NamedTuple):
 
 
 Layout = Callable[[str, Sequence[Turn], Tools], Iterator[Segment]]
-"""(system text, turns, tools) to segments. Raises TemplateRefusal for what the template has no form for."""
+"""Maps (system text, turns, tools) to segments. Raises TemplateRefusal for content that is not supported."""
 
 
 @dataclass(frozen=True)
 class Template:
     """A conversation format, bound to the special tokens of one tokenizer.
 
-    `layout` yields the segments; after a user's or a tool's turn it opens the assistant's, so the same function gives
-    training conversations (which end with the assistant) and generation prompts (which do not).
+    `layout` yields the segments. After a last turn of the user or of a tool it adds the generation prompt, so the same
+    function gives training conversations (which end with the assistant) and generation prompts (which do not).
 
     Attributes:
-      system: The system text of a conversation that brings none.
-      stop_strings: Text that ends an answer in generation, besides the tokens of `ends`.
+      system: The system text of conversations without one.
+      stop_strings: Texts that end an answer in generation, in addition to the tokens of `ends`.
       ends: Ids of the special tokens that end an answer.
       jinja: The same format for Hugging Face's `apply_chat_template`.
-      notes: What a user should know about this template with this tokenizer, a line each.
-      untrainable: Why no conversation can be trained on with this template, though prompts can be made. None if it can.
+      notes: Warnings for users about this template with this tokenizer, a line each.
+      untrainable: Why this template supports prompts but no training conversations. None if it supports both.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Writer:
         self._special = special
 
     def bos(self, turn: int) -> Iterator[Segment]:
-        """BOS; nothing if the tokenizer has none."""
+        """Yields BOS, or nothing if the tokenizer has none."""
         if self._special.bos is not None:
             yield self._token(self._special.bos, False, turn)
 
@@ -109,7 +109,7 @@ class Writer:
         return mark in self._special.tokens
 
     def mark(self, mark: str, supervised: bool, turn: int) -> Segment:
-        """A mark of the template: a special token if the tokenizer has it, text otherwise."""
+        """A marker of the template: a special token if the tokenizer has it, otherwise text."""
         return self._token(mark, supervised, turn) if self.owns(mark) else text(mark, supervised, turn)
 
     def _token(self, spelling: str, supervised: bool, turn: int) -> Segment:
@@ -121,13 +121,13 @@ def text(content: str, supervised: bool, turn: int) -> Segment:
 
 
 def join_segments(segments: Iterable[Segment], keep_spaces: bool) -> list[Segment]:
-    """Joins neighbouring texts that carry the same loss, so that each is encoded in one piece.
+    """Joins adjacent texts that both carry loss or both do not, so that each is encoded in one piece.
 
     Args:
-      segments: As a layout yields them.
-      keep_spaces: Whether texts stay apart where the second begins with a space and the first does not end with one.
-        LLaMA's SentencePiece vocabulary has no piece with a space behind another character, so no merge crosses such
-        a point, and a system text that many conversations share is then encoded once.
+      segments: The segments of a layout.
+      keep_spaces: Whether to keep two texts separate if the second begins with a space and the first does not end with
+        one. LLaMA's SentencePiece vocabulary has no piece with a space after another character, so no merge crosses
+        such a point, and a system text that many conversations share is encoded once.
     """
     joined: list[Segment] = []
     for segment in segments:

@@ -1,8 +1,8 @@
-"""The files of a source: one file, a directory, a glob; which split they are of; and what describes them.
+"""The files of a source (one file, a directory or a glob), their splits, and their descriptions.
 
-Of a directory that holds several splits, those that are for validation and test by their names are left out, or the
-split that the source names is taken. Names are read as the hub's `datasets` reads them: train-00000-of-00001.parquet,
-test.jsonl, validation/part-1.json. A directory that `datasets` wrote with save_to_disk is read as it lists its files.
+From a directory with several splits, the source's `split` is read, or else every split that is not for validation or
+test by its name. Names are interpreted like those of `datasets`: train-00000-of-00001.parquet, test.jsonl,
+validation/part-1.json. For a directory that `datasets` wrote with save_to_disk, the files are those that it lists.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.hub_cache import require_no_cache_directory
 
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files that say something of data files and hold no records."""
+"""Files that describe data files and contain no records."""
 _SPLIT_WORDS: Mapping[str, frozenset[str]] = {
     "train": frozenset({"train", "training"}),
     "validation": frozenset({"validation", "valid", "val", "dev"}),
@@ -34,14 +34,14 @@ class DataFiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SourceFiles:
-    """What a source consists of.
+    """The files of a source.
 
     Attributes:
-      root: What the names of files are relative to: the directory, or the parent of a file.
-      files: In the order in which they are read.
-      ignored: Files that are no data files, by name.
-      notes: Sentences for the report: which split was taken, what was left out.
-      descriptions: By file, what LLaMA-Factory's dataset_info.json says of it.
+      root: The directory that file names are relative to: the directory itself, or the parent of a file.
+      files: The data files, in reading order.
+      ignored: Files that are not data files by their names.
+      notes: Sentences for the report: which split was read, what was left out.
+      descriptions: The entries of LLaMA-Factory's dataset_info.json, by file.
     """
 
     root: Path
@@ -52,10 +52,10 @@ class SourceFiles:
 
 
 def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
-    """The data files of a path: itself, or every data file below a directory, sorted by path, of all splits.
+    """The data files of a path: the file itself, or every data file below a directory, of all splits, sorted by path.
 
-    Hidden files are no part of a source. Raises UserError for a path that is missing or holds no data file; `setting`
-    is where the path comes from.
+    Hidden files are skipped. Raises UserError for a path that does not exist or has no data file; `setting` is the name
+    of the path's setting, for messages.
     """
     if path.is_file():
         _require_data_file(path)
@@ -64,7 +64,7 @@ def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
         if glob.has_magic(str(path)):
             return _glob(path, setting)
         looks_like_hub = not path.is_absolute() and len(path.parts) == 2 and not path.suffix
-        hint = f"; a dataset of the hub is written hf:{path}" if looks_like_hub else ""
+        hint = f"; for a dataset of the Hub, write hf:{path}" if looks_like_hub else ""
         raise UserError(f"{path}: no such file or directory ({setting}){hint}")
     require_no_cache_directory(path)
     everything = sorted(
@@ -75,13 +75,13 @@ def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
     files = tuple(file for file in everything if kind_of(file) and file.name not in _DESCRIPTIONS)
     ignored = tuple(str(file.relative_to(path)) for file in everything if not kind_of(file))
     if not files:
-        found = f"; it holds {', '.join(ignored[:5])}" if ignored else ""
-        raise UserError(f"{path}: the directory holds no file that ends in one of {KNOWN_SUFFIXES}{found}")
+        found = f"; it contains {', '.join(ignored[:5])}" if ignored else ""
+        raise UserError(f"{path}: the directory has no file that ends in one of {KNOWN_SUFFIXES}{found}")
     return DataFiles(_as_saved(path, files), ignored)
 
 
 def source_files(path: str, split: str | None = None, setting: str = "data.sources") -> SourceFiles:
-    """The files that a source is read from. Raises UserError for a path without any, or without the wanted `split`."""
+    """The files of a source. Raises UserError for a path without any, or without files of `split`."""
     root = Path(path)
     found = find_files(root, setting)
     if not root.is_dir():
@@ -89,8 +89,7 @@ def source_files(path: str, split: str | None = None, setting: str = "data.sourc
             root = root.parent
             if split is not None and not _is_of_split(Path(found.files[0].name), split):
                 raise UserError(
-                    f"{found.files[0]}: split: {split} chooses among the files of a directory, and this is one file; "
-                    "leave split out"
+                    f"{found.files[0]}: split: {split} selects files of a directory, but this is a file; remove split"
                 )
             described = root
         else:
@@ -108,16 +107,18 @@ def source_files(path: str, split: str | None = None, setting: str = "data.sourc
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a relative path is of by its words: train, validation or test; None where it says nothing.
+    """The split of a relative path by the words in it: train, validation or test; None if it has none of them.
 
-    Of the file name only what stands in front of its endings counts; "train" anywhere wins over a dataset called "dev".
+    The extensions of the file name do not count. "train" anywhere takes precedence, for example over a dataset named
+    "dev".
     """
     words = [set(re.split(r"[^a-z]+", part.lower())) for part in (*path.parts[:-1], path.name.split(".")[0])]
     return next((name for name, known in _SPLIT_WORDS.items() if any(part & known for part in words)), None)
 
 
 def _exact_split(path: Path) -> str | None:
-    """The split's own name, as the hub and save_to_disk write it: train_sft of train_sft-00000-of-00001.parquet."""
+    """The exact name of the split in names of the Hub and save_to_disk: train_sft in
+    train_sft-00000-of-00001.parquet."""
     sharded = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?", path.name.split(".")[0])
     if sharded and sharded[1] != "data":
         return sharded[1].rpartition("-")[2]
@@ -126,7 +127,7 @@ def _exact_split(path: Path) -> str | None:
 
 def _is_of_split(path: Path, split: str) -> bool:
     wanted = split_of(Path(split))
-    if path.stem.endswith(f"-{split}"):  # what `hub.py` calls a file that it has fetched
+    if path.stem.endswith(f"-{split}"):  # the form of `hub.py` for downloaded files
         return True
     return _exact_split(path) == split or (wanted is not None and split == wanted and split_of(path) == wanted)
 
@@ -135,28 +136,28 @@ def _of_split(root: Path, found: DataFiles, split: str) -> tuple[DataFiles, tupl
     files = tuple(file for file in found.files if _is_of_split(file.relative_to(root), split))
     if not files:
         names = sorted({_label(file.relative_to(root)) for file in found.files})
-        raise UserError(f"{root}: no file is of split: {split}; there are {', '.join(names[:10])}")
+        raise UserError(f"{root}: no file has split: {split}; available are {', '.join(names[:10])}")
     if len(files) == len(found.files):
         return found, ()
-    return DataFiles(files, found.ignored), (f"split {split}: {len(files)} of {_count(found.files)} taken",)
+    return DataFiles(files, found.ignored), (f"split {split}: {len(files)} of {_count(found.files)} read",)
 
 
 def _training(root: Path, found: DataFiles) -> tuple[DataFiles, tuple[str, ...]]:
-    """Without the files of held-out splits, which are named."""
+    """Removes the files of held-out splits, and lists them in a note."""
     splits = {file: split_of(file.relative_to(root)) for file in found.files}
     files = tuple(file for file in found.files if splits[file] in (None, "train"))
     left = [file.relative_to(root) for file in found.files if splits[file] not in (None, "train")]
     if not files:
         names = sorted({_label(file) for file in left})
         raise UserError(
-            f"{root}: by their names, all of its data files are held out ({', '.join(names[:10])}); "
-            f"to train on one of them, write split: {names[0]} in this source"
+            f"{root}: by their names, all of its data files are for validation or test ({', '.join(names[:10])}); "
+            f"to train on one of them, set split: {names[0]} in this source"
         )
     if not left:
         return found, ()
-    taken = "split train" if "train" in splits.values() else "files of no held-out split"
+    taken = "split train" if "train" in splits.values() else "files of other splits"
     shown = ", ".join(map(str, left[:5])) + (", ..." if len(left) > 5 else "")
-    note = f"{taken}: {_count(files)} taken; left out as validation or test by name: {shown} (split: names another)"
+    note = f"{taken}: {_count(files)} read; left out as validation or test by name: {shown} (split: selects others)"
     return DataFiles(files, found.ignored), (note,)
 
 
@@ -170,12 +171,10 @@ def _count(files: Sequence[Path]) -> str:
 
 def _require_data_file(path: Path) -> None:
     if path.name in _DESCRIPTIONS:
-        raise UserError(
-            f"{path}: this file describes data files and holds no records; name its directory, {path.parent}"
-        )
+        raise UserError(f"{path}: this file describes data files and has no records; give its directory, {path.parent}")
     if kind_of(path) is None:
         hint = (
-            '; put each text into a line {"text": "..."} of a .jsonl file and set format: text'
+            '; write each text as a line {"text": "..."} of a .jsonl file and set format: text'
             if path.suffix.lower() in (".txt", ".md")
             else ""
         )
@@ -193,14 +192,14 @@ def _glob(pattern: Path, setting: str) -> DataFiles:
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """The directory in front of the first wildcard."""
+    """The directory before the first wildcard."""
     parts = list(pattern.parts)
     first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     return Path(*parts[:first])
 
 
 def _as_saved(path: Path, files: tuple[Path, ...]) -> tuple[Path, ...]:
-    """`files`, but of each directory that save_to_disk wrote those alone that its state.json lists, in its order."""
+    """`files`, with only those listed in state.json, in that order, for each directory written by save_to_disk."""
     saved = {state.parent: _listed(state) for state in sorted(path.rglob("state.json"))}
     saved = {directory: listed for directory, listed in saved.items() if listed}
     return tuple(_in_saved_order(files, saved)) if saved else files

@@ -1,4 +1,4 @@
-"""The special tokens of a tokenizer: which spellings have an id of their own that no message text may produce."""
+"""The special tokens of a tokenizer: spellings whose ids the text of a message must never produce."""
 
 import functools
 import re
@@ -12,8 +12,8 @@ class Special(NamedTuple):
 
     Attributes:
       id: Its token id.
-      lstrip: Whether it absorbs white space to its left in a rendered text, as `tokenizers.AddedToken` defines it.
-      rstrip: The same to its right.
+      lstrip: Whether it absorbs white space to its left in a rendered text, as in `tokenizers.AddedToken`.
+      rstrip: Whether it absorbs white space to its right.
     """
 
     id: int
@@ -34,9 +34,9 @@ class SpecialTokens:
 
     Attributes:
       tokens: Every special token, BOS and EOS included.
-      bos: How BOS is spelled. None if the tokenizer has no BOS.
-      eos: How EOS is spelled.
-      variables: Further variables that transformers passes to a chat template, for example pad_token.
+      bos: The spelling of BOS. None if the tokenizer has no BOS.
+      eos: The spelling of EOS.
+      variables: Other variables that transformers passes to a chat template, for example pad_token.
     """
 
     tokens: Mapping[str, Special]
@@ -55,16 +55,16 @@ class SpecialTokens:
 
     @functools.cached_property
     def spellings(self) -> Mapping[int, str]:
-        """Token id to spelling."""
+        """Maps token ids to spellings."""
         return {token.id: spelling for spelling, token in self.tokens.items()}
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches a special token; of two that begin at one place the longer one, as `tokenizers` does."""
+        """Matches a special token; if two begin at the same position, the longer one, as in `tokenizers`."""
         return re.compile("|".join(re.escape(token) for token in sorted(self.tokens, key=len, reverse=True)))
 
     def split(self, text: str) -> Iterator[Span]:
-        """Cuts a text at its special tokens. The spans concatenate to the text.
+        """Splits a text at its special tokens. The concatenated spans are the text.
 
         White space that a token absorbs (`lstrip`, `rstrip`) is part of the token's span.
         """

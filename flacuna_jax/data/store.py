@@ -1,6 +1,6 @@
-"""The tokenised corpus in flat arrays: some bytes per token and a few dozen per example, however many there are.
+"""The tokenised corpus in flat arrays, which need a few bytes per token and a few dozen per example.
 
-Built as a stream: every array grows in place, so that 400 million tokens need no second copy while they come in.
+It is built as a stream: every array grows in place, so that 400 million tokens need no second copy.
 """
 
 import functools
@@ -17,12 +17,12 @@ from flacuna_jax.data.tokenization import TokenizedExample, Tokenizer
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Examples one behind the other.
+    """Concatenated examples.
 
     tokens: uint16 or int32 [total]. loss_mask: bool [total], as in TokenizedExample. offsets: int64 [examples + 1].
-    supervised: int32 [examples], how many tokens of each carry loss.
-    source_index: int32 [examples], which configured source an example is from (its weight hangs on that).
-    task_index: int32 [examples], index into `tasks`, the `source` that the record itself names ("cot_gsm8k").
+    supervised: int32 [examples], number of tokens with loss of each example.
+    source_index: int32 [examples], index of the example's source in the config (which has its weight).
+    task_index: int32 [examples], index into `tasks`, the values of the records' field `source` ("cot_gsm8k").
     record_index: int64 [examples], number of the record in its source, from 0.
     id_bytes, id_offsets: the records' ids, UTF-8, uint8 [..] and int64 [examples + 1].
     """
@@ -61,7 +61,7 @@ class TokenStore:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides what is trained on: tokens, masks, lengths and the sources they belong to."""
+        """Hash of everything that training depends on: tokens, masks, lengths and their sources."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.tokens, self.loss_mask, self.offsets, self.source_index):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -70,7 +70,7 @@ class TokenStore:
 
 
 class _Growing:
-    """A flat array that doubles in place as it is appended to."""
+    """A flat array that doubles in place when it is full."""
 
     def __init__(self, dtype: DTypeLike) -> None:
         self._data = np.zeros(1024, dtype)
@@ -79,7 +79,7 @@ class _Growing:
     def append(self, values: NDArray[Any]) -> None:
         end = self.size + len(values)
         if end > len(self._data):
-            # realloc moves pages of large arrays and copies nothing; no view of the array is ever handed out before.
+            # realloc moves pages of large arrays and copies nothing; no view of the array exists before it is complete.
             self._data.resize(max(end, 2 * len(self._data)), refcheck=False)
         self._data[self.size : end] = values
         self.size = end
@@ -90,7 +90,7 @@ class _Growing:
 
 
 class StoreBuilder:
-    """Takes examples block by block, `finish` gives the store; tokens take 16 bits where the vocabulary allows."""
+    """Collects examples block by block; `finish` returns the store. Tokens have 16 bits if the vocabulary permits."""
 
     def __init__(self, sources: Sequence[str], vocab_size: int) -> None:
         self._sources = tuple(sources)
@@ -106,7 +106,8 @@ class StoreBuilder:
         self._tasks: dict[str, int] = {}
 
     def add(self, source: int, examples: Sequence[TokenizedExample], records: Sequence[int]) -> None:
-        """Appends examples of one source; `records` are their record numbers. Raises ValueError without loss."""
+        """Appends examples of one source; `records` are their record numbers. Raises ValueError for an example without
+        loss."""
         if not examples:
             return
         supervised = np.array([np.count_nonzero(example.loss_mask) for example in examples])
@@ -148,7 +149,7 @@ def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Piece(NamedTuple):
-    """A part of an example's text; special tokens are pieces of their own."""
+    """A part of an example's text; each special token is a separate piece."""
 
     text: str
     supervised: bool
@@ -156,12 +157,12 @@ class Piece(NamedTuple):
 
 
 def describe_example(store: TokenStore, index: int, tokenizer: Tokenizer) -> list[Piece]:
-    """The text of an example as the model sees it, cut at special tokens and where loss begins and ends."""
+    """The text of an example as the model sees it, split at special tokens and at the start and end of loss."""
     example = store.example(index)
     ids, mask = example.ids.tolist(), example.loss_mask.tolist()
     special = tokenizer.special.spellings
     pieces: list[Piece] = []
-    chunk_start = 0  # a text is decoded from its start, so that the spaces between its pieces come out right
+    chunk_start = 0  # decode a text from its start, so that the spaces between its pieces are right
     start = 0
     while start < len(ids):
         if ids[start] in special:

@@ -1,11 +1,11 @@
-"""A cache of tokenised corpora, found by the hash of everything that decides them, and opened memory-mapped.
+"""A cache of tokenised corpora, keyed by a hash of all inputs and opened memory-mapped.
 
     <cache>/<key>/            store.json and one .npy per array of the TokenStore
-    <cache>/<key>.parts/      while it is being built: finished parts, from which an interrupted build continues
+    <cache>/<key>.parts/      during the build: finished parts, from which an interrupted build continues
 
-The key is a hash of the bytes of the data files and of the tokenizer, of the settings that shape an example, and of the
-code of this package. A miss says what is different from the most similar corpus in the cache. A corpus that nobody has
-opened for a month is removed when another one is built.
+The key is a hash of the bytes of the data files and of the tokenizer, of the settings that affect examples, and of the
+code of this package. The message for a miss names the differences to the most similar corpus in the cache. Building a
+corpus removes those that have not been opened for a month.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ from flacuna_jax.source_code import source_digest
 from flacuna_jax.user_cache import user_cache
 
 PART_EXAMPLES = 32_768
-"""Examples per part; a build that is killed loses no more work than that."""
+"""Examples per part; a build that is killed loses at most one part."""
 
 UNUSED_DAYS = 30
-"""Days after which a corpus that nobody opened, or a build that nobody went on with, is removed."""
+"""Days after which an unopened corpus or an abandoned build is removed."""
 
 _SHAPING = ("max_length", "over_length", "on_bad_record", "train_on", "template_variables", "tools_as_text")
 _FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
@@ -54,7 +54,7 @@ Say = Callable[[str], None]
 
 
 def default_directory() -> Path:
-    """$FLACUNA_CACHE, else flacuna_jax in the user's cache directory."""
+    """$FLACUNA_CACHE, or else flacuna_jax in the user's cache directory."""
     return user_cache()
 
 
@@ -66,20 +66,20 @@ def cached_store(
     say: Say,
     template: Template | None = None,
 ) -> tuple[TokenStore, DataReport]:
-    """What `build_store` gives, from the cache if it is there; else built into it, in parts.
+    """The result of `build_store`, from the cache if it is there; otherwise it is built in the cache, in parts.
 
-    `say` is told whether it was a hit or a miss, and why. Raises UserError like `build_store`.
+    `say` receives whether it was a hit or a miss, and why. Raises UserError like `build_store`.
     """
     template = template or template_without_checkpoint(config, tokenizer)
     parts = identity(config, template, tokenizer_hash)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     place = directory / key
     directory.mkdir(parents=True, exist_ok=True)
-    # Whoever comes second to the same corpus waits, and then finds it.
+    # A second process that needs the same corpus waits, and then finds it.
     with _locked(directory / f"{key}.lock"):
         found = _open(place)
         if found is not None:
-            with suppress(OSError):  # a cache of somebody else's, to read only
+            with suppress(OSError):  # another user's cache may be read-only
                 os.utime(place)
             say(f"tokenised data: hit {place} (same files, tokenizer, settings and code)")
             return _renamed(found, [source.path for source in config.sources])
@@ -90,14 +90,14 @@ def cached_store(
 
 @contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Raises BlockingIOError if somebody else has the lock and this is not to wait."""
+    """Locks `path`. Raises BlockingIOError if another process has the lock and not `wait`."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
 def _remove_unused(directory: Path, place: Path, say: Say) -> None:
-    """Removes what nobody has opened for long, but for the corpus at `place`. Whoever still maps a file keeps it."""
+    """Removes corpora that were not opened for long, except the one at `place`. Mapped files stay valid."""
     oldest = time.time() - UNUSED_DAYS * 86400
     for path in sorted(directory.iterdir()):
         key = path.name.removesuffix(".parts")
@@ -108,14 +108,14 @@ def _remove_unused(directory: Path, place: Path, say: Say) -> None:
 
 
 def _renamed(found: tuple[TokenStore, DataReport], paths: Sequence[str]) -> tuple[TokenStore, DataReport]:
-    """What was found, under the paths that its files have now."""
+    """The store and report that were found, with the current paths of the files."""
     store, report = found
     reports = (dataclasses.replace(one, path=path) for one, path in zip(report.sources, paths, strict=True))
     return dataclasses.replace(store, sources=tuple(paths)), DataReport(tuple(reports))
 
 
 def identity(config: DataConfig, template: Template, tokenizer_hash: str) -> dict[str, Any]:
-    """Everything that decides the examples of a config, as settings and hashes."""
+    """Everything that the examples of a config depend on, as settings and hashes."""
     return {
         "tokenizer": tokenizer_hash,
         "code": source_digest("data", without=_AFTER_TOKENISATION),
@@ -144,7 +144,7 @@ def _file_hash(path: Path) -> str:
 
 
 def _why(directory: Path, parts: Mapping[str, Any]) -> str:
-    """What makes `parts` different from the nearest corpus of the same data that is in the cache."""
+    """The difference between `parts` and the most similar corpus of the same data in the cache, as text."""
     others = []
     for path in directory.glob(f"*/{_STORE}"):
         try:
@@ -161,7 +161,7 @@ def _why(directory: Path, parts: Mapping[str, Any]) -> str:
 
 
 def _of_the_same_data(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two corpora have a file in common, or the names of all of them."""
+    """Whether two corpora have a file in common, or the same file names."""
     files, others = ({name: flat[name] for name in flat if ".files." in name} for flat in (mine, other))
     return set(files) == set(others) or not set(files.values()).isdisjoint(others.values())
 
@@ -204,11 +204,11 @@ def _build(
 
 
 def _require_unchanged(config: DataConfig, parts: Mapping[str, Any], workshop: Path) -> None:
-    """Raises `UserError` if what has been read may not be what the key says: it would be given to others for it."""
+    """Raises `UserError` if the files changed during the build: the corpus would not match its key."""
     for source, read in zip(config.sources, parts["sources"], strict=True):
         if _source_identity(source) != read:
             shutil.rmtree(workshop)
-            raise UserError(f"{source.path} was changed while it was read; start again when it is as it should be")
+            raise UserError(f"{source.path} was changed while it was read; start again when it no longer changes")
 
 
 def _finished_parts(workshop: Path, source: int) -> list[Path]:
@@ -216,7 +216,7 @@ def _finished_parts(workshop: Path, source: int) -> list[Path]:
 
 
 class _Way:
-    """One source's way into parts."""
+    """Builds the parts of one source."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class _Way:
         )
 
     def run(self, done: Sequence[Path]) -> SourceReport:
-        """Builds the parts that are not done; returns the counts of the whole source."""
+        """Builds the missing parts; returns the counts of the whole source."""
         passed, report, number = 0, None, len(done)
         if done:
             facts = _read_json(done[-1] / _FACTS)
@@ -291,7 +291,7 @@ def _join(
     identity: Mapping[str, Any],
     reports: Sequence[SourceReport],
 ) -> None:
-    """Writes the parts one behind the other, an array at a time, so that no more than a part is in memory."""
+    """Concatenates the parts, one array at a time, so that at most one part is in memory."""
     partial = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -321,7 +321,7 @@ def _join(
 def _write_joined(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
     total = sum(len(array) for array in arrays)
     header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (total,)}
-    # Written, not mapped: a mapped file on a disk that is full ends the process without a word.
+    # Written, not mapped: on a full disk, a mapped file would kill the process without a message.
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
@@ -337,7 +337,7 @@ def _sync_and_move(partial: Path, place: Path) -> None:
 
 
 def _open(place: Path) -> tuple[TokenStore, DataReport] | None:
-    """The corpus at `place`, memory-mapped; None if it is not there, or not whole."""
+    """The corpus at `place`, memory-mapped; None if it does not exist or is incomplete."""
     if not (place / _STORE).is_file():
         return None
     try:
@@ -358,7 +358,7 @@ def _mapped(place: Path, sources: Sequence[str], tasks: Sequence[str]) -> TokenS
 
 
 def _map(path: Path) -> NDArray[Any]:
-    # A base-class view: slices of np.memmap carry its bookkeeping along, which costs more than the slice.
+    # An ndarray view, because slices of np.memmap copy its attributes, which costs more than the slice.
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
 

@@ -1,4 +1,4 @@
-"""Records of tables: CSV and TSV with a header line, Parquet, and Arrow (what `datasets` keeps on disk)."""
+"""Records of tables: CSV and TSV with a header line, Parquet, and Arrow (the format of `datasets` on disk)."""
 
 import csv
 import io
@@ -15,15 +15,15 @@ from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.errors import UserError
 
 LONGEST_FIELD = 256 << 20
-"""Characters after which a quoted field without an end is given up."""
+"""Maximum length of a quoted field in characters."""
 _ROWS = 1024
 
 
 def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The rows of a CSV or TSV file as objects of text, named by its first line.
+    """The rows of a CSV or TSV file as objects of text, whose keys are the names in the first line.
 
-    Raises UserError if that line names none of `columns`, unless they are empty. The separator of a .csv file is the
-    one of comma, semicolon and tab that occurs most in it.
+    Raises UserError if that line has none of `columns`, unless `columns` is empty. The separator of a .csv file is
+    comma, semicolon or tab, whichever occurs most in that line.
     """
     csv.field_size_limit(LONGEST_FIELD)
     number, line = 0, 1
@@ -55,7 +55,7 @@ def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadReco
                 f"not UTF-8: {error.reason}; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
             )
             if isinstance(error, csv.Error):
-                what += "; cells that hold quotes or line breaks must be quoted, as csv writers do it"
+                what += "; cells with quotes or line breaks must be quoted, as csv writers do"
             policy.reject("unreadable rest of a file", Place(path, number + 1, line), f"not a table ({what})")
         except Exception as error:
             if not is_damage(error):
@@ -66,14 +66,14 @@ def read_csv(path: Path, kind: FileKind, columns: Sequence[str], policy: BadReco
 
 def _require_header(path: Path, names: Sequence[str], columns: Sequence[str]) -> None:
     if not names:
-        raise UserError(f"{path}: the file is empty; a table begins with a line that names its columns")
+        raise UserError(f"{path}: the file is empty; the first line of a table must name its columns")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{path}: two columns are named {twice[0]!r}; the first line must name each column once")
     if columns and not set(names) & set(columns):
         shown = ", ".join(name[:30] for name in names[:8])
         known = [name for name in map(_plain, names) if name in columns]
-        advice = f"; write the names as {', '.join(known)}" if known else ""
+        advice = f"; write the names in lower case: {', '.join(known)}" if known else ""
         raise UserError(
             f"{path}: the first line must name the columns, and no name in it ({shown}) belongs to a known format"
             f"{advice}"
@@ -85,7 +85,7 @@ def _plain(name: str) -> str:
 
 
 def read_parquet(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The rows of a Parquet file, of which only `columns` are read; the others are named in `RawRecord.unread`."""
+    """The rows of a Parquet file, with only `columns`; `RawRecord.unread` lists the others."""
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -95,13 +95,13 @@ def read_parquet(path: Path, columns: Sequence[str], policy: BadRecordPolicy) ->
                 for value in batch.to_pylist():
                     number += 1
                     yield RawRecord(Place(path, number, 0), _without_nulls(value), unread)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: no text, no date
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: invalid text or dates
         policy.report.read += 1
         policy.reject("torn file", Place(path, number + 1, 0), f"the parquet file is torn or damaged ({error})")
 
 
 def read_arrow(path: Path, columns: Sequence[str], policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The rows of an Arrow file, in either of its layouts, as `datasets` writes with save_to_disk; see read_parquet."""
+    """The rows of an Arrow file, in either of the layouts of save_to_disk of `datasets`; see read_parquet."""
     number = 0
     try:
         with pyarrow.memory_map(str(path)) as source:
@@ -134,7 +134,7 @@ def _columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> tuple[l
 
 
 def _is_empty(file: pyarrow.parquet.ParquetFile, column: str) -> bool:
-    """Whether a file says that a plain column holds nothing but nulls."""
+    """Whether a column contains only nulls, according to the statistics in the file."""
     if pyarrow.types.is_null(file.schema_arrow.field(column).type):
         return True
     metadata = file.metadata
@@ -149,7 +149,7 @@ def _is_empty(file: pyarrow.parquet.ParquetFile, column: str) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Columns of objects have every key in every row, null where a row did not set it: those keys are left out."""
+    """Removes keys with null, because a column of objects has every key in every row, with null if it is not set."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

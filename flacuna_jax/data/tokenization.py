@@ -1,17 +1,17 @@
-"""From conversations to token ids with a loss mask, built segment by segment.
+"""Converts conversations to token ids with a loss mask, segment by segment.
 
-The text between two special tokens is what FastChat tokenised as one string; here the answer is encoded apart from the
-question, so that where the loss begins is known and not searched for. The ids are the same, token by token, because a
-segment that continues a text starts with a space and LLaMA's SentencePiece puts that same space (its "dummy prefix") in
-front of whatever it encodes: encode("x: y") = encode("x:") + encode("y"). A tokenizer without a dummy prefix gets the
-segment with its space; which kind a tokenizer is, is found by trying (`puts_space_in_front`). With a vocabulary whose
-pieces reach over spaces ("upon▁a") the ids are not always those of the whole string, but training and generation, both
-made here, still agree.
+FastChat tokenised the text between two special tokens as one string. Here the answer is encoded separately from the
+question, so that the start of the loss is known by construction. The ids are the same, token by token, because a
+segment that continues a text starts with a space, and LLaMA's SentencePiece adds that same space (its "dummy prefix")
+to the front of every text: encode("x: y") = encode("x:") + encode("y"). A tokenizer without a dummy prefix gets the
+segment with its space; `puts_space_in_front` tests which kind a tokenizer is. With a vocabulary whose pieces extend
+across spaces ("upon▁a"), the ids can differ from those of the whole string, but training and generation still agree,
+because both use this module.
 
-Where this differs from FastChat's `preprocess` for v1.1 (everything else is equal, token by token): "<s>", "</s>" and
-"<unk>" in a text are text, not special tokens; " ASSISTANT: " in a text, an empty question or a missing last answer
-neither lose the sample ("tokenization mismatch") nor move its mask; nothing is padded; and what is too long is not cut
-off at the right but treated as data.over_length says. An empty question reads "USER:ASSISTANT:", as in FastChat's text.
+Differences from FastChat's `preprocess` for v1.1 (everything else is equal, token by token): "<s>", "</s>" and "<unk>"
+in a text are text, not special tokens; " ASSISTANT: " in a text, an empty question or a missing last answer neither
+discards the sample ("tokenization mismatch") nor shifts its mask; there is no padding; and data.over_length decides
+about long examples, which are not cut off at the right. An empty question gives "USER:ASSISTANT:", as in FastChat.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ TrainOn = Literal["assistant", "last", "all"]
 
 
 class Tokenizer(Protocol):
-    """What data and evaluation need of a tokenizer.
+    """The interface of a tokenizer for data and evaluation.
 
     Attributes:
       special: Its special tokens.
       bos_id: None if it has no BOS.
-      prefix_ids: What it puts in front of a plain text: BOS, or nothing.
+      prefix_ids: Ids that it adds before a plain text: BOS, or nothing.
       vocab_size: One more than its largest id.
     """
 
@@ -48,20 +48,20 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of a text, without BOS or EOS, and never a special id, whatever the text says.
+        """Ids of a text, without BOS or EOS and never with a special id, even if the text spells a special token.
 
         Args:
-          text: What to encode.
+          text: The text to encode.
           first: Whether the text begins the sequence. Otherwise it follows a special token.
         """
         ...
 
     def encode_batch(self, texts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
-        """As `encode`, for many texts; None means that each begins a sequence."""
+        """Like `encode`, for many texts. If `first` is None, each text begins a sequence."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens have none."""
+        """The text of ids, without special tokens."""
         ...
 
 
@@ -69,8 +69,8 @@ class Tokenizer(Protocol):
 class TokenizedExample:
     """A conversation as the model sees it.
 
-    ids: int32 [n], from BOS to the last EOS. loss_mask: bool [n]; loss_mask[i] says that token i is a target with loss
-    (predicted from token i-1); the first is False always.
+    ids: int32 [n], from BOS to the last EOS. loss_mask: bool [n]; loss_mask[i] is True if token i is a target with loss
+    (predicted from token i-1); the first is always False.
     """
 
     ids: NDArray[np.int32]
@@ -80,10 +80,9 @@ class TokenizedExample:
 
 
 def puts_space_in_front(tokenizer: Tokenizer) -> bool:
-    """Whether a text behind a special token gets the ids that " " + text has within a text (SentencePiece's dummy
-    prefix).
+    """Whether a text after a special token gets the ids of " " + text within a text (SentencePiece's dummy prefix).
 
-    If so, no two texts that meet without a space can be encoded apart; if not, some of these pairs surely can.
+    If so, two texts that meet without a space cannot be encoded separately; if not, some such pairs can.
     """
 
     def encode(text: str) -> list[int]:
@@ -94,8 +93,8 @@ def puts_space_in_front(tokenizer: Tokenizer) -> bool:
 
 
 class Encoded(NamedTuple):
-    """The ids of one segment (or of several that were joined), whether the assistant says them, and the turn they end
-    in. Conversations share `ids`; they must not be changed."""
+    """The ids of one segment (or of several joined ones), whether they are part of an answer, and the turn that they
+    end in. Conversations share `ids`, which must not be modified."""
 
     ids: list[int]
     supervised: bool
@@ -113,8 +112,8 @@ class SegmentEncoder:
     def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[list[Encoded]]:
         """The ids of every conversation's segments.
 
-        All texts go to the tokenizer in one batch, and a text that several conversations share, such as the system
-        text, goes there once.
+        All texts are encoded in one batch; a text that several conversations share, such as the system text, is encoded
+        once.
         """
         joined = [join_segments(segments, keep_spaces=self._has_dummy_prefix) for segments in conversations]
         numbers: dict[_Piece, int] = {}
@@ -141,12 +140,12 @@ class SegmentEncoder:
         text = segments[index].text
         if index == 0 or not self._has_dummy_prefix or segments[index - 1].token is not None:
             return _Piece(text, index == 0, False)
-        # The space that the tokenizer puts in front is the segment's own, or is cut off with a newline.
+        # The space that the tokenizer adds is that of the segment, or it is removed together with a newline.
         return _Piece(text[1:], False, False) if text.startswith(" ") else _Piece("\n" + text, False, True)
 
 
 class _Piece(NamedTuple):
-    """A text for the tokenizer, whether it begins the sequence, and whether its first token is to be cut off."""
+    """A text for the tokenizer, whether it begins the sequence, and whether its first token has to be removed."""
 
     text: str
     first: bool
@@ -154,11 +153,11 @@ class _Piece(NamedTuple):
 
 
 _MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_of_\w+>|\[/?[A-Z]{3,}(?:_[A-Z]+)*\]")
-"""What chat templates write as marks, and tokenizers usually have as tokens."""
+"""Matches markers of chat templates that tokenizers usually have as tokens."""
 
 
 def with_notes_on_marks(template: Template, tokenizer: Tokenizer) -> Template:
-    """The template, with a note for each mark that it writes and the tokenizer has no token for."""
+    """The template, with a note for each of its markers for which the tokenizer has no token."""
     turns = (Turn("user", "x"), Turn("assistant", "y"), Turn("user", "x"))
     rendered = render_prompt(turns, template)
     text = "".join(segment.text for segment in rendered if segment.token is None)
@@ -167,12 +166,12 @@ def with_notes_on_marks(template: Template, tokenizer: Tokenizer) -> Template:
         ids = tokenizer.encode(mark, first=False)
         if len(ids) > 1:
             pieces = " ".join(repr(tokenizer.decode([token])) for token in ids)
-            notes.append(f"the tokenizer has no token {mark}, which the template writes; it is spelled {pieces}")
+            notes.append(f"the tokenizer has no token {mark}, which the template writes; it becomes {pieces}")
     return dataclasses.replace(template, notes=(*template.notes, *notes))
 
 
 def segments_of(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> list[Segment]:
-    """The segments of a conversation, or of a text without roles. Raises TemplateRefusal."""
+    """The segments of a conversation, or of a text without roles. Raises TemplateRefusal if it is not supported."""
     if not conversation.raw:
         return render(conversation, template)
     special = tokenizer.special
@@ -187,8 +186,8 @@ def tokenize_batch(
     encoder: SegmentEncoder,
     train_on: TrainOn,
 ) -> list[TokenizedExample]:
-    """Tokenises conversations together, each with its segments. An example may come out without loss; its caller must
-    not keep it."""
+    """Tokenises conversations, each given as segments, in one batch. An example may have no loss; the caller must drop
+    it."""
     return [
         _assemble(conversation, encoded, "all" if conversation.raw else train_on)
         for conversation, encoded in zip(conversations, encoder.encode(rendered), strict=True)
@@ -200,8 +199,8 @@ def tokenize(
 ) -> TokenizedExample:
     """Tokenises one conversation.
 
-    Loss on: every answer and the token that ends it ("assistant"); the same for the last answered turn alone ("last");
-    or every token but BOS ("all").
+    The loss covers every answer and the token that ends it ("assistant"), only the last answer and its end ("last"), or
+    every token except BOS ("all").
     """
     segments = segments_of(conversation, template, tokenizer)
     return tokenize_batch([conversation], [segments], SegmentEncoder(tokenizer), train_on)[0]
@@ -214,7 +213,7 @@ def tokenize_prompt(
     system: str | None = None,
     tools: Tools = (),
 ) -> list[int]:
-    """Ids of a generation prompt: exactly what stands before an answer in training."""
+    """Ids of a generation prompt: exactly the ids before an answer in training."""
     encoded = SegmentEncoder(tokenizer).encode([render_prompt(turns, template, system, tools)])[0]
     return [token for part in encoded for token in part.ids]
 

@@ -106,7 +106,7 @@ def choose_template(
         return with_notes_on_marks(template, tokenizer)
     found = read_chat_template(Path(directory))
     if found is None:
-        raise UserError(f"data.template: {directory} brings no chat template ({JINJA}, or chat_template in {CONFIG})")
+        raise UserError(f"data.template: {directory} has no chat template ({JINJA}, or chat_template in {CONFIG})")
     template = template_from_jinja(
         found.sources, str(found.path), tokenizer.special, tools_as_text=tools_as_text, variables=variables
     )

@@ -1,4 +1,4 @@
-"""`flacuna train --settings`: all of them, with what they may be, as YAML that a config can begin as."""
+"""`flacuna train --settings` prints all settings with their allowed words, as YAML to start a config from."""
 
 import typing
 
@@ -10,7 +10,7 @@ from flacuna_jax.config.settings import describe
 from flacuna_jax.train import main
 
 
-def test_every_setting_is_there_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_is_printed_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--settings"])
     assert ended.value.code == 0
@@ -22,11 +22,11 @@ def test_every_setting_is_there_with_its_default(capsys: pytest.CaptureFixture[s
     assert list(tree["evaluation"]) == list(EvaluationConfig.model_fields)
     assert tree["lora"]["targets"] == ["q_proj", "v_proj"]
     assert tree["output_dir"] is None
-    assert "has to be set" in printed.split("output_dir:")[1].split("\n")[0]
+    assert "# required" in printed.split("output_dir:")[1].split("\n")[0]
     assert set(tree["data"]["sources"][0]) == {"path", "format", "split", "weight", "max_examples"}
 
 
-def test_fixed_words_are_told() -> None:
+def test_allowed_words_are_printed() -> None:
     lines = " ".join(line.strip(" #") for line in describe(TrainingConfig))
     for word in typing.get_args(TrainingConfig.model_fields["remat"].annotation):
         assert word in lines

@@ -1,7 +1,7 @@
-"""Chat templates as models ship them, for comparison with transformers, and tokenizers that own their marks.
+"""Chat templates of published models, for comparison with transformers, and tokenizers with their markers as tokens.
 
 The texts are those of the checkpoints they are named after: Llama 2 Chat, Mistral 7B Instruct v0.1 and v0.3, Zephyr 7B.
-Further templates are read from the installed trl package.
+More templates are read from the installed trl package.
 """
 
 import importlib.util
@@ -141,7 +141,7 @@ _MARKED = {
 
 
 def with_blocks(name: str) -> str:
-    """A shipped template with {% generation %} around what the assistant writes; the rendered text stays the same."""
+    """A published template with {% generation %} around the assistant's text; the rendered text is the same."""
     source = SHIPPED[name]
     for written, marked in _MARKED[name]:
         assert written in source
@@ -162,7 +162,7 @@ BOS, EOS = "<|BOS|>", "<|EOS|>"
 _MARK = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_of_\w+>|\[/?[A-Z]{3,}(?:_[A-Z]+)*\]|<\|?turn\|?>|</s>"
 )
-# How Llama 3, Qwen and GPT-4 cut text into words.
+# How Llama 3, Qwen and GPT-4 split text into words.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -186,12 +186,12 @@ def write_tokenizer(
     """A tokenizer.json and its settings.
 
     Args:
-      marks: Special tokens besides BOS and EOS.
+      marks: Special tokens in addition to BOS and EOS.
       pieces: "bytes" (Llama 3, Qwen), "spaces" (LLaMA's, with a space before every text) or "first space" (before the
         first text alone).
       bos: None writes a tokenizer without BOS.
-      settings: Further keys of tokenizer_config.json.
-      puts_bos: Whether the post-processor puts BOS in front.
+      settings: Additional keys of tokenizer_config.json.
+      puts_bos: Whether the post-processor adds BOS.
     """
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=pieces != "bytes", unk_token=None))
     if pieces == "bytes":

@@ -1,4 +1,4 @@
-"""Tokenizers for the tests of this room, thin and of their own, so that no other room's mistake shows here."""
+"""Small tokenizers for the tests of this package, so that mistakes of other packages do not affect them."""
 
 from collections.abc import Sequence
 from pathlib import Path

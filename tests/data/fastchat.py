@@ -1,6 +1,6 @@
-"""FastChat's preprocessing for vicuna_v1.1, written anew from its published rule, as the oracle for ids and masks.
+"""FastChat's preprocessing for vicuna_v1.1, reimplemented from its published rule, as the oracle for ids and masks.
 
-One string per conversation; the slow LLaMA tokenizer cuts it at special tokens and gives each stretch to SentencePiece;
+One string per conversation: the slow LLaMA tokenizer splits it at special tokens and passes each part to SentencePiece;
 labels are found by splitting the string again and counting tokens.
 """
 

@@ -1,4 +1,4 @@
-"""Chat templates of other models against transformers: ids and masks, token by token, and text that spells a mark."""
+"""Chat templates of other models against transformers: ids and masks, token by token, and text that spells a marker."""
 
 import itertools
 import json
@@ -86,9 +86,9 @@ CONVERSATIONS = {
     ),
 }
 IN_PARTS = ("idefics3", "llava_next", "smolvlm")
-"""Templates of models that see images, which read the content of a message as a list of parts."""
+"""Templates of multimodal models, which read the content of a message as a list of parts."""
 # The template's header ends in a newline and its answer begins with one: transformers encodes both as one token, which
-# a generation prompt cannot end with. Training here encodes them apart, as generation does.
+# a generation prompt cannot end with. Training here encodes them separately, as generation does.
 NEWLINES_MEET = ("qwen3_5_think", "qwen3_6", "qwen3_8")
 UNCLEAR_WITHOUT_MARKS = ("gptoss",)
 # The template writes a header before an answer that follows a tool's result, and its generation prompt does not.
@@ -110,7 +110,7 @@ Loaded = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """Ours and transformers' tokenizer with given special tokens."""
+    """Our tokenizer and that of transformers, with given special tokens."""
     known: dict[Any, tuple[Any, Any]] = {}
 
     def load(*marks: Any, **options: Any) -> tuple[Any, Any]:
@@ -156,7 +156,7 @@ def _ours(ours: Any, template: Template, conversation: Conversation) -> tuple[li
 
 
 def _left_out(theirs: Any, source: str, conversation: Conversation, in_parts: bool) -> bool:
-    """Whether transformers refuses the conversation too, or its text lacks something that the conversation says."""
+    """Whether transformers rejects the conversation too, or its text omits a part of the conversation."""
     try:
         ids, _ = _theirs(theirs, source, conversation, in_parts)
     except Exception:
@@ -171,26 +171,26 @@ def _left_out(theirs: Any, source: str, conversation: Conversation, in_parts: bo
 
 
 def _generation_prompt(theirs: Any, source: str, in_parts: bool) -> str:
-    """What transformers writes behind a question for the assistant to go on from."""
+    """The generation prompt that transformers writes after a question."""
     messages = _messages(Conversation("", "", _said("question")), in_parts)
     text = theirs.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
     return text.partition("question")[2]
 
 
 def _runs(ids: list[int], chosen: list[bool]) -> list[list[int]]:
-    """The ids that are chosen, in runs without a gap."""
+    """The selected ids, in contiguous runs."""
     grouped = itertools.groupby(zip(ids, chosen, strict=True), key=lambda pair: pair[1])
     return [[token for token, _ in pairs] for is_chosen, pairs in grouped if is_chosen]
 
 
 @pytest.mark.parametrize("owned", [True, False], ids=["marks", "no-marks"])
 @pytest.mark.parametrize("name", [*TRL, *SHIPPED])
-def test_ids_and_masks_are_those_of_transformers(name: str, owned: bool, loaded: Loaded) -> None:
-    """Every template of trl, original and for training, and those that models ship, in every kind of conversation.
+def test_ids_and_masks_equal_those_of_transformers(name: str, owned: bool, loaded: Loaded) -> None:
+    """Every template of trl, original and for training, and of published models, with every kind of conversation.
 
     The mask's reference is transformers' own with {% generation %} blocks: trl's training variant of a template, or the
-    shipped text with blocks put in. A template without blocks must give the same mask, less what trl's variant marks
-    and the model does not generate: the generation prompt, and white space behind the last mark of an answer.
+    shipped text with blocks put in. A template without blocks must give the same mask, without what trl's variant marks
+    and the model does not generate: the generation prompt, and white space after the last marker of an answer.
     """
     source = ALL[name]
     ours, theirs = loaded(*(marks_of(source) if owned else ()))
@@ -220,7 +220,7 @@ def test_ids_and_masks_are_those_of_transformers(name: str, owned: bool, loaded:
             continue
         marked_ids, reference = _theirs(theirs, marked, conversation, in_parts)
         if marked_ids != expected:
-            assert name not in SHIPPED, "the blocks that a test puts in change no text"
+            assert name not in SHIPPED, "the blocks that a test inserts change no text"
             continue
         if "endgeneration" in source:
             assert mask == reference, kind
@@ -235,8 +235,8 @@ def test_ids_and_masks_are_those_of_transformers(name: str, owned: bool, loaded:
 
 @pytest.mark.parametrize("pieces", ["spaces", "first space"])
 @pytest.mark.parametrize("name", ["llama_2", "mistral_v0.3", "zephyr", "phi3", "gemma", "phi3_training"])
-def test_tokenizers_that_put_a_space_in_front(name: str, pieces: str, loaded: Loaded) -> None:
-    """SentencePiece's space before every text, or before the first text alone; marks that absorb the space behind."""
+def test_tokenizers_that_add_a_leading_space(name: str, pieces: str, loaded: Loaded) -> None:
+    """SentencePiece adds a space before every text, or only the first; markers that absorb a following space."""
     absorbing = [AddedToken(mark, rstrip=True, normalized=False) for mark in marks_of(ALL[name])]
     for marks in (marks_of(ALL[name]), absorbing):
         ours, theirs = loaded(*marks, pieces=pieces)
@@ -254,7 +254,7 @@ nasty = st.text(max_size=8) | st.sampled_from(
 @given(texts=st.lists(nasty, min_size=1, max_size=3))
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "mistral_v0.3", "phi3_training", "chatml"])
-def test_no_message_text_makes_a_special_token(name: str, loaded: Loaded, texts: list[str]) -> None:
+def test_no_message_text_becomes_a_special_token(name: str, loaded: Loaded, texts: list[str]) -> None:
     marks = ("<|im_start|>", "<|im_end|>") if name == "chatml" else tuple(marks_of(ALL[name]))
     ours, theirs = loaded(*marks)
     if name == "chatml":
@@ -272,7 +272,7 @@ def test_no_message_text_makes_a_special_token(name: str, loaded: Loaded, texts:
     assert render_text(render(Conversation("", "", turns), template)) == rendered
 
 
-def test_a_mark_in_a_message_is_encoded_as_transformers_sanitizes_it(loaded: Loaded) -> None:
+def test_a_marker_in_a_message_is_encoded_as_transformers_sanitizes_it(loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL["qwen2_5"]))
     template = template_from_jinja({"default": ALL["qwen2_5"]}, "qwen2_5", ours.special)
     turns = _said("before\n<|im_end|>\nafter", "<|im_start|>", "ok", "fine")
@@ -289,7 +289,7 @@ def test_a_mark_in_a_message_is_encoded_as_transformers_sanitizes_it(loaded: Loa
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma", "mistral_v0.3", "llama_2", "zephyr"])
-def test_a_prompt_is_what_stands_before_the_answer_in_training(name: str, loaded: Loaded) -> None:
+def test_a_prompt_equals_the_text_before_the_answer_in_training(name: str, loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     for turns in (_said("Hi"), _said("Hi", "Hello!", "And?")):
@@ -302,10 +302,10 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(name: str, loaded
         example = tokenize(Conversation("", "", (*turns, Turn("assistant", "Yes."))), template, ours)
         assert example.ids[: len(prompt)].tolist() == prompt
         assert not example.loss_mask[: len(prompt)].all()
-        assert example.loss_mask[len(prompt)] or name == "zephyr"  # whose prompt lacks the newline before an answer
+        assert example.loss_mask[len(prompt)] or name == "zephyr"  # its prompt lacks the newline before an answer
 
 
-def test_answers_end_at_the_templates_mark(loaded: Loaded) -> None:
+def test_answers_end_at_the_marker_of_the_template(loaded: Loaded) -> None:
     for name, end in {"qwen2_5": "<|im_end|>", "llama3_1": "<|eot_id|>", "phi3": "<|end|>", "llama_2": EOS}.items():
         ours, _ = loaded(*marks_of(ALL[name]))
         template = template_from_jinja({"default": ALL[name]}, name, ours.special)
@@ -316,7 +316,7 @@ def test_answers_end_at_the_templates_mark(loaded: Loaded) -> None:
     assert (template.ends, template.stop_strings) == ((), ("<|im_end|>",))
 
 
-def test_marks_that_the_tokenizer_lacks_are_named(loaded: Loaded) -> None:
+def test_missing_marker_tokens_are_reported(loaded: Loaded) -> None:
     ours, _ = loaded()
     template = with_notes_on_marks(choose_template("chatml", Path("."), ours), ours)
     assert any("no token <|im_start|>" in note and "'<'" in note for note in template.notes)
@@ -324,7 +324,7 @@ def test_marks_that_the_tokenizer_lacks_are_named(loaded: Loaded) -> None:
     assert choose_template("chatml", Path("."), owning).notes == ()
 
 
-def test_chatml_of_a_tokenizer_that_owns_its_marks_ends_without_eos(loaded: Loaded) -> None:
+def test_chatml_with_its_markers_as_tokens_ends_without_eos(loaded: Loaded) -> None:
     ours, theirs = loaded("<|im_start|>", "<|im_end|>")
     template = choose_template("chatml", Path("."), ours)
     example = tokenize(CONVERSATIONS["multi"], template, ours)
@@ -333,7 +333,7 @@ def test_chatml_of_a_tokenizer_that_owns_its_marks_ends_without_eos(loaded: Load
     assert ours.eos_id not in example.ids
 
 
-def test_a_tokenizer_without_bos_gets_none(loaded: Loaded) -> None:
+def test_a_tokenizer_without_bos(loaded: Loaded) -> None:
     ours, theirs = loaded("<|im_start|>", "<|im_end|>", bos=None)
     assert (ours.bos_id, ours.prefix_ids) == (None, ())
     for name in ("vicuna_v1.1", "chatml", "plain", "alpaca", "llama-2-chat"):
@@ -344,7 +344,7 @@ def test_a_tokenizer_without_bos_gets_none(loaded: Loaded) -> None:
         assert tokenize(Conversation("", "", turns), template, ours).ids.tolist() == list(expected)
 
 
-def test_turns_can_be_left_out_of_the_loss(loaded: Loaded) -> None:
+def test_turns_can_be_excluded_from_the_loss(loaded: Loaded) -> None:
     for name in ("qwen2_5_training", "qwen3", "llama3_1", "mistral_v0.3"):
         ours, theirs = loaded(*marks_of(ALL[name]))
         template = template_from_jinja({"default": ALL[name]}, name, ours.special)
@@ -366,7 +366,7 @@ def test_turns_can_be_left_out_of_the_loss(loaded: Loaded) -> None:
         assert "Good." not in theirs.decode(last.ids[last.loss_mask])
 
 
-def test_what_a_template_cannot_say_is_refused_or_written_as_text(loaded: Loaded) -> None:
+def test_unsupported_content_is_rejected_or_written_as_text(loaded: Loaded) -> None:
     ours, theirs = loaded()
     strict = choose_template("vicuna_v1.1", Path("."), ours)
     for kind, message in {"tool": "list of tools", "reasoning": "reasoning_content"}.items():
@@ -385,7 +385,7 @@ def test_what_a_template_cannot_say_is_refused_or_written_as_text(loaded: Loaded
         tokenize(Conversation("", "", (Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c"))), strict, ours)
 
 
-def test_variables_reach_the_template(loaded: Loaded) -> None:
+def test_variables_are_passed_to_the_template(loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL["qwen3"]))
     template = template_from_jinja({"default": ALL["qwen3"]}, "q", ours.special, variables={"enable_thinking": False})
     expected = theirs.apply_chat_template(
@@ -402,7 +402,7 @@ def test_a_checkpoints_own_template_is_found_where_transformers_finds_it(tmp_pat
     directory = write_tokenizer(tmp_path / "m", ["<|im_start|>", "<|im_end|>"])
     ours = load_tokenizer(directory)
     assert choose_template("auto", directory, ours).name == "vicuna_v1.1"
-    with pytest.raises(UserError, match="brings no chat template"):
+    with pytest.raises(UserError, match="has no chat template"):
         choose_template("checkpoint", directory, ours)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     for chat_template in (
@@ -438,7 +438,7 @@ def _supervised(template: Template, turns: tuple[Turn, ...], tools: tuple[dict[s
 
 @pytest.mark.parametrize("name", ["llama3_1", "gptoss", "qwen3", "mistral_v0.3"])
 def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded) -> None:
-    """Llama 3.1 and GPT-OSS escape a result that is JSON already; that is a form for it."""
+    """Llama 3.1 and GPT-OSS escape a result that is already JSON, which counts as supported."""
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     turns = (
@@ -468,23 +468,23 @@ def test_a_template_that_needs_arguments_as_text_gets_text(loaded: Loaded) -> No
     assert ids == _theirs(theirs, ALL["deepseekv3"], Conversation("", "", turns('{"city": "Paris"}')))[0]
 
 
-def test_a_call_counts_as_left_out_where_only_its_name_is_in_the_text(loaded: Loaded) -> None:
-    """A template that ignores tool_calls, and a question that holds the name of the function."""
+def test_a_call_counts_as_omitted_if_only_its_name_is_in_the_text(loaded: Loaded) -> None:
+    """A template that ignores tool_calls, and a question that contains the name of the function."""
     ours, _ = loaded("<|im_start|>", "<|im_end|>")
     template = template_from_jinja({"default": ZEPHYR_LIKE}, "no tools", ours.special)
     turns = (Turn("user", "Call weather please"), Turn("assistant", "", extra={"tool_calls": [_CALL]}))
-    with pytest.raises(TemplateRefusal, match=r"no form for tool_calls \(turn 2\)"):
+    with pytest.raises(TemplateRefusal, match=r"not support tool_calls \(turn 2\)"):
         render(Conversation("", "", turns), template)
-    with pytest.raises(TemplateRefusal, match="no form for tools"):
+    with pytest.raises(TemplateRefusal, match="not support tools"):
         render(Conversation("", "", _said("Call weather please", "No"), None, (_TOOL,)), template)
     reasoning = (Turn("user", "Yes or no?"), Turn("assistant", "Yes", extra={"reasoning_content": "Yes"}))
-    with pytest.raises(TemplateRefusal, match="no form for reasoning"):
+    with pytest.raises(TemplateRefusal, match="not support reasoning"):
         render(Conversation("", "", reasoning), template)
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_v5", "diffusion_gemma"])
 def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
-    """Gemma 4 writes the results between the calls and the text of one message."""
+    """Gemma 4 writes the results between the calls and the text of a single message."""
     ours, _ = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     turns = (
@@ -493,14 +493,14 @@ def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
         Turn("tool", "sunny", extra=_RESULT),
         Turn("assistant", "It is fine."),
     )
-    with pytest.raises(TemplateRefusal, match=r"turn 3 inside the answer of turn 2|no mark behind an answer"):
+    with pytest.raises(TemplateRefusal, match=r"turn 3 inside the answer of turn 2|no marker after an answer"):
         render(Conversation("", "", turns, None, (_TOOL,)), template)
     silent = (turns[0], Turn("assistant", "", extra={"tool_calls": [_CALL]}), *turns[2:])
     assert "sunny" not in _supervised(template, silent, (_TOOL,))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss", "deepseekv3"])
-def test_a_message_of_white_space_alone_is_a_message(name: str, loaded: Loaded) -> None:
+def test_a_message_with_only_white_space_is_kept(name: str, loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
     conversation = Conversation("", "", _said("a", "ok", " ", "yes"))
@@ -509,7 +509,7 @@ def test_a_message_of_white_space_alone_is_a_message(name: str, loaded: Loaded) 
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "gptoss", "deepseekv3", "llama_2"])
-def test_long_conversations_carry_loss_as_short_ones_do(name: str, loaded: Loaded) -> None:
+def test_long_conversations_carry_the_same_loss_as_short_ones(name: str, loaded: Loaded) -> None:
     """A long conversation is rendered a few times, not once per message; its answers carry the same loss."""
     ours, _ = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
@@ -523,7 +523,7 @@ def test_long_conversations_carry_loss_as_short_ones_do(name: str, loaded: Loade
             runs[segment.turn] = runs.get(segment.turn, "") + segment.text
     assert list(runs) == list(range(1, 20, 2))
     for turn in range(3, 20, 4):
-        following = ("q",) if turn < 19 else ()  # some templates close the last answer otherwise
+        following = ("q",) if turn < 19 else ()  # some templates close the last answer differently
         pair = _supervised(template, _said("q", "a", *said[turn - 1 : turn + 1], *following))
         assert pair.endswith(runs[turn])
     whole = render_text(render(Conversation("", "", _said(*said[:-1])), template))

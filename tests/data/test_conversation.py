@@ -53,7 +53,7 @@ def test_prompts_end_with_the_colon() -> None:
 
 @pytest.mark.parametrize("said", [(), ("a", "b")])
 def test_a_prompt_ends_with_a_question(said: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="ends with a turn of the user"):
+    with pytest.raises(ValueError, match="last turn of a prompt must be of the user"):
         render_prompt(turns(*said), V1_1)
 
 
@@ -89,7 +89,7 @@ def test_jinja_gives_the_same_text(
 
 
 @pytest.mark.parametrize("template", [llama_template(name) for name in NAMES], ids=NAMES)
-def test_jinja_refuses_turns_that_do_not_alternate(hugging_face: Callable[..., str], template: Template) -> None:
+def test_jinja_rejects_turns_that_do_not_alternate(hugging_face: Callable[..., str], template: Template) -> None:
     with pytest.raises(Exception, match="alternate"):
         hugging_face(template, [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
@@ -98,7 +98,7 @@ def text(content: str, supervised: bool = False) -> Segment:
     return Segment(content, None, supervised, 0)
 
 
-def test_texts_that_carry_the_same_loss_are_joined() -> None:
+def test_adjacent_texts_with_the_same_loss_are_joined() -> None:
     parts = [text("a"), text("b"), text(" c"), text("d "), text(" e"), text(""), text("f", supervised=True)]
     assert [one.text for one in join_segments(parts, keep_spaces=True)] == ["ab", " cd  e", "f"]
     assert [one.text for one in join_segments(parts, keep_spaces=False)] == ["ab cd  e", "f"]

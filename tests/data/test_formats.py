@@ -1,4 +1,4 @@
-"""Reading: every format and file kind, what is repaired and counted, and what is refused with its place."""
+"""Reading: every format and file kind, what is repaired and counted, and what is rejected with its place."""
 
 import bz2
 import csv
@@ -101,7 +101,7 @@ def test_content_in_parts(tmp_path: Path) -> None:
         read(write(tmp_path / "a.jsonl", record(*texts, {"type": "image_url"})))
 
 
-def test_what_is_repaired_is_counted(tmp_path: Path) -> None:
+def test_repairs_are_counted(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",
         chat("Hello, I am", "q", "a", start=1),
@@ -148,15 +148,15 @@ def test_bad_records(tmp_path: Path, record: object, reason: str, message: str) 
     assert report.dropped == {reason: 1}
 
 
-def test_records_of_no_known_format(tmp_path: Path) -> None:
+def test_records_without_a_known_format(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"text": "x", "label": 1}, chat("q", "a"))
-    with pytest.raises(UserError, match=r"line 1 .*only `text`; format: text .*\(its fields: text, label\)"):
+    with pytest.raises(UserError, match=r"line 1 .*only `text`; set format: text .*\(its fields: text, label\)"):
         read(path)
     conversations, report = read(path, "skip")
     assert (len(conversations), report.dropped) == (1, {"no known format": 1})
 
 
-def test_a_named_format_is_kept_to(tmp_path: Path) -> None:
+def test_a_named_format_applies_to_all_records(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'instruction' must be text, and is missing"):
         read(write(tmp_path / "a.jsonl", chat("q", "a")), kind="alpaca")
 
@@ -223,15 +223,15 @@ def test_directories(tmp_path: Path) -> None:
     assert "1 other file in the directory ignored: README.md" in report.lines()[-1]
 
 
-def test_missing_and_foreign_files(tmp_path: Path) -> None:
+def test_missing_and_unsupported_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or directory"):
         find_files(tmp_path / "nothing")
-    with pytest.raises(UserError, match="holds no file that ends in"):
+    with pytest.raises(UserError, match="has no file that ends in"):
         find_files(tmp_path)
     (tmp_path / "data.xlsx").write_text("a,b")
     with pytest.raises(UserError, match="does not end in one of"):
         find_files(tmp_path / "data.xlsx")
-    with pytest.raises(UserError, match=r"holds no file that ends in .*; it holds data\.xlsx"):
+    with pytest.raises(UserError, match=r"has no file that ends in .*; it contains data\.xlsx"):
         find_files(tmp_path)
     (tmp_path / "data.txt").write_text("text")
     with pytest.raises(UserError, match="format: text"):
@@ -270,7 +270,7 @@ BROKEN_LISTS = {
     '[{"a": 1},\n{"a": }, {"a": 3}]': (2, "Expecting value"),
     '[{"a": 1}\n{"a": 2}]': (2, "',' or '\\]' expected, found '{'"),
     '[{"a": 1},\n]': (2, "ends with a comma"),
-    '[{"a": 1}]\nmore': (2, "behind the end"),
+    '[{"a": 1}]\nmore': (2, "after the end of the list"),
     '[{"a": 1},\n': (2, "torn"),
     '[{"a": 1}': (1, "torn"),
     '[{"a": 1}, {"b": "\\x"}]': (1, "escape"),
@@ -303,7 +303,7 @@ def test_wrong_encodings(tmp_path: Path, name: str) -> None:
         read(tmp_path / name)
 
 
-def test_a_list_may_be_called_jsonl_and_lines_json(tmp_path: Path) -> None:
+def test_a_list_may_be_named_jsonl_and_lines_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps([chat("q", "1"), chat("q", "2")]))
     (tmp_path / "b.json").write_text("\n".join(json.dumps(chat("q", answer), indent=1) for answer in "34"))
     conversations, _ = read(tmp_path)
@@ -334,7 +334,7 @@ def test_any_list_at_any_chunk_size(
         if indent is not None:
             lines = text.split("\n")
             assert all(lines[r.place.line - 1].lstrip().startswith(json.dumps(r.value)[:1]) for r in records)
-        # Cut anywhere, the list is refused, and what was read before the cut is a beginning of it.
+        # A list cut at any byte is an error, and the records read before the cut are a prefix of it.
         cut = len(text.encode()) * chunk // 41
         path.write_bytes(text.encode()[:cut])
         skipped = BadRecordPolicy(SourceReport("a"), "skip")
@@ -363,7 +363,7 @@ def test_large_lists_take_little_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_parquet_reads_only_what_it_needs(tmp_path: Path) -> None:
     path = save(tmp_path / "a.parquet", [{"text": "x"}])
-    with pytest.raises(UserError, match=r"only `text`; format: text"):
+    with pytest.raises(UserError, match=r"only `text`; set format: text"):
         read(path)
     path = save(tmp_path / "b.parquet", [{"label_name": "x"}])
     with pytest.raises(UserError, match=r"none of its columns \(label_name\)"):
@@ -375,7 +375,7 @@ def test_parquet_reads_only_what_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", [pyarrow.array([b"\xff"] * 3), pyarrow.array([2**61] * 3, pyarrow.timestamp("us"))])
 def test_parquet_values_that_python_cannot_hold(tmp_path: Path, column: pyarrow.Array) -> None:
-    if pyarrow.types.is_binary(column.type):  # bytes that say that they are text
+    if pyarrow.types.is_binary(column.type):  # bytes that are declared as text
         column = pyarrow.StringArray.from_buffers(3, column.buffers()[1], column.buffers()[2])
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"instruction": ["q"] * 3, "output": ["a"] * 3, "id": column}), path)

@@ -1,4 +1,4 @@
-"""The split: by question, stable, and nothing of it is ever trained on."""
+"""The split: by question, stable, and held-out records are never trained on."""
 
 import json
 
@@ -38,13 +38,13 @@ def answered(record, answer, id):
     return {**record, "id": id, "conversations": turns}
 
 
-def test_the_share_is_about_what_was_asked_for(tmp_path, tokenizer):
+def test_the_fraction_is_about_the_requested_one(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(600))
     for fraction in (0.1, 0.5):
         assert abs(len(split(store, fraction).held_out) / len(store) - fraction) < 0.05
 
 
-def test_order_and_company_of_the_records_change_nothing(tmp_path, tokenizer):
+def test_the_split_of_a_record_does_not_depend_on_other_records(tmp_path, tokenizer):
     made = records(200)
     store, _ = store_of(tmp_path, tokenizer, made)
     chosen = held_ids(split(store, 0.2).held_out)
@@ -56,12 +56,12 @@ def test_order_and_company_of_the_records_change_nothing(tmp_path, tokenizer):
     assert held_ids(split(fewer, 0.2).held_out) == chosen & {record["id"] for record in made[::2]}
 
 
-def test_a_larger_share_contains_the_smaller(tmp_path, tokenizer):
+def test_a_larger_fraction_contains_the_smaller(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(200))
     assert held_ids(split(store, 0.1).held_out) < held_ids(split(store, 0.3).held_out)
 
 
-def test_duplicates_and_other_answers_to_a_question_are_on_one_side(tmp_path, tokenizer):
+def test_records_with_the_same_question_are_on_the_same_side(tmp_path, tokenizer):
     made = records(100)
     copies = [{**record, "id": f"copy {record['id']}"} for record in made]
     others = [answered(record, "no idea", f"other {record['id']}") for record in made]
@@ -80,20 +80,20 @@ def test_duplicates_and_other_answers_to_a_question_are_on_one_side(tmp_path, to
     assert {store.id_of(example) for example in seen} == held_ids(store) - held
 
 
-def test_plain_text_without_a_question_is_split_by_its_whole(tmp_path, tokenizer):
+def test_plain_text_is_split_by_its_whole_text(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(100), train_on="all")
     assert len(np.unique(keys(store))) > 90
     assert 10 < len(split(store, 0.3).held_out) < 50
 
 
-def test_no_seed_enters_and_the_fingerprint_tells_the_split(tmp_path, tokenizer):
+def test_the_split_ignores_the_seed_and_changes_the_fingerprint(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(100))
     assert split(store, 0.3).training.fingerprint == split(store, 0.3).training.fingerprint
     assert split(store, 0.3).training.fingerprint != store.fingerprint
     assert split(store, 0.3).training.fingerprint != split(store, 0.5).training.fingerprint
 
 
-def test_a_limit_takes_the_lowest_keys_and_still_trains_on_none(tmp_path, tokenizer):
+def test_a_limit_keeps_the_lowest_keys_and_trains_on_no_held_out_record(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(100))
     whole, limited = split(store, 0.3), split(store, 0.3, max_examples=5)
     assert held_ids(limited.held_out) < held_ids(whole.held_out)
@@ -102,7 +102,7 @@ def test_a_limit_takes_the_lowest_keys_and_still_trains_on_none(tmp_path, tokeni
     assert keys(limited.held_out).max() == np.sort(keys(whole.held_out))[4]
 
 
-def test_selected_examples_are_what_they_were(tmp_path, tokenizer):
+def test_selected_examples_are_unchanged(tmp_path, tokenizer):
     store, _ = store_of(tmp_path, tokenizer, records(20))
     chosen = select(store, np.array([7, 3, 11]))
     for index, original in enumerate((7, 3, 11)):
@@ -115,7 +115,7 @@ def test_selected_examples_are_what_they_were(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
-def test_none_or_all_is_refused(tmp_path, tokenizer, fraction):
+def test_holding_out_no_or_every_example_is_an_error(tmp_path, tokenizer, fraction):
     store, _ = store_of(tmp_path, tokenizer, records(20))
     with pytest.raises(UserError, match=r"evaluation\.fraction"):
         split(store, fraction)

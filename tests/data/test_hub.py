@@ -24,7 +24,7 @@ def test_local_paths_are_left_alone(tmp_path: Path) -> None:
     assert local_path("data/apps", tmp_path, "sources.apps") == "data/apps"
 
 
-def test_a_hub_dataset_is_fetched_once_and_read_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_downloaded_once_and_read_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the hub extra")
     calls = []
 
@@ -50,24 +50,24 @@ def test_an_unreachable_hub_is_an_error_that_names_the_source(tmp_path: Path, mo
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     config = DataConfig(sources=(SourceConfig(path="hf:a/b"),))
-    with pytest.raises(UserError, match=r"data\.sources\.0: hf:a/b could not be fetched .*no network"):
+    with pytest.raises(UserError, match=r"data\.sources\.0: hf:a/b could not be downloaded .*no network"):
         local_sources(config, tmp_path)
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_without_the_client_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_names_the_extra_of_a_missing_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"flacuna-jax\[hub\]"):
         local_path("hf:a/b", tmp_path, "data.sources.0")
 
 
 @pytest.mark.parametrize("path", ["hf:", "hf::main"])
-def test_a_name_of_nothing(tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match="names no dataset"):
+def test_an_invalid_hub_name(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match="is not a dataset name"):
         local_path(path, tmp_path, "data.sources.0")
 
 
-def test_the_split_of_a_source_is_that_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_split_of_a_source_selects_the_split_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the hub extra")
 
     def load(name: str, config: str | None, split: str) -> Any:
@@ -79,7 +79,7 @@ def test_the_split_of_a_source_is_that_of_the_hub(tmp_path: Path, monkeypatch: p
         assert [found.value["output"] for found in read_records(Path(source.path), ("output",), POLICY)] == ["test"]
     config = local_sources(DataConfig(sources=(SourceConfig(path="hf:a/b.c", split="train_sft"),)), tmp_path)
     assert build_store(config, Characters())[1].kept == 1
-    with pytest.raises(UserError, match="the path names split train, and split: test another"):
+    with pytest.raises(UserError, match="the path has split train, but split: test is another"):
         local_sources(DataConfig(sources=(SourceConfig(path="hf:a/b:c:train", split="test"),)), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The formats besides Vicuna's: golden ids and masks with the real tokenizer, and templates of one's own."""
+"""The formats other than Vicuna's: golden ids and masks with the real tokenizer, and custom templates."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def test_the_config_knows_the_templates() -> None:
     assert NAMES == TEMPLATE_NAMES
 
 
-def test_llama_2_ids_are_metas(llama: SentencePiece) -> None:
+def test_llama_2_ids_equal_those_of_meta(llama: SentencePiece) -> None:
     """Each exchange is BOS, the ids of "[INST] {user} [/INST] {answer} " in one piece, EOS."""
     example = tokenize(Conversation("", "", turns(*SAID)), llama_template("llama-2-chat"), llama)
     expected: list[int] = []
@@ -37,7 +37,7 @@ def test_llama_2_ids_are_metas(llama: SentencePiece) -> None:
 
 
 @pytest.mark.parametrize("name", ["chatml", "alpaca", "plain"])
-def test_ids_between_special_tokens_are_those_of_the_whole_text(llama: SentencePiece, name: str) -> None:
+def test_ids_between_special_tokens_equal_those_of_the_whole_text(llama: SentencePiece, name: str) -> None:
     segments = render(Conversation("", "", turns(*SAID)), llama_template(name))
     example = tokenize(Conversation("", "", turns(*SAID)), llama_template(name), llama)
     expected: list[int] = []
@@ -53,7 +53,7 @@ def test_ids_between_special_tokens_are_those_of_the_whole_text(llama: SentenceP
 
 
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
-def test_what_carries_loss_is_what_the_assistant_says_and_the_end(llama: SentencePiece, name: str) -> None:
+def test_answers_and_their_ends_carry_loss(llama: SentencePiece, name: str) -> None:
     example = tokenize(Conversation("", "", turns(*SAID)), llama_template(name), llama)
     spans: list[str] = []
     starts = np.flatnonzero(np.diff(np.concatenate(([0], example.loss_mask.astype(int)))) == 1)
@@ -69,7 +69,7 @@ def test_what_carries_loss_is_what_the_assistant_says_and_the_end(llama: Sentenc
 
 
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
-def test_a_prompt_is_what_stands_before_the_answer_in_training(llama: SentencePiece, name: str) -> None:
+def test_a_prompt_equals_the_text_before_the_answer_in_training(llama: SentencePiece, name: str) -> None:
     prompt = tokenize_prompt(turns(*SAID[:3]), llama_template(name), llama)
     example = tokenize(Conversation("", "", turns(*SAID)), llama_template(name), llama)
     assert example.ids[: len(prompt)].tolist() == prompt
@@ -116,7 +116,7 @@ def write(directory: Path, text: str) -> str:
     (SPACED, "<s>[user] Hi\n[assistant] Yo\n</s>[user] </s>\n[assistant] Ok\n</s>"),
     (SPACED_MARKED, "<s>USER: Hi ASSISTANT: Yo</s>USER: </s> ASSISTANT: Ok</s>"),
 ])  # fmt: skip
-def test_a_template_of_ones_own(tmp_path: Path, llama: SentencePiece, source: str, text: str) -> None:
+def test_a_custom_template(tmp_path: Path, llama: SentencePiece, source: str, text: str) -> None:
     template = llama_template(write(tmp_path, source))
     conversation = Conversation("", "", turns("Hi", "Yo", "</s>", "Ok"))
     segments = render(conversation, template)
@@ -141,8 +141,8 @@ def test_a_space_before_an_answer_belongs_to_its_first_token(tmp_path: Path, lla
 
 
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
-def test_our_own_jinja_is_a_template_of_the_same_ids(tmp_path: Path, name: str, llama: SentencePiece) -> None:
-    """What we export to Hugging Face, read back as a file, tokenises as the template that it was exported from."""
+def test_our_jinja_gives_the_same_ids(tmp_path: Path, name: str, llama: SentencePiece) -> None:
+    """An exported template, read back as a file, gives the same ids as the template that it was exported from."""
     path = tmp_path / f"{name}.jinja"
     path.write_text(llama_template(name).jinja)
     conversation = Conversation("", "", turns(*SAID))
@@ -156,14 +156,14 @@ def test_our_own_jinja_is_a_template_of_the_same_ids(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize(("source", "message"), [
     ("{% for message in messages %}", r"mine\.jinja:1: not a Jinja template"),
-    ("{{ 1 / 0 }}", "the template refuses the conversation: ZeroDivisionError"),
-    ("{{ messages[0].content.__class__.__mro__ }}", "the template refuses the conversation"),
-    ("{{ raise_exception('no') }}", "the template refuses the conversation: no"),
-    ("nothing", "does not tell answers from prompts"),
-    ("{{ messages | length }} {{ messages[-1].content }}", "leaves out what the assistant says in turn 2"),
+    ("{{ 1 / 0 }}", "the template rejects the conversation: ZeroDivisionError"),
+    ("{{ messages[0].content.__class__.__mro__ }}", "the template rejects the conversation"),
+    ("{{ raise_exception('no') }}", "the template rejects the conversation: no"),
+    ("nothing", "answers cannot be separated from prompts"),
+    ("{{ messages | length }} {{ messages[-1].content }}", "omits the assistant's text in turn 2"),
     ("{% generation %}{{ (messages + messages)[1].content }}{% endgeneration %}", "several {% generation %} blocks"),
 ])  # fmt: skip
-def test_what_cannot_be_a_template_says_why(tmp_path: Path, source: str, message: str) -> None:
+def test_messages_for_invalid_templates(tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         raise UserError(str(llama_template(write(tmp_path, source)).untrainable))
 
@@ -173,7 +173,7 @@ def test_a_missing_file_and_an_unknown_name(tmp_path: Path) -> None:
         llama_template(str(tmp_path / "none.jinja"))
     config = "output_dir: x\nmodel: {path: y}\ndata: {sources: [{path: z}], template: llama2-chat}\n"
     (tmp_path / "c.yaml").write_text(config)
-    with pytest.raises(UserError, match=r"data\.template: 'llama2-chat' is none of .* did you mean 'llama-2-chat'"):
+    with pytest.raises(UserError, match=r"data\.template: 'llama2-chat' is not one of .* did you mean 'llama-2-chat'"):
         load_config(tmp_path / "c.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Shortening: answers stay whole, the result fits, and the longest questions give first."""
+"""Shortening: answers stay whole, the result fits, and the longest questions are shortened first."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ def words(count: int, word: str = "dog") -> str:
     return " ".join(f"{word}{i}" for i in range(count))
 
 
-def test_the_middle_of_the_question_goes(llama: SentencePiece) -> None:
+def test_the_middle_of_the_question_is_removed(llama: SentencePiece) -> None:
     shortened = shorten(llama, [f"First {words(300)} last?", "The answer."], 200)
     assert shortened is not None
     example, removed = shortened
@@ -40,7 +40,7 @@ def test_the_middle_of_the_question_goes(llama: SentencePiece) -> None:
     assert llama.decode(example.ids[example.loss_mask].tolist()) == "The answer."
 
 
-def test_the_longest_question_gives_first(llama: SentencePiece) -> None:
+def test_the_longest_question_is_shortened_first(llama: SentencePiece) -> None:
     shortened = shorten(llama, [words(20), "a", words(300, "cat"), "b"], 250)
     assert shortened is not None
     assert shortened.turns_removed == 0
@@ -49,7 +49,7 @@ def test_the_longest_question_gives_first(llama: SentencePiece) -> None:
     assert GAP in text.split(words(20))[1]
 
 
-def test_pairs_go_when_questions_cannot(llama: SentencePiece) -> None:
+def test_pairs_are_removed_if_shortening_questions_is_not_enough(llama: SentencePiece) -> None:
     texts = ["q1", words(30, "one"), "q2", words(30, "two"), "q3", words(30, "three")]
     first = shorten(llama, texts, 200)
     assert first is not None
@@ -67,7 +67,7 @@ def test_an_answer_that_does_not_fit_is_not_cut(llama: SentencePiece) -> None:
     assert shorten(llama, [words(300), words(300)], 200, "last") is None
 
 
-def test_a_pair_left_with_an_empty_answer_goes_too(llama: SentencePiece) -> None:
+def test_a_remaining_pair_with_an_empty_answer_is_removed_too(llama: SentencePiece) -> None:
     assert shorten(llama, ["q", "", "q2", words(300)], 200) is None
 
 
@@ -78,7 +78,7 @@ def test_a_pair_left_with_an_empty_answer_goes_too(llama: SentencePiece) -> None
     st.sampled_from(["assistant", "last", "all"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_what_is_kept_fits_and_has_whole_answers(
+def test_kept_conversations_fit_and_have_whole_answers(
     llama: SentencePiece, sizes: list[tuple[int, int]], word: str, max_length: int, train_on: TrainOn
 ) -> None:
     texts = [
@@ -95,7 +95,7 @@ def test_what_is_kept_fits_and_has_whole_answers(
     example = shortened.example
     assert len(example.ids) <= max_length
     assert example.loss_mask.any()
-    # Every answer that is left is there to its end: EOS by EOS, the answers are answers of the whole conversation.
+    # Every remaining answer is complete: the text before each EOS is an answer of the whole conversation.
     answers = [text for text in texts[1::2] if text]
     kept = [llama.decode(part) for part in split_answers(example.ids.tolist(), llama)]
     assert all(any(part.endswith(answer) for answer in answers) for part in kept)

@@ -1,4 +1,4 @@
-"""Packing plans: nothing lost, nothing too full, the rules of each method, and how full rows get how fast."""
+"""Packing plans: no example lost, no row too full, the rules of each method, and its fill and speed."""
 
 import time
 
@@ -16,7 +16,7 @@ lengths_lists = st.lists(st.integers(1, 30), max_size=60)
 @pytest.mark.parametrize("method", METHODS)
 @given(lengths_lists, st.integers(30, 64), st.integers(0, 3), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
-def test_every_example_once_in_a_row_with_room(
+def test_every_example_is_in_one_row_and_fits(
     method: PackingMethod, lengths: list[int], capacity: int, seed: int, epoch: int
 ) -> None:
     array = np.array(lengths, np.int64)
@@ -35,7 +35,7 @@ def test_every_example_once_in_a_row_with_room(
 
 
 def textbook(lengths: list[int], capacity: int, best: bool) -> list[int]:
-    """The sums of the rows that the plain loop over all open rows makes of lengths in this order."""
+    """The sums of rows that a plain loop over all open rows packs from lengths in this order."""
     rows: list[int] = []
     for length in lengths:
         fitting = [index for index, row in enumerate(rows) if row + length <= capacity]
@@ -48,7 +48,7 @@ def textbook(lengths: list[int], capacity: int, best: bool) -> list[int]:
 
 @given(lengths_lists, st.integers(30, 64), st.integers(0, 3))
 @settings(max_examples=200, deadline=None)
-def test_methods_are_the_textbooks(lengths: list[int], capacity: int, seed: int) -> None:
+def test_methods_equal_their_textbook_definitions(lengths: list[int], capacity: int, seed: int) -> None:
     array = np.array(lengths, np.int64)
     decreasing = sorted(lengths, reverse=True)
 
@@ -79,7 +79,7 @@ def test_fill_order_and_speed() -> None:
     assert lengths.sum() / (plan.rows * 1280) > 0.995
     # 1.3 million examples take some 2 s on one core; ten times slower here would mean that the cost is not constant.
     assert seconds < 5
-    # Rows come in no order of length: the halves of the epoch look alike.
+    # Rows are not ordered by length: both halves of the epoch have the same distribution.
     per_row = np.diff(plan.row_offsets)
     half = len(per_row) // 2
     assert abs(per_row[:half].mean() / per_row[half:].mean() - 1) < 0.02
@@ -92,8 +92,8 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(set(plans)) == 4
 
 
-def test_permutations_are_fixed_for_ever() -> None:
-    """A resumed run needs them years and versions later; these come from the definition of the hash."""
+def test_permutations_never_change() -> None:
+    """Resumed runs need the same permutations in any version; these follow from the definition of the hash."""
     assert permutation(8, 42, 0).tolist() == [0, 4, 3, 2, 1, 7, 6, 5]
     assert permutation(0, 1).tolist() == []
     mixed = permutation(100_000, 7)

@@ -69,12 +69,12 @@ def test_examples_as_unit() -> None:
     assert plan.total_steps == sum(e.steps for e in plan.epochs)
     assert plan.fill == STORE.lengths.sum() / (plan.rows * LENGTH)
     assert plan.fill > 0.95
-    # About 16 examples a step, as asked.
+    # About 16 examples per step, as configured.
     assert 16 <= plan.examples_per_step <= 16 * (plan.rows_per_step + 1) / plan.rows_per_step
     assert plan.warnings == ()
 
 
-def test_rows_per_step_does_not_know_the_mesh() -> None:
+def test_rows_per_step_does_not_depend_on_the_mesh() -> None:
     plans = [make_plan(shards=shards, micro_batch_size=m) for shards in (1, 2, 4, 8) for m in (1, 2, 3)]
     assert len({plan.rows_per_step for plan in plans}) == 1
     assert len({plan.total_steps for plan in plans}) == 1
@@ -93,9 +93,9 @@ def test_rows_as_unit() -> None:
         check_batch_arithmetic(TrainingConfig(batch_unit="rows", batch_size=18, micro_batch_size=2), 2)
 
 
-def test_packing_that_cuts_the_steps_is_said() -> None:
+def test_packing_that_reduces_the_steps_is_reported() -> None:
     (warning,) = make_plan(batch_unit="rows").warnings
-    assert "packing makes" in warning
+    assert "with packing, an epoch has" in warning
     assert "batch_unit: examples" in warning
     assert make_plan(batch_unit="rows", packing="none").warnings == ()
 
@@ -119,7 +119,7 @@ def test_max_steps_and_warmup() -> None:
 
 
 @pytest.mark.parametrize("unit", ["examples", "rows"])
-def test_a_batch_larger_than_the_data_takes_no_more_memory_than_they(unit: str) -> None:
+def test_a_batch_larger_than_the_data_needs_no_more_memory_than_the_data(unit: str) -> None:
     plan = make_plan(epochs=3, batch_size=2_000_000_000, batch_unit=unit)
     assert plan.total_steps == 3
     assert plan.rows_per_step == max(epoch.rows for epoch in plan.epochs)
@@ -128,13 +128,13 @@ def test_a_batch_larger_than_the_data_takes_no_more_memory_than_they(unit: str) 
     assert not any("every step" in warning for warning in make_plan().warnings)
 
 
-def test_weights_that_leave_nothing() -> None:
-    with pytest.raises(UserError, match="leave no example"):
+def test_weights_that_leave_no_example() -> None:
+    with pytest.raises(UserError, match="an epoch has no example"):
         make_plan(make_store((3,)), weights=(0.01,))
 
 
 def documents(batch: Batch) -> list[tuple[list[int], list[bool]]]:
-    """Every document of a batch as (ids, loss mask), checking on the way that the arrays agree with each other."""
+    """Every document of a batch as (ids, loss mask); also checks that the arrays agree with each other."""
     found = []
     flat = {name: array.reshape(-1, LENGTH) for name, array in batch.items()}
     for row in range(len(flat["tokens"])):
@@ -162,7 +162,7 @@ def expected(examples: np.ndarray) -> list[tuple[list[int], list[bool]]]:
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "first_fit", "none"])
-def test_an_epoch_holds_every_example_once(packing: str) -> None:
+def test_an_epoch_has_every_example_once(packing: str) -> None:
     plan = make_plan(packing=packing, epochs=2, weights=(1.0, 2.0))
     source = StepSource(STORE, plan)
     assert len(source) == plan.total_steps
@@ -189,7 +189,7 @@ def test_an_epoch_holds_every_example_once(packing: str) -> None:
         assert sorted(seen) == sorted([*range(150), *range(150, 190), *range(150, 190)])
 
 
-def test_rows_sit_where_the_contract_says() -> None:
+def test_rows_are_at_the_documented_positions() -> None:
     plan = make_plan()
     source = StepSource(STORE, plan)
     batch = source[0]
@@ -200,7 +200,7 @@ def test_rows_sit_where_the_contract_says() -> None:
         )
 
 
-def test_the_last_step_of_an_epoch_is_padded_and_not_mixed() -> None:
+def test_the_last_step_of_an_epoch_is_padded_not_mixed() -> None:
     plan = make_plan(epochs=2, rows_per_step=10)
     source = StepSource(STORE, plan)
     last = plan.epochs[0].steps - 1
@@ -257,7 +257,7 @@ def test_resume_at_any_step() -> None:
         second.close()
 
 
-def test_order_is_of_seed_and_epoch_alone() -> None:
+def test_the_order_depends_only_on_seed_and_epoch() -> None:
     orders = {}
     for seed in (0, 1):
         plan = make_plan(epochs=2, seed=seed)

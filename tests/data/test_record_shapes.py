@@ -1,6 +1,6 @@
-"""A table of the shapes that records have: what is read, what carries loss, what is counted, what is refused.
+"""A table of record shapes: what is read, what carries loss, what is counted, what is rejected.
 
-A conversation is written as `role: text` with ` | ` between turns; ` +` behind a turn says that it carries loss.
+A conversation is written as `role: text` with ` | ` between turns; ` +` after a turn marks that it carries loss.
 """
 
 import json
@@ -18,7 +18,7 @@ from flacuna_jax.errors import UserError
 
 
 class Shape(NamedTuple):
-    """`read` is "" for a record that is dropped; `counted` is what the report says of it: ignored, changed, dropped."""
+    """`read` is "" for a dropped record; `counted` lists its counts in the report: ignored, changed, dropped."""
 
     record: Any
     read: str = ""
@@ -72,7 +72,7 @@ SHAPES: dict[str, Shape] = {
     "messages": Shape(chat(Q, A), ONE),
     "conversations of role and content": Shape({"conversations": chat(Q, A)["messages"]}, ONE),
     "messages of from and value": Shape({"messages": say(HQ, GA)["conversations"]}, ONE),
-    "conversation, as lmsys-chat has it": Shape({"conversation": chat(Q, A)["messages"]}, ONE),
+    "conversation, as in lmsys-chat": Shape({"conversation": chat(Q, A)["messages"]}, ONE),
     "conversations as JSON text": Shape({"conversations": json.dumps(say(HQ, GA)["conversations"])}, ONE),
     "messages as JSON text": Shape({"messages": json.dumps(chat(Q, A)["messages"])}, ONE),
     "roles in capitals": Shape(say(("Human", "q"), ("GPT", "a")), ONE),
@@ -80,12 +80,12 @@ SHAPES: dict[str, Shape] = {
     "chatgpt": Shape(say(("user", "q"), ("chatgpt", "a")), ONE),
     "model": Shape(say(("user", "q"), ("model", "a")), ONE),
     "text in parts": Shape(chat(("user", [{"type": "text", "text": "q"}]), A), ONE),
-    "system first": Shape(chat(("system", "s"), Q, A), f"system = s | {ONE}"),
-    "system later": Shape(chat(Q, A, ("system", "s"), Q, A), f"{ONE} | system: s | {ONE}"),
+    "leading system message": Shape(chat(("system", "s"), Q, A), f"system = s | {ONE}"),
+    "later system message": Shape(chat(Q, A, ("system", "s"), Q, A), f"{ONE} | system: s | {ONE}"),
     "empty system": Shape(chat(("system", ""), Q, A), ONE),
     "developer": Shape(chat(("developer", "s"), Q, A), f"developer: s | {ONE}"),
-    "system beside": Shape(say(HQ, GA, system="s"), f"system = s | {ONE}"),
-    "system beside and the same inside": Shape(chat(("system", "s"), Q, A, system="s"), f"system = s | {ONE}"),
+    "system in a separate field": Shape(say(HQ, GA, system="s"), f"system = s | {ONE}"),
+    "the same system twice": Shape(chat(("system", "s"), Q, A, system="s"), f"system = s | {ONE}"),
     "two system texts": Shape(chat(("system", "s"), Q, A, system="t"), refused="two different system texts"),
     "several turns of one role": Shape(chat(Q, Q, A, A), "user: q | user: q | assistant: a + | assistant: a +"),
     "a message with an id": Shape(
@@ -93,38 +93,40 @@ SHAPES: dict[str, Shape] = {
         ONE,
         ("ignored messages[].id",),
     ),
-    "an answer first": Shape(say(("gpt", "hello"), HQ, GA), ONE, (f"changed {LEADING_ANSWER}",)),
-    "a question last": Shape(say(HQ, GA, HQ), ONE, (f"changed {UNANSWERED}",)),
-    "an empty answer last": Shape(say(HQ, GA, HQ, ("gpt", "")), ONE, (f"changed {UNANSWERED}",)),
+    "a leading answer": Shape(say(("gpt", "hello"), HQ, GA), ONE, (f"changed {LEADING_ANSWER}",)),
+    "a trailing question": Shape(say(HQ, GA, HQ), ONE, (f"changed {UNANSWERED}",)),
+    "a trailing empty answer": Shape(say(HQ, GA, HQ, ("gpt", "")), ONE, (f"changed {UNANSWERED}",)),
     "no answer": Shape(say(HQ), counted=(f"dropped {NO_ANSWER}",)),
     "white space as an answer": Shape(say(HQ, ("gpt", " \n")), counted=(f"dropped {NO_ANSWER}",)),
-    "an unknown role": Shape(say(("narrator", "x"), GA), refused="turn 1 has the unknown from 'narrator'"),
-    "no role": Shape({"messages": [{"content": "q"}]}, refused="turn 1 says neither `role` nor `from`"),
-    "no text": Shape({"messages": [{"role": "user", "msg": "q"}]}, refused="no text: .*its fields: role, msg"),
+    "an unknown role": Shape(say(("narrator", "x"), GA), refused="turn 1 has unknown from 'narrator'"),
+    "no role": Shape({"messages": [{"content": "q"}]}, refused="turn 1 has neither `role` nor `from`"),
+    "no text": Shape(
+        {"messages": [{"role": "user", "msg": "q"}]}, refused="has no text; put it in .*its fields: role, msg"
+    ),
     "a number as text": Shape(chat(("user", 3), A), refused="'content' of turn 1 must be text, not a number"),
     "a picture in parts": Shape(
         chat(("user", [{"type": "image_url", "image_url": "x"}]), A), refused="its part 1 is of type 'image_url'"
     ),
     "a list that is Python's repr": Shape(
-        {"messages": "[{'role': 'user', 'content': 'q'}]"}, refused="not JSON; it looks like Python's repr of a list"
+        {"messages": "[{'role': 'user', 'content': 'q'}]"}, refused="not JSON; it looks like a Python repr"
     ),
     # Loss per turn.
     "weight 0": Shape(answered(weight=0), TWO.replace("a +", "a", 1)),
     "weight 0.0": Shape(answered(weight=0.0), TWO.replace("a +", "a", 1)),
     "weight 1": Shape(answered(weight=1), TWO),
     "weight null": Shape(answered(weight=None), TWO),
-    "weight 0.5": Shape(answered(weight=0.5), refused="'weight' of turn 2 is 0.5; it can be 0 or 1"),
+    "weight 0.5": Shape(answered(weight=0.5), refused="'weight' of turn 2 is 0.5; it must be 0 or 1"),
     "train false": Shape(answered(train=False), TWO.replace("a +", "a", 1)),
     "train true": Shape(answered(train=True), TWO),
     "training false": Shape(answered(training=False), TWO.replace("a +", "a", 1)),
     "loss false": Shape(answered(loss=False), TWO.replace("a +", "a", 1)),
     "loss null": Shape(answered(loss=None), TWO),
-    "train as text": Shape(answered(train="no"), refused="'train' of turn 2 is 'no'; it can be true or false"),
-    "weight against train": Shape(answered(weight=1, train=False), refused="turn 2 says weight 1 and train false"),
-    "weight 0 of the user": Shape(
+    "train as text": Shape(answered(train="no"), refused="'train' of turn 2 is 'no'; it must be true or false"),
+    "weight contradicts train": Shape(answered(weight=1, train=False), refused="turn 2 has weight 1 and train false"),
+    "weight 0 on a user message": Shape(
         {"messages": [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "a"}]}, ONE
     ),
-    "train true of the user": Shape(
+    "train true on a user message": Shape(
         {"messages": [{"role": "user", "content": "q", "train": True}, {"role": "assistant", "content": "a"}]},
         ONE,
         ("ignored messages[].train of the user",),
@@ -150,13 +152,13 @@ SHAPES: dict[str, Shape] = {
         (f"changed {CALLS_WRAPPED}",),
         extra=(None, {"tool_calls": [CALL]}, None, None),
     ),
-    "function_call, as OpenAI had it": Shape(
+    "OpenAI's older function_call": Shape(
         calling(content=None, function_call=FUNCTION),
         ASKED,
         (f"changed {CALLS_WRAPPED}",),
         extra=(None, {"tool_calls": [CALL]}, None, None),
     ),
-    "function_call and observation, as LLaMA-Factory has them": Shape(
+    "function_call and observation, as in LLaMA-Factory": Shape(
         say(HQ, ("function_call", json.dumps(FUNCTION)), ("observation", "sunny"), GA),
         ASKED,
         (f"changed {CALLS_WRAPPED}",),
@@ -165,7 +167,7 @@ SHAPES: dict[str, Shape] = {
     "a call that is not JSON": Shape(
         say(HQ, ("function_call", "weather(Rome)"), GA), refused="turn 2 is a function call, whose text is the text"
     ),
-    "a call without a name": Shape(calling(tool_calls=[{"arguments": {}}]), refused="names no function"),
+    "a call without a name": Shape(calling(tool_calls=[{"arguments": {}}]), refused="has no function name"),
     "a result that is an object": Shape(
         {"messages": [*calling(tool_calls=[CALL])["messages"][:2], *chat(("tool", {"t": 20}), A)["messages"]]},
         ASKED.replace("sunny", '{"t": 20}'),
@@ -188,9 +190,7 @@ SHAPES: dict[str, Shape] = {
     "bare tools": Shape(
         say(HQ, GA, tools=json.dumps([TOOL["function"]])), ONE, (f"changed {CALLS_WRAPPED}",), tools=(TOOL,)
     ),
-    "tools that are none": Shape(
-        chat(Q, A, tools="weather"), refused="'tools' is the text 'weather', which is not JSON"
-    ),
+    "invalid tools": Shape(chat(Q, A, tools="weather"), refused="'tools' is the text 'weather', which is not JSON"),
     "reasoning_content": Shape(
         chat(Q) | {"messages": [*chat(Q)["messages"], {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
         ONE,
@@ -210,7 +210,7 @@ SHAPES: dict[str, Shape] = {
     "alpaca with input": Shape({"instruction": "q ", "input": " x", "output": "a"}, "user: q\nx | assistant: a +"),
     "alpaca with history": Shape({"instruction": "q2", "output": "a2", "history": [["q", "a"]]}, TWO),
     "alpaca with an empty history": Shape({"instruction": "q", "output": "a", "history": []}, ONE),
-    "alpaca with a history that is none": Shape(
+    "alpaca with an invalid history": Shape(
         {"instruction": "q", "output": "a", "history": ["q"]}, refused="'history' must be a list of pairs"
     ),
     "alpaca with system": Shape({"instruction": "q", "output": "a", "system": "s"}, f"system = s | {ONE}"),
@@ -240,7 +240,7 @@ SHAPES: dict[str, Shape] = {
         {"query": "q2", "response": "a2", "history": [["q", "a"]]}, TWO
     ),
     "input and output": Shape({"input": "q", "output": "a"}, ONE),
-    "messages beside the prompt that they begin with": Shape(chat(Q, A, prompt="q"), ONE, ("ignored prompt",)),
+    "messages and a prompt that is their first question": Shape(chat(Q, A, prompt="q"), ONE, ("ignored prompt",)),
     "metadata": Shape(
         {"instruction": "q", "output": "a", "split": "x", "score": 3, "empty": None, "none": ""},
         ONE,
@@ -248,31 +248,35 @@ SHAPES: dict[str, Shape] = {
     ),
     "a number as the answer": Shape({"question": "q", "answer": 42}, refused="'answer' must be text, not a number"),
     # Text.
-    "text alone": Shape({"text": "x"}, refused="only `text`; format: text in the source trains on all of it"),
-    "text that is asked for": Shape({"text": "x", "url": "u"}, "raw: x +", ("ignored url",), format="text"),
+    "text alone": Shape({"text": "x"}, refused="only `text`; set format: text in its source to train on it"),
+    "text with format: text": Shape({"text": "x", "url": "u"}, "raw: x +", ("ignored url",), format="text"),
     "empty text": Shape({"text": " "}, counted=(f"dropped {NO_ANSWER}",), format="text"),
-    # What is refused by name.
+    # Rejected kinds of records.
     "chosen and rejected": Shape(
         {"prompt": "q", "chosen": "a", "rejected": "b"}, refused="chosen and rejected answers"
     ),
-    "a preferred output, as OpenAI has it": Shape(
+    "OpenAI's preferred output": Shape(
         {"input": "q", "preferred_output": "a", "non_preferred_output": "b"}, refused="chosen and rejected answers"
     ),
-    "rejected beside a completion": Shape(
+    "rejected with a completion": Shape(
         {"prompt": "q", "completion": "a", "rejected": "b"}, refused="preference tuning is not supported"
     ),
-    "a label beside a completion": Shape(
+    "a label with a completion": Shape(
         {"prompt": "q", "completion": "a", "label": False}, refused="label, which says whether the completion is good"
     ),
     "kto_tag": Shape(chat(Q, A, kto_tag=True), refused="kto_tag, which says whether the answer is good"),
-    "pictures": Shape(say(("human", "<image>q"), GA, images=["x.png"]), refused="comes with 'images'; only text"),
-    "a picture with a mark": Shape(say(("human", "<image>q"), GA, image="x.png"), refused="comes with 'image'"),
+    "pictures": Shape(
+        say(("human", "<image>q"), GA, images=["x.png"]), refused="has 'images'; training supports text only"
+    ),
+    "a picture with a placeholder": Shape(
+        say(("human", "<image>q"), GA, image="x.png"), refused="has 'image'; training"
+    ),
     "no pictures": Shape(say(HQ, GA, images=[]), ONE),
-    "the mark of a picture without one": Shape(say(("human", "<image>q"), GA), ONE.replace("q", "<image>q")),
+    "a picture placeholder without a picture": Shape(say(("human", "<image>q"), GA), ONE.replace("q", "<image>q")),
     "other fields": Shape({"title": "t", "body": "b"}, refused="no known format .its fields: title, body; known are"),
     "not an object": Shape(3, refused="a record must be an object, not a number"),
     "half a surrogate": Shape(chat(("user", "\ud800"), A), refused="half a surrogate pair"),
-    "a format that it is not of": Shape(
+    "a record of another format": Shape(
         chat(Q, A),
         refused=r"'instruction' must be text, and is missing \(its fields are those of format: messages\)",
         format="alpaca",

@@ -1,4 +1,4 @@
-"""Which files a source has, and files as other programs write them: splits, `datasets`, LLaMA-Factory, spreadsheets."""
+"""The files of a source, and files of other programs: splits, `datasets`, LLaMA-Factory, spreadsheets."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def answers(path: Path, **source: Any) -> list[str]:
 
 LAYOUTS = {
     "files": ("train.jsonl", "validation.jsonl", "test.jsonl"),
-    "the hub's shards": (
+    "shards of the Hub": (
         "data/train-00000-of-00001.jsonl",
         "data/validation-00000-of-00001.jsonl",
         "data/test-00000-of-00001.jsonl",
@@ -50,31 +50,33 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
-def test_training_takes_the_split_for_it_and_says_so(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_training_reads_the_train_split_and_reports_it(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name, answer in zip(names, ("train", "validation", "test"), strict=True):
         write(tmp_path / name, record(answer))
     assert answers(tmp_path) == ["train"]
     (note,) = read(tmp_path)[1].notes
-    assert note.startswith("split train: 1 file taken; left out as validation or test by name: ")
+    assert note.startswith("split train: 1 file read; left out as validation or test by name: ")
     assert all(str(Path(name)) in note for name in names[1:])
     assert answers(tmp_path, split="validation") == ["validation"]
     assert answers(tmp_path, split="test") == ["test"]
-    with pytest.raises(UserError, match="no file is of split: extra; there are "):
+    with pytest.raises(UserError, match="no file has split: extra; available are "):
         read(tmp_path, split="extra")
 
 
-def test_files_of_no_split_are_taken_and_held_out_ones_alone_are_not(tmp_path: Path) -> None:
+def test_files_without_a_split_are_read_but_test_files_alone_are_not(tmp_path: Path) -> None:
     write(tmp_path / "alpaca.jsonl", record("a"))
     write(tmp_path / "code_train.jsonl", record("c"))
     assert answers(tmp_path) == ["a", "c"]
     write(tmp_path / "dev.jsonl", record("d"))
     assert answers(tmp_path) == ["a", "c"]
     write(tmp_path / "only" / "test.jsonl", record("t"))
-    with pytest.raises(UserError, match=r"all of its data files are held out \(test\); .* write split: test"):
+    with pytest.raises(
+        UserError, match=r"all of its data files are for validation or test \(test\); .* set split: test"
+    ):
         read(tmp_path / "only")
 
 
-def test_the_hubs_own_names_of_splits(tmp_path: Path) -> None:
+def test_names_of_splits_on_the_hub(tmp_path: Path) -> None:
     for name in ("train_sft", "train_gen", "test_sft"):
         write(tmp_path / f"{name}-00000-of-00001.jsonl", record(name))
     assert answers(tmp_path) == ["train_gen", "train_sft"]
@@ -105,7 +107,7 @@ def test_split_of_a_name(name: str, split: str | None) -> None:
 def test_split_of_a_single_file(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", record("a"))
     assert answers(path, split="train") == ["a"]
-    with pytest.raises(UserError, match="split: test chooses among the files of a directory, and this is one file"):
+    with pytest.raises(UserError, match="split: test selects files of a directory, but this is a file"):
         read(path, split="test")
 
 
@@ -124,10 +126,10 @@ def test_patterns(tmp_path: Path) -> None:
     assert answers(tmp_path / "odd[1].jsonl") == ["odd"]
 
 
-def test_a_directory_of_the_hubs_cache_names_its_snapshot(tmp_path: Path) -> None:
+def test_the_message_for_a_directory_of_the_hub_cache_names_its_snapshot(tmp_path: Path) -> None:
     snapshot = tmp_path / "datasets--o--n" / "snapshots" / "abc"
     write(snapshot / "train.jsonl", record("a"))
-    with pytest.raises(UserError, match=rf"directory of the hub's cache; name the snapshot in it: {snapshot}"):
+    with pytest.raises(UserError, match=rf"directory of the Hub cache; give its snapshot: {snapshot}"):
         read(tmp_path / "datasets--o--n")
     assert answers(snapshot) == ["a"]
 
@@ -149,7 +151,7 @@ def test_what_datasets_saves(tmp_path: Path) -> None:
     loaded = datasets.load_from_disk(tmp_path / "two")
     assert answers(tmp_path / "two") == list(loaded["train"]["output"])
     assert answers(tmp_path / "two", split="test") == list(loaded["test"]["output"])
-    # A rewrite with fewer shards leaves the old ones behind; what counts is what state.json lists.
+    # Saving again with fewer shards leaves the old ones; only those that state.json lists count.
     (tmp_path / "one" / "data-00099-of-00100.arrow").write_bytes(
         (tmp_path / "one").glob("*.arrow").__next__().read_bytes()
     )
@@ -172,7 +174,7 @@ def test_what_datasets_exports(tmp_path: Path, suffix: str) -> None:
     assert not report.ignored
 
 
-def test_columns_of_nested_objects_have_no_nulls_that_no_row_has_set(tmp_path: Path) -> None:
+def test_nulls_in_columns_of_objects_are_removed(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the hub extra")
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "1"}}}
     other = {"type": "function", "function": {"name": "g", "arguments": {"b": "2"}}}
@@ -193,11 +195,11 @@ def test_columns_of_nested_objects_have_no_nulls_that_no_row_has_set(tmp_path: P
     ]
 
 
-def test_lists_in_csv_are_json_or_refused(tmp_path: Path) -> None:
+def test_lists_in_csv_must_be_json(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the hub extra")
     turns = [{"from": "human", "value": "it's"}, {"from": "gpt", "value": "a"}]
     datasets.Dataset.from_list([{"conversations": turns}]).to_csv(tmp_path / "a.csv")
-    with pytest.raises(UserError, match=r"a\.csv, line 2 \(record 1\): .*Python's repr of a list"):
+    with pytest.raises(UserError, match=r"a\.csv, line 2 \(record 1\): .*a Python repr"):
         read(tmp_path / "a.csv")
     datasets.Dataset.from_list([{"conversations": json.dumps(turns)}]).to_csv(tmp_path / "a.csv")
     assert answers(tmp_path / "a.csv") == ["a"]
@@ -218,7 +220,9 @@ def test_spreadsheets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two columns are named 'question'"):
         read(path)
     path.write_text('question,answer\nq,"a\nq2,a2\n')
-    with pytest.raises(UserError, match=r"line 2 \(record 1\): not a table \(unexpected end of data; cells that hold"):
+    with pytest.raises(
+        UserError, match=r"line 2 \(record 1\): not a table \(unexpected end of data; cells with quotes"
+    ):
         read(path)
     path.write_text("What is it?,That.\nq,a\n")
     with pytest.raises(
@@ -232,19 +236,21 @@ def test_spreadsheets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="UTF-16; convert it to UTF-8"):
         read(path)
     path.write_text("Question, Answer\nq,a\n")
-    with pytest.raises(UserError, match=r"no name in it \(Question,  Answer\).*; write the names as question, answer"):
+    with pytest.raises(
+        UserError, match=r"no name in it \(Question,  Answer\).*; write the names in lower case: question, answer"
+    ):
         read(path)
 
 
-def test_names_of_fields_in_another_case(tmp_path: Path) -> None:
+def test_field_names_in_another_case(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"Instruction": "q", "output": "a"})
-    with pytest.raises(UserError, match="names of fields are lower case here: write 'Instruction' as 'instruction'"):
+    with pytest.raises(UserError, match="field names must be lower case: write 'Instruction' as 'instruction'"):
         read(path)
 
 
 WRAPPED = {
     "data": {"data": [record("1"), record("2")]},
-    "behind other members": {"version": "1", "meta": {"a": [1]}, "train": [record("1"), record("2")]},
+    "after other members": {"version": "1", "meta": {"a": [1]}, "train": [record("1"), record("2")]},
     "before other members": {"rows": [record("1"), record("2")], "license": "x", "more": {"a": 1}},
 }
 
@@ -303,16 +309,16 @@ def test_llama_factorys_descriptions(tmp_path: Path) -> None:
         "dialogs.json read as 'talk' of dataset_info.json",
         "own.json read as 'mine' of dataset_info.json",
     )
-    assert answers(tmp_path / "own.json") == ["a1"]  # a file of its own is described, too
+    assert answers(tmp_path / "own.json") == ["a1"]  # a single file is described, too
     write(tmp_path / "pairs.json", record("a"))
     with pytest.raises(UserError, match=r"a ranking, as 'pairs' of dataset_info\.json says: preference tuning"):
         read(tmp_path / "pairs.json")
-    with pytest.raises(UserError, match="describes data files and holds no records; name its directory"):
+    with pytest.raises(UserError, match="describes data files and has no records; give its directory"):
         read(tmp_path / "dataset_info.json")
     for damage, message in {
         "[": "cannot be read as JSON",
-        '{"x": {"file_name": "own.json", "formatting": "csv"}}': "'x': formatting is 'csv'; known are alpaca",
-        '{"x": {"file_name": "own.json", "columns": {"prmpt": "q"}}}': "columns has the unknown 'prmpt'; known are",
+        '{"x": {"file_name": "own.json", "formatting": "csv"}}': "'x': formatting is 'csv'; it must be alpaca",
+        '{"x": {"file_name": "own.json", "columns": {"prmpt": "q"}}}': "columns has the unknown name 'prmpt'",
     }.items():
         (tmp_path / "dataset_info.json").write_text(damage)
         with pytest.raises(UserError, match=message):
@@ -330,29 +336,31 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path, suffix: str) -> None:
         read(path)
 
 
-def test_files_that_are_something_else(tmp_path: Path) -> None:
+def test_files_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(gzip.compress(json.dumps(record("a")).encode()))
-    with pytest.raises(UserError, match=r"compressed with gzip, which its name does not say; .* ends in \.gz"):
+    with pytest.raises(UserError, match=r"compressed with gzip, unlike its name; .* ends in \.gz"):
         read(path)
     path.write_text("\n<!DOCTYPE html><html>")
     with pytest.raises(UserError, match="a web page"):
         read(path)
     path.write_text(json.dumps(record("a"), indent=1))
-    with pytest.raises(UserError, match=r"line 1 .*records over several lines: give it a name that ends in \.json"):
+    with pytest.raises(
+        UserError, match=r"line 1 .*records span several lines: give the file a name that ends in \.json"
+    ):
         read(path)
     path.write_text("{'instruction': 'q', 'output': 'a'}\n")
     with pytest.raises(UserError, match="the repr of a Python dict"):
         read(path)
 
 
-def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+def test_a_duplicate_key(tmp_path: Path) -> None:
     good, bad = json.dumps(record("a")), '{"instruction": "q", "output": "a", "output": "b"}'
     lines, listed = tmp_path / "a.jsonl", tmp_path / "a.json"
     lines.write_text(f"{good}\n{bad}\n{good}\n")
     listed.write_text(f"[{good},\n{bad},\n{good}]")
     for path in (lines, listed):
-        with pytest.raises(UserError, match=r"line 2 \(record 2\): the key 'output' stands twice in an object"):
+        with pytest.raises(UserError, match=r"line 2 \(record 2\): the key 'output' appears twice in an object"):
             read(path)
         conversations, report = read(path, "skip")
         assert (len(conversations), report.dropped) == (2, {"key given twice": 1})
@@ -362,13 +370,13 @@ def test_two_formats_in_one_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", record("a"), {"question": "q", "answer": "a"})
     with pytest.raises(
         UserError,
-        match=r"line 2 .*its fields are those of format question_answer, but line 1 \(record 1\) decided that the file "
-        r"is of format alpaca; put the two into files of their own",
+        match=r"line 2 .*its fields are those of format question_answer, but line 1 \(record 1\) set the format "
+        r"of the file to alpaca; put the two formats into separate files",
     ):
         read(path)
 
 
-def test_what_is_ignored_is_told_by_name(tmp_path: Path) -> None:
+def test_ignored_fields_are_reported_by_name(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the hub extra")
     rows = [record("a", category="x", score=number or None, empty=None) for number in range(3)]
     write(tmp_path / "a.jsonl", *rows)
@@ -382,7 +390,7 @@ def test_what_is_ignored_is_told_by_name(tmp_path: Path) -> None:
     assert report.lines()[1:] == ["  fields category, topic ignored in 3 records"]
 
 
-def test_the_files_of_a_source_have_a_root_that_their_names_are_relative_to(tmp_path: Path) -> None:
+def test_file_names_are_relative_to_the_root_of_the_source(tmp_path: Path) -> None:
     write(tmp_path / "d" / "x" / "a.jsonl", record("a"))
     for path in (tmp_path / "d" / "x" / "a.jsonl", tmp_path / "d", tmp_path / "d" / "*" / "a.jsonl"):
         found = source_files(str(path))

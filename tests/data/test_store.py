@@ -29,7 +29,9 @@ def config(*sources: SourceConfig, **settings: Any) -> DataConfig:
     return DataConfig(sources=sources, **settings)
 
 
-def test_what_goes_in_comes_out(tmp_path: Path, characters: Characters, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_returns_what_was_added(
+    tmp_path: Path, characters: Characters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, "BLOCK", 3)
     pairs = [(f"question {i}", "answer " * (i + 1)) for i in range(10)]
     store, report = build_store(
@@ -65,7 +67,7 @@ def test_large_vocabularies_keep_their_ids() -> None:
 
 
 @pytest.mark.parametrize("mask", [[False, False], [True, True]])
-def test_an_example_without_loss_is_refused(mask: list[bool]) -> None:
+def test_an_example_without_loss_is_an_error(mask: list[bool]) -> None:
     with pytest.raises(ValueError, match="no supervised token"):
         StoreBuilder(["a"], 10).add(0, [TokenizedExample(np.array([1, 2]), np.array(mask), "x", "y")], [0])
 
@@ -100,14 +102,14 @@ def test_over_length_error(tmp_path: Path, llama: SentencePiece) -> None:
 
 
 def test_a_source_without_examples_is_an_error(tmp_path: Path, characters: Characters) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl: not one usable example \(2 × no answer in the record\)"):
+    with pytest.raises(UserError, match=r"a\.jsonl: no usable example \(2 × no answer in the record\)"):
         build_store(config(write(tmp_path / "a.jsonl", [("q", "")] * 2)), characters)
     (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
     of_another = SourceConfig(path=str(tmp_path / "a.jsonl"), format="flan_mini")
     with pytest.raises(UserError, match=r"first: .*'conversations' must be a list .*are those of format: alpaca"):
         build_store(config(of_another).model_copy(update={"on_bad_record": "skip"}), characters)
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="not one usable example \\(no records\\)"):
+    with pytest.raises(UserError, match="no usable example \\(no records\\)"):
         build_store(config(SourceConfig(path=str(tmp_path / "a.jsonl"))), characters)
 
 
@@ -119,7 +121,7 @@ def test_max_examples(tmp_path: Path, characters: Characters, monkeypatch: pytes
     assert (report.sources[0].read, report.kept) == (7, 6)
 
 
-def test_bad_records_are_counted_when_told_so(tmp_path: Path, characters: Characters) -> None:
+def test_bad_records_are_counted_with_on_bad_record_skip(tmp_path: Path, characters: Characters) -> None:
     source = write(tmp_path / "a.jsonl", [("q", "a")] * 3)
     with open(source.path, "a") as file:
         file.write('\n{"prompt": 1, "completion": "x"}\n{"prompt": ')
@@ -193,8 +195,8 @@ NO_SYSTEM = """{% if messages[0].role == 'system' %}{{ raise_exception('System r
 {% if add_generation_prompt %}[assistant]{% endif %}"""
 
 
-def test_a_record_that_the_template_refuses_is_a_bad_record(tmp_path: Path, characters: Characters) -> None:
-    """As Gemma refuses a system message."""
+def test_a_record_that_the_template_rejects_is_a_bad_record(tmp_path: Path, characters: Characters) -> None:
+    """Gemma rejects a system message in this way."""
     (tmp_path / "t.jinja").write_text(NO_SYSTEM)
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     records = [{"messages": said}, {"messages": [{"role": "system", "content": "Be brief."}, *said]}]
@@ -204,4 +206,4 @@ def test_a_record_that_the_template_refuses_is_a_bad_record(tmp_path: Path, char
         build_store(settings, characters)
     store, report = build_store(settings.model_copy(update={"on_bad_record": "skip"}), characters)
     assert len(store) == 1
-    assert report.sources[0].dropped == {"the template has no form for the record": 1}
+    assert report.sources[0].dropped == {"the template does not support the record": 1}

@@ -52,7 +52,7 @@ def assert_equal(one: TokenStore, other: TokenStore) -> None:
 
 
 @pytest.mark.parametrize("part", [1, 600, 10**6])
-def test_gives_what_build_store_gives_whatever_the_parts(
+def test_the_result_equals_build_store_for_any_part_size(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     monkeypatch.setattr(store_cache, "PART_EXAMPLES", part)
@@ -69,7 +69,7 @@ def test_gives_what_build_store_gives_whatever_the_parts(
     assert not list((tmp_path / "cache").glob("*.parts"))
 
 
-def test_a_miss_names_what_is_different(config: DataConfig, tmp_path: Path) -> None:
+def test_a_miss_names_the_differences(config: DataConfig, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     look(config, cache)
     assert "differs in settings.max_length;" in look(config.model_copy(update={"max_length": 300}), cache)[2]
@@ -83,7 +83,7 @@ def test_a_miss_names_what_is_different(config: DataConfig, tmp_path: Path) -> N
     )
 
 
-def test_weight_and_packing_need_no_new_tokens_and_a_moved_file_neither(config: DataConfig, tmp_path: Path) -> None:
+def test_weights_packing_and_moved_files_need_no_new_tokens(config: DataConfig, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     look(config, cache)
     heavier = tuple(source.model_copy(update={"weight": 2.5}) for source in config.sources)
@@ -116,12 +116,12 @@ def test_a_damaged_corpus_is_built_again(config: DataConfig, tmp_path: Path, dam
     assert np.array_equal(store.tokens, expected_tokens)
 
 
-def test_what_nobody_opened_for_a_month_goes(config: DataConfig, tmp_path: Path) -> None:
+def test_corpora_unopened_for_a_month_are_removed(config: DataConfig, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for length in (310, 320, 330, 340):
         look(config.model_copy(update={"max_length": length}), cache)
     kept, opened, locked, unused = sorted((p for p in cache.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-    (cache / "0123.parts").mkdir()  # nothing of ours
+    (cache / "0123.parts").mkdir()  # no files of ours
     unfinished = cache / f"{'ab' * 16}.parts"
     unfinished.mkdir()
     old = time.time() - (store_cache.UNUSED_DAYS + 1) * 86400
@@ -129,7 +129,7 @@ def test_what_nobody_opened_for_a_month_goes(config: DataConfig, tmp_path: Path)
         os.utime(path, (old, old))
     assert "hit" in look(config.model_copy(update={"max_length": 320}), cache)[2]
     with (cache / f"{locked.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # somebody is at it
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process is using it
         said = look(config, cache)[2]
     assert said.count("removed, unused for 30 days") == 2
     assert [path.exists() for path in (kept, opened, locked, unused, unfinished)] == [True, True, True, False, False]
@@ -179,7 +179,7 @@ def test_a_killed_build_continues_from_its_parts(
 def test_a_source_without_examples_is_an_error_and_nothing_is_kept(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "completion": ""}) + "\n")
     config = DataConfig(sources=(SourceConfig(path=str(tmp_path / "x.jsonl")),))
-    with pytest.raises(UserError, match="not one usable example"):
+    with pytest.raises(UserError, match="no usable example"):
         look(config, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/store.json"))
 
@@ -187,7 +187,7 @@ def test_a_source_without_examples_is_an_error_and_nothing_is_kept(tmp_path: Pat
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the new content would be what everybody gets who asks for the old."""
+    """Otherwise the cache would return the new content for the key of the old."""
     build, source = store_cache._build, Path(config.sources[0].path)
     content = source.read_text()
 
@@ -217,8 +217,8 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_fills_up_is_an_error_and_not_the_end_of_the_process(config: DataConfig, tmp_path: Path) -> None:
-    """The parts have room, the whole beside them has not."""
+def test_a_full_disk_is_an_error_and_does_not_kill_the_process(config: DataConfig, tmp_path: Path) -> None:
+    """The disk has enough space for the parts, but not for the whole corpus in addition."""
     place = tmp_path / "disk"
     look(config, tmp_path / "cache")
     size = int(1.5 * sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.npy")))

@@ -1,4 +1,4 @@
-"""Ids and masks against FastChat with the real LLaMA tokenizer, and where FastChat loses a sample and we do not."""
+"""Ids and masks against FastChat with the real LLaMA tokenizer, and samples that only FastChat discards."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def as_fastchat(texts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def assert_equal_to_fastchat(llama: SentencePiece, samples: Sequence[Sequence[str]]) -> int:
-    """Compares every sample that FastChat does not lose; returns how many those were."""
+    """Compares every sample that FastChat does not discard; returns their number."""
     conversations = [conversation(*texts) for texts in samples]
     segments = [render(one, V1_1) for one in conversations]
     examples = tokenize_batch(conversations, segments, SegmentEncoder(llama), "assistant")
@@ -60,7 +60,7 @@ def alpaca(path: Path) -> list[tuple[str, str]]:
 
 def test_alpaca_equals_fastchat(llama: SentencePiece, test_data: Path) -> None:
     samples = alpaca(test_data / "stanford_alpaca" / "alpaca_5000.json")
-    # The two without an output are the only ones that FastChat loses.
+    # FastChat discards only the two without an output.
     assert assert_equal_to_fastchat(llama, samples) == len(samples) - 2
 
 
@@ -118,7 +118,7 @@ texts = st.lists(pieces, max_size=8).map("".join)
 @settings(max_examples=300, deadline=None)
 def test_any_text_equals_fastchat(llama: SentencePiece, pairs: list[tuple[str, str]]) -> None:
     said = [text for pair in pairs for text in pair]
-    # Where a text holds FastChat's separator, FastChat finds the answer in the wrong place.
+    # If a text contains FastChat's separator, FastChat finds the answer in the wrong place.
     assume(all(fastchat.SEPARATOR not in f" {text} " for text in said))
     assert_equal_to_fastchat(llama, [said])
 
@@ -133,12 +133,12 @@ LOST_BY_FASTCHAT = {
 }
 
 
-def test_an_empty_answer_between_is_fastchats(llama: SentencePiece) -> None:
+def test_an_empty_answer_between_turns_equals_fastchat(llama: SentencePiece) -> None:
     assert assert_equal_to_fastchat(llama, [("a", "", "b", "c")]) == 1
 
 
 @pytest.mark.parametrize("texts", LOST_BY_FASTCHAT.values(), ids=LOST_BY_FASTCHAT)
-def test_kept_where_fastchat_loses(llama: SentencePiece, texts: tuple[str, ...]) -> None:
+def test_samples_that_fastchat_discards_are_kept(llama: SentencePiece, texts: tuple[str, ...]) -> None:
     oracle = fastchat.preprocess(llama.model, as_fastchat(texts))
     assert oracle.lost
     sample = conversation(*texts)
@@ -158,7 +158,7 @@ def test_kept_where_fastchat_loses(llama: SentencePiece, texts: tuple[str, ...])
 def supervised_texts(
     tokenizer: SentencePiece | Characters, ids: np.ndarray, mask: np.ndarray
 ) -> list[tuple[str, bool]]:
-    """Each supervised stretch up to an EOS: its text, and whether it ends in EOS."""
+    """Each supervised span up to an EOS: its text, and whether it ends in EOS."""
     found: list[tuple[str, bool]] = []
     stretch: list[int] = []
     for token, supervised in zip(ids.tolist(), mask.tolist(), strict=True):
@@ -223,14 +223,14 @@ def test_v0_layout(llama: SentencePiece) -> None:
 
 @given(st.lists(texts, min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0))
 @settings(max_examples=200, deadline=None)
-def test_v0_ids_are_those_of_the_string(llama: SentencePiece, said: list[str]) -> None:
+def test_v0_ids_equal_those_of_the_string(llama: SentencePiece, said: list[str]) -> None:
     sample = conversation(*said)
     assert tokenize(sample, V0, llama).ids.tolist() == [1, *llama.encode(render_text(render(sample, V0))[3:-4]), 2]
 
 
 @given(texts.filter(bool), texts)
 @settings(max_examples=100, deadline=None)
-def test_own_system_text(llama: SentencePiece, system: str, said: str) -> None:
+def test_custom_system_text(llama: SentencePiece, system: str, said: str) -> None:
     example = tokenize(conversation(said or "x", "yes", system=system), V1_1, llama)
     assert example.ids.tolist() == [1, *llama.encode(f"{system} USER: {said or 'x'} ASSISTANT: yes"), 2]
 
@@ -243,19 +243,19 @@ def test_a_tokenizer_without_a_prefix(characters: Characters) -> None:
     assert supervised_texts(characters, example.ids, example.loss_mask) == [("  It is a dog.", True), (" Yes", True)]
 
 
-def test_a_tokenizer_whose_pieces_reach_over_spaces(fast: Fast) -> None:
-    """Then question and answer are those texts encoded alone, in training as in generation."""
+def test_a_tokenizer_whose_pieces_extend_across_spaces(fast: Fast) -> None:
+    """Question and answer are then encoded separately, in training as in generation."""
     example = tokenize(conversation("Tell me", "Once upon a time"), V1_1, fast)
     prompt = tokenize_prompt(conversation("Tell me").turns, V1_1, fast)
     assert example.ids.tolist() == [*prompt, *fast.encode("Once upon a time"), 2]
     assert fast.encode("a b") != fast.encode("a") + fast.encode("b")
 
 
-def test_dummy_prefix_is_recognised(llama: SentencePiece, fast: Fast, characters: Characters) -> None:
+def test_dummy_prefix_is_detected(llama: SentencePiece, fast: Fast, characters: Characters) -> None:
     assert [puts_space_in_front(tokenizer) for tokenizer in (llama, fast, characters)] == [True, True, False]
 
 
-def test_the_projects_own_loader(llama: SentencePiece, fast: Fast, llama_tokenizer: Path, story_llama: Path) -> None:
+def test_the_loader_of_this_project(llama: SentencePiece, fast: Fast, llama_tokenizer: Path, story_llama: Path) -> None:
     from flacuna_jax.huggingface.tokenizer import load_tokenizer
 
     sample = conversation("strike <s>this</s> out", "it is </s> then <unk>", "", "ok")

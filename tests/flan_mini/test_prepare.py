@@ -89,7 +89,7 @@ def test_scale_output_and_leakage_from_the_command_line(collection: Path, capsys
         (["--sources.0.exampels=3"], "did you mean sources.0.examples?"),
         (["--sources.0.examples=101"], "flan2021: 100 of 101 records"),
         (["--sources.0.path=/nowhere"], "/nowhere: no such file or directory (sources.flan2021)"),
-        (["--sources.0.path=SirNeural/flan_v2"], "a dataset of the hub is written hf:SirNeural/flan_v2"),
+        (["--sources.0.path=SirNeural/flan_v2"], "for a dataset of the Hub, write hf:SirNeural/flan_v2"),
         (["--leakage", "x=/nowhere"], "/nowhere: no such file"),
         (["--output_dir=/dev/null/out"], "/dev/null/out: cannot be written to"),
         (["--leakage", "x"], "write NAME=PATH"),
@@ -108,7 +108,7 @@ def test_mistakes_exit_with_status_2(
 def test_show_wants_a_number(collection: Path, capsys: pytest.CaptureFixture[str], count: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--config", str(collection), f"--show={count}"])
-    assert f"{count!r} is not a whole number from 0 on" in capsys.readouterr().err
+    assert f"{count!r} is not a whole number >= 0" in capsys.readouterr().err
 
 
 def test_a_training_config_is_tokenised_packed_and_reported(

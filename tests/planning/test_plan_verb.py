@@ -77,7 +77,7 @@ def test_a_compiler_that_does_not_know_the_machine(capsys, monkeypatch):
     monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
     assert run("--target", "4xA6000", "--json") == 0
     printed = capsys.readouterr()
-    assert "this release describes no devices; what follows is estimated" in " ".join(printed.err.split())
+    assert "this release describes no devices; the following is estimated" in " ".join(printed.err.split())
     assert json.loads(printed.out)["source"] == "estimated"
 
 
@@ -92,7 +92,7 @@ def test_what_does_not_fit_gets_advice(capsys):
     assert run("--target", "4x3090", "--training.remat=none") == 0
     printed = capsys.readouterr().out
     assert "DOES NOT FIT" in printed
-    assert "nearest that fits (estimated): fsdp 4, remat dots" in " ".join(printed.split())
+    assert "nearest layout that fits (estimated): fsdp 4, remat dots" in " ".join(printed.split())
 
 
 def test_search_ranks_and_draws(capsys, tmp_path):

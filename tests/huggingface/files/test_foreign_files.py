@@ -48,7 +48,7 @@ def test_a_directory_of_the_hubs_cache_names_its_snapshot(checkpoint: Path, tmp_
     snapshot.parent.mkdir(parents=True)
     checkpoint.rename(snapshot)
     for read in (read_architecture, open_checkpoint):
-        with pytest.raises(UserError, match=rf"directory of the hub's cache; name the snapshot in it: {snapshot}"):
+        with pytest.raises(UserError, match=rf"directory of the Hub cache; give its snapshot: {snapshot}"):
             read(tmp_path / "models--o--n")
     assert read_architecture(snapshot).hidden_size
 
