@@ -18,7 +18,7 @@ from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
 from flacuna_jax.training.state import StateLayout
-from flacuna_jax.training.step import StepConfig, make_step
+from flacuna_jax.training.step import make_step
 
 _logger = logging.getLogger(__name__)
 
@@ -60,11 +60,9 @@ class Refused:
 def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """The trainer's own step (`training.step.make_step`) on abstract arguments, lowered for `devices`."""
     mesh = make_mesh(layout.mesh, devices)
-    spec, training = workload.spec, workload.training
-    state = StateLayout(spec, workload.optimizer, mesh)
+    state = StateLayout(workload.spec, workload.optimizer, mesh)
     trainable, opt_state = state.trainable, state.opt_state
-    step_config = StepConfig(spec, workload.seed, layout.remat, training.attention, workload.one_document)
-    step = make_step(step_config, state.optimizer, mesh, state.shardings)
+    step = make_step(replace(workload.step, remat=layout.remat), state.optimizer, mesh, state.shardings)
     index = jax.ShapeDtypeStruct((), "int32")
     with lowering_for(mesh):
         jitted = step.jitted  # type: ignore[attr-defined]

@@ -73,7 +73,7 @@ def choices(workload: Workload, machine: Machine, micro_batches: Sequence[int] =
     """Every layout; beside adapters, also with the frozen base in fewer bits, unless it already is."""
     forms = [workload]
     if workload.spec.lora is not None and workload.spec.quantization is None:
-        forms += [replace(workload, spec=replace(workload.spec, quantization=bits)) for bits in QUANTIZATIONS]
+        forms += [workload.with_spec(replace(workload.spec, quantization=bits)) for bits in QUANTIZATIONS]
     for form in forms:
         for layout in candidates(form, machine, micro_batches=micro_batches):
             yield form, layout
@@ -163,7 +163,7 @@ def choose_layout(
         return mesh, remat
     machine = present_machine(devices[: mesh.devices])
     statistics = statistics or assumed_statistics(config.data, config.training)
-    workload = Workload(spec, config.training, config.data.max_length, statistics, config.seed)
+    workload = Workload.of_run(spec, config, statistics)
     cache = _cache_file(workload, machine, config)
     if cache.is_file():
         answer = json.loads(cache.read_text())
