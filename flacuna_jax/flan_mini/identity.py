@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def file_hash(path: Path) -> str:
 
 @cache
 def code_hash() -> str:
-    """Hash of the code and templates that decide what a record says."""
-    digest = hashlib.sha256()
+    """Hash of the code and templates that decide what a record says, and of the release of the library that does."""
+    digest = hashlib.sha256(f"markdownify {version('markdownify')}\n".encode())
     for package in ("flacuna_jax.data", "flacuna_jax.flan_mini"):
         root = resources.files(package)
         with resources.as_file(root) as directory:
