@@ -70,12 +70,14 @@ def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
     from flacuna_jax.planning.hlo import Program
     from flacuna_jax.planning.targets import absent_devices, parse_target
     from flacuna_jax.planning.workload import Layout, Statistics, Workload
+    from flacuna_jax.training.network import NetworkConfig
+    from flacuna_jax.training.step import StepConfig
 
     network = LlamaConfig(32000, HIDDEN, FEED_FORWARD, LAYERS, 40, 40, 128)
     spec = ModelSpec(network, LoraConfig(), "bfloat16", "bfloat16", row.quantization)
     layout = Layout(MeshConfig(**row.mesh), "dots", row.rows)
     statistics = Statistics(layout.shards * row.rows, 100, 100, 0.98, 0.3, 200, True)
-    workload = Workload(spec, TrainingConfig(), LENGTH, statistics)
+    workload = Workload(StepConfig(NetworkConfig(spec)), TrainingConfig(), LENGTH, statistics)
     devices = absent_devices(parse_target(row.target))
 
     begun = time.monotonic()

@@ -29,7 +29,9 @@ from flacuna_jax.planning.compile import lower_step
 from flacuna_jax.planning.plans import compiled_plan
 from flacuna_jax.planning.targets import present_machine
 from flacuna_jax.planning.workload import Layout, Statistics, Workload
+from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.state import StateLayout
+from flacuna_jax.training.step import StepConfig
 
 SIZES = {"58m": LlamaConfig(32000, 512, 1376, 8, 8, 8, 64), **LLAMA_SIZES}
 DOCUMENT, SUPERVISED = 256, 0.3
@@ -51,7 +53,7 @@ class Row:
         spec = ModelSpec(SIZES[self.sizes], LoraConfig(), self.dtype, self.dtype)
         documents = self.length / DOCUMENT
         statistics = Statistics(rows, 1000, rows * documents, 1.0, SUPERVISED, DOCUMENT, assumed=True)
-        workload = Workload(spec, TrainingConfig(), self.length, statistics)
+        workload = Workload(StepConfig(NetworkConfig(spec)), TrainingConfig(), self.length, statistics)
         plan = compiled_plan(workload, layout, present_machine(devices), devices)
 
         mesh = make_mesh(layout.mesh, devices)

@@ -24,7 +24,7 @@ from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_remarks, published_rows
-from flacuna_jax.evaluation.results import TaskResult, write_atomically, write_result
+from flacuna_jax.evaluation.results import TaskResult, write_result
 from flacuna_jax.evaluation.run import run_humaneval, run_impact
 from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
@@ -41,6 +41,7 @@ from flacuna_jax.inference import (
     template_of,
 )
 from flacuna_jax.run.setup import say_on_stderr
+from flacuna_jax.whole_files import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

@@ -26,6 +26,7 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
@@ -81,7 +82,8 @@ def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
     machine, devices = _machine(arguments.target, arguments.estimate, note)
     architecture = LLAMA_SIZES[arguments.sizes] if arguments.sizes else _architecture(config, note)
     architecture = with_rope_scaling(architecture, config.model, config.data.max_length)
-    workload = Workload.of(config, architecture, _statistics(config, arguments.examples, note))
+    spec = ModelSpec.of_run(architecture, config.model, config.lora)
+    workload = Workload.of_run(spec, config, _statistics(config, arguments.examples, note))
     if arguments.search:
         plans = search(choices(workload, machine), machine, devices, notify=note)
     else:

@@ -1,11 +1,11 @@
 """Sources from the Hugging Face Hub: hf:NAME[:CONFIG[:SPLIT]], downloaded once and stored as Parquet."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from flacuna_jax.config.schema import DataConfig, SourceConfig
 from flacuna_jax.errors import UserError
+from flacuna_jax.whole_files import replacing
 
 PREFIX = "hf:"
 
@@ -77,10 +77,8 @@ def _download(hub_name: HubName, file: Path, what: str) -> None:
         ) from None
     try:
         dataset = datasets.load_dataset(hub_name.name, hub_name.config, split=hub_name.split)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        dataset.to_parquet(str(partial))
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            dataset.to_parquet(str(partial))
     except Exception as error:
         # The Hub client raises its own, requests' and the file system's errors; all of them mean that it failed.
         raise UserError(

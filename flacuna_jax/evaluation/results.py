@@ -1,7 +1,6 @@
 """What an evaluation leaves behind: every prompt, prediction and score, and the numbers made of them."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.whole_files import write_atomically
 
 HELD_IN = frozenset({"drop"})
 """Benchmarks whose training data FLAN-mini contains (drop:2.0.0 and Natural Instructions' DROP tasks)."""
@@ -106,13 +106,3 @@ def read_result(path: Path) -> TaskResult:
         return TaskResult(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no result of an evaluation: {error}") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
     extra = sorted(Path(config.family_templates).glob("*.yaml")) if config.family_templates else []
     parts = {
         "code": source_digest("data", "flan_mini"),
+        "libraries": {"markdownify": version("markdownify")},
         "settings": settings_that_count(config),
         "inputs": hashes,
         "tokenizer": tokenizer_hash,

@@ -1,19 +1,33 @@
 """HTML, as chat pages show answers, to Markdown.
 
-Chat exports hold answers the way the page rendered them: paragraphs, lists, tables, and code in a box with a language
-label and a "Copy code" button. Training wants what the model wrote before it was rendered.
+Chat exports hold answers as the page rendered them: paragraphs, lists, tables, and code in a box with a language label
+and a "Copy code" button. Training wants what the model wrote before it was rendered. FastChat's clean_sharegpt.py uses
+markdownify for this, and so do we; only the box needs more.
 """
 
 import re
-from dataclasses import dataclass, field
-from html.parser import HTMLParser
+from typing import Any
 
-_BLOCKS = {"p", "div", "section", "article", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "table", "blockquote", "pre"}
+from bs4 import Tag
+from bs4.exceptions import ParserRejectedMarkup
+from markdownify import ATX, MarkdownConverter
+
 _STARTS = re.compile(r"\s*<(?:div|p|pre|ol|ul|h[1-6]|table|blockquote|section|article)(?:\s[^>]*)?>", re.IGNORECASE)
 _ENDS = re.compile(r"</(?:div|p|pre|ol|ul|h[1-6]|table|blockquote|section|article)>\s*$", re.IGNORECASE)
-_MARKS = {"strong": "**", "b": "**", "em": "*", "i": "*", "del": "~~", "s": "~~"}
-_IGNORED = {"button", "script", "style", "svg", "form", "textarea", "select", "head", "title"}
-_VOID = {"br", "hr", "img", "input", "wbr", "meta", "link", "source", "col"}
+_LANGUAGE = re.compile(r"(?:language|lang)-([\w+#-]+)")
+_LABEL = re.compile(r"[\w+#-]{1,20}")
+# A paragraph is one line, and nothing is escaped: models write `a_b` and `2 * 3`.
+_OPTIONS: dict[str, Any] = {
+    "heading_style": ATX,
+    "bullets": "-",
+    "wrap": True,
+    "wrap_width": None,
+    "table_infer_header": True,
+    "autolinks": False,
+    "escape_asterisks": False,
+    "escape_underscores": False,
+    "escape_misc": False,
+}
 
 
 def is_html(text: str) -> bool:
@@ -25,228 +39,45 @@ def is_html(text: str) -> bool:
 
 
 def html_to_markdown(html: str) -> str:
-    """Markdown of rendered HTML. Unknown elements give their text; unclosed ones end with the document."""
-    converter = _Converter()
-    converter.feed(html)
-    converter.close()
-    return converter.finish()
+    """Markdown of rendered HTML. Unknown elements give their text; unclosed ones end with the document.
+
+    Raises:
+      ValueError: the parser rejects the markup, or elements are nested more deeply than Python can recurse.
+    """
+    try:
+        return str(_Converter(**_OPTIONS).convert(html)).strip()
+    except (ParserRejectedMarkup, RecursionError) as error:
+        raise ValueError(f"not readable as HTML: {type(error).__name__}") from None
 
 
-@dataclass
-class _List:
-    ordered: bool
-    number: int = 1
+class _Converter(MarkdownConverter):
+    """Knows code boxes, and leaves out what belongs to the page."""
 
-
-@dataclass
-class _Pre:
-    language: str = ""
-    label: list[str] = field(default_factory=list)
-    code: list[str] = field(default_factory=list)
-    in_code: bool = False
-    has_code: bool = False
-
-
-@dataclass
-class _Table:
-    rows: list[list[str]] = field(default_factory=list)
-
-
-class _Converter(HTMLParser):
-    """Collects text in a stack of buffers; an element that wraps its content (a quote, a cell) has a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._buffers: list[list[str]] = [[]]
-        self._lists: list[_List] = []
-        self._pre: _Pre | None = None
-        self._tables: list[_Table] = []
-        self._links: list[str] = []
-        self._ignored = 0
-        self._inline_code = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _IGNORED:
-            self._ignored += 1
-        if self._ignored:
-            return
-        values = {name: value or "" for name, value in attrs}
-        if self._pre is not None:
-            self._start_in_pre(tag, values)
-            return
-        if tag in _BLOCKS:
-            self._break()
-        match tag:
-            case "br":
-                self._write("\n")
-            case "hr":
-                self._write("---")
-                self._break()
-            case "h1" | "h2" | "h3" | "h4" | "h5" | "h6":
-                self._write("#" * int(tag[1]) + " ")
-            case "pre":
-                self._pre = _Pre()
-            case "code" | "kbd" | "samp":
-                self._write("`")
-                self._inline_code = True
-            case "ul" | "ol":
-                start = values.get("start", "")
-                self._break(lines=1 if self._lists else 2)
-                self._lists.append(_List(tag == "ol", int(start) if start.isdigit() else 1))
-            case "li" | "blockquote" | "td" | "th":
-                self._buffers.append([])
-            case "table":
-                self._tables.append(_Table())
-            case "tr":
-                if self._tables:
-                    self._tables[-1].rows.append([])
-            case "a":
-                self._links.append(values.get("href", ""))
-                if self._links[-1]:
-                    self._write("[")
-            case "img":
-                self._write(f"![{values.get('alt', '')}]({values.get('src', '')})")
-            case _ if tag in _MARKS:
-                self._write(_MARKS[tag])
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in _IGNORED:
-            self._ignored = max(0, self._ignored - 1)
-            return
-        if self._ignored or tag in _VOID:
-            return
-        if self._pre is not None:
-            self._end_in_pre(tag)
-            return
-        match tag:
-            case "code" | "kbd" | "samp":
-                self._write("`")
-                self._inline_code = False
-            case "ul" | "ol":
-                if self._lists:
-                    self._lists.pop()
-                self._break(lines=1 if self._lists else 2)
-            case "li":
-                self._end_item()
-            case "blockquote":
-                quoted = self._pop().splitlines()
-                self._write("\n".join(f"> {line}".rstrip() for line in quoted))
-            case "td" | "th":
-                cell = self._pop().replace("\n", " ").replace("|", "\\|")
-                if self._tables and self._tables[-1].rows:
-                    self._tables[-1].rows[-1].append(cell)
-                else:
-                    self._write(cell)
-            case "table":
-                self._end_table()
-            case "a":
-                if self._links and (href := self._links.pop()):
-                    self._write(f"]({href})")
-            case _ if tag in _MARKS:
-                self._write(_MARKS[tag])
-        if tag in _BLOCKS:
-            self._break()
-
-    def handle_data(self, data: str) -> None:
-        if self._ignored:
-            return
-        if self._pre is not None:
-            (self._pre.code if self._pre.in_code else self._pre.label).append(data)
-        elif self._inline_code:
-            self._write(data)
-        else:
-            text = re.sub(r"[ \t\r\n]+", " ", data)
-            if self._at_line_start():
-                text = text.lstrip(" ")
-            self._write(text)
-
-    def finish(self) -> str:
-        if self._pre is not None:
-            self._end_in_pre("pre")
-        while len(self._buffers) > 1:
-            self._write_up(self._pop())
-        text = "".join(self._buffers[0])
-        return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() if "```" not in text else _tidy(text)
-
-    def _start_in_pre(self, tag: str, values: dict[str, str]) -> None:
-        assert self._pre is not None
-        if tag == "code":
-            self._pre.in_code = self._pre.has_code = True
-            found = re.search(r"(?:language|lang)-([\w+#-]+)", values.get("class", ""))
-            self._pre.language = found[1] if found else self._pre.language
-        elif tag == "br":
-            self.handle_data("\n")
-
-    def _end_in_pre(self, tag: str) -> None:
-        assert self._pre is not None
-        if tag == "code":
-            self._pre.in_code = False
-        if tag != "pre":
-            return
-        pre, self._pre = self._pre, None
-        label = "".join(pre.label).replace("Copy code", "").strip()
-        code = "".join(pre.code) if pre.has_code else "".join(pre.label)
-        language = pre.language or (label if pre.has_code and re.fullmatch(r"[\w+#-]{1,20}", label) else "")
-        fence = "```"
-        while fence in code:
+    def convert_pre(self, box: Tag, text: str, parent_tags: set[str]) -> str:
+        del text, parent_tags
+        for line_break in box.find_all("br"):
+            line_break.replace_with("\n")
+        code, language = box.find("code"), ""
+        if isinstance(code, Tag):
+            code.extract()
+            found = _LANGUAGE.search(str(code.get("class", "")))
+            label = box.get_text().replace("Copy code", "").strip()
+            language = found[1] if found else label if _LABEL.fullmatch(label) else ""
+        lines, fence = (code or box).get_text().strip("\n"), "```"
+        while fence in lines:
             fence += "`"
-        self._break()
-        self._write(f"{fence}{language}\n{code.strip(chr(10))}\n{fence}")
-        self._break()
+        return f"\n\n{fence}{language}\n{lines}\n{fence}\n\n"
 
-    def _end_item(self) -> None:
-        text = self._pop()
-        if not self._lists:
-            self._write(text)
-            return
-        current = self._lists[-1]
-        mark = f"{current.number}. " if current.ordered else "- "
-        current.number += 1
-        indented = text.replace("\n", "\n" + " " * len(mark)) if text else ""
-        self._break(lines=1)
-        self._write(re.sub(r"\n +(?=\n|$)", "\n", mark + indented))
+    def convert_td(self, cell: Tag, text: str, parent_tags: set[str]) -> str:
+        return str(super().convert_td(cell, text.replace("|", "\\|"), parent_tags))  # type: ignore[misc]  # not in its stubs
 
-    def _end_table(self) -> None:
-        table = self._tables.pop() if self._tables else _Table()
-        rows = [row for row in table.rows if row]
-        if not rows:
-            return
-        width = max(map(len, rows))
-        lines = ["| " + " | ".join(row + [""] * (width - len(row))) + " |" for row in rows]
-        lines.insert(1, "|" + " --- |" * width)
-        self._write("\n".join(lines))
+    convert_th = convert_td
 
-    def _pop(self) -> str:
-        """The innermost buffer's text; "" where a closing tag has no opening one."""
-        return "".join(self._buffers.pop()).strip() if len(self._buffers) > 1 else ""
+    def convert_br(self, *_: Any, **__: Any) -> str:
+        return "\n"
 
-    def _write_up(self, text: str) -> None:
-        self._break(lines=1)
-        self._write(text)
+    def _nothing(self, *_: Any, **__: Any) -> str:
+        return ""
 
-    def _write(self, text: str) -> None:
-        if text:
-            self._buffers[-1].append(text)
-
-    def _tail(self) -> str:
-        return "".join(self._buffers[-1][-3:])
-
-    def _at_line_start(self) -> bool:
-        tail = self._tail()
-        return not tail or tail.endswith("\n")
-
-    def _break(self, lines: int = 2) -> None:
-        """Ends the line, with `lines` line breaks in all, unless nothing is there yet."""
-        tail = self._tail()
-        if not tail.strip():
-            return
-        have = len(tail) - len(tail.rstrip("\n"))
-        self._write("\n" * max(0, lines - have))
-
-
-def _tidy(text: str) -> str:
-    """Trims blank lines outside code boxes only."""
-    parts = re.split(r"(^```+[^\n]*\n.*?^```+$|^ +```+[^\n]*\n.*?^ +```+$)", text, flags=re.MULTILINE | re.DOTALL)
-    for index in range(0, len(parts), 2):
-        parts[index] = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", parts[index]))
-    return "".join(parts).strip()
+    convert_button = convert_form = convert_head = convert_select = convert_svg = _nothing
+    convert_textarea = convert_title = _nothing

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.flan_mini.identity import file_hash
+from flacuna_jax.whole_files import replacing
 
 ROW_GROUP = 8192
 _SCHEMA = pyarrow.schema(
@@ -45,17 +46,13 @@ class Merged:
 def merge(config: FlanMiniConfig, parts: Sequence[Part]) -> Merged:
     """Writes `flan_mini.{json,jsonl,parquet}`, complete or not at all."""
     path = config.directory / f"flan_mini.{config.format}"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     write = {"json": _write_list, "jsonl": _write_lines, "parquet": _write_parquet}[config.format]
-    try:
+    with replacing(path) as partial:
         with ExitStack() as stack:
             streams = [stack.enter_context(part.path.open(encoding="utf-8", newline="\n")) for part in parts]
             lines = heapq.merge(*(_taken(part, stream) for part, stream in zip(parts, streams, strict=True)))
             records = write(partial, (line.split(" ", 1)[1].rstrip("\n") for line in lines))
         digest = file_hash(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return Merged(records, digest, path)
 
 

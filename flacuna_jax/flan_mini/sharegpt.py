@@ -94,8 +94,10 @@ def _turns(record: object) -> tuple[str, list[Turn], list[str]]:
     for index, entry in enumerate(entries):
         role, text = _turn(index, entry)
         if role == "assistant" and is_html(text):
-            text = html_to_markdown(text)
-            changes = [MADE_MARKDOWN]
+            try:
+                text, changes = html_to_markdown(text), [MADE_MARKDOWN]
+            except ValueError as error:
+                raise CleaningError("unreadable HTML", str(error)) from None
         text = _PAGER.sub("", text).strip() if role == "assistant" else text.strip()
         if role is not None:
             turns.append(Turn(role, text))

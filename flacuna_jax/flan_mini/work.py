@@ -6,7 +6,6 @@ there is whole. A job must be a function of its arguments alone.
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flacuna_jax.whole_files import replacing
 
 Arrays = Mapping[str, NDArray[Any]]
 WRITTEN: Mapping[str, type[np.generic]] = MappingProxyType(
@@ -87,11 +88,8 @@ def _run(job: Job) -> None:
 
 def save_result(path: Path, result: Result) -> None:
     facts = np.frombuffer(json.dumps(result.facts).encode(), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, __facts__=facts, **dict(result.arrays))
-    os.replace(partial, path)
 
 
 def load_result(path: Path) -> Result:
@@ -103,13 +101,5 @@ def load_result(path: Path) -> Result:
 @contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
     """A text file that appears at `path` when it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        yield file

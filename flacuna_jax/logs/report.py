@@ -18,8 +18,9 @@ import jax
 
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.logs.metrics import TrainRecord
-from flacuna_jax.storage.run_directory import json_object, write_atomically
+from flacuna_jax.storage.run_directory import json_object
 from flacuna_jax.version import __version__
+from flacuna_jax.whole_files import write_atomically
 
 Row = Mapping[str, Any]
 

@@ -17,10 +17,9 @@ from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mes
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
-from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.state import StateLayout
-from flacuna_jax.training.step import StepConfig, make_step
+from flacuna_jax.training.step import make_step
 
 _logger = logging.getLogger(__name__)
 
@@ -62,13 +61,10 @@ class Refused:
 def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """The trainer's own step (`training.step.make_step`) on abstract arguments, lowered for `devices`."""
     mesh = make_mesh(layout.mesh, devices)
-    spec, training = workload.spec, workload.training
-    state = StateLayout(spec, workload.optimizer, mesh)
+    state = StateLayout(workload.spec, workload.optimizer, mesh)
     trainable, opt_state = state.trainable, state.opt_state
-    network = NetworkConfig(spec, layout.remat, training.attention, workload.one_document)
-    step_config = StepConfig(network, workload.seed)
-    step = make_step(step_config, state.optimizer, mesh, state.shardings)
-    batch = _batch(step_config.objective, workload, layout, mesh)
+    step = make_step(workload.step.with_remat(layout.remat), state.optimizer, mesh, state.shardings)
+    batch = _batch(workload.step.objective, workload, layout, mesh)
     index = jax.ShapeDtypeStruct((), "int32")
     with lowering_for(mesh):
         jitted = step.jitted  # type: ignore[attr-defined]

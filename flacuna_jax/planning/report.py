@@ -170,10 +170,8 @@ def write_html(path: Path, plans: Sequence[Plan]) -> None:
         f"<h2>{html.escape(machine.description)}</h2><p>{html.escape(note)}</p>"
         f'<svg width="1120" height="{bottom + 40}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
-    beside = path.with_name(path.name + ".part")
     try:
-        beside.write_text(document)
-        beside.replace(path)
+        path.write_text(document, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html {path}: cannot be written ({error.strerror})") from None
 

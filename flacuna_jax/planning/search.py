@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -21,6 +20,7 @@ from flacuna_jax.planning.plans import Plan, compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import Machine, present_machine
 from flacuna_jax.planning.workload import Layout, Statistics, Workload, assumed_statistics
 from flacuna_jax.version import __version__
+from flacuna_jax.whole_files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def choices(workload: Workload, machine: Machine, micro_batches: Sequence[int] =
     """Every layout; beside adapters, also with the frozen base in fewer bits, unless it already is."""
     forms = [workload]
     if workload.spec.lora is not None and workload.spec.quantization is None:
-        forms += [replace(workload, spec=replace(workload.spec, quantization=bits)) for bits in QUANTIZATIONS]
+        forms += [workload.with_spec(replace(workload.spec, quantization=bits)) for bits in QUANTIZATIONS]
     for form in forms:
         for layout in candidates(form, machine, micro_batches=micro_batches):
             yield form, layout
@@ -163,7 +163,7 @@ def choose_layout(
         return mesh, remat
     machine = present_machine(devices[: mesh.devices])
     statistics = statistics or assumed_statistics(config.data, config.training)
-    workload = Workload(spec, config.training, config.data.max_length, statistics, config.seed)
+    workload = Workload.of_run(spec, config, statistics)
     cache = _cache_file(workload, machine, config)
     if cache.is_file():
         answer = json.loads(cache.read_text())
@@ -186,10 +186,7 @@ def choose_layout(
         _logger.warning("mesh and remat are chosen by the estimate: the compiler refused the step (%s)", best.refused)
         return best.layout.mesh, best.layout.remat
     answer = {"mesh": best.layout.mesh.model_dump(), "remat": best.layout.remat}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    beside = cache.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(answer))
-    beside.replace(cache)
+    write_atomically(cache, json.dumps(answer))
     return best.layout.mesh, best.layout.remat
 
 

@@ -1,15 +1,15 @@
 """What is to be planned: a network, a run's statistics, and one way to lay the step out on devices."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import optax
 
 from flacuna_jax.config.schema import DataConfig, MeshConfig, RunConfig, TrainingConfig
-from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training.optimizer import make_optimizer
+from flacuna_jax.training.step import StepConfig
 
 if TYPE_CHECKING:
     from flacuna_jax.data.pipeline import RunPlan
@@ -61,20 +61,24 @@ class Layout:
 class Workload:
     """A run, apart from its layout."""
 
-    spec: ModelSpec
+    step: StepConfig
+    """The settings of the trainer's step. A layout replaces its remat policy."""
     training: TrainingConfig
     length: int
+    """Tokens per row."""
     statistics: Statistics
-    seed: int = 0
-    one_document: bool = False
-    """Rows are not packed."""
 
     @classmethod
-    def of(cls, config: RunConfig, architecture: LlamaConfig, statistics: Statistics) -> "Workload":
-        """LoRA: adapters beside a base in compute dtype; full fine-tuning: float32 masters of every weight."""
-        spec = ModelSpec.of_run(architecture, config.model, config.lora)
-        unpacked = config.data.packing == "none"
-        return cls(spec, config.training, config.data.max_length, statistics, config.seed, unpacked)
+    def of_run(cls, spec: ModelSpec, config: RunConfig, statistics: Statistics) -> "Workload":
+        return cls(StepConfig.of_run(spec, config), config.training, config.data.max_length, statistics)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.step.spec
+
+    def with_spec(self, spec: ModelSpec) -> "Workload":
+        """The same run of another network."""
+        return replace(self, step=self.step.with_spec(spec))
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -22,11 +22,11 @@ from flacuna_jax.data.store import TokenStore, describe_example
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import Params
-from flacuna_jax.storage.run_directory import write_atomically
 from flacuna_jax.training.loop import StepRecord, to_devices
 from flacuna_jax.training.scoring import make_scorer
 from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import StepConfig
+from flacuna_jax.whole_files import write_atomically
 
 BAD_STEPS = "bad_steps"
 

@@ -7,6 +7,11 @@ continues there on any machine.
 
 Instead of a lock there is an object, run.lock, that a run writes again every few seconds. It tells a run that lives
 from one that was killed without comparing clocks: what does not change for a while belongs to nobody.
+
+Google's storage could make taking it atomic (the precondition ifGenerationMatch), but gcsfs sends one value of that, 0:
+"write if there is no object". That cannot take over the lock of a dead run, and to delete that lock first opens the gap
+again: of two runs that found it dead, the slower deletes the lock of the faster. etils, through which Orbax and this
+module write, passes no precondition at all. So a run writes its lock, waits `SETTLE_SECONDS`, and looks whose it is.
 """
 
 import contextlib

@@ -10,6 +10,7 @@ from etils import epath
 from flacuna_jax.errors import UserError
 from flacuna_jax.storage.bucket import bucket_path, is_bucket, require_supported, talking_to
 from flacuna_jax.user_cache import user_cache
+from flacuna_jax.whole_files import replacing
 
 _DELIVERED = ("adapter", "model")
 _COPIED = ("config.yaml", "metrics.jsonl", "evaluation", *_DELIVERED)
@@ -58,12 +59,10 @@ def _copy(source: epath.Path, target: Path) -> None:
     elif not target.is_file() or (target.stat().st_size, int(target.stat().st_mtime)) != (found.length, found.mtime):
         if found.length > _WORTH_TELLING:
             print(f"copying {source} ({found.length / 1e9:.1f} GB) to {target}", file=sys.stderr)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with source.open("rb") as remote, temporary.open("wb") as copy:
-            shutil.copyfileobj(remote, copy, 8 << 20)
-        os.utime(temporary, (found.mtime, found.mtime))
-        temporary.replace(target)
+        with replacing(target) as partial:
+            with source.open("rb") as remote, partial.open("wb") as copy:
+                shutil.copyfileobj(remote, copy, 8 << 20)
+            os.utime(partial, (found.mtime, found.mtime))
 
 
 def _remove(path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.whole_files import write_atomically
 
 LOCK = ".lock"
 # What a run leaves behind; any of these makes a directory a used one.
@@ -156,30 +157,6 @@ def refuse_used(output_dir: str, used: Sequence[str]) -> None:
             f"output_dir {output_dir} holds a run already ({', '.join(used)}) and checkpoint.resume is never; "
             "choose another output_dir, or checkpoint.resume: auto to continue that run"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content so that a reader, or the next start, sees the old or the new text and nothing between.
-
-    Raises:
-      UserError: it cannot be written (no space, no permission); the old content stays.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with _as_user_error(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def _remove_if_unused(path: Path) -> None:

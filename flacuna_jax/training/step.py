@@ -58,6 +58,12 @@ class StepConfig:
     def spec(self) -> ModelSpec:
         return self.network.spec
 
+    def with_spec(self, spec: ModelSpec) -> "StepConfig":
+        return dataclasses.replace(self, network=dataclasses.replace(self.network, spec=spec))
+
+    def with_remat(self, remat: str) -> "StepConfig":
+        return dataclasses.replace(self, network=dataclasses.replace(self.network, remat=remat))
+
 
 def partition(spec: ModelSpec, base: Params, adapters: Params) -> tuple[Params, Params]:
     """(trainable, frozen): the adapters against the base, or the base against nothing in full fine-tuning."""

@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_rendered_answer_becomes_the_markdown_it_was() -> None:
         ("<pre><code>a ``` b</code></pre>", "````\na ``` b\n````"),
         ("<ol start='3'><li>c</li></ol>", "3. c"),
         ("<p>1 &lt; 2 &amp; <em>x</em></p>", "1 < 2 & *x*"),
-        ("<div><p>unclosed <b>bold", "unclosed **bold"),
+        ("<div><p>unclosed <b>bold", "unclosed **bold**"),
         ("</li></td></ul><p>stray</p>", "stray"),
         ("<p>a<script>evil()</script>b</p>", "ab"),
         ("<pre><code>one\n\n\n\nfour</code></pre>", "```\none\n\n\n\nfour\n```"),
@@ -53,9 +54,10 @@ def test_only_rendered_answers_are_taken_for_html() -> None:
     assert not is_html("a < b and c > d")
 
 
-@given(st.text(st.sampled_from(list("<>/apredivolutb \n\"'=&;#x")), max_size=60))
+@given(st.text(st.sampled_from(list("<>/apredivolutb \n\"'=&;#x![-?")), max_size=60))
 def test_no_html_breaks_the_converter(html: str) -> None:
-    html_to_markdown(f"<div>{html}</div>")
+    with contextlib.suppress(ValueError):
+        html_to_markdown(f"<div>{html}</div>")
 
 
 def test_clean_keeps_users_markup_and_turns_answers_into_markdown() -> None:
@@ -81,6 +83,8 @@ def test_ends_are_cut_to_pairs() -> None:
         (chat("x", "q", "I'm sorry, but I cannot help with that."), "refusal"),
         (chat("x", "q", "As an AI language model, I have no opinion."), "refusal"),
         (chat("x", "q", "<p>  </p>"), "empty turn"),
+        (chat("x", "q", "<div><![xa</div>"), "unreadable HTML"),
+        (chat("x", "q", "<div>" * 2000 + "a</div>"), "unreadable HTML"),
         (
             {"conversations": [{"from": "human", "value": "a"}] * 2 + [{"from": "gpt", "value": "b"}]},
             "broken role order",

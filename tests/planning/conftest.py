@@ -7,6 +7,8 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.planning.targets import CompilerMissing, absent_devices, parse_target
 from flacuna_jax.planning.workload import Statistics, Workload
+from flacuna_jax.training.network import NetworkConfig
+from flacuna_jax.training.step import StepConfig
 
 LENGTH = 128
 NETWORK = LlamaConfig(
@@ -30,7 +32,7 @@ def make_workload(network=NETWORK, lora=LoraConfig(), length=LENGTH, rows=16, dt
         document_length=length / 4,
         assumed=True,
     )
-    return Workload(spec, TrainingConfig(warmup_steps=2), length, statistics)
+    return Workload(StepConfig(NetworkConfig(spec)), TrainingConfig(warmup_steps=2), length, statistics)
 
 
 @pytest.fixture(scope="session")

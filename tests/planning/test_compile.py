@@ -228,7 +228,7 @@ def test_without_remat_no_gathered_weight_is_kept(absent, paper, mesh, micro_bat
 @pytest.mark.slow
 def test_8_bit_weights_are_not_held_twice(absent, paper):
     """Turned for the backward pass they would be 12.4 GB more."""
-    workload = replace(paper, spec=replace(paper.spec, quantization="int8_product"))
+    workload = paper.with_spec(replace(paper.spec, quantization="int8_product"))
     step = compiled(workload, Layout(MeshConfig(), "dots", 8), absent("h200"))
     assert step.arguments <= 13.5e9
     assert step.temporaries <= 51e9, "of bfloat16 weights 49.7 GB"
@@ -249,7 +249,7 @@ def test_8_bit_weights_are_not_held_twice(absent, paper):
 )
 def test_the_quick_estimate_of_a_quantised_base(absent, paper, target, quantization, remat, micro_batch):
     """Where little else is held, what one layer takes counts."""
-    workload = replace(paper, spec=replace(paper.spec, quantization=quantization))
+    workload = paper.with_spec(replace(paper.spec, quantization=quantization))
     devices = absent(target)
     layout = Layout(MeshConfig(fsdp=len(devices)), remat, micro_batch)
     step = compiled(workload, layout, devices)

@@ -18,6 +18,7 @@ from flacuna_jax.planning.search import candidates, choices, choose_layout, near
 from flacuna_jax.planning.targets import Machine, parse_target
 from flacuna_jax.planning.workload import Layout, assumed_statistics
 from flacuna_jax.training.state import StateLayout
+from flacuna_jax.training.step import StepConfig
 from tests.planning.conftest import make_workload
 
 PAPER = make_workload(LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128), LoraConfig(), 1280, 27)
@@ -95,9 +96,9 @@ def test_a_search_ranks_quantised_bases_where_they_are_needed():
     assert best.name.endswith(f", base {best.workload.spec.quantization}")
     roomy = parse_target("1xA100")
     assert search(choices(PAPER, roomy), roomy, None)[0].workload.spec.quantization is None, "no faster, and rounded"
-    given = dataclasses.replace(PAPER, spec=dataclasses.replace(PAPER.spec, quantization="int8"))
+    given = PAPER.with_spec(dataclasses.replace(PAPER.spec, quantization="int8"))
     assert {form.spec.quantization for form, _ in choices(given, card)} == {"int8"}, "what the config says is kept"
-    full = dataclasses.replace(PAPER, spec=dataclasses.replace(PAPER.spec, lora=None))
+    full = PAPER.with_spec(dataclasses.replace(PAPER.spec, lora=None))
     assert {form.spec.quantization for form, _ in choices(full, card)} == {None}
 
 
@@ -141,6 +142,23 @@ def test_on_accelerators_four_are_compiled_at_most_and_the_answer_is_kept(monkey
     mesh, _ = choose_layout(run_config(mesh={"fsdp": 4}), PAPER.spec, devices)
     assert mesh == MeshConfig(fsdp=4)
     assert {layout.mesh for layout in tried} == {mesh}
+
+
+def test_the_step_that_is_compiled_is_the_one_that_the_config_describes(monkeypatch, tmp_path):
+    """`attention: cudnn` refuses rows that may be packed, so a candidate must know that these are not."""
+    monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
+    compiled = []
+
+    def pretend(workload, layout, machine, devices):
+        compiled.append(workload.step)
+        return estimated_plan(workload, layout, machine)
+
+    monkeypatch.setattr(search_module, "compiled_plan", pretend)
+    data = {"sources": ({"path": "d", "format": "flan_mini"},), "packing": "none"}
+    config = run_config(data=data, training={"attention": "cudnn"}, seed=3)
+    choose_layout(config, PAPER.spec, [FakeGpu(i) for i in range(4)])
+    assert set(compiled) == {StepConfig.of_run(PAPER.spec, config)}
+    assert compiled[0].one_document
 
 
 def test_where_the_compiler_refuses_the_estimate_decides_and_is_not_kept(monkeypatch, tmp_path, caplog):

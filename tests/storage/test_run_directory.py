@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.storage.run_directory import CutBack, RunDirectory, open_run_directory, write_atomically
+from flacuna_jax.storage.run_directory import CutBack, RunDirectory, open_run_directory
+from flacuna_jax.whole_files import write_atomically
 
 HOLDER = """
 import sys, time
