@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template, Turn
-from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.impact import writing_prompt
+from flacuna_jax.generation.chat_model import ChatModel, Decoding
 from flacuna_jax.generation.decode import GREEDY, Sampling
 from flacuna_jax.generation.engine import LlamaLanguageModel
-from flacuna_jax.generation.language_model import GenerationRequest
 from flacuna_jax.inference import (
     ModelAddress,
     ModelLoader,
@@ -79,10 +78,11 @@ class Chat:
         self.turns.append(Turn("assistant", said.strip()))
 
     def _ask(self, address: ModelAddress) -> Iterator[str]:
-        model, settings = self.load(address, False), self.settings
+        settings = self.settings
+        model = ChatModel(self.load(address, False), settings.template)
         room = model.context_length - settings.max_new_tokens
         while True:
-            prompt = tokenize_prompt(self.turns, settings.template, model.tokenizer, self.system)
+            prompt = model.encode(self.turns, self.system)
             if len(prompt) <= room:
                 break
             if len(self.turns) < 3:
@@ -91,17 +91,8 @@ class Chat:
                 )
             del self.turns[:2]
             yield "(the context is full: forgot the oldest question)\n"
-        request = GenerationRequest(
-            tuple(prompt),
-            settings.max_new_tokens,
-            settings.template.stop_strings,
-            settings.sampling.temperature,
-            settings.sampling.top_k,
-            settings.sampling.top_p,
-            settings.seed + len(self.turns),
-            settings.template.ends,
-        )
-        yield from model.stream(request)
+        seed = settings.seed + len(self.turns)
+        yield from model.stream(self.turns, Decoding(settings.max_new_tokens, (), settings.sampling, seed, self.system))
 
     def command(self, text: str) -> str:
         """Runs a command and returns the line to print. Raises UserError for an unknown command."""

@@ -5,7 +5,6 @@ prompts can have several lines.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -13,13 +12,12 @@ from pathlib import Path
 
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import Template, Turn
-from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.impact import writing_prompt
-from flacuna_jax.generation.decode import GREEDY, Sampling
-from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
-from flacuna_jax.generation.language_model import Generation, GenerationRequest, encode_prompt
+from flacuna_jax.generation.chat_model import ChatModel, Decoding
+from flacuna_jax.generation.decode import Sampling
+from flacuna_jax.generation.engine import Placement
+from flacuna_jax.generation.language_model import Generation
 from flacuna_jax.inference import (
     ModelLoader,
     add_base_option,
@@ -34,23 +32,6 @@ PRINTED_TOGETHER = 32
 """Answers are printed after each group of this many batches, so an interrupted list loses at most one group."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How prompts are formatted and answers are generated."""
-
-    template: Template | None
-    """None uses the prompt as it is, after BOS if the tokenizer adds it."""
-    task: str | None = None
-    """Definition of a task, for the paper's writing prompt that then wraps each prompt."""
-    system: str | None = None
-    """Replaces the template's system text."""
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, in addition to those of the template."""
-    sampling: Sampling = GREEDY
-    seed: int = 0
-
-
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
@@ -60,25 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if "" in arguments.stop:
         raise UserError("--stop is empty, which would end every answer before its first token")
     about: list[str] = []
-    settings = Settings(
-        None if arguments.raw else template_of(address, arguments.template, trained, about.append),
-        arguments.task,
-        arguments.system,
-        arguments.max_new_tokens,
-        tuple(arguments.stop),
-        Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
-        arguments.seed,
-    )
+    template = None if arguments.raw else template_of(address, arguments.template, trained, about.append)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    decoding = Decoding(arguments.max_new_tokens, tuple(arguments.stop), sampling, arguments.seed, arguments.system)
     placement = Placement(rows=arguments.batch_size)
     loader = ModelLoader(arguments.dtype, placement=placement, stored_base=arguments.stored_base)
-    model = loader.load(address)
-    requests = _requests(model, prompts, settings)
+    model = ChatModel(loader.load(address), template)
+    asked = prompts if arguments.task is None else [writing_prompt(arguments.task, prompt) for prompt in prompts]
+    requests = model.requests(asked, decoding)
     for line in about:
         say_on_stderr(line)
     size = PRINTED_TOGETHER * arguments.batch_size
     for begin in range(0, len(prompts), size):
         part = slice(begin, begin + size)
-        for prompt, answer in zip(prompts[part], model.generate(requests[part]), strict=True):
+        for prompt, answer in zip(prompts[part], model.language_model.generate(requests[part]), strict=True):
             print(_shown(prompt, answer, arguments.json, alone=len(prompts) == 1), flush=True)
     return None
 
@@ -89,47 +65,6 @@ def _shown(prompt: str, answer: Generation, as_json: bool, alone: bool) -> str:
         record = {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "finish": answer.finish}
         return json.dumps(record, ensure_ascii=False)
     return answer.text if alone else f"> {prompt}\n{answer.text}\n"
-
-
-def complete(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[Generation]:
-    """The model's answers, in the order of the prompts; equal prompts are sampled with different seeds.
-
-    Raises:
-      UserError: a prompt and `max_new_tokens` together exceed the model's context.
-    """
-    return model.generate(_requests(model, prompts, settings))
-
-
-def _requests(model: LlamaLanguageModel, prompts: Sequence[str], settings: Settings) -> list[GenerationRequest]:
-    stop = (*settings.stop, *(settings.template.stop_strings if settings.template else ()))
-    requests = []
-    for index, prompt in enumerate(prompts):
-        ids = _encode(prompt, settings, model.tokenizer)
-        if len(ids) + settings.max_new_tokens > model.context_length:
-            raise UserError(
-                f"prompt {index + 1} has {len(ids)} tokens; with {settings.max_new_tokens} new ones it exceeds the "
-                f"model's context of {model.context_length}: shorten the prompt or ask for fewer new tokens"
-            )
-        requests.append(
-            GenerationRequest(
-                ids,
-                settings.max_new_tokens,
-                stop,
-                settings.sampling.temperature,
-                settings.sampling.top_k,
-                settings.sampling.top_p,
-                settings.seed + index,
-                settings.template.ends if settings.template else (),
-            )
-        )
-    return requests
-
-
-def _encode(prompt: str, settings: Settings, tokenizer: Tokenizer) -> tuple[int, ...]:
-    text = prompt if settings.task is None else writing_prompt(settings.task, prompt)
-    if settings.template is None:
-        return encode_prompt(tokenizer, text)
-    return tuple(tokenize_prompt((Turn("user", text),), settings.template, tokenizer, settings.system))
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -179,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="definition of a task, for the paper's writing prompt that then wraps each prompt",
     )
     parser.add_argument("--system", metavar="TEXT", help="system text, replaces that of the template")
-    parser.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens, metavar="N")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
     )

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from flacuna_jax.config.schema import AUTO, DataConfig, MeshConfig, RunConfig
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
+from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
@@ -132,19 +135,60 @@ def add_template_option(add: Callable[..., object]) -> None:
     )
 
 
-def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, DataConfig | None]:
-    """The address of the model, and the data settings of the run that trained it; None if the run is not known.
+def load_model(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    run: str | os.PathLike[str] | None = None,
+    template: str | None = None,
+    raw: bool = False,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    batch_size: int = Placement.rows,
+    say: Callable[[str], None] = lambda _: None,
+) -> ChatModel:
+    """Loads a model with its tokenizer and template.
+
+    Args:
+      model: directory of a Hugging Face checkpoint, or of one that `flacuna convert` wrote.
+      adapter: directory of a PEFT adapter for it, or of the run that trained one.
+      run: output directory of a finished training run, instead of `model` and `adapter`.
+      template: name of a template, a .jinja file, or "checkpoint". None: that of the run, else of the checkpoint, else
+        vicuna_v1.1.
+      raw: use no template.
+      dtype: of the computation, and of the weights in memory.
+      batch_size: prompts that are decoded together.
+      say: receives lines about the template that is used.
 
     Raises:
-      UserError: the options give no model or two models, or a run that has not finished.
+      UserError: no model, or two; a directory that is missing or is no model; a template that does not exist.
     """
-    if (arguments.model is None) == (arguments.run is None) or (arguments.run and arguments.adapter):
+    address, trained = find_model(*(None if path is None else os.fspath(path) for path in (model, adapter, run)))
+    loader = ModelLoader(dtype, placement=Placement(rows=batch_size))
+    used = None if raw else template_of(address, template, trained, say)
+    return ChatModel(loader.load(address), used)
+
+
+def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, DataConfig | None]:
+    """`find_model` with the options of a verb."""
+    return find_model(arguments.model, arguments.adapter, arguments.run)
+
+
+def find_model(model: str | None, adapter: str | None, run: str | None) -> tuple[ModelAddress, DataConfig | None]:
+    """The address of a model, and the data settings of the run that trained it; None if the run is not known.
+
+    Raises:
+      UserError: no model or two models are given, or a run that has not finished.
+    """
+    if (model is None) == (run is None) or (run and adapter):
         raise UserError("give the model: --model DIR, --model DIR --adapter DIR, or --run DIR")
-    if arguments.run is None:
-        address = ModelAddress.of(arguments.model, arguments.adapter)
+    if run is None:
+        address = ModelAddress.of(str(model), adapter)
         trained = _run_of(_adapter_directory(address.adapter))
         return address, None if trained is None else trained.data
-    run = local_run(arguments.run)
+    return _model_of_run(local_run(run))
+
+
+def _model_of_run(run: Path) -> tuple[ModelAddress, DataConfig]:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; give the output directory of a training run")
     config = load_config(run / "config.yaml")

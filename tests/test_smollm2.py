@@ -41,15 +41,12 @@ def test_greedy_answers_are_those_of_transformers(smollm2: Path) -> None:
     """Through the checkpoint's own template, with no option given, in float32."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    from flacuna_jax.generate import Settings, complete
-    from flacuna_jax.inference import ModelAddress, ModelLoader, template_of
+    from flacuna_jax import Decoding, load_model
 
-    address = ModelAddress(smollm2)
     said: list[str] = []
-    template = template_of(address, None, None, said.append)
+    model = load_model(smollm2, dtype="float32", say=said.append)
     assert said == [f"template: the checkpoint's own ({smollm2 / 'chat_template.jinja'})"]
-    model = ModelLoader(dtype="float32").load(address)
-    ours = complete(model, QUESTIONS, Settings(template, max_new_tokens=32))
+    ours = model.generate(QUESTIONS, Decoding(max_new_tokens=32))
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     for question, answer in zip(QUESTIONS, ours, strict=True):

@@ -169,7 +169,7 @@ def _verb(verb: str, *arguments: str) -> None:
 def _measure(paths: Paths) -> tuple[list[Question], list[str], list[str]]:
     # jax starts here: until now it would only have taken memory from the training processes.
     from flacuna_jax.data.conversation import named_template
-    from flacuna_jax.generate import Settings, complete
+    from flacuna_jax.generation.chat_model import ChatModel, Decoding
     from flacuna_jax.generation.engine import Placement
     from flacuna_jax.huggingface.tokenizer import load_tokenizer
     from flacuna_jax.inference import ModelAddress, ModelLoader
@@ -177,10 +177,14 @@ def _measure(paths: Paths) -> tuple[list[Question], list[str], list[str]]:
     questions = read_questions(paths.data / corpora.HELD_OUT_FILE)
     prompts = [question.prompt for question in questions]
     special = load_tokenizer(paths.base_model).special
-    settings = Settings(named_template(corpora.TEMPLATE, special), max_new_tokens=MAX_NEW_TOKENS)
+    template = named_template(corpora.TEMPLATE, special)
     loader = ModelLoader(dtype="float32", placement=Placement(rows=ROWS_DECODED_TOGETHER))
     models = (ModelAddress(paths.base_model), ModelAddress(paths.base_model, paths.adapter))
-    base, tuned = ([a.text for a in complete(loader.load(model), prompts, settings)] for model in models)
+    decoding = Decoding(max_new_tokens=MAX_NEW_TOKENS)
+    base, tuned = (
+        [answer.text for answer in ChatModel(loader.load(model), template).generate(prompts, decoding)]
+        for model in models
+    )
     return questions, base, tuned
 
 
