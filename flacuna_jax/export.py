@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,44 +42,89 @@ from flacuna_jax.run.model import network_sizes
 from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.storage.local_run import local_run
 
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What `export_run` writes."""
+
+    run: str
+    """Output directory of a training run, finished or not."""
+    out: str
+    """Directory to create."""
+    format: Literal["adapter", "merged"]
+    """A PEFT adapter, or a whole Hugging Face model; a run that trained every weight has only the latter."""
+    dtype: str | None = None
+    """Of the weights in the files. None: float32 for an adapter, that of the base for a merged model."""
+    base: str | None = None
+    """Where the base model is now. None: at the run's model.path."""
+    base_name: str | None = None
+    """Name of the base in adapter_config.json and the model card. None: the run's model.name, or its path."""
+    step: int | None = None
+    """Step of a checkpoint. None: the finished adapter, or else the newest checkpoint."""
+    merge_base: Literal["dequantised", "stored"] | None = None
+    """For a quantised base: merge into the weights that training used (as None does), or into the stored ones."""
+    check: Sequence[Literal["vllm"]] = ()
+    """Servers that must be able to load the adapter."""
+    results: Path | None = None
+    """Output directory of `flacuna evaluate`, for the model card. None: in the run's directory."""
+    golden_tokens: int = 8
+    """Length of the answers in golden_prompts.json; 0 leaves the file out."""
+    shard_bytes: int = SHARD_BYTES
+    """Size of the largest weight file of a merged model."""
+
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    arguments = _parser().parse_args(argv)
-    run, target = local_run(arguments.run), Path(arguments.out)
+    export_run(Export(**vars(_parser().parse_args(argv))), print)
+    return None
+
+
+def export_run(export: Export, say: Say = lambda _: None) -> None:
+    """Writes a training run in Hugging Face's form, reads the files back and verifies them.
+
+    Args:
+      export: the run, the directory to create, and options.
+      say: receives notes and a line about the result.
+
+    Raises:
+      UserError: the run, its base or `out` is not usable, or the adapter cannot be served as `check` demands.
+      VerificationError: the files do not hold what was to be written.
+    """
+    run, target = local_run(export.run), Path(export.out)
     check_target(target)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; give the output directory of a training run")
     settings = load_config(run / "config.yaml")
     if settings.lora is None:
-        _export_full(arguments, run, target, settings)
-        return None
-    base = _base_directory(arguments, settings)
+        _export_full(export, say, run, target, settings)
+        return
+    base = _base_directory(export, settings)
     config = network_sizes(settings.model, settings.data.max_length, base)
     reader = open_checkpoint(base, once=True)
-    adapter, trained = _adapter(arguments, run, settings, settings.lora, config, reader)
-    facts = run_facts(run, settings, arguments.results)
-    name = arguments.base_name or settings.model.name or str(base)
-    if arguments.format == "adapter":
-        _export_adapter(arguments, target, dataclasses.replace(adapter, base_name=name), config, trained, facts)
+    adapter, trained = _adapter(export, say, run, settings, settings.lora, config, reader)
+    facts = run_facts(run, settings, export.results)
+    name = export.base_name or settings.model.name or str(base)
+    if export.format == "adapter":
+        _export_adapter(export, say, target, dataclasses.replace(adapter, base_name=name), config, trained, facts)
     else:
-        beside = dataclasses.replace(_companions(arguments, settings, config, facts), base_name=name)
+        beside = dataclasses.replace(_companions(export, say, settings, config, facts), base_name=name)
         seen = _seen_by_training(settings, config, reader)
-        if arguments.merge_base == "dequantised" and seen is None:
+        if export.merge_base == "dequantised" and seen is None:
             raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
-        if seen is None or arguments.merge_base == "stored":
-            _write_merged(arguments, target, reader, config, adapter, beside)
+        if seen is None or export.merge_base == "stored":
+            _write_merged(export, say, target, reader, config, adapter, beside)
         else:
-            print(f"merged into the base that training used, dequantised from {settings.model.quantization}")
-            _write_merged(arguments, target, seen, config, adapter, beside)
-        if seen is not None and arguments.merge_base == "stored":
+            say(f"merged into the base that training used, dequantised from {settings.model.quantization}")
+            _write_merged(export, say, target, seen, config, adapter, beside)
+        if seen is not None and export.merge_base == "stored":
             ids = probe_ids(config)
             logits = [streamed_logits(stored_weights(one, config), config, ids, adapter) for one in (reader, seen)]
             shift = float(np.abs(logits[0] - logits[1]).max())
-            print(
+            say(
                 f"note: the run was trained on weights dequantised from {settings.model.quantization}; with the stored "
                 f"weights, which were merged here, logits differ by up to {shift:.1e}"
             )
-    return None
 
 
 def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorReader) -> TensorReader | None:
@@ -87,15 +134,16 @@ def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorRe
     return RoundedBase(reader, config, settings.model.quantization, np.dtype(jnp.dtype(settings.model.dtype)))
 
 
-def _base_directory(arguments: argparse.Namespace, settings: RunConfig) -> Path:
-    base = Path(arguments.base or settings.model.path or "")
+def _base_directory(export: Export, settings: RunConfig) -> Path:
+    base = Path(export.base or settings.model.path or "")
     if not base.is_dir() or settings.model.path is None:
         raise UserError(f"the run's base model {str(base)!r} does not exist here; give its directory with --base DIR")
     return base
 
 
 def _adapter(
-    arguments: argparse.Namespace,
+    export: Export,
+    say: Say,
     run: Path,
     settings: RunConfig,
     lora: LoraConfig,
@@ -103,74 +151,73 @@ def _adapter(
     reader: TensorReader,
 ) -> tuple[Adapter, bool]:
     """The run's final adapter, or else that of a checkpoint, and whether it has been trained."""
-    step = arguments.step
+    step = export.step
     if step is None and (run / "adapter").is_dir():
         adapter = read_adapter(run / "adapter", config)
         return adapter, adapter.is_trained
-    params, meta = restore_adapters(arguments.run, step)
+    params, meta = restore_adapters(export.run, step)
     recorded = meta.get("fingerprints", {}).get("base")
     if recorded is not None and recorded != fingerprint(reader, config):
         raise UserError(
-            f"{reader.directory} is not the base that {arguments.run} was trained on; give that with --base DIR"
+            f"{reader.directory} is not the base that {export.run} was trained on; give that with --base DIR"
         )
-    step = list_checkpoints(arguments.run)[-1] if step is None else step
-    print(f"adapter of step {step}, from {arguments.run.rstrip('/')}/checkpoints")
+    step = list_checkpoints(export.run)[-1] if step is None else step
+    say(f"adapter of step {step}, from {export.run.rstrip('/')}/checkpoints")
     # The first update of a warm-up can have learning rate 0.
     arrays = {path: np.asarray(value, np.float32) for path, value in params.items()}
     return Adapter(ModelSpec(config, lora), arrays), step > 1
 
 
 def _export_adapter(
-    arguments: argparse.Namespace, target: Path, adapter: Adapter, config: LlamaConfig, trained: bool, facts: Facts
+    export: Export, say: Say, target: Path, adapter: Adapter, config: LlamaConfig, trained: bool, facts: Facts
 ) -> None:
-    dtype = arguments.dtype or "float32"
+    dtype = export.dtype or "float32"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: an adapter is stored as {' or '.join(DTYPES)}")
-    for_vllm = "vllm" in arguments.check
+    for_vllm = "vllm" in export.check
     rules = vllm_violations if for_vllm else lambda _: ()
-    _report(deliver.write_adapter(target, adapter, config, trained=trained, dtype=dtype, facts=facts, rules=rules))
+    _report(deliver.write_adapter(target, adapter, config, trained=trained, dtype=dtype, facts=facts, rules=rules), say)
     if for_vllm:
-        print(f"vLLM can load it with {vllm_options(target)}")
+        say(f"vLLM can load it with {vllm_options(target)}")
 
 
-def _export_full(arguments: argparse.Namespace, run: Path, target: Path, settings: RunConfig) -> None:
+def _export_full(export: Export, say: Say, run: Path, target: Path, settings: RunConfig) -> None:
     """Copies `model/`, which a run that trained every weight writes at its end, in another dtype if requested."""
-    if arguments.format == "adapter":
+    if export.format == "adapter":
         raise UserError(f"{run} trained every weight (lora: null); it has no adapter, export it with --format merged")
-    if arguments.step is not None or not (run / "model").is_dir():
+    if export.step is not None or not (run / "model").is_dir():
         raise UserError(
             f"{run} has no model/ yet; a run that trains all weights writes it at its end, so let the run finish"
         )
     reader = open_checkpoint(run / "model", once=True)
     config = read_architecture(run / "model")
-    facts = run_facts(run, settings, arguments.results)
+    facts = run_facts(run, settings, export.results)
     beside = dataclasses.replace(
-        _companions(arguments, settings, config, facts, of=run / "model"),
+        _companions(export, say, settings, config, facts, of=run / "model"),
         base_name=settings.model.name or settings.model.path,
     )
-    _write_merged(arguments, target, reader, config, None, beside)
+    _write_merged(export, say, target, reader, config, None, beside)
 
 
 def _write_merged(
-    arguments: argparse.Namespace,
+    export: Export,
+    say: Say,
     target: Path,
     reader: TensorReader,
     config: LlamaConfig,
     adapter: Adapter | None,
     beside: deliver.Companions,
 ) -> None:
-    if arguments.check:
-        raise UserError(
-            f"--check {arguments.check[0]} applies to adapters only; `flacuna check` compares a served model"
-        )
-    dtype = None if arguments.dtype is None else STORED_DTYPES[arguments.dtype]
-    _report(
-        deliver.write_merged(target, reader, config, adapter, beside, dtype=dtype, shard_bytes=arguments.shard_bytes)
-    )
+    if export.check:
+        raise UserError(f"--check {export.check[0]} applies to adapters only; `flacuna check` compares a served model")
+    dtype = None if export.dtype is None else STORED_DTYPES[export.dtype]
+    size = export.shard_bytes
+    _report(deliver.write_merged(target, reader, config, adapter, beside, dtype=dtype, shard_bytes=size), say)
 
 
 def _companions(
-    arguments: argparse.Namespace,
+    export: Export,
+    say: Say,
     settings: RunConfig,
     config: LlamaConfig,
     facts: Facts,
@@ -185,7 +232,7 @@ def _companions(
     check_vocabulary(tokenizer, config.vocab_size, directory)
     template = open_template(settings.data, directory, tokenizer)
     made = companions(settings, template, tokenizer)
-    golden = _golden(template, tokenizer, config, made.ends, arguments.golden_tokens)
+    golden = _golden(template, tokenizer, config, made.ends, export.golden_tokens, say)
     return dataclasses.replace(made, facts=facts, golden=golden)
 
 
@@ -194,7 +241,7 @@ QUESTIONS = ("Why is the sky blue?", "Name three colours.", "Write one sentence 
 
 
 def _golden(
-    template: Template, tokenizer: Tokenizer, config: LlamaConfig, ends: tuple[int, ...], count: int
+    template: Template, tokenizer: Tokenizer, config: LlamaConfig, ends: tuple[int, ...], count: int, say: Say
 ) -> Golden | None:
     prompts = []
     for question in QUESTIONS if count else ():
@@ -205,23 +252,23 @@ def _golden(
             added = "".join(tokenizer.special.spellings[token] for token in tokenizer.prefix_ids)
             prompts.append(Prompt(question, text.removeprefix(added), tuple(ids)))
     if count and len(prompts) < len(QUESTIONS):
-        print(
+        say(
             f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; the others and {count} tokens exceed the context"
         )
-    return Golden(tuple(prompts), count, ends, tokenizer.decode, _announce) if prompts else None
+    return Golden(tuple(prompts), count, ends, tokenizer.decode, functools.partial(_announce, say)) if prompts else None
 
 
-def _announce(seconds: float) -> None:
+def _announce(say: Say, seconds: float) -> None:
     if seconds > 60:
-        print(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 skips this")
+        say(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 skips this")
 
 
-def _report(written: deliver.Delivery) -> None:
+def _report(written: deliver.Delivery, say: Say) -> None:
     shift = "" if written.logit_shift is None else f"; rounding shifts logits by at most {written.logit_shift:.1e}"
     files = f"{len(written.files)} file{'s' if len(written.files) > 1 else ''}"
-    print(f"{written.directory}: {written.size} of weights in {files}, read back and verified{shift}")
+    say(f"{written.directory}: {written.size} of weights in {files}, read back and verified{shift}")
     for note in written.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _parser() -> argparse.ArgumentParser:

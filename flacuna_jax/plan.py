@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from rich.console import Console
@@ -18,8 +19,9 @@ from flacuna_jax.arguments import Parser, amount, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
 from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.data import pipeline
 from flacuna_jax.data.held_out import split
-from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_run
+from flacuna_jax.data.pipeline import check_batch_arithmetic
 from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
@@ -68,42 +70,86 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     parser.add_argument("--estimate", action="store_true", help="estimate from the sizes, without compiling")
     arguments, overrides = parser.parse_with_overrides(argv)
-    plan(arguments, load_config(arguments.config, overrides))
+    config = load_config(arguments.config, overrides)
+    notes = Console(stderr=True, soft_wrap=True)
+    planned = plan_run(
+        config,
+        arguments.target,
+        search_layouts=arguments.search,
+        estimate=arguments.estimate,
+        sizes=arguments.sizes,
+        examples=arguments.examples,
+        note=lambda text: notes.print(text, style="dim", markup=False, highlight=False),
+    )
+    if arguments.html:
+        write_html(arguments.html, planned.plans)
+    if arguments.json:
+        documents = [plan.to_json(arguments.price) for plan in planned.plans]
+        document = {"plans": documents} if arguments.search else documents[0]
+        nearest = planned.nearest_fit
+        print(json.dumps({**document, "nearest_fit": nearest and nearest.to_json(arguments.price)}, indent=2))
+    else:
+        _print(planned, arguments)
     return None
 
 
-def plan(arguments: argparse.Namespace, config: RunConfig) -> None:
-    # Piped output has no width; tables need this many columns.
-    console, notes = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True, soft_wrap=True)
+class Planned(NamedTuple):
+    """Plans of a run on a machine."""
 
-    def note(text: str) -> None:
-        notes.print(text, style="dim", markup=False, highlight=False)
+    plans: list[Plan]
+    """As configured: one. Of a search: the best first."""
+    nearest_fit: Plan | None
+    """If the first plan does not fit: the layout closest to it that does, if there is one."""
+    machine: Machine
 
-    machine, devices = _machine(arguments.target, arguments.estimate, note)
-    architecture = LLAMA_SIZES[arguments.sizes] if arguments.sizes else _architecture(config, note)
+
+def plan_run(
+    config: RunConfig,
+    target: str | None = None,
+    *,
+    search_layouts: bool = False,
+    estimate: bool = False,
+    sizes: str | None = None,
+    examples: int | None = None,
+    note: Note = lambda _: None,
+) -> Planned:
+    """Predicts memory and time of a run on a machine, by compiling the trainer's own step for it.
+
+    Args:
+      config: of the run. Where its model or data are not on this machine, their sizes are assumed, with a note.
+      target: "4xA6000", "v5p:4x4x8", ...; None: the devices of this machine. Planning for another machine sets JAX's
+        platform to "cpu" for the whole process.
+      search_layouts: plan combinations of mesh, remat and micro-batch size instead of the configured one.
+      estimate: from the sizes, without compiling.
+      sizes: a key of `LLAMA_SIZES`, instead of the model at model.path.
+      examples: per epoch, for data that are not on this machine.
+      note: receives remarks.
+
+    Raises:
+      UserError: the target is unknown, or the config does not suit it.
+    """
+    machine, devices = _machine(target, estimate, note)
+    architecture = LLAMA_SIZES[sizes] if sizes else _architecture(config, note)
     architecture = with_rope_scaling(architecture, config.model, config.data.max_length)
     spec = ModelSpec.of_run(architecture, config.model, config.lora)
-    workload = Workload.of_run(spec, config, _statistics(config, arguments.examples, note))
-    if arguments.search:
+    workload = Workload.of_run(spec, config, _statistics(config, examples, note))
+    if search_layouts:
         plans = search(choices(workload, machine), machine, devices, notify=note)
     else:
         plans = [_plan_as_configured(config, workload, machine, devices)]
         for warning in idle_devices(plans[0].layout.mesh.devices, machine.devices):
             note(f"note: {warning}")
-    if arguments.html:
-        write_html(arguments.html, plans)
-    best = plans[0]
-    advice = None if best.fits else nearest_fit(best, devices)
-    if arguments.json:
-        documents = [plan.to_json(arguments.price) for plan in plans]
-        document = {"plans": documents} if arguments.search else documents[0]
-        print(json.dumps({**document, "nearest_fit": advice and advice.to_json(arguments.price)}, indent=2))
-        return
+    return Planned(plans, None if plans[0].fits else nearest_fit(plans[0], devices), machine)
+
+
+def _print(planned: Planned, arguments: argparse.Namespace) -> None:
+    # Piped output has no width; tables need this many columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if arguments.search:
-        console.print(ranking_table(plans, arguments.price))
-    console.print(plan_table(best, arguments.price))
-    if not best.fits:
-        console.print(_advice(advice, machine), style="bold", markup=False)
+        console.print(ranking_table(planned.plans, arguments.price))
+    console.print(plan_table(planned.plans[0], arguments.price))
+    if not planned.plans[0].fits:
+        console.print(_advice(planned.nearest_fit, planned.machine), style="bold", markup=False)
 
 
 def _plan_as_configured(
@@ -172,7 +218,7 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
         store, _ = split(store, config.evaluation.fraction, config.evaluation.max_examples)
     # Steps and rows per step do not depend on the number of shards.
     training = config.training.model_copy(update={"micro_batch_size": 1})
-    return measured_statistics(plan_run(store, config.data, training, seed=config.seed, shards=1), store)
+    return measured_statistics(pipeline.plan_run(store, config.data, training, seed=config.seed, shards=1), store)
 
 
 def _advice(advice: Plan | None, machine: Machine) -> str:
