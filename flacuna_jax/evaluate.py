@@ -7,30 +7,29 @@ is repeated asks the model nothing again.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation import humaneval, impact, mmlu
+from flacuna_jax.evaluation.benchmark import Benchmark, Options, Reading, Setting
 from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_remarks, published_rows
+from flacuna_jax.evaluation.registry import BENCHMARKS
 from flacuna_jax.evaluation.results import TaskResult, write_atomically, write_result
-from flacuna_jax.evaluation.run import run_humaneval, run_impact
-from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
-from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
+from flacuna_jax.evaluation.suite import named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
-from flacuna_jax.generation.decode import Sampling
 from flacuna_jax.generation.engine import Placement
 from flacuna_jax.inference import (
     ModelAddress,
@@ -51,16 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.protocol == "lm_eval":
         _harness(arguments, addresses, output)
         return None
-    runs = _prepare(arguments, addresses, output)
+    options = _options(arguments, addresses, output)
+    # Every benchmark is read and checked before a model is loaded.
+    tasks = [(task, task.load(Path(arguments.data), options)) for task in named_tasks(arguments.tasks.split(","))]
     loader = _loader(arguments)
     everything: list[list[TaskResult]] = []
     for address, name in addresses:
         results: list[TaskResult] = []
         with _cached(loader, address, name, output) as model:
-            for label, run in runs:
-                print(f"{name}: {label}", file=sys.stderr)
+            for task, run in tasks:
+                print(f"{name}: {task}", file=sys.stderr)
                 for result in run(model):
-                    _write(result, output)
+                    _write(result, task.benchmark, output)
                     results.append(result)
         everything.append(results)
     _report(everything, output, published=not arguments.no_published)
@@ -94,40 +95,14 @@ def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
     return named
 
 
-def _prepare(
-    arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path
-) -> list[tuple[str, Run]]:
-    """Every benchmark read and checked before a model is loaded."""
-    data = Path(arguments.data)
-    return [
-        (
-            task,
-            _other(task, arguments, addresses, data, output)
-            if task in OTHER_TASKS
-            else answer_run(task, data, arguments.limit),
-        )
-        for task in named_tasks(arguments.tasks.split(","))
-    ]
-
-
-def _other(
-    name: str, arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], data: Path, output: Path
-) -> Run:
-    if name == "humaneval":
-        require_permission(arguments.allow_code_execution)
-        problems = humaneval.load(data)[: arguments.limit]
-        return lambda model: [run_humaneval(problems, model, arguments.samples, workers=os.cpu_count() or 1)]
-    if name == "hhh":
-        return hhh_run(data, arguments.limit, arguments.repetitions)
-    Sampling(arguments.impact_temperature)  # for its message, now
-    prompts = impact.load(data)[: arguments.limit]
-    judge = _judge(arguments, output)
-    templates = {name: _template(arguments, address) for address, name in addresses}
-    styles: tuple[Any, ...] = ("raw", "output") if arguments.impact_prompt == "both" else (arguments.impact_prompt,)
-    return lambda model: [
-        run_impact(prompts, model, judge, style, templates[model.name], arguments.impact_temperature)
-        for style in styles
-    ]
+def _options(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path) -> Options:
+    return Options(
+        limit=arguments.limit,
+        allow_code_execution=arguments.allow_code_execution,
+        judge=functools.cache(lambda: _judge(arguments, output)),
+        templates=functools.cache(lambda: {name: _template(arguments, address) for address, name in addresses}),
+        settings={setting: getattr(arguments, setting.name) for setting in _settings()},
+    )
 
 
 def _template(arguments: argparse.Namespace, address: ModelAddress) -> Template | None:
@@ -161,15 +136,13 @@ def _cached(loader: ModelLoader, address: ModelAddress, name: str, output: Path)
         yield CachedModel(model, store, show, long_chunk=4 * model.placement.rows)
 
 
-def _write(result: TaskResult, output: Path) -> None:
+def _write(result: TaskResult, benchmark: Benchmark, output: Path) -> None:
     summary: dict[str, Any] = {"problems": len(result.outcomes), "complete": result.complete}
     for score in result.score_names:
         interval = confidence_interval(result, score)
         groups = result.by_group(score)
         summary[score] = {"mean": result.mean(score), "interval": [interval.low, interval.high], "groups": groups}
-        if result.task == "mmlu":
-            summary[score]["subcategories"] = result.by_group(score, mmlu.SUBCATEGORY_OF)
-            summary[score]["categories"] = result.by_group(score, mmlu.CATEGORY_OF)
+        summary[score] |= {name: result.by_group(score, larger) for name, larger in benchmark.groupings.items()}
     path = output / _safe(result.model) / f"{result.task}-{result.shots}shot.json"
     write_result(result, path, summary)
 
@@ -185,7 +158,8 @@ def _file_name(title: str) -> str:
 
 def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published: bool) -> None:
     rows = published_rows() if published else ()
-    tables = [table for reading in ("faithful", "corrected") for table in make_tables(everything, rows, reading)]
+    columns = [column for benchmark in BENCHMARKS for column in benchmark.columns]
+    tables = [table for reading in get_args(Reading) for table in make_tables(everything, columns, rows, reading)]
     markdown = "\n".join(to_markdown(table) for table in tables)
     if published:
         markdown += "\nPublished rows:\n\n" + "".join(f"- {remark}\n" for remark in published_remarks())
@@ -234,6 +208,15 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
             print(f"{name}  {metric}  {value:.4f}")
 
 
+def _settings() -> dict[Setting[Any], list[str]]:
+    """The options that benchmarks add, each with the names of the benchmarks that read it."""
+    readers: dict[Setting[Any], list[str]] = {}
+    for benchmark in BENCHMARKS:
+        for setting in benchmark.settings:
+            readers.setdefault(setting, []).append(benchmark.name)
+    return readers
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("evaluate", __doc__)
     add = parser.add_argument
@@ -249,17 +232,23 @@ def _parser() -> argparse.ArgumentParser:
     add_base_option(parser)
     add("--rows", type=whole(1), default=16, help="prompts that are decoded side by side")
     add("--no-published", action="store_true", help="leave the published rows out of tables")
-    add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")
-    add("--samples", type=whole(1), default=1, help="humaneval: samples per problem (1, 10 or 100)")
-    add("--repetitions", type=whole(1), default=1, help="hhh: how often the paper's protocol places answers anew")
+    runs_code = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.executes_code)
+    in_template = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.uses_template)
+    add("--allow-code-execution", action="store_true", help=f"{runs_code} may run what the model wrote, isolated")
+    for setting, readers in _settings().items():
+        add(
+            setting.flag,
+            type=setting.parse,
+            default=setting.default,
+            choices=setting.choices,
+            help=f"{', '.join(readers)}: {setting.help}",
+        )
     add(
         "--template",
         metavar="NAME",
         default="none",
-        help="impact and lm_eval: ask in this template; auto: the checkpoint's",
+        help=f"{in_template} and lm_eval: ask in this template; auto: the checkpoint's",
     )
-    add("--impact-prompt", choices=("raw", "output", "both"), default="raw", help="output: the paper's prompt")
-    add("--impact-temperature", type=float, default=0.0, help="the card says 1; LLaMA models were run greedily")
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
     add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
     add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")

@@ -7,8 +7,9 @@ Files: <task>.json {"examples": [{"input", "target"}]} (suzgunmirac/BIG-Bench-Ha
 from pathlib import Path
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import AnswerTask, Problem, Question
+from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import Row, field, read_rows
+from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
 from flacuna_jax.evaluation.scoring import equals_label, starts_with_label
 
 TASKS = (
@@ -80,3 +81,6 @@ def _task(task: str, rows: list[Row], shots: int) -> list[Problem]:
     solved = tuple(f"{asked}\nAnswer: {target}\n\n" for asked, target in pairs[:shots])
     questions = [Question(f"{asked}\nAnswer:", target, shots=solved) for asked, target in pairs[shots:]]
     return [Problem(f"{task}/{index}", task, q, q) for index, q in enumerate(questions, shots)]
+
+
+BENCHMARK = answer_benchmark("bbh", "BBH", load, {3: FEW_SHOT, 0: ZERO_SHOT})

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import AnswerTask, Problem, Question
+from flacuna_jax.evaluation.benchmark import FEW_SHOT
 from flacuna_jax.evaluation.files import Row, field, locate, read_json, read_rows
+from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
 from flacuna_jax.evaluation.scoring import drop_exact, drop_f1, starts_with_label
 
 EXPECTED = 6285
@@ -131,3 +132,7 @@ def _simple_evals(row: Row) -> Item:
         raise UserError(f"{row.place}: context is not 'Passage: ...\\nQuestion: ...\\nAnswer:'")
     answers = tuple(answer.strip() for answer in field(row, "ref_text").split("|"))
     return Item(row.place.rsplit(" ", 1)[-1], flat["passage"], flat["question"], answers)
+
+
+# Held-in: FLAN-mini contains drop:2.0.0 and Natural Instructions' DROP tasks.
+BENCHMARK = answer_benchmark("drop", "DROP", load, {3: FEW_SHOT}, held_in=True)

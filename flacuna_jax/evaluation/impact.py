@@ -9,11 +9,19 @@ it, `style="raw"` is the benchmark's.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from flacuna_jax.data.conversation import Template, Turn
+from flacuna_jax.data.tokenization import tokenize_prompt
+from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading, Run, Setting, TableSpec, sampling_seed
 from flacuna_jax.evaluation.files import Row, field, locate, read_rows
+from flacuna_jax.evaluation.judge import Judge
+from flacuna_jax.evaluation.results import Outcome, TaskResult
+from flacuna_jax.generation.decode import Sampling
+from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, encode_prompt
 
 CATEGORIES = ("informative", "professional", "argumentative", "creative")
 PER_CATEGORY = 50
@@ -22,7 +30,10 @@ MAX_NEW_TOKENS = 1024
 LAYOUT = "IMPACT, data.jsonl of declare-lab/InstructEvalImpact (Category, Definition, Prompt per line)"
 PATTERNS = ("data.jsonl", "*.parquet", "*question.jsonl")
 Style = Literal["raw", "output"]
+TASKS: dict[Style, str] = {"raw": "impact", "output": "impact_output_prompt"}
+"""Names of the results."""
 Aspect = Literal["relevance", "coherence"]
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 _SCALE = "Select a suitable option number between 1 and 5 based on the options below."
 _JUDGE_LINES: dict[Aspect, tuple[str, ...]] = {
@@ -144,3 +155,114 @@ def contains_code(answer: str) -> bool:
 
 def asks_for_code(prompt: str) -> bool:
     return _ASKS_FOR_CODE.search(prompt) is not None
+
+
+def run_impact(
+    prompts: Sequence[WritingPrompt],
+    model: LanguageModel,
+    judge: Judge | None,
+    style: Style = "raw",
+    template: Template | None = None,
+    temperature: float = 0.0,
+) -> TaskResult:
+    """Writes answers, has them judged (unless there is no judge), and counts code where none was asked for.
+
+    Args:
+      template: put questions as a user's turn into it; None gives the model the raw text, as the original does.
+      temperature: 0 is what the original really did for LLaMA models; its card says 1.
+    """
+
+    def encode(text: str) -> tuple[int, ...]:
+        if template is None:
+            return encode_prompt(model.tokenizer, text)
+        return tuple(tokenize_prompt([Turn("user", text)], template, model.tokenizer))
+
+    questions = [prompt.question(style) for prompt in prompts]
+    new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_length // 2))
+    requests = [
+        GenerationRequest(
+            encode(question)[-(model.context_length - new_tokens) :],
+            new_tokens,
+            template.stop_strings if template else (),
+            temperature=temperature,
+            seed=sampling_seed(prompt.id),
+            ends=template.ends if template else (),
+        )
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
+    answers = [generation.text for generation in model.generate(requests)]
+    reviews: dict[str, list[str]] = {}
+    if judge is not None:
+        for aspect in JUDGE_TEMPLATES:
+            pairs = zip(answers, prompts, strict=True)
+            reviews[aspect] = judge.review([judge_prompt(aspect, text, p.prompt) for text, p in pairs])
+    outcomes = [
+        _outcome(prompt, questions[i], answers[i], {aspect: texts[i] for aspect, texts in reviews.items()})
+        for i, prompt in enumerate(prompts)
+    ]
+    return TaskResult(
+        TASKS[style],
+        0,
+        model.name,
+        tuple(outcomes),
+        "micro",
+        EXPECTED,
+        scale=1.0,
+        notes=() if judge is not None else ("no judge: answers and the rate of code only",),
+        settings={
+            "style": style,
+            "template": template.name if template else None,
+            "temperature": temperature,
+            "judge": judge.name if judge else None,
+        },
+    )
+
+
+def _outcome(prompt: WritingPrompt, question: str, answer: str, reviews: dict[str, str]) -> Outcome:
+    scores: dict[str, float | None] = {}
+    for aspect, review in reviews.items():
+        stated = stated_score(review)
+        scores[f"{aspect} faithful"] = last_digit(review)
+        scores[f"{aspect} corrected"] = stated
+    unasked = not asks_for_code(prompt.prompt)
+    scores["unasked code"] = float(contains_code(answer)) if unasked else None
+    return Outcome(prompt.id, prompt.category, scores, {"prompt": question, "prediction": answer, "reviews": reviews})
+
+
+STYLES: dict[str, tuple[Style, ...]] = {"raw": ("raw",), "output": ("output",), "both": ("raw", "output")}
+PROMPT = Setting("impact_prompt", "raw", str, "the benchmark's prompt (raw) or the paper's (output)", tuple(STYLES))
+TEMPERATURE = Setting("impact_temperature", 0.0, float, "its card says 1; LLaMA models were run greedily")
+
+
+def _load(data: Path, options: Options) -> Run:
+    temperature = options[TEMPERATURE]
+    Sampling(temperature)  # raises UserError for a temperature that cannot be used
+    prompts = load(data)[: options.limit]
+    judge, templates = options.judge(), options.templates()
+    return lambda model: [
+        run_impact(prompts, model, judge, style, templates.get(model.name), temperature)
+        for style in STYLES[options[PROMPT]]
+    ]
+
+
+def _columns(style: Style, title: str) -> Iterator[Column]:
+    table, task = TableSpec(f"IMPACT, {title} prompt"), TASKS[style]
+    readings: tuple[Reading, ...] = get_args(Reading)
+    of_aspect = {aspect: {reading: f"{aspect} {reading}" for reading in readings} for aspect in ASPECTS}
+    for category in CATEGORIES:
+        for aspect, scores in of_aspect.items():
+            heading, key = f"{category[:3].title()} {aspect[:3].title()}.", f"impact/{category}/{aspect}"
+            yield Column(table, heading, task, 0, key, scores, category, PER_CATEGORY, decimals=2)
+    for aspect, scores in of_aspect.items():
+        yield Column(table, f"Avg {aspect[:3].title()}.", task, 0, f"impact/{aspect}", scores, decimals=2)
+    yield Column(table, "Unasked code %", task, scores=dict.fromkeys(readings, "unasked code"), factor=100.0)
+
+
+BENCHMARK = Benchmark(
+    name="impact",
+    load=_load,
+    columns=(*_columns("raw", "benchmark's"), *_columns("output", "paper's")),
+    settings=(PROMPT, TEMPERATURE),
+    uses_judge=True,
+    uses_template=True,
+)

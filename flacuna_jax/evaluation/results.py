@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 
 from flacuna_jax.errors import UserError
 
-HELD_IN = frozenset({"drop"})
-"""Benchmarks whose training data FLAN-mini contains (drop:2.0.0 and Natural Instructions' DROP tasks)."""
-
 
 @dataclass(frozen=True)
 class Outcome:

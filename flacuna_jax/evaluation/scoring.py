@@ -3,7 +3,7 @@
 import re
 import string
 
-from flacuna_jax.evaluation.benchmark import Question
+from flacuna_jax.evaluation.labels import Question
 
 
 def starts_with_label(prediction: str, question: Question) -> float:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from flacuna_jax import evaluate
 from flacuna_jax.cli import run_verb
-from flacuna_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,19 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 
 
 def test_results_stand_before_a_later_task_fails(
-    story_llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    story_llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise UserError("the judge is gone")
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(401)
 
-    monkeypatch.setattr(evaluate, "run_impact", fail)
     common = ("--model", story_llama, "--data", data, "--limit", 1, "--output", tmp_path)
-    assert _evaluate(*common, "--tasks", "crass:0,impact") == 2
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        judge = ("--judge-url", f"http://127.0.0.1:{server.server_port}/v1", "--judge-model", "j")
+        assert _evaluate(*common, "--tasks", "crass:0,impact", *judge) == 2
+        server.shutdown()
+    assert "refuses (HTTP 401)" in capsys.readouterr().err
     assert (tmp_path / story_llama.name / "crass-0shot.json").is_file()
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.run import run_answers
-from flacuna_jax.evaluation.suite import ANSWER_TASKS, evaluate_tasks, named_tasks, task_evaluator
+from flacuna_jax.evaluation import crass
+from flacuna_jax.evaluation.labels import run_answers
+from flacuna_jax.evaluation.registry import BENCHMARKS, SUITES
+from flacuna_jax.evaluation.suite import named_tasks, task_evaluator
 from tests.evaluation.models import Scripted
 
 
@@ -31,16 +33,23 @@ def test_one_reading_serves_many_models(data: Path) -> None:
 
 def test_means_are_those_of_the_tables(data: Path) -> None:
     model = Scripted(answer=lambda prompt: " B")
-    load, shots = ANSWER_TASKS["crass"]
-    assert evaluate_tasks(model, ["crass"], data) == {
-        f"crass:{shots}/{score}": run_answers(load(data, shots), model).mean(score)
-        for score in ("faithful", "corrected")
+    assert task_evaluator(["crass"], data)(model) == {
+        f"crass:3/{score}": run_answers(crass.load(data, 3), model).mean(score) for score in ("faithful", "corrected")
     }
 
 
 def test_groups_are_spelled_out_once() -> None:
-    assert named_tasks(["mmlu:0", "zero_shot", "hhh"]) == ("mmlu:0", "bbh:0", "crass:0", "hhh")
-    assert named_tasks(["mmlu", "mmlu:05", "mmlu:5", "drop"]) == ("mmlu:5", "drop:3")
+    def labels(*names: str) -> list[str]:
+        return [str(task) for task in named_tasks(names)]
+
+    assert labels("mmlu:0", "zero_shot", "hhh") == ["mmlu:0", "bbh:0", "crass:0", "hhh"]
+    assert labels("mmlu", "mmlu:05", "mmlu:5", "drop") == ["mmlu:5", "drop:3"]
+
+
+def test_suites_name_benchmarks_that_exist_and_are_named_once() -> None:
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    assert len({*names, *SUITES}) == len(names) + len(SUITES)
+    assert len(named_tasks(list(SUITES))) == len(SUITES["paper"])
 
 
 @pytest.mark.parametrize(
