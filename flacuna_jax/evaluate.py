@@ -1,7 +1,7 @@
 """`flacuna evaluate --run RUN --compare base --tasks mmlu,bbh --data DIR`: benchmark tables.
 
-Results, tables and the cache of answers lie in --output. An evaluation that was killed goes on where it was; one that
-is repeated asks the model nothing again.
+Results, tables and the cache of answers are written to --output. An evaluation that was killed continues where it
+stopped; repeating one asks the model nothing again.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     addresses = _addresses(arguments)
     output = Path(arguments.output)
-    _make(output)
+    _create(output)
     if arguments.protocol == "lm_eval":
         _harness(arguments, addresses, output)
         return None
@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def _make(output: Path) -> None:
+def _create(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be made: {error.strerror}") from None
+        raise UserError(f"--output {output} cannot be created: {error.strerror}") from None
 
 
 def _loader(arguments: argparse.Namespace) -> ModelLoader:
@@ -80,7 +80,7 @@ def _loader(arguments: argparse.Namespace) -> ModelLoader:
 
 
 def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
-    """What is compared with comes first. `--compare base` is the model without its adapter."""
+    """Models and their names; those of --compare come first. `--compare base` is the model without its adapter."""
     main_address, _ = addressed_model(arguments)
     others = []
     for text in arguments.compare:
@@ -91,7 +91,7 @@ def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
     named.append((main_address, arguments.name or main_address.name))
     names = [name for _, name in named]
     if len(set(names)) < len(names):
-        raise UserError(f"two models are called the same ({', '.join(names)}); give the first another --name")
+        raise UserError(f"two models have the same name ({', '.join(names)}); choose another one with --name")
     return named
 
 
@@ -106,14 +106,14 @@ def _options(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
 
 
 def _template(arguments: argparse.Namespace, address: ModelAddress) -> Template | None:
-    """The template of one of the models that are compared; each tokenizer has its own special tokens."""
+    """The template for one model, with the special tokens of its tokenizer; None for raw text."""
     return None if arguments.template == "none" else template_of(address, arguments.template, None, say_on_stderr)
 
 
 def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
     if arguments.judge_url:
         if not arguments.judge_model:
-            raise UserError("--judge-url needs --judge-model: the name that the server knows the judge by")
+            raise UserError("--judge-url needs --judge-model: the name of the judge on the server")
         key = os.environ.get(arguments.judge_key_variable)
         return ServerJudge(arguments.judge_url, arguments.judge_model, Store(output / "judge.jsonl"), key)
     if arguments.judge_model:
@@ -221,20 +221,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("evaluate", __doc__)
     add = parser.add_argument
     add_model_options(parser)
-    add("--name", help="what tables call the model")
+    add("--name", help="name of the model in tables")
     add("--compare", action="append", default=[], metavar="MODEL", help="DIR, DIR+ADAPTER or base; may be repeated")
     add("--tasks", required=True, help="e.g. mmlu,bbh:0,hhh, or few_shot, zero_shot, paper; with lm_eval, its tasks")
-    add("--data", required=True, help="directory with mmlu/, bbh/, ...; with lm_eval, a directory of task files")
-    add("--output", default="evaluation", help="where results and the cache lie")
+    add("--data", required=True, help="directory of benchmark files (mmlu/, bbh/, ...); with lm_eval, of task files")
+    add("--output", default="evaluation", help="directory for results and the cache")
     add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval")
-    add("--limit", type=whole(1), help="only the first N problems of each subject or task; marks tables incomplete")
+    add(
+        "--limit",
+        type=whole(1),
+        help="only the first N problems of each subject or task; tables mark scores as incomplete",
+    )
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add_base_option(parser)
-    add("--rows", type=whole(1), default=16, help="prompts that are decoded side by side")
-    add("--no-published", action="store_true", help="leave the published rows out of tables")
+    add("--rows", type=whole(1), default=16, help="prompts decoded at once")
+    add("--no-published", action="store_true", help="omit published rows from tables")
     runs_code = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.executes_code)
     in_template = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.uses_template)
-    add("--allow-code-execution", action="store_true", help=f"{runs_code} may run what the model wrote, isolated")
+    add("--allow-code-execution", action="store_true", help=f"{runs_code}: run code that the model wrote, isolated")
     for setting, readers in _settings().items():
         add(
             setting.flag,
@@ -247,16 +251,16 @@ def _parser() -> argparse.ArgumentParser:
         "--template",
         metavar="NAME",
         default="none",
-        help=f"{in_template} and lm_eval: ask in this template; auto: the checkpoint's",
+        help=f"{in_template}, lm_eval: chat template for prompts; auto: the checkpoint's own",
     )
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
-    add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
-    add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")
+    add("--judge-model", help="name of the judge on the server; without --judge-url, a model directory")
+    add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the server's key")
     add("--shots", type=whole(0), help="lm_eval: worked examples per prompt")
     add(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="lm_eval: put BOS in front of texts, or none; default: as the tokenizer does",
+        help="lm_eval: whether texts start with BOS; default: as the tokenizer does",
     )
     return parser
 

@@ -66,7 +66,7 @@ EXAMPLES = (
 
 
 def load(data: Path, shots: int = 3) -> AnswerTask:
-    """Raises UserError where the file is missing, its header is another, or a row has fewer than two options."""
+    """Raises UserError if the file is missing, its header is unexpected, or a row has fewer than two options."""
     if shots > len(EXAMPLES):
         raise UserError(f"crass has {len(EXAMPLES)} worked examples; {shots} shots are not possible")
     path = locate(data, ["crass/CRASS_FTM_main_data_set.csv", "CRASS_FTM_main_data_set.csv"], LAYOUT)

@@ -77,9 +77,9 @@ _OUTSIDE = re.compile(r"^(?!def |class |async def |import |from |@|#|\s|[)\]}]|[
 def corrected_completion(text: str, problem: Problem) -> str:
     """The code in an answer, blank lines and indents as they are.
 
-    Code is taken out of a Markdown fence; a function that was written anew from its `def` on stands behind the prompt's
-    unfinished one; otherwise the answer continues the body, whose first line gets the body's indent (a tokenizer drops
-    the space that an answer begins with), and ends where something else than definitions begins at the margin.
+    Code is taken out of a Markdown fence. If the answer repeats the function with its `def`, it follows the prompt's
+    unfinished one. Otherwise it continues the body: its first line gets the body's indent (tokenizers drop the space
+    that an answer begins with), and it ends at the first unindented line that is not a definition.
     """
     fenced = _FENCE.search(text)
     code = fenced.group(1) if fenced else text

@@ -1,11 +1,11 @@
 """IMPACT, InstructEval's writing benchmark: 200 prompts in four categories, answers rated 1 to 5 by a judge for
 relevance and coherence.
 
-File: data.jsonl (or .parquet) with {Category, Definition, Prompt}; FastChat's question.jsonl {category, turns} is read
-too, as a stand-in. The judge's templates are the original's, indents included.
+File: data.jsonl (or .parquet) with {Category, Definition, Prompt}; FastChat's question.jsonl {category, turns} works as
+a substitute. The judge's templates are the original's, indents included.
 
-The paper's README recommends a prompt of its own for writing (definition, question, "Output:"); `style="output"` uses
-it, `style="raw"` is the benchmark's.
+The paper's README recommends its own prompt for writing (definition, question, "Output:"): `style="output"`. The
+benchmark's prompt is `style="raw"`.
 """
 
 import re
@@ -73,8 +73,8 @@ _JUDGE_LINES: dict[Aspect, tuple[str, ...]] = {
 
 
 def _judge_template(lines: tuple[str, ...]) -> str:
-    """The original's text as it stood in its indented source: eight spaces in front of every line but the first and the
-    empty one above the options, and in front of the end."""
+    """The original's text with the indents of its source: eight spaces before every line except the first and the empty
+    one above the options, and at the end."""
     question, options = lines[:-5], lines[-5:]
     return ("\n" + 8 * " ").join(question) + "\n\n" + "".join(f"{8 * ' '}{option}\n" for option in options) + 8 * " "
 
@@ -96,7 +96,7 @@ class WritingPrompt:
 
 
 def writing_prompt(definition: str, question: str) -> str:
-    """The paper's prompt for writing, to stand as a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
+    """The paper's prompt for writing, for a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
     task = definition.strip()
     if not task:
         return f"{question.strip()}\nOutput:"
@@ -104,7 +104,7 @@ def writing_prompt(definition: str, question: str) -> str:
 
 
 def load(data: Path) -> tuple[WritingPrompt, ...]:
-    """Raises UserError where no file is there or a line lacks a field."""
+    """Raises UserError if there is no file or a line lacks a field."""
     folders = ("impact/", "InstructEvalImpact/", "vicuna_eval_questions/")
     path = locate(data, [f"{folder}{name}" for folder in folders for name in PATTERNS], LAYOUT)
     return tuple(_read(index, row) for index, row in enumerate(read_rows(path)))
@@ -122,7 +122,7 @@ def judge_prompt(aspect: Aspect, text: str, prompt: str) -> str:
 
 
 def last_digit(review: str) -> int:
-    """The original's reading of a review: the last digit counts, and what is outside 1 to 5 is 1."""
+    """The original's reading of a review: the last digit, or 1 if it is not 1 to 5 or there is none."""
     digits = [int(c) for c in review if c.isdigit() and c in "0123456789"]
     return digits[-1] if digits and 1 <= digits[-1] <= 5 else 1
 
@@ -149,7 +149,7 @@ _ASKS_FOR_CODE = re.compile(
 
 
 def contains_code(answer: str) -> bool:
-    """Whether an answer holds a snippet: a fence, or a line that only programs have."""
+    """Whether an answer contains code: a fence, or a line that only programs have."""
     return _CODE.search(answer) is not None
 
 
@@ -165,11 +165,11 @@ def run_impact(
     template: Template | None = None,
     temperature: float = 0.0,
 ) -> TaskResult:
-    """Writes answers, has them judged (unless there is no judge), and counts code where none was asked for.
+    """Generates answers, asks the judge about them (if there is one), and counts code where the prompt asks for none.
 
     Args:
-      template: put questions as a user's turn into it; None gives the model the raw text, as the original does.
-      temperature: 0 is what the original really did for LLaMA models; its card says 1.
+      template: Chat template for the questions; None gives the model the raw text, as the original does.
+      temperature: The original really used 0 for LLaMA models; its card says 1.
     """
 
     def encode(text: str) -> tuple[int, ...]:
@@ -221,11 +221,9 @@ def run_impact(
 def _outcome(prompt: WritingPrompt, question: str, answer: str, reviews: dict[str, str]) -> Outcome:
     scores: dict[str, float | None] = {}
     for aspect, review in reviews.items():
-        stated = stated_score(review)
         scores[f"{aspect} faithful"] = last_digit(review)
-        scores[f"{aspect} corrected"] = stated
-    unasked = not asks_for_code(prompt.prompt)
-    scores["unasked code"] = float(contains_code(answer)) if unasked else None
+        scores[f"{aspect} corrected"] = stated_score(review)
+    scores["unasked code"] = None if asks_for_code(prompt.prompt) else float(contains_code(answer))
     return Outcome(prompt.id, prompt.category, scores, {"prompt": question, "prediction": answer, "reviews": reviews})
 
 

@@ -28,23 +28,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question as the original reads it, and as the file has it where the original's reading loses something."""
+    """A question as the original code reads it, and as the file has it; they differ where the original loses text."""
 
     id: str
     group: str
-    """Subject, task or category: what macro means and breakdowns run over."""
+    """Subject, task or category. Macro averages and breakdowns are over groups."""
     faithful: Question
     corrected: Question
 
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """A benchmark whose model completes a prompt and whose answer is compared with a label.
+    """A benchmark whose answers are compared with labels.
 
-    `average` "micro" is the mean over problems, "macro" the mean over groups of their means. `max_prompt` and
-    `max_new_tokens` count tokens (a prompt's include BOS). `expected` is how many problems the published benchmark
-    scores; another number makes a result incomplete, and tables say so. `scores` names the ways to score a prediction,
-    "faithful" and "corrected" among them; all but "faithful" see the answer to the corrected question.
+    `average`: "micro" is the mean over problems, "macro" the mean over groups of their means. `max_prompt` and
+    `max_new_tokens` are in tokens (a prompt's BOS counts). `expected` is the number of problems of the published
+    benchmark; a result with another number is incomplete, and tables mark it. `scores` has a function for each score,
+    "faithful" and "corrected" among them; all but "faithful" score the answer to the corrected question.
     """
 
     name: str
@@ -62,7 +62,7 @@ class AnswerTask:
 class FittedPrompt:
     text: str
     shots: int
-    """Worked examples that are left."""
+    """Worked examples that remain."""
     tokens: int
     """Length of the prompt, BOS included."""
 
@@ -110,11 +110,11 @@ def answer_benchmark(
 
 
 def run_answers(task: AnswerTask, model: LanguageModel) -> TaskResult:
-    """Generates the answer to every problem and scores it in every way that the task names.
+    """Generates the answer to every problem and computes all scores of the task.
 
-    Where the faithful and the corrected question differ, both are asked. As in the original an answer may run past the
-    model's context; a question that is longer than the context without any worked example loses tokens at its left
-    (which its record says), where the original would run past the context with the prompt itself.
+    Where the faithful and the corrected question differ, both are asked. As in the original, an answer may exceed the
+    model's context. A question that exceeds the context without any worked example loses its first tokens, and its
+    record says how many; the original would exceed the context with the prompt.
     """
     fitted: dict[tuple[Question, int], FittedPrompt] = {}
 
@@ -124,13 +124,14 @@ def run_answers(task: AnswerTask, model: LanguageModel) -> TaskResult:
             fitted[key] = fit_shots(question, lambda text: len(encode_prompt(model.tokenizer, text)), limit)
         return fitted[key]
 
-    room = model.context_length
-    limit = min(task.max_prompt, room)
+    context = model.context_length
+    limit = min(task.max_prompt, context)
     asked: list[FittedPrompt] = []
     for problem in task.problems:
         asked += [fit(problem.faithful), fit(problem.corrected)]
     requests = [
-        GenerationRequest(encode_prompt(model.tokenizer, prompt.text)[-room:], task.max_new_tokens) for prompt in asked
+        GenerationRequest(encode_prompt(model.tokenizer, prompt.text)[-context:], task.max_new_tokens)
+        for prompt in asked
     ]
     answers = model.generate(requests)
     outcomes, cut, unreachable = [], 0, 0
@@ -143,15 +144,15 @@ def run_answers(task: AnswerTask, model: LanguageModel) -> TaskResult:
             else score(corrected_prediction.text, problem.corrected)
             for name, score in task.scores.items()
         }
-        record = _answer_record(problem.faithful, faithful, prediction, room)
+        record = _answer_record(problem.faithful, faithful, prediction, context)
         if corrected.text != faithful.text:
-            record["corrected"] = _answer_record(problem.corrected, corrected, corrected_prediction, room)
-        cut += faithful.tokens > room
+            record["corrected"] = _answer_record(problem.corrected, corrected, corrected_prediction, context)
+        cut += faithful.tokens > context
         unreachable += len(model.tokenizer.encode(problem.faithful.label)) > task.max_new_tokens
         outcomes.append(Outcome(problem.id, problem.group, scores, record))
     notes = list(task.notes)
     if cut:
-        notes.append(f"{cut} prompts longer than the context of {model.context_length} lost their beginning")
+        notes.append(f"{cut} prompts longer than the context of {context} lost their beginning")
     if unreachable:
         notes.append(f"{unreachable} labels are longer than {task.max_new_tokens} tokens and cannot be matched")
     return TaskResult(
@@ -159,12 +160,12 @@ def run_answers(task: AnswerTask, model: LanguageModel) -> TaskResult:
     )
 
 
-def _answer_record(question: Question, prompt: FittedPrompt, answer: Generation, room: int) -> dict[str, Any]:
+def _answer_record(question: Question, prompt: FittedPrompt, answer: Generation, context: int) -> dict[str, Any]:
     return {
         "prompt": prompt.text,
         "shots": prompt.shots,
         "prompt_tokens": prompt.tokens,
-        "tokens_cut": max(0, prompt.tokens - room),
+        "tokens_cut": max(0, prompt.tokens - context),
         "label": question.label,
         "prediction": answer.text,
     }

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: every prompt, prediction and score, and the numbers made of them."""
+"""Results of an evaluation: every prompt, prediction and score, and statistics of them."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def write_result(result: TaskResult, path: Path, summary: Mapping[str, Any]) -> 
 
 
 def read_result(path: Path) -> TaskResult:
-    """Raises UserError for a file that `write_result` did not write."""
+    """Raises UserError if `write_result` did not write the file."""
     try:
         content = json.loads(path.read_text("utf-8"))
         content.pop("summary")
@@ -102,7 +102,7 @@ def read_result(path: Path) -> TaskResult:
         content["notes"] = tuple(content["notes"])
         return TaskResult(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no result of an evaluation: {error}") from None
+        raise UserError(f"{path} is not a result file of an evaluation: {error}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

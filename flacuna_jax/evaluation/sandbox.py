@@ -56,7 +56,7 @@ def require_permission(benchmark: str, allowed: bool) -> None:
     if not allowed:
         raise UserError(
             f"{benchmark} runs code that the model wrote; it is isolated (no network, no files, no processes, limits "
-            "on time and memory), but say so yourself: --allow-code-execution"
+            "on time and memory), but you have to allow it: --allow-code-execution"
         )
 
 

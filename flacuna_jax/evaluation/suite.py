@@ -1,7 +1,7 @@
-"""Benchmarks by name: found, read and checked once, then answered by any model, as often as it is asked.
+"""Finds benchmarks by name. They are read and checked once and can then be run on any number of models.
 
-`flacuna evaluate` makes its tables of them; a training run asks `task_evaluator` once before its first step and calls
-what it gets on the parameters of the moment.
+`flacuna evaluate` makes tables of the results. A training run calls `task_evaluator` once, before its first step, and
+then calls the evaluator on its current parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,11 +48,13 @@ def named_tasks(names: Sequence[str]) -> tuple[Task, ...]:
     for text in (part for name in names for part in SUITES.get(name.strip(), (name.strip(),))):
         name, colon, shots = text.partition(":")
         benchmark = benchmarks.get(name)
-        if benchmark is None or (colon and benchmark.shots is None):
+        if benchmark is None:
             known = ", ".join([*benchmarks, *SUITES])
-            raise UserError(f"no benchmark {text!r}; there are {known} (mmlu:0 asks for 0 shots)")
+            raise UserError(f"unknown benchmark {text!r}; known are {known} (mmlu:0 asks for 0 shots)")
+        if colon and benchmark.shots is None:
+            raise UserError(f"benchmark {text!r}: {name} has no worked examples; write {name}")
         if colon and not shots.isdecimal():
-            raise UserError(f"benchmark {text!r}: the number of shots goes behind the colon, as in mmlu:5")
+            raise UserError(f"benchmark {text!r}: expected a number of shots after the colon, as in mmlu:5")
         tasks[Task(benchmark, int(shots) if colon else benchmark.shots)] = None
     return tuple(tasks)
 
@@ -65,16 +67,16 @@ def task_evaluator(
     limit: int | None = None,
     template: Template | None = None,
 ) -> Evaluator:
-    """Reads and checks benchmarks; what is returned scores a model on them: "mmlu:5/faithful" -> mean, and so on.
+    """Reads and checks benchmarks. The returned function scores a model: {"mmlu:5/faithful": mean, ...}.
 
     Args:
-      tasks: benchmarks (`mmlu`, `bbh:0`, `hhh`, `zero_shot`), or the harness's tasks.
-      data: the directory of benchmark files, or of the harness's task files.
-      limit: problems per subject (InstructEval) or per task (harness).
-      template: harness only: what its prompts are put into as a user's turn; None for raw text.
+      tasks: Benchmarks (`mmlu`, `bbh:0`, `hhh`, `zero_shot`), or tasks of the harness.
+      data: Directory of benchmark files, or of the harness's task files.
+      limit: Problems per subject (InstructEval) or per task (harness).
+      template: Harness only: the chat template for prompts; None for raw text.
 
     Raises:
-      UserError: a task that there is not, or that runs code or needs a judge; files that are missing or misshapen.
+      UserError: An unknown task, one that runs code or uses a judge, or missing or malformed files.
     """
     if protocol == "lm_eval":
         from flacuna_jax.evaluation import harness  # an optional dependency
@@ -91,7 +93,9 @@ def task_evaluator(
     runs = []
     for task in named_tasks(tasks):
         if task.benchmark.executes_code or task.benchmark.uses_judge:
-            raise UserError(f"{task} runs code or needs a judge: `flacuna evaluate` does that, when a run has ended")
+            raise UserError(
+                f"{task} runs code or uses a judge and cannot run during training; use `flacuna evaluate` afterwards"
+            )
         runs.append(task.load(data, Options(limit=limit)))
 
     def answer(model: LanguageModel) -> dict[str, float]:

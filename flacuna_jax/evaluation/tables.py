@@ -1,6 +1,6 @@
-"""The paper's tables: one's own models, their differences, and the published rows, as Markdown and LaTeX.
+"""Tables of models, their differences and published rows, as Markdown and LaTeX.
 
-A table is made of cells first (`Cell`: number, interval, marks) and turned into text last.
+`make_tables` computes cells (`Cell`: number, interval, marks); `to_markdown` and `to_latex` format them.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Benchmarks by name, read once and answered by any model: what a training run evaluates with."""
+"""Benchmarks by name, read once and run on several models, as a training run does."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_means_are_those_of_the_tables(data: Path) -> None:
     }
 
 
-def test_groups_are_spelled_out_once() -> None:
+def test_suites_are_expanded_and_tasks_listed_once() -> None:
     def labels(*names: str) -> list[str]:
         return [str(task) for task in named_tasks(names)]
 
@@ -55,14 +55,14 @@ def test_suites_name_benchmarks_that_exist_and_are_named_once() -> None:
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        (["mmlo"], "no benchmark 'mmlo'"),
-        (["hhh:3"], "no benchmark 'hhh:3'"),
-        (["mmlu:x"], "behind the colon"),
-        (["mmlu:²"], "behind the colon"),
+        (["mmlo"], "unknown benchmark 'mmlo'"),
+        (["hhh:3"], "hhh has no worked examples; write hhh"),
+        (["mmlu:x"], "after the colon"),
+        (["mmlu:²"], "after the colon"),
         (["paper"], "holds no"),
-        (["humaneval"], "when a run has ended"),
+        (["humaneval"], "cannot run during training"),
     ],
 )
-def test_mistakes_are_told_before_any_model_is_asked(data: Path, tasks: list[str], message: str) -> None:
+def test_mistakes_are_reported_before_a_model_is_needed(data: Path, tasks: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         task_evaluator(tasks, data)
