@@ -100,7 +100,8 @@ def _extract_adapter(conversion: Conversion, say: Say, model: CheckpointReader) 
     tensors = sum(len(value) for value in adapter.params.values())
     say(
         f"{conversion.model} is a training checkpoint of PEFT, as Flacuna was released. {conversion.out}: its "
-        f"{tensors} LoRA tensors as a PEFT adapter of rank {adapter.lora.rank}, alpha {adapter.lora.alpha:g}, for {BASE}"
+        f"{tensors} LoRA tensors as a PEFT adapter of rank {adapter.lora.rank}, alpha {adapter.lora.alpha:g}, for "
+        f"{BASE}"
     )
 
 

@@ -1,36 +1,35 @@
 """`flacuna evaluate --run RUN --compare base --tasks mmlu,bbh --data DIR`: benchmark tables.
 
-Results, tables and the cache of answers lie in --output. An evaluation that was killed goes on where it was; one that
-is repeated asks the model nothing again.
+Results, tables and the cache of answers are written to --output. An evaluation that was killed continues where it
+stopped; repeating one asks the model nothing again.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation import humaneval, impact, mmlu
+from flacuna_jax.evaluation.benchmark import Benchmark, Options, Reading, Setting
 from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_remarks, published_rows
+from flacuna_jax.evaluation.registry import BENCHMARKS
 from flacuna_jax.evaluation.results import TaskResult, write_result
-from flacuna_jax.evaluation.run import run_humaneval, run_impact
-from flacuna_jax.evaluation.sandbox import require_permission
 from flacuna_jax.evaluation.statistics import confidence_interval
-from flacuna_jax.evaluation.suite import OTHER_TASKS, Run, answer_run, hhh_run, named_tasks
+from flacuna_jax.evaluation.suite import named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
-from flacuna_jax.generation.decode import Sampling
 from flacuna_jax.generation.engine import Placement
 from flacuna_jax.inference import (
     ModelAddress,
@@ -48,31 +47,33 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     addresses = _addresses(arguments)
     output = Path(arguments.output)
-    _make(output)
+    _create(output)
     if arguments.protocol == "lm_eval":
         _harness(arguments, addresses, output)
         return None
-    runs = _prepare(arguments, addresses, output)
+    options = _options(arguments, addresses, output)
+    # Every benchmark is read and checked before a model is loaded.
+    tasks = [(task, task.load(Path(arguments.data), options)) for task in named_tasks(arguments.tasks.split(","))]
     loader = _loader(arguments)
     everything: list[list[TaskResult]] = []
     for address, name in addresses:
         results: list[TaskResult] = []
         with _cached(loader, address, name, output) as model:
-            for label, run in runs:
-                print(f"{name}: {label}", file=sys.stderr)
+            for task, run in tasks:
+                print(f"{name}: {task}", file=sys.stderr)
                 for result in run(model):
-                    _write(result, output)
+                    _write(result, task.benchmark, output)
                     results.append(result)
         everything.append(results)
     _report(everything, output, published=not arguments.no_published)
     return None
 
 
-def _make(output: Path) -> None:
+def _create(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be made: {error.strerror}") from None
+        raise UserError(f"--output {output} cannot be created: {error.strerror}") from None
 
 
 def _loader(arguments: argparse.Namespace) -> ModelLoader:
@@ -80,7 +81,7 @@ def _loader(arguments: argparse.Namespace) -> ModelLoader:
 
 
 def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
-    """What is compared with comes first. `--compare base` is the model without its adapter."""
+    """Models and their names; those of --compare come first. `--compare base` is the model without its adapter."""
     main_address, _ = addressed_model(arguments)
     others = []
     for text in arguments.compare:
@@ -91,55 +92,29 @@ def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
     named.append((main_address, arguments.name or main_address.name))
     names = [name for _, name in named]
     if len(set(names)) < len(names):
-        raise UserError(f"two models are called the same ({', '.join(names)}); give the first another --name")
+        raise UserError(f"two models have the same name ({', '.join(names)}); choose another one with --name")
     return named
 
 
-def _prepare(
-    arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path
-) -> list[tuple[str, Run]]:
-    """Every benchmark read and checked before a model is loaded."""
-    data = Path(arguments.data)
-    return [
-        (
-            task,
-            _other(task, arguments, addresses, data, output)
-            if task in OTHER_TASKS
-            else answer_run(task, data, arguments.limit),
-        )
-        for task in named_tasks(arguments.tasks.split(","))
-    ]
-
-
-def _other(
-    name: str, arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], data: Path, output: Path
-) -> Run:
-    if name == "humaneval":
-        require_permission(arguments.allow_code_execution)
-        problems = humaneval.load(data)[: arguments.limit]
-        return lambda model: [run_humaneval(problems, model, arguments.samples, workers=os.cpu_count() or 1)]
-    if name == "hhh":
-        return hhh_run(data, arguments.limit, arguments.repetitions)
-    Sampling(arguments.impact_temperature)  # for its message, now
-    prompts = impact.load(data)[: arguments.limit]
-    judge = _judge(arguments, output)
-    templates = {name: _template(arguments, address) for address, name in addresses}
-    styles: tuple[Any, ...] = ("raw", "output") if arguments.impact_prompt == "both" else (arguments.impact_prompt,)
-    return lambda model: [
-        run_impact(prompts, model, judge, style, templates[model.name], arguments.impact_temperature)
-        for style in styles
-    ]
+def _options(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, str]], output: Path) -> Options:
+    return Options(
+        limit=arguments.limit,
+        allow_code_execution=arguments.allow_code_execution,
+        judge=functools.cache(lambda: _judge(arguments, output)),
+        templates=functools.cache(lambda: {name: _template(arguments, address) for address, name in addresses}),
+        settings={setting: getattr(arguments, setting.name) for setting in _settings()},
+    )
 
 
 def _template(arguments: argparse.Namespace, address: ModelAddress) -> Template | None:
-    """The template of one of the models that are compared; each tokenizer has its own special tokens."""
+    """The template for one model, with the special tokens of its tokenizer; None for raw text."""
     return None if arguments.template == "none" else template_of(address, arguments.template, None, say_on_stderr)
 
 
 def _judge(arguments: argparse.Namespace, output: Path) -> Judge | None:
     if arguments.judge_url:
         if not arguments.judge_model:
-            raise UserError("--judge-url needs --judge-model: the name that the server knows the judge by")
+            raise UserError("--judge-url needs --judge-model: the name of the judge on the server")
         key = os.environ.get(arguments.judge_key_variable)
         return ServerJudge(arguments.judge_url, arguments.judge_model, Store(output / "judge.jsonl"), key)
     if arguments.judge_model:
@@ -162,15 +137,13 @@ def _cached(loader: ModelLoader, address: ModelAddress, name: str, output: Path)
         yield CachedModel(model, store, show, long_chunk=4 * model.placement.rows)
 
 
-def _write(result: TaskResult, output: Path) -> None:
+def _write(result: TaskResult, benchmark: Benchmark, output: Path) -> None:
     summary: dict[str, Any] = {"problems": len(result.outcomes), "complete": result.complete}
     for score in result.score_names:
         interval = confidence_interval(result, score)
         groups = result.by_group(score)
         summary[score] = {"mean": result.mean(score), "interval": [interval.low, interval.high], "groups": groups}
-        if result.task == "mmlu":
-            summary[score]["subcategories"] = result.by_group(score, mmlu.SUBCATEGORY_OF)
-            summary[score]["categories"] = result.by_group(score, mmlu.CATEGORY_OF)
+        summary[score] |= {name: result.by_group(score, larger) for name, larger in benchmark.groupings.items()}
     path = output / _safe(result.model) / f"{result.task}-{result.shots}shot.json"
     write_result(result, path, summary)
 
@@ -186,7 +159,8 @@ def _file_name(title: str) -> str:
 
 def _report(everything: Sequence[Sequence[TaskResult]], output: Path, published: bool) -> None:
     rows = published_rows() if published else ()
-    tables = [table for reading in ("faithful", "corrected") for table in make_tables(everything, rows, reading)]
+    columns = [column for benchmark in BENCHMARKS for column in benchmark.columns]
+    tables = [table for reading in get_args(Reading) for table in make_tables(everything, columns, rows, reading)]
     markdown = "\n".join(to_markdown(table) for table in tables)
     if published:
         markdown += "\nPublished rows:\n\n" + "".join(f"- {remark}\n" for remark in published_remarks())
@@ -235,40 +209,59 @@ def _harness(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
             print(f"{name}  {metric}  {value:.4f}")
 
 
+def _settings() -> dict[Setting[Any], list[str]]:
+    """The options that benchmarks add, each with the names of the benchmarks that read it."""
+    readers: dict[Setting[Any], list[str]] = {}
+    for benchmark in BENCHMARKS:
+        for setting in benchmark.settings:
+            readers.setdefault(setting, []).append(benchmark.name)
+    return readers
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("evaluate", __doc__)
     add = parser.add_argument
     add_model_options(parser)
-    add("--name", help="what tables call the model")
+    add("--name", help="name of the model in tables")
     add("--compare", action="append", default=[], metavar="MODEL", help="DIR, DIR+ADAPTER or base; may be repeated")
     add("--tasks", required=True, help="e.g. mmlu,bbh:0,hhh, or few_shot, zero_shot, paper; with lm_eval, its tasks")
-    add("--data", required=True, help="directory with mmlu/, bbh/, ...; with lm_eval, a directory of task files")
-    add("--output", default="evaluation", help="where results and the cache lie")
+    add("--data", required=True, help="directory of benchmark files (mmlu/, bbh/, ...); with lm_eval, of task files")
+    add("--output", default="evaluation", help="directory for results and the cache")
     add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval")
-    add("--limit", type=whole(1), help="only the first N problems of each subject or task; marks tables incomplete")
+    add(
+        "--limit",
+        type=whole(1),
+        help="only the first N problems of each subject or task; tables mark scores as incomplete",
+    )
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add_base_option(parser)
-    add("--rows", type=whole(1), default=16, help="prompts that are decoded side by side")
-    add("--no-published", action="store_true", help="leave the published rows out of tables")
-    add("--allow-code-execution", action="store_true", help="humaneval may run what the model wrote, isolated")
-    add("--samples", type=whole(1), default=1, help="humaneval: samples per problem (1, 10 or 100)")
-    add("--repetitions", type=whole(1), default=1, help="hhh: how often the paper's protocol places answers anew")
+    add("--rows", type=whole(1), default=16, help="prompts decoded at once")
+    add("--no-published", action="store_true", help="omit published rows from tables")
+    runs_code = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.executes_code)
+    in_template = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.uses_template)
+    add("--allow-code-execution", action="store_true", help=f"{runs_code}: run code that the model wrote, isolated")
+    for setting, readers in _settings().items():
+        add(
+            setting.flag,
+            type=setting.parse,
+            default=setting.default,
+            choices=setting.choices,
+            help=f"{', '.join(readers)}: {setting.help}",
+        )
     add(
         "--template",
         metavar="NAME",
         default="none",
-        help="impact and lm_eval: ask in this template; auto: the checkpoint's",
+        help=f"{in_template}, lm_eval: chat template for prompts; auto: the checkpoint's own",
     )
-    add("--impact-prompt", choices=("raw", "output", "both"), default="raw", help="output: the paper's prompt")
-    add("--impact-temperature", type=float, default=0.0, help="the card says 1; LLaMA models were run greedily")
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
-    add("--judge-model", help="the server's name of the judge; without --judge-url, a model directory")
-    add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable that holds the server's key")
+    add("--judge-model", help="name of the judge on the server; without --judge-url, a model directory")
+    add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the server's key")
     add("--shots", type=whole(0), help="lm_eval: worked examples per prompt")
     add(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="lm_eval: put BOS in front of texts, or none; default: as the tokenizer does",
+        help="lm_eval: whether texts start with BOS; default: as the tokenizer does",
     )
     return parser
 

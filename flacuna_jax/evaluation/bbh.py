@@ -7,8 +7,9 @@ Files: <task>.json {"examples": [{"input", "target"}]} (suzgunmirac/BIG-Bench-Ha
 from pathlib import Path
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import AnswerTask, Problem, Question
+from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import Row, field, read_rows
+from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
 from flacuna_jax.evaluation.scoring import equals_label, starts_with_label
 
 TASKS = (
@@ -45,10 +46,10 @@ LAYOUT = "BIG-Bench Hard, <task>.json with {examples: [{input, target}]}, as suz
 
 
 def load(data: Path, shots: int = 3) -> AnswerTask:
-    """Reads every task that is there; a result over fewer than 27 tasks is marked incomplete.
+    """Reads every task that has a file; a result over fewer than 27 tasks is marked incomplete.
 
     Raises:
-      UserError: no task at all, a task with no more rows than shots, or a row without input and target.
+      UserError: No task has a file, a task has too few rows for the shots, or a row lacks input or target.
     """
     candidates = [f"{folder}{task}.{kind}" for folder in ("bbh/bbh/", "bbh/", "") for task in TASKS for kind in _KINDS]
     home = next((data / name for name in candidates if (data / name).is_file()), None)
@@ -76,7 +77,10 @@ _KINDS = ("json", "jsonl", "parquet")
 def _task(task: str, rows: list[Row], shots: int) -> list[Problem]:
     pairs = [(field(row, "input"), field(row, "target")) for row in rows]
     if len(pairs) <= shots:
-        raise UserError(f"BBH's {task} has {len(pairs)} rows, no more than its {shots} shots; is the file cut short?")
+        raise UserError(f"BBH's {task} has {len(pairs)} rows, too few for {shots} shots; is the file cut short?")
     solved = tuple(f"{asked}\nAnswer: {target}\n\n" for asked, target in pairs[:shots])
     questions = [Question(f"{asked}\nAnswer:", target, shots=solved) for asked, target in pairs[shots:]]
     return [Problem(f"{task}/{index}", task, q, q) for index, q in enumerate(questions, shots)]
+
+
+BENCHMARK = answer_benchmark("bbh", "BBH", load, {3: FEW_SHOT, 0: ZERO_SHOT})

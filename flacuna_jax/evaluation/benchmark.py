@@ -1,75 +1,136 @@
-"""What the question-answering benchmarks share: questions with worked examples in front, fitted to the context."""
+"""What a benchmark is. Verbs, tables and training runs know this interface only; `registry.py` lists the benchmarks."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
 
-ScoreFunction = Callable[[str, "Question"], float]
+from flacuna_jax.data.conversation import Template
+from flacuna_jax.evaluation.judge import Judge
+from flacuna_jax.evaluation.results import TaskResult
+from flacuna_jax.generation.language_model import LanguageModel
 
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt in its parts: header, then worked examples, then the question that the model completes."""
-
-    text: str
-    label: str
-    header: str = ""
-    shots: tuple[str, ...] = ()
-
-    def prompt(self, shots: int) -> str:
-        """The prompt with the first `shots` worked examples."""
-        return self.header + "".join(self.shots[:shots]) + self.text
+T = TypeVar("T")
+Reading = Literal["faithful", "corrected"]
+Run = Callable[[LanguageModel], list[TaskResult]]
+"""Evaluates a model on a benchmark whose data has been read and checked."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A question as the original reads it, and as the file has it where the original's reading loses something."""
+class Setting(Generic[T]):
+    """A command-line option that a benchmark adds to `flacuna evaluate`; several benchmarks may share one."""
 
-    id: str
-    group: str
-    """Subject, task or category: what macro means and breakdowns run over."""
-    faithful: Question
-    corrected: Question
+    name: str
+    """As a Python identifier: `impact_prompt` becomes `--impact-prompt`."""
+    default: T
+    parse: Callable[[str], T]
+    """For argparse's `type`: raises ArgumentTypeError or ValueError."""
+    help: str
+    choices: tuple[T, ...] | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
 
 
 @dataclass(frozen=True)
-class AnswerTask:
-    """A benchmark whose model completes a prompt and whose answer is compared with a label.
+class Options:
+    """What the user chose. Benchmarks read what applies to them; `options[SETTING]` is the value of a setting.
 
-    `average` "micro" is the mean over problems, "macro" the mean over groups of their means. `max_prompt` and
-    `max_new_tokens` count tokens (a prompt's include BOS). `expected` is how many problems the published benchmark
-    scores; another number makes a result incomplete, and tables say so. `scores` names the ways to score a prediction,
-    "faithful" and "corrected" among them; all but "faithful" see the answer to the corrected question.
+    `judge` and `templates` are functions because both read files: a benchmark calls them after it has read its data.
+    """
+
+    shots: int = 0
+    """Worked examples per prompt."""
+    limit: int | None = None
+    """Keep only this many problems (of each group, where the benchmark has groups)."""
+    allow_code_execution: bool = False
+    judge: Callable[[], Judge | None] = lambda: None
+    """Makes the judge; None if the user named none."""
+    templates: Callable[[], Mapping[str, Template | None]] = dict
+    """Templates by the names of the models; None for raw text."""
+    settings: Mapping[Setting[Any], Any] = field(default_factory=dict)
+
+    def __getitem__(self, setting: Setting[T]) -> T:
+        return self.settings.get(setting, setting.default)
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table of the report. Benchmarks share one by naming the same object."""
+
+    title: str
+    average: bool = False
+    """Adds a last column with the mean of the others."""
+
+
+FEW_SHOT = TableSpec("Few-shot", average=True)
+ZERO_SHOT = TableSpec("Zero-shot")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: a score of a task, over all its problems or over one group of them."""
+
+    table: TableSpec
+    title: str
+    task: str
+    """`TaskResult.task`, which need not be the benchmark's name: a benchmark can have several results."""
+    shots: int = 0
+    published: str = ""
+    """The column's key in `PublishedRow.scores`; empty if nothing was published."""
+    scores: Mapping[Reading, str] = field(
+        default_factory=lambda: {
+            "faithful": "faithful",
+            "corrected": "corrected",
+        }  # each reading has a score of its name
+    )
+    """The score that each reading of the table shows."""
+    group: str | None = None
+    size: int = 0
+    """Problems of the whole group; with fewer the cell is marked incomplete."""
+    decimals: int = 1
+    factor: float = 1.0
+    """Multiplies the mean: 100 shows a share as a percentage where the result's own scale is 1."""
+    held_in: bool = False
+    """FLAN-mini contains training data of this benchmark; cells are marked †."""
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """A benchmark with all that the program needs to know about it.
+
+    `load(data, options)` reads and checks files below `data` and returns what evaluates a model on them. It raises
+    UserError for missing or malformed files and for options that do not fit. No model is loaded before it returns.
     """
 
     name: str
-    shots: int
-    problems: tuple[Problem, ...]
-    max_prompt: int
-    max_new_tokens: int
-    average: Literal["micro", "macro"]
-    scores: Mapping[str, ScoreFunction]
-    expected: int
-    notes: tuple[str, ...] = ()
+    """As in `--tasks`."""
+    load: Callable[[Path, Options], Run]
+    columns: tuple[Column, ...] = ()
+    shots: int | None = None
+    """Worked examples per prompt in the paper. None: the benchmark has none, so `name:3` is refused."""
+    settings: tuple[Setting[Any], ...] = ()
+    groupings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Further breakdowns in the summary of a result: name -> (group of problems -> larger group)."""
+    executes_code: bool = False
+    """Runs code that the model wrote: needs `--allow-code-execution`."""
+    uses_judge: bool = False
+    uses_template: bool = False
+    """Puts prompts into the template that `--template` names."""
 
 
-@dataclass(frozen=True)
-class FittedPrompt:
-    text: str
-    shots: int
-    """Worked examples that are left."""
-    tokens: int
-    """Length of the prompt, BOS included."""
+def first_of_each(problems: Iterable[T], group: Callable[[T], str], limit: int | None) -> tuple[T, ...]:
+    """The first `limit` problems of each group, in their order; all of them without a limit."""
+    kept, seen = [], dict[str, int]()
+    for problem in problems:
+        count = seen[group(problem)] = seen.get(group(problem), 0) + 1
+        if limit is None or count <= limit:
+            kept.append(problem)
+    return tuple(kept)
 
 
-def fit_shots(question: Question, count_tokens: Callable[[str], int], limit: int) -> FittedPrompt:
-    """Drops worked examples from the end until the prompt has at most `limit` tokens.
-
-    A question that is too long by itself stays whole, as in the original.
-    """
-    for shots in range(len(question.shots), -1, -1):
-        prompt = question.prompt(shots)
-        tokens = count_tokens(prompt)
-        if tokens <= limit or shots == 0:
-            return FittedPrompt(prompt, shots, tokens)
-    raise AssertionError("the loop returns at zero shots")
+def sampling_seed(problem: str, sample: int = 0) -> int:
+    """A seed derived from a problem's id and the number of the sample, so that a run can be repeated."""
+    return int.from_bytes(hashlib.sha256(f"{problem} {sample}".encode()).digest()[:4], "big")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import AnswerTask, Problem, Question
+from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import locate, read_csv, read_text
+from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
 from flacuna_jax.evaluation.scoring import names_option, starts_with_label
 
 EXPECTED = 274
@@ -65,7 +66,7 @@ EXAMPLES = (
 
 
 def load(data: Path, shots: int = 3) -> AnswerTask:
-    """Raises UserError where the file is missing, its header is another, or a row has fewer than two options."""
+    """Raises UserError if the file is missing, its header is unexpected, or a row has fewer than two options."""
     if shots > len(EXAMPLES):
         raise UserError(f"crass has {len(EXAMPLES)} worked examples; {shots} shots are not possible")
     path = locate(data, ["crass/CRASS_FTM_main_data_set.csv", "CRASS_FTM_main_data_set.csv"], LAYOUT)
@@ -105,3 +106,6 @@ def _items(path: Path, rows: list[list[str]]) -> list[Item]:
         shuffle(options)
         items.append(Item(row[2], row[3], tuple(options), answer))
     return items
+
+
+BENCHMARK = answer_benchmark("crass", "CRASS", load, {3: FEW_SHOT, 0: ZERO_SHOT})

@@ -3,7 +3,7 @@ questions of the validation set on which all annotators agree, less those whose 
 
 Files: rows {section_id, query_id, passage, question, answers_spans: {spans, types}} (.jsonl or .parquet, the Hugging
 Face form), or the original drop_dataset_dev.json, or simple-evals' drop_v0_dev.jsonl(.gz). The last has lost where one
-span ends and the next begins; that is noted in results made from it.
+span ends and the next begins; results made from it have a note.
 """
 
 import random
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import AnswerTask, Problem, Question
+from flacuna_jax.evaluation.benchmark import FEW_SHOT
 from flacuna_jax.evaluation.files import Row, field, locate, read_json, read_rows
+from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
 from flacuna_jax.evaluation.scoring import drop_exact, drop_f1, starts_with_label
 
 EXPECTED = 6285
@@ -37,13 +38,13 @@ def load(data: Path, shots: int = 3) -> AnswerTask:
     """Reads, filters and draws the worked examples as the original does (random.seed(0)).
 
     Raises:
-      UserError: no file, a record of none of the three forms, or fewer usable questions than shots.
+      UserError: No file, a record in none of the three forms, or too few usable questions for the shots.
     """
     path = locate(data, [f"{folder}{name}" for folder in ("drop/", "drop/data/", "") for name in PATTERNS], LAYOUT)
     items, notes = read_items(path)
     agreed = [item for item in items if len(set(item.answers)) == 1]
     if len(agreed) <= shots:
-        raise UserError(f"{path}: {len(agreed)} questions have a unanimous answer, no more than the {shots} shots")
+        raise UserError(f"{path}: {len(agreed)} questions have a unanimous answer, too few for {shots} shots")
     examples = random.Random(0).sample(agreed, k=shots)
     shown = {item.passage for item in examples}
     solved = tuple(f"{_ask(item)} {item.answers[0]}\n\n" for item in examples)
@@ -70,7 +71,7 @@ def _ask(item: Item) -> str:
 
 
 def read_items(path: Path) -> tuple[list[Item], tuple[str, ...]]:
-    """Questions of a file in any of the three forms, and what has to be said about the form."""
+    """Questions of a file in any of the three forms, and notes about the form."""
     if path.name.endswith(".json"):
         content = read_json(path)
         if isinstance(content, dict) and content and all(_is_section(section) for section in content.values()):
@@ -131,3 +132,7 @@ def _simple_evals(row: Row) -> Item:
         raise UserError(f"{row.place}: context is not 'Passage: ...\\nQuestion: ...\\nAnswer:'")
     answers = tuple(answer.strip() for answer in field(row, "ref_text").split("|"))
     return Item(row.place.rsplit(" ", 1)[-1], flat["passage"], flat["question"], answers)
+
+
+# Held-in: FLAN-mini contains drop:2.0.0 and Natural Instructions' DROP tasks.
+BENCHMARK = answer_benchmark("drop", "DROP", load, {3: FEW_SHOT}, held_in=True)

@@ -4,12 +4,13 @@ sampling at temperature 0.1, and a clean-up of the answer that damages correct c
 File: HumanEval.jsonl.gz with {task_id, prompt, entry_point, canonical_solution, test}.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from flacuna_jax.evaluation.benchmark import FEW_SHOT, Column
 from flacuna_jax.evaluation.files import field, locate, read_rows
+from flacuna_jax.evaluation.programs import CodeTask, code_benchmark
 
 EXPECTED = 164
 LAYOUT = "HumanEval.jsonl.gz of openai/human-eval (task_id, prompt, entry_point, test per line)"
@@ -24,7 +25,7 @@ TOP_K = 50
 
 
 @dataclass(frozen=True)
-class CodeProblem:
+class Problem:
     id: str
     prompt: str
     entry_point: str
@@ -36,15 +37,26 @@ class CodeProblem:
         return INSTRUCTION + self.prompt
 
     def program(self, completion: str) -> str:
-        """What is run: the problem, the completion and its tests."""
+        """The problem, the completion and its tests, as one program."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
 
 
-def load(data: Path) -> tuple[CodeProblem, ...]:
-    """Raises UserError where the file is missing or a line lacks a field."""
+def load(data: Path) -> CodeTask[Problem]:
+    """Raises UserError if the file is missing or a line lacks a field."""
     path = locate(data, ["humaneval/HumanEval.jsonl*", "human_eval/HumanEval.jsonl*", "HumanEval.jsonl*"], LAYOUT)
     names = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
-    return tuple(CodeProblem(*(field(row, name) for name in names)) for row in read_rows(path))
+    return CodeTask(
+        name="humaneval",
+        problems=tuple(Problem(*(field(row, name) for name in names)) for row in read_rows(path)),
+        completions={
+            "faithful": lambda answer, problem: faithful_completion(answer),
+            "corrected": corrected_completion,
+        },
+        temperature=lambda samples: TEMPERATURE.get(samples, 0.8),
+        top_k=TOP_K,
+        max_new_tokens=MAX_NEW_TOKENS,
+        expected=EXPECTED,
+    )
 
 
 def faithful_completion(text: str) -> str:
@@ -62,12 +74,12 @@ _FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL
 _OUTSIDE = re.compile(r"^(?!def |class |async def |import |from |@|#|\s|[)\]}]|[A-Za-z_]\w* *=[^=])", re.MULTILINE)
 
 
-def corrected_completion(text: str, problem: CodeProblem) -> str:
+def corrected_completion(text: str, problem: Problem) -> str:
     """The code in an answer, blank lines and indents as they are.
 
-    Code is taken out of a Markdown fence; a function that was written anew from its `def` on stands behind the prompt's
-    unfinished one; otherwise the answer continues the body, whose first line gets the body's indent (a tokenizer drops
-    the space that an answer begins with), and ends where something else than definitions begins at the margin.
+    Code is taken out of a Markdown fence. If the answer repeats the function with its `def`, it follows the prompt's
+    unfinished one. Otherwise it continues the body: its first line gets the body's indent (tokenizers drop the space
+    that an answer begins with), and it ends at the first unindented line that is not a definition.
     """
     fenced = _FENCE.search(text)
     code = fenced.group(1) if fenced else text
@@ -82,8 +94,4 @@ def _definitions(code: str) -> str:
     return code[: outside.start()] if outside else code
 
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of passing with k tries (Chen et al., 2021, section 2.1)."""
-    if samples < k:
-        raise ValueError(f"pass@{k} needs at least {k} samples, got {samples}")
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+BENCHMARK = code_benchmark("humaneval", load, Column(FEW_SHOT, "HumanEval (0-shot)", "humaneval", 0, "humaneval/0"))

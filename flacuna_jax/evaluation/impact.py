@@ -1,19 +1,27 @@
 """IMPACT, InstructEval's writing benchmark: 200 prompts in four categories, answers rated 1 to 5 by a judge for
 relevance and coherence.
 
-File: data.jsonl (or .parquet) with {Category, Definition, Prompt}; FastChat's question.jsonl {category, turns} is read
-too, as a stand-in. The judge's templates are the original's, indents included.
+File: data.jsonl (or .parquet) with {Category, Definition, Prompt}; FastChat's question.jsonl {category, turns} works as
+a substitute. The judge's templates are the original's, indents included.
 
-The paper's README recommends a prompt of its own for writing (definition, question, "Output:"); `style="output"` uses
-it, `style="raw"` is the benchmark's.
+The paper's README recommends its own prompt for writing (definition, question, "Output:"): `style="output"`. The
+benchmark's prompt is `style="raw"`.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from flacuna_jax.data.conversation import Template, Turn
+from flacuna_jax.data.tokenization import tokenize_prompt
+from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading, Run, Setting, TableSpec, sampling_seed
 from flacuna_jax.evaluation.files import Row, field, locate, read_rows
+from flacuna_jax.evaluation.judge import Judge
+from flacuna_jax.evaluation.results import Outcome, TaskResult
+from flacuna_jax.generation.decode import Sampling
+from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, encode_prompt
 
 CATEGORIES = ("informative", "professional", "argumentative", "creative")
 PER_CATEGORY = 50
@@ -22,7 +30,10 @@ MAX_NEW_TOKENS = 1024
 LAYOUT = "IMPACT, data.jsonl of declare-lab/InstructEvalImpact (Category, Definition, Prompt per line)"
 PATTERNS = ("data.jsonl", "*.parquet", "*question.jsonl")
 Style = Literal["raw", "output"]
+TASKS: dict[Style, str] = {"raw": "impact", "output": "impact_output_prompt"}
+"""Names of the results."""
 Aspect = Literal["relevance", "coherence"]
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 _SCALE = "Select a suitable option number between 1 and 5 based on the options below."
 _JUDGE_LINES: dict[Aspect, tuple[str, ...]] = {
@@ -62,8 +73,8 @@ _JUDGE_LINES: dict[Aspect, tuple[str, ...]] = {
 
 
 def _judge_template(lines: tuple[str, ...]) -> str:
-    """The original's text as it stood in its indented source: eight spaces in front of every line but the first and the
-    empty one above the options, and in front of the end."""
+    """The original's text with the indents of its source: eight spaces before every line except the first and the empty
+    one above the options, and at the end."""
     question, options = lines[:-5], lines[-5:]
     return ("\n" + 8 * " ").join(question) + "\n\n" + "".join(f"{8 * ' '}{option}\n" for option in options) + 8 * " "
 
@@ -85,7 +96,7 @@ class WritingPrompt:
 
 
 def writing_prompt(definition: str, question: str) -> str:
-    """The paper's prompt for writing, to stand as a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
+    """The paper's prompt for writing, for a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
     task = definition.strip()
     if not task:
         return f"{question.strip()}\nOutput:"
@@ -93,7 +104,7 @@ def writing_prompt(definition: str, question: str) -> str:
 
 
 def load(data: Path) -> tuple[WritingPrompt, ...]:
-    """Raises UserError where no file is there or a line lacks a field."""
+    """Raises UserError if there is no file or a line lacks a field."""
     folders = ("impact/", "InstructEvalImpact/", "vicuna_eval_questions/")
     path = locate(data, [f"{folder}{name}" for folder in folders for name in PATTERNS], LAYOUT)
     return tuple(_read(index, row) for index, row in enumerate(read_rows(path)))
@@ -111,7 +122,7 @@ def judge_prompt(aspect: Aspect, text: str, prompt: str) -> str:
 
 
 def last_digit(review: str) -> int:
-    """The original's reading of a review: the last digit counts, and what is outside 1 to 5 is 1."""
+    """The original's reading of a review: the last digit, or 1 if it is not 1 to 5 or there is none."""
     digits = [int(c) for c in review if c.isdigit() and c in "0123456789"]
     return digits[-1] if digits and 1 <= digits[-1] <= 5 else 1
 
@@ -138,9 +149,118 @@ _ASKS_FOR_CODE = re.compile(
 
 
 def contains_code(answer: str) -> bool:
-    """Whether an answer holds a snippet: a fence, or a line that only programs have."""
+    """Whether an answer contains code: a fence, or a line that only programs have."""
     return _CODE.search(answer) is not None
 
 
 def asks_for_code(prompt: str) -> bool:
     return _ASKS_FOR_CODE.search(prompt) is not None
+
+
+def run_impact(
+    prompts: Sequence[WritingPrompt],
+    model: LanguageModel,
+    judge: Judge | None,
+    style: Style = "raw",
+    template: Template | None = None,
+    temperature: float = 0.0,
+) -> TaskResult:
+    """Generates answers, asks the judge about them (if there is one), and counts code where the prompt asks for none.
+
+    Args:
+      template: Chat template for the questions; None gives the model the raw text, as the original does.
+      temperature: The original really used 0 for LLaMA models; its card says 1.
+    """
+
+    def encode(text: str) -> tuple[int, ...]:
+        if template is None:
+            return encode_prompt(model.tokenizer, text)
+        return tuple(tokenize_prompt([Turn("user", text)], template, model.tokenizer))
+
+    questions = [prompt.question(style) for prompt in prompts]
+    new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_length // 2))
+    requests = [
+        GenerationRequest(
+            encode(question)[-(model.context_length - new_tokens) :],
+            new_tokens,
+            template.stop_strings if template else (),
+            temperature=temperature,
+            seed=sampling_seed(prompt.id),
+            ends=template.ends if template else (),
+        )
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
+    answers = [generation.text for generation in model.generate(requests)]
+    reviews: dict[str, list[str]] = {}
+    if judge is not None:
+        for aspect in JUDGE_TEMPLATES:
+            pairs = zip(answers, prompts, strict=True)
+            reviews[aspect] = judge.review([judge_prompt(aspect, text, p.prompt) for text, p in pairs])
+    outcomes = [
+        _outcome(prompt, questions[i], answers[i], {aspect: texts[i] for aspect, texts in reviews.items()})
+        for i, prompt in enumerate(prompts)
+    ]
+    return TaskResult(
+        TASKS[style],
+        0,
+        model.name,
+        tuple(outcomes),
+        "micro",
+        EXPECTED,
+        scale=1.0,
+        notes=() if judge is not None else ("no judge: answers and the rate of code only",),
+        settings={
+            "style": style,
+            "template": template.name if template else None,
+            "temperature": temperature,
+            "judge": judge.name if judge else None,
+        },
+    )
+
+
+def _outcome(prompt: WritingPrompt, question: str, answer: str, reviews: dict[str, str]) -> Outcome:
+    scores: dict[str, float | None] = {}
+    for aspect, review in reviews.items():
+        scores[f"{aspect} faithful"] = last_digit(review)
+        scores[f"{aspect} corrected"] = stated_score(review)
+    scores["unasked code"] = None if asks_for_code(prompt.prompt) else float(contains_code(answer))
+    return Outcome(prompt.id, prompt.category, scores, {"prompt": question, "prediction": answer, "reviews": reviews})
+
+
+STYLES: dict[str, tuple[Style, ...]] = {"raw": ("raw",), "output": ("output",), "both": ("raw", "output")}
+PROMPT = Setting("impact_prompt", "raw", str, "the benchmark's prompt (raw) or the paper's (output)", tuple(STYLES))
+TEMPERATURE = Setting("impact_temperature", 0.0, float, "its card says 1; LLaMA models were run greedily")
+
+
+def _load(data: Path, options: Options) -> Run:
+    temperature = options[TEMPERATURE]
+    Sampling(temperature)  # raises UserError for a temperature that cannot be used
+    prompts = load(data)[: options.limit]
+    judge, templates = options.judge(), options.templates()
+    return lambda model: [
+        run_impact(prompts, model, judge, style, templates.get(model.name), temperature)
+        for style in STYLES[options[PROMPT]]
+    ]
+
+
+def _columns(style: Style, title: str) -> Iterator[Column]:
+    table, task = TableSpec(f"IMPACT, {title} prompt"), TASKS[style]
+    readings: tuple[Reading, ...] = get_args(Reading)
+    of_aspect = {aspect: {reading: f"{aspect} {reading}" for reading in readings} for aspect in ASPECTS}
+    for category in CATEGORIES:
+        for aspect, scores in of_aspect.items():
+            heading, key = f"{category[:3].title()} {aspect[:3].title()}.", f"impact/{category}/{aspect}"
+            yield Column(table, heading, task, 0, key, scores, category, PER_CATEGORY, decimals=2)
+    for aspect, scores in of_aspect.items():
+        yield Column(table, f"Avg {aspect[:3].title()}.", task, 0, f"impact/{aspect}", scores, decimals=2)
+    yield Column(table, "Unasked code %", task, scores=dict.fromkeys(readings, "unasked code"), factor=100.0)
+
+
+BENCHMARK = Benchmark(
+    name="impact",
+    load=_load,
+    columns=(*_columns("raw", "benchmark's"), *_columns("output", "paper's")),
+    settings=(PROMPT, TEMPERATURE),
+    uses_judge=True,
+    uses_template=True,
+)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import AnswerTask, Problem, Question
+from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import locate, read_csv
+from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
 from flacuna_jax.evaluation.scoring import names_option, starts_with_label
 
 LETTERS = "ABCD"
@@ -153,3 +154,12 @@ def _read_as_text(path: Path) -> list[list[str]]:
         if len(row) != 6 or row[-1] not in tuple(LETTERS):
             raise UserError(f"{path}, row {number}: expected question, four options and A, B, C or D; found {row[:7]}")
     return rows
+
+
+BENCHMARK = answer_benchmark(
+    "mmlu",
+    "MMLU",
+    load,
+    {5: FEW_SHOT, 0: ZERO_SHOT},
+    groupings={"subcategories": SUBCATEGORY_OF, "categories": CATEGORY_OF},
+)

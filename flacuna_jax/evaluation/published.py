@@ -1,4 +1,4 @@
-"""Numbers that were published, as data with their sources (published.json), to set beside one's own."""
+"""Published numbers with their sources (published.json), for comparison."""
 
 import json
 from collections.abc import Mapping
@@ -13,17 +13,20 @@ class PublishedRow:
     model: str
     source: str
     scores: Mapping[str, float]
+    held_in: bool
+    """The model was trained on FLAN-mini, so that scores of `Column.held_in` are marked."""
 
 
 def published_rows() -> tuple[PublishedRow, ...]:
-    """Rows of one model and one kind of benchmark; a model can have several."""
+    """Rows of one model and one table each; a model can have several."""
     content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
     return tuple(
-        PublishedRow(row["model"], content["sources"][row["source"]], row["scores"]) for row in content["rows"]
+        PublishedRow(row["model"], content["sources"][row["source"]], row["scores"], row.get("held_in", False))
+        for row in content["rows"]
     )
 
 
 def published_remarks() -> tuple[str, ...]:
-    """What has to be said about the rows."""
+    """Notes about the rows."""
     content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
     return tuple(content["remarks"])

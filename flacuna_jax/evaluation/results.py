@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: every prompt, prediction and score, and the numbers made of them."""
+"""Results of an evaluation: every prompt, prediction and score, and statistics of them."""
 
 import json
 from collections.abc import Mapping
@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.whole_files import write_atomically
-
-HELD_IN = frozenset({"drop"})
-"""Benchmarks whose training data FLAN-mini contains (drop:2.0.0 and Natural Instructions' DROP tasks)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def write_result(result: TaskResult, path: Path, summary: Mapping[str, Any]) -> 
 
 
 def read_result(path: Path) -> TaskResult:
-    """Raises UserError for a file that `write_result` did not write."""
+    """Raises UserError if `write_result` did not write the file."""
     try:
         content = json.loads(path.read_text("utf-8"))
         content.pop("summary")
@@ -105,4 +102,4 @@ def read_result(path: Path) -> TaskResult:
         content["notes"] = tuple(content["notes"])
         return TaskResult(**content)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is no result of an evaluation: {error}") from None
+        raise UserError(f"{path} is not a result file of an evaluation: {error}") from None

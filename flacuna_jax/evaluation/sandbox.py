@@ -51,12 +51,12 @@ class Verdict:
     """"passed", "timed out", or what went wrong."""
 
 
-def require_permission(allowed: bool) -> None:
+def require_permission(benchmark: str, allowed: bool) -> None:
     """Raises UserError unless the user agreed to run code that a model wrote."""
     if not allowed:
         raise UserError(
-            "humaneval runs code that the model wrote; it is isolated (no network, no files, no processes, limits on "
-            "time and memory), but say so yourself: --allow-code-execution"
+            f"{benchmark} runs code that the model wrote; it is isolated (no network, no files, no processes, limits "
+            "on time and memory), but you have to allow it: --allow-code-execution"
         )
 
 

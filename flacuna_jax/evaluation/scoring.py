@@ -1,9 +1,9 @@
-"""How a prediction is compared with a label. InstructEval's way is lossy; the others stand beside it, named."""
+"""Comparing a prediction with a label: InstructEval's lossy rule, and corrected ones."""
 
 import re
 import string
 
-from flacuna_jax.evaluation.benchmark import Question
+from flacuna_jax.evaluation.labels import Question
 
 
 def starts_with_label(prediction: str, question: Question) -> float:
@@ -15,18 +15,18 @@ _LETTER = re.compile(r"\(?([A-Z])(?![A-Za-z0-9'’])")
 
 
 def names_option(prediction: str, question: Question) -> float:
-    """The prediction opens with the option's letter standing alone: "C", "C.", "(C) ..." but not "Cats"."""
+    """The prediction begins with the option's letter as a word: "C", "C.", "(C) ..." but not "Cats"."""
     found = _LETTER.match(prediction.strip())
     return float(found is not None and found.group(1) == question.label)
 
 
 def first_line(prediction: str) -> str:
-    """The answer proper: what stands on the first line that is not blank."""
+    """The first line that is not blank."""
     return prediction.strip().split("\n", 1)[0].strip()
 
 
 def equals_label(prediction: str, question: Question) -> float:
-    """The first line is the label, but for a final full stop; behind an option such as "(B)" its text may follow."""
+    """The first line is the label, but for a final full stop; the text of an option such as "(B)" may follow it."""
     answer = first_line(prediction)
     if re.fullmatch(r"\([A-Z]\)", question.label):
         return float(answer.startswith(question.label))

@@ -1,19 +1,18 @@
-"""The paper's tables: one's own models, their differences, and the published rows, as Markdown and LaTeX.
+"""Tables of models, their differences and published rows, as Markdown and LaTeX.
 
-A table is made of cells first (`Cell`: number, interval, marks) and turned into text last.
+`make_tables` computes cells (`Cell`: number, interval, marks); `to_markdown` and `to_latex` format them.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flacuna_jax.evaluation import hhh, impact
+from flacuna_jax.evaluation.benchmark import Column, Reading, TableSpec
 from flacuna_jax.evaluation.published import PublishedRow
-from flacuna_jax.evaluation.results import HELD_IN, TaskResult
+from flacuna_jax.evaluation.results import TaskResult
 from flacuna_jax.evaluation.statistics import Difference, Interval, confidence_interval, difference
 
 SIGNIFICANT = 0.05
-NAMES = {"mmlu": "MMLU", "bbh": "BBH", "drop": "DROP", "crass": "CRASS", "humaneval": "HumanEval", "hhh": "HHH"}
 
 
 @dataclass(frozen=True)
@@ -52,104 +51,56 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Column:
-    """What a column shows: a score of a task, or of one group of its problems, which has `size` where it is whole."""
-
-    title: str
-    task: str
-    shots: int
-    score: str
-    published: str
-    group: str | None = None
-    size: int = 0
-    decimals: int = 1
-
-    def select(self, results: Sequence[TaskResult]) -> TaskResult | None:
-        found = next((r for r in results if r.task == self.task and r.shots == self.shots), None)
-        if found is None or self.score not in found.score_names:
-            return None
-        if self.group is None:
-            return found
-        part = tuple(outcome for outcome in found.outcomes if outcome.group == self.group)
-        return (
-            TaskResult(found.task, found.shots, found.model, part, "micro", self.size, found.scale, found.notes)
-            if part
-            else None
-        )
-
-
 def make_tables(
-    models: Sequence[Sequence[TaskResult]], published: Sequence[PublishedRow] = (), reading: str = "faithful"
+    models: Sequence[Sequence[TaskResult]],
+    columns: Sequence[Column],
+    published: Sequence[PublishedRow] = (),
+    reading: Reading = "faithful",
 ) -> list[Table]:
-    """Every table of the paper that the results have something for.
+    """The tables of the columns, in the order of their first columns; those without a result are left out.
 
     Args:
-      models: the results of each model; the first model is what the others are compared with.
-      reading: "faithful" or "corrected".
+      models: The results of each model; the first model is what the others are compared with.
+      columns: Those of all benchmarks.
     """
-    tables = [
-        _table(f"Few-shot ({reading})", _few_shot(reading), models, published, average=True),
-        _table(f"Zero-shot ({reading})", _zero_shot(reading), models, published, average=False),
-    ]
-    tables += [
-        _table(f"HHH, {protocol} protocol ({reading})", _hhh(protocol, reading), models, published, average=False)
-        for protocol in ("paper", "current")
-    ]
-    tables += [
-        _table(f"IMPACT, {style} prompt ({reading})", _impact(task, reading), models, published, average=False)
-        for task, style in (("impact", "benchmark's"), ("impact_output_prompt", "paper's"))
-    ]
+    specs: dict[TableSpec, list[Column]] = {}
+    for column in columns:
+        specs.setdefault(column.table, []).append(column)
+    tables = [_table(spec, own, models, published, reading) for spec, own in specs.items()]
     return [table for table in tables if any(row.kind == "model" for row in table.rows)]
 
 
-def _few_shot(reading: str) -> list[Column]:
-    shots = {"mmlu": 5, "bbh": 3, "drop": 3, "crass": 3, "humaneval": 0}
-    return [Column(f"{NAMES[task]} ({n}-shot)", task, n, reading, f"{task}/{n}") for task, n in shots.items()]
-
-
-def _zero_shot(reading: str) -> list[Column]:
-    return [Column(f"{NAMES[task]} (0-shot)", task, 0, reading, f"{task}/0") for task in ("mmlu", "bbh", "crass")]
-
-
-def _hhh(protocol: str, reading: str) -> list[Column]:
-    task = f"hhh_{protocol}"
-    columns = [Column(c.title(), task, 0, reading, f"hhh/{c}", c, size) for c, size in hhh.SIZES.items()]
-    return [*columns, Column("Average", task, 0, reading, "hhh")]
-
-
-def _impact(task: str, reading: str) -> list[Column]:
-    aspects, size = ("relevance", "coherence"), impact.PER_CATEGORY
-    columns = [
-        Column(f"{c[:3].title()} {a[:3].title()}.", task, 0, f"{a} {reading}", f"impact/{c}/{a}", c, size, decimals=2)
-        for c in impact.CATEGORIES
-        for a in aspects
-    ]
-    columns += [Column(f"Avg {a[:3].title()}.", task, 0, f"{a} {reading}", f"impact/{a}", decimals=2) for a in aspects]
-    return [*columns, Column("Unasked code %", task, 0, "unasked code", "")]
+def _select(column: Column, reading: Reading, results: Sequence[TaskResult]) -> TaskResult | None:
+    """The result that a column shows, cut down to the column's group; None if there is none."""
+    found = next((r for r in results if r.task == column.task and r.shots == column.shots), None)
+    if found is None or column.scores[reading] not in found.score_names:
+        return None
+    if column.group is None:
+        return found
+    part = tuple(outcome for outcome in found.outcomes if outcome.group == column.group)
+    return replace(found, outcomes=part, average="micro", expected=column.size) if part else None
 
 
 def _table(
-    title: str,
+    spec: TableSpec,
     columns: Sequence[Column],
     models: Sequence[Sequence[TaskResult]],
     published: Sequence[PublishedRow],
-    *,
-    average: bool,
+    reading: Reading,
 ) -> Table:
-    used = [c for c in columns if any(c.select(results) is not None for results in models)]
+    used = [c for c in columns if any(_select(c, reading, results) is not None for results in models)]
     rows: list[TableRow] = []
     notes: dict[str, None] = {}
     for results in models:
-        chosen = [column.select(results) for column in used]
+        chosen = [_select(column, reading, results) for column in used]
         if not any(chosen):
             continue
         name = next(result.model for result in chosen if result is not None)
-        cells = [None if r is None else _cell(r, column) for r, column in zip(chosen, used, strict=True)]
-        rows.append(TableRow(name, tuple(_with_average(cells, average)), "model"))
+        cells = [None if r is None else _cell(r, column, reading) for r, column in zip(chosen, used, strict=True)]
+        rows.append(TableRow(name, tuple(_with_average(cells, spec.average)), "model"))
         notes |= dict.fromkeys(f"{r.task}: {note}" for r in chosen if r is not None for note in r.notes)
     for results in models[1:]:
-        row = _difference_row(used, models[0], results, average)
+        row = _difference_row(spec, used, models[0], results, reading)
         if row is not None:
             rows.append(row)
     for entry in published:
@@ -158,43 +109,47 @@ def _table(
             cells = [
                 None
                 if value is None
-                else Cell(
-                    value, None, "†" if column.task in HELD_IN and "Flacuna" in entry.model else "", column.decimals
-                )
+                else Cell(value, None, "†" if column.held_in and entry.held_in else "", column.decimals)
                 for value, column in zip(known, used, strict=True)
             ]
-            rows.append(TableRow(f"{entry.model} (published)", tuple(_with_average(cells, average)), "published"))
-    titles = tuple(column.title for column in used) + (("Average",) if average and len(used) > 1 else ())
-    return Table(title, titles, tuple(rows), (*_legend(rows), *notes))
+            rows.append(TableRow(f"{entry.model} (published)", tuple(_with_average(cells, spec.average)), "published"))
+    titles = tuple(column.title for column in used) + (("Average",) if spec.average and len(used) > 1 else ())
+    return Table(f"{spec.title} ({reading})", titles, tuple(rows), (*_legend(rows), *notes))
 
 
-def _cell(result: TaskResult, column: Column) -> Cell:
-    marks = ("†" if result.task in HELD_IN else "") + ("" if result.complete else "‡")
-    scale = 100.0 if column.score == "unasked code" else 1.0
-    interval = confidence_interval(result, column.score)
-    value = result.mean(column.score) * scale
-    return Cell(value, Interval(interval.low * scale, interval.high * scale), marks, column.decimals)
+def _cell(result: TaskResult, column: Column, reading: Reading) -> Cell:
+    marks = ("†" if column.held_in else "") + ("" if result.complete else "‡")
+    score = column.scores[reading]
+    interval = _scaled(confidence_interval(result, score), column.factor)
+    return Cell(result.mean(score) * column.factor, interval, marks, column.decimals)
+
+
+def _scaled(interval: Interval, factor: float) -> Interval:
+    return Interval(interval.low * factor, interval.high * factor)
 
 
 def _difference_row(
-    columns: Sequence[Column], base: Sequence[TaskResult], other: Sequence[TaskResult], average: bool
+    spec: TableSpec,
+    columns: Sequence[Column],
+    base: Sequence[TaskResult],
+    other: Sequence[TaskResult],
+    reading: Reading,
 ) -> TableRow | None:
     cells: list[Cell | None] = []
     names: tuple[str, str] | None = None
     for column in columns:
-        first, second = column.select(base), column.select(other)
+        first, second = (_select(column, reading, results) for results in (base, other))
         if first is None or second is None:
             cells.append(None)
             continue
         names = (first.model, second.model)
-        found = difference(first, second, column.score)
-        scale = 100.0 if column.score == "unasked code" else 1.0
+        found = difference(first, second, column.scores[reading])
         mark = "*" if found.p_value < SIGNIFICANT else ""
-        interval = Interval(found.interval.low * scale, found.interval.high * scale)
-        cells.append(Cell(found.mean * scale, interval, mark, column.decimals, signed=True))
+        interval = _scaled(found.interval, column.factor)
+        cells.append(Cell(found.mean * column.factor, interval, mark, column.decimals, signed=True))
     if names is None:
         return None
-    return TableRow(f"{names[1]} − {names[0]}", tuple(_with_average(cells, average)), "difference")
+    return TableRow(f"{names[1]} − {names[0]}", tuple(_with_average(cells, spec.average)), "difference")
 
 
 def _with_average(cells: Sequence[Cell | None], wanted: bool) -> list[Cell | None]:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from flacuna_jax import evaluate
 from flacuna_jax.cli import run_verb
-from flacuna_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,9 @@ def test_two_models_side_by_side(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "mmlo"], "no benchmark 'mmlo'"),
-        (["--tasks", "crass", "--output", "/dev/null/x"], "--output /dev/null/x cannot be made"),
-        (["--tasks", "mmlu:x"], "the number of shots goes behind the colon"),
+        (["--tasks", "mmlo"], "unknown benchmark 'mmlo'"),
+        (["--tasks", "crass", "--output", "/dev/null/x"], "--output /dev/null/x cannot be created"),
+        (["--tasks", "mmlu:x"], "a number of shots after the colon"),
         (["--tasks", "humaneval"], "--allow-code-execution"),
         (["--tasks", "bbh"], "holds no BBH task"),
         (["--tasks", "crass", "--compare", "base"], "the model has no adapter"),
@@ -67,27 +68,32 @@ def test_two_models_side_by_side(
         (["--tasks", "impact", "--impact-temperature", "-1"], "temperature is -1.0"),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_loaded(
+def test_mistakes_are_reported_before_a_model_is_loaded(
     arguments: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate("--model", tmp_path / "nowhere", "--data", data, "--output", tmp_path / "o", *arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_results_stand_before_a_later_task_fails(
-    story_llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_results_are_written_before_a_later_task_fails(
+    story_llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise UserError("the judge is gone")
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(401)
 
-    monkeypatch.setattr(evaluate, "run_impact", fail)
     common = ("--model", story_llama, "--data", data, "--limit", 1, "--output", tmp_path)
-    assert _evaluate(*common, "--tasks", "crass:0,impact") == 2
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        judge = ("--judge-url", f"http://127.0.0.1:{server.server_port}/v1", "--judge-model", "j")
+        assert _evaluate(*common, "--tasks", "crass:0,impact", *judge) == 2
+        server.shutdown()
+    assert "refuses (HTTP 401)" in capsys.readouterr().err
     assert (tmp_path / story_llama.name / "crass-0shot.json").is_file()
 
 
 @pytest.mark.parametrize("option", ["--limit=0", "--limit=x", "--shots=-1", "--rows=1.5"])
-def test_numbers_that_are_none(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_are_not_numbers(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         _evaluate("--model", "m", "--data", "d", "--tasks", "crass", option)
     assert "is not" in capsys.readouterr().err

@@ -4,13 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flacuna_jax.evaluation.humaneval import (
-    CodeProblem,
-    corrected_completion,
-    faithful_completion,
-    load,
-    pass_at_k,
-)
+from flacuna_jax.evaluation.humaneval import Problem, corrected_completion, faithful_completion, load
+from flacuna_jax.evaluation.programs import pass_at_k
 from flacuna_jax.evaluation.sandbox import run_programs
 
 
@@ -19,7 +14,7 @@ def _passed(programs: list[str]) -> int:
 
 
 def test_canonical_solutions(test_data: Path) -> None:
-    problems = load(test_data)
+    problems = load(test_data).problems
     assert len(problems) == 164
     assert _passed([p.program(faithful_completion(p.canonical_solution)) for p in problems]) == 130
     assert _passed([p.program(corrected_completion(p.canonical_solution, p)) for p in problems]) == 164
@@ -36,12 +31,12 @@ def test_canonical_solutions(test_data: Path) -> None:
     ids=["leading spaces lost", "something behind it", "written anew in a fence"],
 )
 def test_canonical_solutions_in_disguise(test_data: Path, answer) -> None:  # type: ignore[no-untyped-def]
-    problems = load(test_data)
+    problems = load(test_data).problems
     assert _passed([p.program(corrected_completion(answer(p), p)) for p in problems]) == 164
 
 
 def test_clean_ups_on_one_answer() -> None:
-    problem = CodeProblem("x", 'def f(a):\n    """Adds."""\n', "f", "", "")
+    problem = Problem("x", 'def f(a):\n    """Adds."""\n', "f", "", "")
     answer = "   b = a\n\n    return b\n\n\nprint(f(1))"  # what a tokenizer leaves of four spaces
     assert faithful_completion(answer) == "    b = a"
     assert corrected_completion(answer, problem) == "    b = a\n\n    return b\n\n\n"

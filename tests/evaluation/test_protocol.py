@@ -11,7 +11,7 @@ import pytest
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation import bbh, crass, drop, hhh, mmlu
-from flacuna_jax.evaluation.benchmark import Question, fit_shots
+from flacuna_jax.evaluation.labels import Question, fit_shots
 
 
 def _letters(options: list[str]) -> str:

@@ -2,14 +2,18 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flacuna_jax.evaluation import bbh, drop, hhh, humaneval, impact, mmlu
 from flacuna_jax.evaluation.cache import CachedModel, Store
+from flacuna_jax.evaluation.hhh import run_hhh
+from flacuna_jax.evaluation.impact import run_impact
+from flacuna_jax.evaluation.labels import run_answers
+from flacuna_jax.evaluation.programs import CodeTask, run_code
 from flacuna_jax.evaluation.results import read_result, write_result
-from flacuna_jax.evaluation.run import run_answers, run_hhh, run_humaneval, run_impact
 from tests.evaluation.models import Letters, Scripted
 from tests.vocabularies import llama_template
 
@@ -97,12 +101,17 @@ def test_hhh_macro_average_over_categories(test_data: Path) -> None:
     assert result.mean("faithful") == pytest.approx(100 / len(result.groups))
 
 
+def _first_code_problems(test_data: Path, count: int) -> CodeTask[humaneval.Problem]:
+    task = humaneval.load(test_data)
+    return replace(task, problems=task.problems[:count])
+
+
 def test_humaneval_scores_both_clean_ups(test_data: Path) -> None:
-    problems = humaneval.load(test_data)[:6]
-    solutions = {p.question: p.canonical_solution for p in problems}
-    result = run_humaneval(problems, Scripted(answer=lambda prompt: solutions[prompt]))
+    task = _first_code_problems(test_data, 6)
+    solutions = {p.question: p.canonical_solution for p in task.problems}
+    result = run_code(task, Scripted(answer=lambda prompt: solutions[prompt]))
     assert result.mean("corrected") == 100
-    expected = ["\n\n" not in p.canonical_solution.strip("\n") for p in problems]
+    expected = ["\n\n" not in p.canonical_solution.strip("\n") for p in task.problems]
     assert [outcome.scores["faithful"] for outcome in result.outcomes] == expected
     assert result.settings["temperature"] == 0.1
 
@@ -186,7 +195,7 @@ def test_a_kill_among_long_answers_loses_a_few(tmp_path: Path) -> None:
 def test_prompts_for_code_fit_a_small_context(test_data: Path) -> None:
     """They lose their beginning, not everything."""
     model = Scripted(context_length=100)
-    run_humaneval(humaneval.load(test_data)[:1], model)
+    run_code(_first_code_problems(test_data, 1), model)
     assert len(model.asked[0]) == 100
 
 

@@ -131,6 +131,6 @@ def test_no_process_is_left_behind() -> None:
 
 
 def test_permission_is_asked_for() -> None:
-    require_permission(True)
-    with pytest.raises(UserError, match="--allow-code-execution"):
-        require_permission(False)
+    require_permission("humaneval", True)
+    with pytest.raises(UserError, match=r"humaneval runs code .* --allow-code-execution"):
+        require_permission("humaneval", False)

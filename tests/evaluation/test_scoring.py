@@ -2,7 +2,7 @@
 
 import pytest
 
-from flacuna_jax.evaluation.benchmark import Question
+from flacuna_jax.evaluation.labels import Question
 from flacuna_jax.evaluation.scoring import drop_exact, drop_f1, equals_label, names_option, starts_with_label
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks by name, read once and answered by any model: what a training run evaluates with."""
+"""Benchmarks by name, read once and run on several models, as a training run does."""
 
 import shutil
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.run import run_answers
-from flacuna_jax.evaluation.suite import ANSWER_TASKS, evaluate_tasks, named_tasks, task_evaluator
+from flacuna_jax.evaluation import crass
+from flacuna_jax.evaluation.labels import run_answers
+from flacuna_jax.evaluation.registry import BENCHMARKS, SUITES
+from flacuna_jax.evaluation.suite import named_tasks, task_evaluator
 from tests.evaluation.models import Scripted
 
 
@@ -31,29 +33,36 @@ def test_one_reading_serves_many_models(data: Path) -> None:
 
 def test_means_are_those_of_the_tables(data: Path) -> None:
     model = Scripted(answer=lambda prompt: " B")
-    load, shots = ANSWER_TASKS["crass"]
-    assert evaluate_tasks(model, ["crass"], data) == {
-        f"crass:{shots}/{score}": run_answers(load(data, shots), model).mean(score)
-        for score in ("faithful", "corrected")
+    assert task_evaluator(["crass"], data)(model) == {
+        f"crass:3/{score}": run_answers(crass.load(data, 3), model).mean(score) for score in ("faithful", "corrected")
     }
 
 
-def test_groups_are_spelled_out_once() -> None:
-    assert named_tasks(["mmlu:0", "zero_shot", "hhh"]) == ("mmlu:0", "bbh:0", "crass:0", "hhh")
-    assert named_tasks(["mmlu", "mmlu:05", "mmlu:5", "drop"]) == ("mmlu:5", "drop:3")
+def test_suites_are_expanded_and_tasks_listed_once() -> None:
+    def labels(*names: str) -> list[str]:
+        return [str(task) for task in named_tasks(names)]
+
+    assert labels("mmlu:0", "zero_shot", "hhh") == ["mmlu:0", "bbh:0", "crass:0", "hhh"]
+    assert labels("mmlu", "mmlu:05", "mmlu:5", "drop") == ["mmlu:5", "drop:3"]
+
+
+def test_suites_name_benchmarks_that_exist_and_are_named_once() -> None:
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    assert len({*names, *SUITES}) == len(names) + len(SUITES)
+    assert len(named_tasks(list(SUITES))) == len(SUITES["paper"])
 
 
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        (["mmlo"], "no benchmark 'mmlo'"),
-        (["hhh:3"], "no benchmark 'hhh:3'"),
-        (["mmlu:x"], "behind the colon"),
-        (["mmlu:²"], "behind the colon"),
+        (["mmlo"], "unknown benchmark 'mmlo'"),
+        (["hhh:3"], "hhh has no worked examples; write hhh"),
+        (["mmlu:x"], "after the colon"),
+        (["mmlu:²"], "after the colon"),
         (["paper"], "holds no"),
-        (["humaneval"], "when a run has ended"),
+        (["humaneval"], "cannot run during training"),
     ],
 )
-def test_mistakes_are_told_before_any_model_is_asked(data: Path, tasks: list[str], message: str) -> None:
+def test_mistakes_are_reported_before_a_model_is_needed(data: Path, tasks: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         task_evaluator(tasks, data)

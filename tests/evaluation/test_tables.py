@@ -10,9 +10,12 @@ import pytest
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_rows
+from flacuna_jax.evaluation.registry import BENCHMARKS
 from flacuna_jax.evaluation.results import Outcome, TaskResult
 from flacuna_jax.evaluation.statistics import confidence_interval, difference, mcnemar
 from flacuna_jax.evaluation.tables import make_tables, to_latex, to_markdown
+
+COLUMNS = [column for benchmark in BENCHMARKS for column in benchmark.columns]
 
 
 def _result(
@@ -78,7 +81,7 @@ def test_permutation_test_agrees_with_the_sign_test_where_all_differences_are_al
 def test_columns_of_a_part_are_marked_where_the_part_is_not_whole() -> None:
     """All of HHH's 58 harmless comparisons, and two of the 59 helpful ones."""
     result = _result([1.0] * 60, task="hhh_paper", groups=["harmless"] * 58 + ["helpful"] * 2, shots=0)
-    (table,) = (table for table in make_tables([[result]]) if table.title.startswith("HHH, paper"))
+    (table,) = (table for table in make_tables([[result]], COLUMNS) if table.title.startswith("HHH, paper"))
     marks = {title: cell.marks for title, cell in zip(table.columns, table.rows[0].cells, strict=True) if cell}
     assert (marks["Harmless"], marks["Helpful"]) == ("", "‡")
 
@@ -106,7 +109,7 @@ def _models() -> list[list[TaskResult]]:
 
 
 def test_tables_hold_models_differences_and_published_rows() -> None:
-    table = make_tables(_models(), published_rows())[0]
+    table = make_tables(_models(), COLUMNS, published_rows())[0]
     assert table.columns == ("MMLU (5-shot)", "DROP (3-shot)", "Average")
     kinds = [row.kind for row in table.rows]
     assert kinds == sorted(kinds, key=["model", "difference", "published"].index)
@@ -123,7 +126,7 @@ def test_tables_hold_models_differences_and_published_rows() -> None:
 
 
 def test_markdown_latex_and_plot() -> None:
-    table = make_tables(_models(), published_rows())[0]
+    table = make_tables(_models(), COLUMNS, published_rows())[0]
     markdown = to_markdown(table)
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
     assert widths == {len(table.columns) + 2}
