@@ -4,6 +4,7 @@
 then calls the evaluator on its current parameters.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.benchmark import Benchmark, Options, Run
 from flacuna_jax.evaluation.registry import BENCHMARKS, SUITES
+from flacuna_jax.evaluation.results import TaskResult
 from flacuna_jax.evaluation.sandbox import require_permission
+from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.language_model import LanguageModel
 
 Protocol = Literal["instructeval", "lm_eval"]
@@ -57,6 +60,28 @@ def named_tasks(names: Sequence[str]) -> tuple[Task, ...]:
             raise UserError(f"benchmark {text!r}: expected a number of shots after the colon, as in mmlu:5")
         tasks[Task(benchmark, int(shots) if colon else benchmark.shots)] = None
     return tuple(tasks)
+
+
+def evaluate_model(
+    model: ChatModel | LanguageModel,
+    tasks: Sequence[str],
+    data: str | os.PathLike[str],
+    options: Options = Options(),  # noqa: B008
+) -> list[TaskResult]:
+    """Evaluates a model on benchmarks as InstructEval does. All of them are read and checked before the first one runs.
+
+    Args:
+      model: from `load_model`; its template is not used, because the benchmarks have their own prompts.
+      tasks: benchmarks and suites: "mmlu", "bbh:0", "hhh", "zero_shot", ...
+      data: directory of the benchmark files.
+      options: limits, permissions, judges.
+
+    Raises:
+      UserError: an unknown task, missing or malformed files, or a missing permission.
+    """
+    runs = [task.load(Path(data), options) for task in named_tasks(tasks)]
+    language_model = model.language_model if isinstance(model, ChatModel) else model
+    return [result for run in runs for result in run(language_model)]
 
 
 def task_evaluator(

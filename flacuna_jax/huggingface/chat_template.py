@@ -10,6 +10,7 @@ from flacuna_jax.data.jinja_template import read_jinja_file
 from flacuna_jax.data.tokenization import Tokenizer, with_notes_on_marks
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG
 
 JINJA, JSON = "chat_template.jinja", "chat_template.json"
@@ -89,6 +90,20 @@ def open_template(data: DataConfig, directory: str | Path, tokenizer: Tokenizer)
     if template.untrainable is not None:
         raise UserError(f"data.template: {template.untrainable}")
     return template
+
+
+def load_template(directory: str | Path, name: str = AUTO, tokenizer: Tokenizer | None = None) -> Template:
+    """The template of a checkpoint, or a named one, with the special tokens of the checkpoint's tokenizer.
+
+    Args:
+      directory: of the tokenizer.
+      name: of a template, a .jinja file, "checkpoint", or "auto": the checkpoint's own if it has one, else vicuna_v1.1.
+      tokenizer: that of the directory, if it is loaded already.
+
+    Raises:
+      UserError: there is no such template.
+    """
+    return choose_template(name, directory, tokenizer or load_tokenizer(directory))
 
 
 def choose_template(

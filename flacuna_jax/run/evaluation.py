@@ -18,9 +18,10 @@ from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.logs.metrics import JsonLines, Tracker
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import batch_sharding, row_shards
+from flacuna_jax.run.data import evaluation_data
 from flacuna_jax.run.measurement import Measurement, Tasks
 from flacuna_jax.run.samples import Question, Sampler, choose_questions
-from flacuna_jax.run.setup import Setup, evaluation_data
+from flacuna_jax.run.setup import Setup
 from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.evaluator import lay_out
 from flacuna_jax.training.history import History

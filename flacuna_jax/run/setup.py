@@ -11,26 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 import yaml
 from jax.sharding import Mesh
 
 from flacuna_jax import distributed
 from flacuna_jax.config.files import parse_config
-from flacuna_jax.config.schema import DataConfig, DistributedConfig, LoraConfig, MeshConfig, RunConfig
-from flacuna_jax.data.build import build_store
+from flacuna_jax.config.schema import DistributedConfig, LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.data.conversation import Template
-from flacuna_jax.data.held_out import keys, lowest, select, split
-from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_run
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
-from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
-from flacuna_jax.huggingface.chat_template import describe_choice, open_template, resolve_name
+from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.kernels.attention import require_backend
@@ -51,6 +46,7 @@ from flacuna_jax.run.code_version import (
     library_versions,
     package_fingerprint,
 )
+from flacuna_jax.run.data import read_data
 from flacuna_jax.run.model import ModelSource, context_warning, open_model
 from flacuna_jax.storage.bucket import is_bucket, read_text
 from flacuna_jax.storage.local_run import local_run
@@ -230,13 +226,9 @@ def set_up(parts: Parts, say: Say) -> Setup:
     config, source, mesh = parts
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
-    template = open_template(config.data, config.model.tokenizer_path, tokenizer)
-    say(f"template   {describe_choice(config.data.template, config.model.tokenizer_path)}")
-    for note in template.notes:
-        say(f"note       {note}")
-    data = build_data(config, tokenizer, template, row_shards(mesh), say)
-    store, report, plan, held_out = data
-    setup = Setup(config, mesh, source, store, report, plan, tokenizer, template, held_out)
+    data = read_data(config, say, tokenizer=tokenizer)
+    plan = plan_run(data.store, config.data, config.training, seed=config.seed, shards=row_shards(mesh))
+    setup = Setup(config, mesh, source, data.store, data.report, plan, tokenizer, data.template, data.held_out)
     distributed.require_agreement(setup.shared_facts)
     return setup
 
@@ -246,54 +238,6 @@ def peak_flops() -> float | None:
     devices = jax.devices()
     target = known_target(devices[0])
     return None if target is None else target.bf16_flops * len(devices)
-
-
-def build_data(
-    config: RunConfig, tokenizer: Tokenizer, template: Template, shards: int, say: Say
-) -> tuple[TokenStore, DataReport, RunPlan, TokenStore | None]:
-    """The tokenised corpus, what became of every record, the plan of the run, and what is held out of it.
-
-    Raises:
-      UserError: the data or the numbers of the config are not as they should be.
-    """
-    store, report = _tokenised(config, config.data, tokenizer, template, say)
-    held_out = None
-    settings = config.evaluation
-    if settings is not None and settings.fraction is not None:
-        store, held_out = split(store, settings.fraction, settings.max_examples)
-    elif settings is not None and settings.sources:
-        measured, _ = _tokenised(config, evaluation_data(config), tokenizer, template, say)
-        found = keys(measured)
-        held_out = select(measured, lowest(found, np.arange(len(measured)), settings.max_examples))
-        common = int(np.isin(found, keys(store)).sum())
-        if common:
-            say(
-                f"warning    {common:,} of {len(found):,} questions in evaluation.sources are also in the training data"
-            )
-    if held_out is not None:
-        say(f"held out   {len(held_out):,} examples, {int(held_out.supervised.sum()):,} supervised tokens")
-    return store, report, plan_run(store, config.data, config.training, seed=config.seed, shards=shards), held_out
-
-
-def evaluation_data(config: RunConfig) -> DataConfig:
-    """The settings that held-out records are read by: the training data's, but for `evaluation.sources`."""
-    assert config.evaluation is not None, "asked for with evaluation alone"
-    return config.data.model_copy(update={"sources": config.evaluation.sources or config.data.sources})
-
-
-def _tokenised(
-    config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
-) -> tuple[TokenStore, DataReport]:
-    data = local_sources(data, default_directory() / "downloads")
-    try:
-        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
-        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)
-    except OSError as error:
-        say(f"tokenised data: no cache ({error}); built in memory")
-        store, report = build_store(data, tokenizer, template=template)
-    for line in report.lines():
-        say(line)
-    return store, report
 
 
 def load_weights(setup: Setup) -> Params:

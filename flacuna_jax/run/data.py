@@ -1,0 +1,90 @@
+"""The data of a run: tokenised, counted, and divided into what is learned and what is held out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from flacuna_jax.config.schema import DataConfig, RunConfig
+from flacuna_jax.data.build import build_store
+from flacuna_jax.data.conversation import Template
+from flacuna_jax.data.held_out import keys, lowest, select, split
+from flacuna_jax.data.hub import local_sources
+from flacuna_jax.data.report import DataReport
+from flacuna_jax.data.store import TokenStore
+from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.data.tokenization import Tokenizer
+from flacuna_jax.huggingface.chat_template import describe_choice, open_template
+from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+Say = Callable[[str], None]
+
+
+class RunData(NamedTuple):
+    """The examples of a run, with what made them."""
+
+    store: TokenStore
+    """The training examples."""
+    held_out: TokenStore | None
+    """Examples that are evaluated and not trained on; None if the config has none."""
+    report: DataReport
+    """What became of every record of the training data."""
+    tokenizer: Tokenizer
+    template: Template
+
+
+def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokenizer | None = None) -> RunData:
+    """Tokenises the data of a run with its template, or finds them in the cache.
+
+    Args:
+      config: of the run.
+      say: receives lines about the template, the cache and the records.
+      tokenizer: the one at `config.model.tokenizer_path`, if it is loaded already.
+
+    Raises:
+      UserError: the tokenizer, the template or the data are not usable.
+    """
+    directory = config.model.tokenizer_path
+    tokenizer = tokenizer or load_tokenizer(directory)
+    template = open_template(config.data, directory, tokenizer)
+    say(f"template   {describe_choice(config.data.template, directory)}")
+    for note in template.notes:
+        say(f"note       {note}")
+    store, report = _tokenised(config, config.data, tokenizer, template, say)
+    held_out = None
+    settings = config.evaluation
+    if settings is not None and settings.fraction is not None:
+        store, held_out = split(store, settings.fraction, settings.max_examples)
+    elif settings is not None and settings.sources:
+        measured, _ = _tokenised(config, evaluation_data(config), tokenizer, template, say)
+        found = keys(measured)
+        held_out = select(measured, lowest(found, np.arange(len(measured)), settings.max_examples))
+        common = int(np.isin(found, keys(store)).sum())
+        if common:
+            say(
+                f"warning    {common:,} of {len(found):,} questions in evaluation.sources are also in the training data"
+            )
+    if held_out is not None:
+        say(f"held out   {len(held_out):,} examples, {int(held_out.supervised.sum()):,} supervised tokens")
+    return RunData(store, held_out, report, tokenizer, template)
+
+
+def evaluation_data(config: RunConfig) -> DataConfig:
+    """The settings for held-out records: those of the training data, except for `evaluation.sources`."""
+    assert config.evaluation is not None, "called with an evaluation only"
+    return config.data.model_copy(update={"sources": config.evaluation.sources or config.data.sources})
+
+
+def _tokenised(
+    config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
+) -> tuple[TokenStore, DataReport]:
+    data = local_sources(data, default_directory() / "downloads")
+    try:
+        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
+        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)
+    except OSError as error:
+        say(f"tokenised data: no cache ({error}); built in memory")
+        store, report = build_store(data, tokenizer, template=template)
+    for line in report.lines():
+        say(line)
+    return store, report
