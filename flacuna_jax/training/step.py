@@ -24,7 +24,7 @@ from flacuna_jax.model.sharding import constrain, row_shards
 from flacuna_jax.model.variables import Parameter
 from flacuna_jax.training.guard import skips
 from flacuna_jax.training.network import Batch, NetworkConfig
-from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective, Terms, Weighted
+from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective, Terms, Weighted, objective_of
 
 
 class StepMetrics(NamedTuple):
@@ -52,7 +52,7 @@ class StepConfig:
 
     @classmethod
     def of_run(cls, spec: ModelSpec, config: RunConfig) -> "StepConfig":
-        return cls(NetworkConfig.of_run(spec, config), config.seed)
+        return cls(NetworkConfig.of_run(spec, config), config.seed, objective_of(config.training))
 
     @property
     def spec(self) -> ModelSpec:
