@@ -164,9 +164,7 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
     if config.evaluation is not None and config.evaluation.fraction is not None:
         store, _ = split(store, config.evaluation.fraction, config.evaluation.max_examples)
-    # Steps and rows per step are the same on any number of shards.
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    return measured_statistics(plan_run(store, config.data, training, seed=config.seed, shards=1), store)
+    return measured_statistics(plan_run(store, config.data, config.training, seed=config.seed, shards=None), store)
 
 
 def _advice(advice: Plan | None, machine: Machine) -> str:

@@ -145,13 +145,9 @@ def prepare_run(
     if settings is not None and settings.fraction is not None:
         store, measured = split(store, settings.fraction, settings.max_examples)
         held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
-    # One shard: how many rows go through at once does not change which rows there are, nor the steps.
-    shards = 1
-    if config.training.batch_unit == "rows":
-        config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
     plan, refused = None, None
     try:
-        plan = plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+        plan = plan_run(store, config.data, config.training, seed=config.seed, shards=None)
     except UserError as error:
         refused = error
     weights = [source.weight for source in config.data.sources]
