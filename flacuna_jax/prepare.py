@@ -19,6 +19,8 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config, top_level_keys
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.conversation import Conversation, Turn, named_template
+from flacuna_jax.data.corpus_report import PackingFacts, run_document
+from flacuna_jax.data.document import Document, to_html, to_markdown
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
 from flacuna_jax.data.held_out import split
@@ -32,10 +34,9 @@ from flacuna_jax.data.tokenization import Tokenizer, tokenize
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.collection import Built, build, find_inputs
 from flacuna_jax.flan_mini.config import FlanMiniConfig, LeakageConfig
-from flacuna_jax.flan_mini.document import Document, to_html, to_markdown
 from flacuna_jax.flan_mini.leakage import BenchmarkLeakage, LeakageScan
 from flacuna_jax.flan_mini.manifest import find_built, write_manifest
-from flacuna_jax.flan_mini.report import PackingFacts, mixture_document, run_document
+from flacuna_jax.flan_mini.report import leakage_parts, mixture_document
 from flacuna_jax.flan_mini.work import writing
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -168,7 +169,7 @@ def prepare_run(
             *held_out,
         ]
     leakage = _leakage(scan, _source_texts(config), say)
-    document = run_document(store, report, weights, epoch, packing, batch, leakage)
+    document = run_document(store, report, weights, epoch, packing, batch, leakage_parts(leakage, store.tasks))
     for line in report.lines():
         say(line)
     for warning in (*(plan.warnings if plan is not None else ()), *_context_warnings(config)):

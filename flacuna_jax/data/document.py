@@ -31,11 +31,14 @@ class Text:
     lines: Sequence[str]
 
 
+Part = Table | Bars | Text
+
+
 @dataclass(frozen=True)
 class Document:
     title: str
     facts: Sequence[tuple[str, str]]
-    parts: Sequence[Table | Bars | Text]
+    parts: Sequence[Part]
 
 
 def to_markdown(document: Document) -> str:
