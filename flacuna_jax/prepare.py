@@ -23,7 +23,7 @@ from flacuna_jax.data.corpus_report import PackingFacts, run_document
 from flacuna_jax.data.document import Document, to_html, to_markdown
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
-from flacuna_jax.data.held_out import split
+from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_run
@@ -142,9 +142,8 @@ def prepare_run(
         say(f"note: {note}")
     store, report = cached_store(config.data, tokenizer, tokenizer_fingerprint(directory), cache, say, template)
     held_out: list[tuple[str, str]] = []
-    settings = config.evaluation
-    if settings is not None and settings.fraction is not None:
-        store, measured = split(store, settings.fraction, settings.max_examples)
+    store, measured = hold_out(store, config.evaluation)
+    if measured is not None:
         held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
     plan, refused = None, None
     try:
