@@ -250,7 +250,7 @@ def read(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
-    from flacuna_jax.data.pipeline import batches, plan_run
+    from flacuna_jax.data.pipeline import BatchStream, StepSource, plan_steps
     from flacuna_jax.data.store_cache import cached_store
     from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -265,8 +265,8 @@ def read(arguments: argparse.Namespace) -> None:
         lambda line: say(says=line),
     )
     shards = 4
-    plan = plan_run(store, config, TrainingConfig(batch_size=128, micro_batch_size=2), seed=42, shards=shards)
-    stream = batches(store, plan)
+    plan = plan_steps(store, config, TrainingConfig(batch_size=128, micro_batch_size=2), seed=42, shards=shards)
+    stream = BatchStream(StepSource(store, plan), start_step=0, threads=2, ahead=4)
     first = next(stream)  # packing the epoch and starting the threads are not reading
     tokens, wall, cpu = 0, time.perf_counter(), cpu_seconds()
     for _ in range(arguments.steps):
@@ -284,7 +284,8 @@ def read(arguments: argparse.Namespace) -> None:
     for hosts in (1, 2, 4):
         slices = []
         for host in range(hosts):
-            one = batches(store, plan, start_step=arguments.steps + 1, process_index=host, process_count=hosts)
+            source = StepSource(store, plan, host, hosts)
+            one = BatchStream(source, start_step=arguments.steps + 1, threads=2, ahead=4)
             slices.append(next(one))
             one.close()
         same = all(np.array_equal(np.concatenate([s[name] for s in slices], axis=1), following[name]) for name in first)

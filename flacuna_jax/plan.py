@@ -19,8 +19,7 @@ from flacuna_jax.arguments import Parser, amount, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
 from flacuna_jax.config.schema import RunConfig
-from flacuna_jax.data import pipeline
-from flacuna_jax.data.held_out import split
+from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.pipeline import check_batch_arithmetic
 from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
@@ -214,11 +213,10 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
     template = open_template(config.data, config.model.tokenizer_path, tokenizer)
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
-    if config.evaluation is not None and config.evaluation.fraction is not None:
-        store, _ = split(store, config.evaluation.fraction, config.evaluation.max_examples)
-    # Steps and rows per step do not depend on the number of shards.
-    training = config.training.model_copy(update={"micro_batch_size": 1})
-    return measured_statistics(pipeline.plan_run(store, config.data, training, seed=config.seed, shards=1), store)
+    store, _ = hold_out(store, config.evaluation)
+    return measured_statistics(
+        pipeline.plan_run(store, config.data, config.training, seed=config.seed, shards=None), store
+    )
 
 
 def _advice(advice: Plan | None, machine: Machine) -> str:

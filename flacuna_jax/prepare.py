@@ -19,12 +19,14 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config, top_level_keys
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.conversation import Conversation, Turn, named_template
+from flacuna_jax.data.corpus_report import PackingFacts, run_document
+from flacuna_jax.data.document import Document, to_html, to_markdown
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
-from flacuna_jax.data.held_out import split
+from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.packing import epoch_examples
-from flacuna_jax.data.pipeline import plan_run
+from flacuna_jax.data.pipeline import plan_steps
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore, describe_example
 from flacuna_jax.data.store_cache import cached_store, default_directory
@@ -32,10 +34,9 @@ from flacuna_jax.data.tokenization import Tokenizer, tokenize
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.collection import Built, build, find_inputs
 from flacuna_jax.flan_mini.config import FlanMiniConfig, LeakageConfig
-from flacuna_jax.flan_mini.document import Document, to_html, to_markdown
 from flacuna_jax.flan_mini.leakage import BenchmarkLeakage, LeakageScan
 from flacuna_jax.flan_mini.manifest import find_built, write_manifest
-from flacuna_jax.flan_mini.report import PackingFacts, mixture_document, run_document
+from flacuna_jax.flan_mini.report import leakage_parts, mixture_document
 from flacuna_jax.flan_mini.work import writing
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -148,17 +149,12 @@ def prepare_run(
         say(f"note: {note}")
     store, report = cached_store(config.data, tokenizer, tokenizer_fingerprint(directory), cache, say, template)
     held_out: list[tuple[str, str]] = []
-    settings = config.evaluation
-    if settings is not None and settings.fraction is not None:
-        store, measured = split(store, settings.fraction, settings.max_examples)
+    store, measured = hold_out(store, config.evaluation)
+    if measured is not None:
         held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
-    # One shard: the number of rows at a time changes neither the rows nor the steps.
-    shards = 1
-    if config.training.batch_unit == "rows":
-        config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
     plan, refused = None, None
     try:
-        plan = plan_run(store, config.data, config.training, seed=config.seed, shards=shards)
+        plan = plan_steps(store, config.data, config.training, seed=config.seed, shards=None)
     except UserError as error:
         refused = error
     weights = [source.weight for source in config.data.sources]
@@ -179,7 +175,7 @@ def prepare_run(
             *held_out,
         ]
     leakage = _leakage(scan, _source_texts(config), say)
-    document = run_document(store, report, weights, epoch, packing, batch, leakage)
+    document = run_document(store, report, weights, epoch, packing, batch, leakage_parts(leakage, store.tasks))
     for line in report.lines():
         say(line)
     for warning in (*(plan.warnings if plan is not None else ()), *_context_warnings(config)):

@@ -11,7 +11,7 @@ import pytest
 from flacuna_jax.config.files import parse_config
 from flacuna_jax.config.schema import LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.data.build import build_store
-from flacuna_jax.data.pipeline import StepSource, plan_run
+from flacuna_jax.data.pipeline import StepSource, plan_steps
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ def test_a_row_of_16k_has_pefts_loss_and_gradients(test_data: Path, llama_tokeni
     config = settings(tmp_path)
     store, report = build_store(config.data, tokenizer)
     assert len(store) == 4, report.lines()
-    plan = plan_run(store, config.data, config.training, seed=0, shards=1)
+    plan = plan_steps(store, config.data, config.training, seed=0, shards=1)
     assert (plan.rows, plan.total_steps) == (2, 2)
     assert plan.fill > 0.9
 

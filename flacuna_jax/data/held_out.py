@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flacuna_jax.config.schema import EvaluationConfig
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.errors import UserError
 
@@ -28,6 +29,17 @@ class Split(NamedTuple):
 def keys(store: TokenStore) -> NDArray[np.uint64]:
     """uint64 [examples], equal for examples with the same question; independent of seed and position."""
     return np.array([_key(store, index) for index in range(len(store))], np.uint64)
+
+
+def hold_out(store: TokenStore, evaluation: EvaluationConfig | None) -> tuple[TokenStore, TokenStore | None]:
+    """What is trained on, and what `evaluation.fraction` holds out of it; None where it holds out nothing.
+
+    Raises:
+      UserError: as `split` does.
+    """
+    if evaluation is None or evaluation.fraction is None:
+        return store, None
+    return split(store, evaluation.fraction, evaluation.max_examples)
 
 
 def split(store: TokenStore, fraction: float, max_examples: int | None = None) -> Split:

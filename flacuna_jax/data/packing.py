@@ -133,8 +133,11 @@ def _best_fit(lengths: list[int], capacity: int) -> list[int]:
 def _first_fit(lengths: list[int], capacity: int) -> list[int]:
     """The row of each example: the earliest opened one with enough free space, or else a new one.
 
-    There is a heap of rows for each value of free space, and a binary tree of minima over these values: entry
-    `leaves + room` is the top of a heap, and every other entry the smaller of its two children.
+    Best fit never needs more rows on the lengths we measured. This stays because `packing: first_fit` is a setting that
+    runs were started with: it is in their checkpoints, and resuming one must lay out the same rows.
+
+    For each free room a heap of its rows, and over the rooms a tree of the smallest row in any larger room: entry
+    `leaves + room` is the heap's top, every other entry the smaller of its two children.
     """
     leaves = 1 << capacity.bit_length()
     none = len(lengths)

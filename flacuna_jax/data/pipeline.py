@@ -1,14 +1,14 @@
 """From the token store to batches: the number of steps of a run, the rows of each step, and its arrays.
 
-`plan_run` fixes every number before the first step. `StepSource` is random access: the rows and the batch of any step
+`plan_steps` fixes every number before the first step. `StepSource` is random access: the rows and the batch of any step
 are a function of (store, plan, step), with no state but a cache. `BatchStream` serves them through Grain with threads
 that work ahead, from any step on and on any number of hosts.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import grain
@@ -55,8 +55,8 @@ class RunPlan:
     accumulation: int
     epochs: tuple[EpochPlan, ...]
     total_steps: int
-    """Number of steps of the run: all epochs, or max_steps."""
-    warnings: tuple[str, ...]
+    """Where the run ends: after all epochs, or at max_steps."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def examples(self) -> int:
@@ -74,10 +74,6 @@ class RunPlan:
         return self.epochs[0].tokens / (self.rows * self.max_length)
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self.epochs[0].steps
-
-    @property
     def examples_per_step(self) -> float:
         return self.examples * min(self.rows_per_step, self.rows) / self.rows
 
@@ -90,43 +86,87 @@ class RunPlan:
         raise IndexError(f"step {step} of a run of {self.total_steps}")
 
 
-def plan_run(
-    store: TokenStore,
-    data: DataConfig,
-    training: TrainingConfig,
-    *,
-    seed: int,
-    shards: int,
-    rows_per_step: int | None = None,
+def plan_steps(
+    store: TokenStore, data: DataConfig, training: TrainingConfig, *, seed: int, shards: int | None
 ) -> RunPlan:
     """The plan of a run over `shards` data×fsdp shards.
 
-    `rows_per_step` is the fixed number from a checkpoint; None computes it. Raises UserError with the keys if the
-    numbers of the config are inconsistent.
+    None: the devices are not known. Then micro-batches are of one row; steps and rows per step do not depend on it.
+    Raises UserError where the config's numbers do not go together, naming the keys.
     """
-    check_batch_arithmetic(training, shards)
-    weights = tuple(source.weight for source in data.sources)
-    micro_rows = training.micro_batch_size * shards
+    if shards is not None:
+        check_batch_arithmetic(training, shards)
+    plan = plan_epochs(
+        store,
+        max_length=data.max_length,
+        packing=data.packing,
+        weights=tuple(source.weight for source in data.sources),
+        seed=seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        rows_per_step=lambda rows, examples: _rows_per_step(training, rows, examples),
+        micro_rows=1 if shards is None else training.micro_batch_size * shards,
+    )
+    _check_schedule(training, plan)
+    return replace(plan, warnings=_warnings(training, plan.epochs[0]))
+
+
+def plan_epochs(
+    store: TokenStore,
+    *,
+    max_length: int,
+    packing: PackingMethod,
+    weights: tuple[float, ...],
+    seed: int,
+    epochs: int,
+    rows_per_step: Callable[[int, int], int],
+    micro_rows: int,
+    max_steps: int | None = None,
+) -> RunPlan:
+    """A plan by plain numbers.
+
+    Args:
+      store: the corpus; `weights` has one for each of its sources.
+      rows_per_step: from rows and examples of the first epoch; no step has more rows than the longest epoch.
+      micro_rows: rows of one forward and backward pass on the whole mesh.
+
+    Raises:
+      UserError: the weights leave no example in an epoch.
+    """
     lengths = store.lengths
-    epochs: list[EpochPlan] = []
-    steps = 0
-    for epoch in range(training.epochs):
+    planned: list[EpochPlan] = []
+    rows_of_step = steps = 0
+    for epoch in range(epochs):
         examples = epoch_examples(store.source_index, weights, seed, epoch)
         if not len(examples):
-            raise UserError("data.sources: with these weights, an epoch has no example")
-        rows = pack(lengths[examples], data.max_length, data.packing, seed, epoch).rows
-        if rows_per_step is None:
-            rows_per_step = _rows_per_step(training, rows, len(examples))
-        epoch_steps = -(-rows // rows_per_step)
-        epochs.append(EpochPlan(len(examples), rows, int(lengths[examples].sum()), epoch_steps, steps))
+            raise UserError("data.sources: the weights leave no example in an epoch")
+        rows = pack(lengths[examples], max_length, packing, seed, epoch).rows
+        rows_of_step = rows_of_step or rows_per_step(rows, len(examples))
+        epoch_steps = -(-rows // rows_of_step)
+        planned.append(EpochPlan(len(examples), rows, int(lengths[examples].sum()), epoch_steps, steps))
         steps += epoch_steps
-        if training.max_steps is not None and steps >= training.max_steps:
-            steps = training.max_steps
+        if max_steps is not None and steps >= max_steps:
+            steps = max_steps
             break
-    assert rows_per_step is not None, "epochs is positive"
-    # If a batch is larger than the data, an epoch is one step of only as many rows as it has.
-    rows_per_step = min(rows_per_step, max(epoch.rows for epoch in epochs))
-    size = f"the run of {steps} steps ({epochs[0].rows} rows per epoch, {rows_per_step} rows per step)"
+    # A batch larger than the data is every epoch in one step, and no more memory than that.
+    rows_of_step = min(rows_of_step, max(epoch.rows for epoch in planned))
+    return RunPlan(
+        seed=seed,
+        max_length=max_length,
+        packing=packing,
+        weights=weights,
+        rows_per_step=rows_of_step,
+        micro_rows=micro_rows,
+        accumulation=-(-rows_of_step // micro_rows),
+        epochs=tuple(planned),
+        total_steps=steps,
+    )
+
+
+def _check_schedule(training: TrainingConfig, plan: RunPlan) -> None:
+    """Raises UserError if the phases of the learning rate are longer than the run."""
+    steps = plan.total_steps
+    size = f"the run of {steps} steps ({plan.rows} rows per epoch, {plan.rows_per_step} rows per step)"
     warmup = training.warmup_of(steps)
     if warmup >= steps and warmup:
         raise UserError(
@@ -136,18 +176,6 @@ def plan_run(
         raise UserError(
             f"{warmup} steps of warm-up and training.decay_steps {training.decay_steps} together are longer than {size}"
         )
-    return RunPlan(
-        seed=seed,
-        max_length=data.max_length,
-        packing=data.packing,
-        weights=weights,
-        rows_per_step=rows_per_step,
-        micro_rows=micro_rows,
-        accumulation=-(-rows_per_step // micro_rows),
-        epochs=tuple(epochs),
-        total_steps=steps,
-        warnings=_warnings(training, epochs[0]),
-    )
 
 
 def check_batch_arithmetic(training: TrainingConfig, shards: int) -> None:
@@ -307,17 +335,3 @@ class BatchStream(Iterator[Batch]):
 
     def close(self) -> None:
         self._iterator.close()
-
-
-def batches(
-    store: TokenStore,
-    plan: RunPlan,
-    *,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    ahead: int = 4,
-) -> BatchStream:
-    """This host's batches of a run, from `start_step` to the end; `ahead` of them are prefetched."""
-    return BatchStream(StepSource(store, plan, process_index, process_count), start_step, threads, ahead)

@@ -80,10 +80,10 @@ def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
     return DataFiles(_as_saved(path, files), ignored)
 
 
-def source_files(path: str, split: str | None = None, setting: str = "data.sources") -> SourceFiles:
-    """The files of a source. Raises UserError for a path without any, or without files of `split`."""
+def source_files(path: str, split: str | None = None) -> SourceFiles:
+    """The files that a source is read from. Raises UserError for a path without any, or without the wanted `split`."""
     root = Path(path)
-    found = find_files(root, setting)
+    found = find_files(root)
     if not root.is_dir():
         if root.is_file():
             root = root.parent

@@ -1,67 +1,17 @@
-"""What a data build is told about: the account of every source, lengths, packing, steps, leakage."""
+"""The report of a collection: the account of every source, lengths, packing, steps, leakage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flacuna_jax.data.packing import PackingMethod, pack
-from flacuna_jax.data.report import DataReport
-from flacuna_jax.data.store import TokenStore
+from flacuna_jax.data.corpus_report import PackingFacts, length_parts, packing_facts, percent
+from flacuna_jax.data.document import Cell, Document, Part, Table, Text
 from flacuna_jax.flan_mini.account import SourceAccount, Statistics
 from flacuna_jax.flan_mini.config import FlanMiniConfig
-from flacuna_jax.flan_mini.document import Bars, Cell, Document, Table, Text
 from flacuna_jax.flan_mini.leakage import BenchmarkLeakage, held_in
 from flacuna_jax.flan_mini.records import FEW_SHOT, WITH_OPTIONS
 
-BINS = 20
 SHOWN_TASKS = 30
-
-Part = Table | Bars | Text
-
-
-@dataclass(frozen=True)
-class PackingFacts:
-    """Rows of a packed epoch. `lower_bound` is a number of rows that no packing can do without."""
-
-    examples: int
-    tokens: int
-    supervised: int
-    max_length: int
-    rows: int
-    lower_bound: int
-    examples_per_row: NDArray[np.int64]
-
-    @staticmethod
-    def of(
-        lengths: NDArray[np.integer], supervised: int, max_length: int, method: PackingMethod, seed: int
-    ) -> "PackingFacts":
-        plan = pack(lengths, max_length, method, seed, 0)
-        tokens = int(lengths.sum())
-        # Examples of more than half a row cannot share one with each other.
-        bound = max(-(-tokens // max_length), int((lengths > max_length / 2).sum()))
-        per_row = np.diff(plan.row_offsets)
-        return PackingFacts(len(lengths), tokens, supervised, max_length, plan.rows, bound, per_row)
-
-    @property
-    def fill(self) -> float:
-        return self.tokens / max(1, self.rows * self.max_length)
-
-    @property
-    def best_fill(self) -> float:
-        return self.tokens / max(1, self.lower_bound * self.max_length)
-
-    def steps(self, batch_size: int) -> int:
-        """Optimizer steps of an epoch at this many examples per step, as training counts them."""
-        if not self.rows:
-            return 0
-        return -(-self.rows // -(-batch_size * self.rows // self.examples))
-
-
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def mixture_document(
@@ -90,18 +40,6 @@ def mixture_document(
         *leakage_parts(leakage, [statistics.tasks[i] for i in np.unique(statistics.task)], config),
     ]
     return Document("FLAN-mini collection", facts, parts)
-
-
-def packing_facts(packing: PackingFacts, batch_size: int) -> list[tuple[str, str]]:
-    return [
-        ("records", f"{packing.examples:,}"),
-        ("tokens", f"{packing.tokens:,}"),
-        ("supervised tokens", f"{packing.supervised:,} ({percent(packing.supervised, packing.tokens)})"),
-        (f"rows of {packing.max_length} tokens", f"{packing.rows:,}"),
-        ("fill of packed rows", f"{100 * packing.fill:.2f} % (at best {100 * packing.best_fill:.2f} %)"),
-        ("examples per row", f"{packing.examples / max(1, packing.rows):.2f}"),
-        (f"optimizer steps per epoch at {batch_size}", f"{packing.steps(batch_size):,}"),
-    ]
 
 
 def _mixture_table(accounts: Sequence[SourceAccount], statistics: Statistics) -> Table:
@@ -157,23 +95,6 @@ def _losses(accounts: Sequence[SourceAccount]) -> Table:
     return Table("Where the rest went", ["source", "what", "reason", "count", "first seen"], rows, note)
 
 
-def length_parts(lengths: NDArray[np.integer], packing: PackingFacts) -> list[Part]:
-    edges = np.linspace(0, packing.max_length, BINS + 1).astype(np.int64)
-    counts, _ = np.histogram(lengths - 1, edges)
-    labels = [f"{low + 1}–{high}" for low, high in pairwise(edges.tolist())]
-    low, middle, high = np.percentile(lengths, [10, 50, 90]) if len(lengths) else (0, 0, 0)
-    note = f"A tenth is no longer than {low:.0f}, half than {middle:.0f}, nine tenths than {high:.0f}."
-    most = int(packing.examples_per_row.max(initial=1))
-    width = -(-most // BINS)
-    starts = list(range(1, most + 1, width))
-    rows = [int(((packing.examples_per_row >= s) & (packing.examples_per_row < s + width)).sum()) for s in starts]
-    row_labels = [str(s) if width == 1 else f"{s}–{s + width - 1}" for s in starts]
-    return [
-        Bars("Lengths of records, in tokens", labels, counts.tolist(), note),
-        Bars("Examples per packed row", row_labels, rows),
-    ]
-
-
 def _tasks_table(accounts: Sequence[SourceAccount]) -> Table:
     found = [(account.name, task, count) for account in accounts for task, count in account.per_task.items()]
     found.sort(key=lambda entry: (-entry[2], entry[1]))
@@ -216,48 +137,3 @@ def _leakage_row(one: BenchmarkLeakage, held: Mapping[str, Sequence[str]]) -> li
 
 def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def run_document(
-    store: TokenStore,
-    report: DataReport,
-    weights: Sequence[float],
-    epoch: NDArray[np.int64],
-    packing: PackingFacts,
-    batch: Sequence[tuple[str, str]],
-    leakage: Sequence[BenchmarkLeakage],
-) -> Document:
-    """The report of a training config's data: exactly what its run sees in the first epoch.
-
-    epoch: the examples of the first epoch, indices into the store. batch: facts about rows per step and steps, from
-      the run's plan.
-    """
-    facts = [*packing_facts(packing, 1)[:-1], *batch]
-    kept = sum(source.kept for source in report.sources)
-    weighted = [source.kept * weight for source, weight in zip(report.sources, weights, strict=True)]
-    rows: list[list[Cell]] = []
-    losses: list[list[Cell]] = []
-    for source, weight, amount in zip(report.sources, weights, weighted, strict=True):
-        dropped = sum(source.dropped.values())
-        row: list[Cell] = [source.path, source.read, source.kept, dropped, source.tokens]
-        row += [source.supervised_tokens, source.tokens_lost, float(weight)]
-        rows.append([*row, percent(source.kept, kept), percent(amount, sum(weighted))])
-        for what, counts in (("dropped", source.dropped), ("changed", source.changed)):
-            losses += [
-                [source.path, what, reason, count, source.first_seen.get(reason, "")]
-                for reason, count in counts.items()
-            ]
-        losses += [[source.path, "field ignored", name, count, ""] for name, count in source.ignored.most_common()]
-        if source.unknown_tokens:
-            unknown = source.unknown_characters or "tokens with loss"
-            losses.append([source.path, "unknown tokens", unknown, source.unknown_tokens, ""])
-    header = ["source", "read", "kept", "dropped", "tokens", "supervised", "tokens lost", "weight"]
-    parts: list[Part] = [
-        Table(
-            "Sources", [*header, "share before", "share after"], rows, "Shares of examples, before and after weights."
-        ),
-        Table("Dropped, changed and ignored", ["source", "what", "reason", "count", "first seen"], losses),
-        *length_parts(store.lengths[epoch], packing),
-        *leakage_parts(leakage, store.tasks),
-    ]
-    return Document("Training data, first epoch", facts, parts)

@@ -114,12 +114,9 @@ def forward(
     return through_layers(model, tokens_bt, positions_bt, attend)
 
 
-def layer_of(stacked: jax.Array, layer: int | jax.Array, axis: int = -1, size: int | None = None) -> jax.Array:
-    """One layer, and of that the first `size` along `axis`: in one cut, since each is a copy on CPUs."""
-    sizes = [1, *stacked.shape[1:]]
-    if size is not None:
-        sizes[axis] = size
-    return jax.lax.dynamic_slice(stacked, (layer, *[0] * (stacked.ndim - 1)), sizes)[0]
+def layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
+    """One layer of a stack."""
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 def prefix_of(prefix: Prefix, layer: int | jax.Array, from_bt: jax.Array) -> Seen:
@@ -167,6 +164,8 @@ def through_layers(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states after the final norm [b, t, d], and what the layers had as keys and values of these tokens, both
     [l, b, t, k, n].
+
+    `Llama.__call__` is the same walk for training: with remat, dropout and packed masks, and without keys and values.
 
     Args:
       attend: (q, k, v, layer) to o; the layer is a number if `layers` are given.

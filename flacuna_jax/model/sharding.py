@@ -92,10 +92,6 @@ def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to its layout on the ambient mesh (`jax.set_mesh`); without one, nothing."""
     mesh = jax.sharding.get_abstract_mesh()

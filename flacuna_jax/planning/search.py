@@ -18,7 +18,7 @@ from flacuna_jax.model.quantized import Quantization
 from flacuna_jax.model.sharding import split_everywhere
 from flacuna_jax.planning.plans import Plan, compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import Machine, present_machine
-from flacuna_jax.planning.workload import Layout, Statistics, Workload, assumed_statistics
+from flacuna_jax.planning.workload import Layout, Workload, assumed_statistics
 from flacuna_jax.version import __version__
 from flacuna_jax.whole_files import write_atomically
 
@@ -141,9 +141,7 @@ def nearest_fit(plan: Plan, devices: Sequence[jax.Device] | None) -> Plan | None
     return None
 
 
-def choose_layout(
-    config: RunConfig, spec: ModelSpec, devices: Sequence[jax.Device], statistics: Statistics | None = None
-) -> tuple[MeshConfig, str]:
+def choose_layout(config: RunConfig, spec: ModelSpec, devices: Sequence[jax.Device]) -> tuple[MeshConfig, str]:
     """What `mesh: auto` and `remat: auto` of a config mean on the devices that are here.
 
     What the config says is kept. At most four candidates, the fastest by estimate, are compiled; the answer is
@@ -162,8 +160,7 @@ def choose_layout(
     if not (auto_mesh or auto_remat) or devices[0].platform == "cpu":
         return mesh, remat
     machine = present_machine(devices[: mesh.devices])
-    statistics = statistics or assumed_statistics(config.data, config.training)
-    workload = Workload.of_run(spec, config, statistics)
+    workload = Workload.of_run(spec, config, assumed_statistics(config.data, config.training))
     cache = _cache_file(workload, machine, config)
     if cache.is_file():
         answer = json.loads(cache.read_text())

@@ -111,10 +111,8 @@ def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
     )
 
 
-def assumed_statistics(
-    data: DataConfig, training: TrainingConfig, examples: int | None = None, mean_tokens: int = ASSUMED_TOKENS
-) -> Statistics:
-    """Where the data are not here: examples of `mean_tokens`, packed nearly full.
+def assumed_statistics(data: DataConfig, training: TrainingConfig, examples: int | None = None) -> Statistics:
+    """Where the data are not here: examples of `ASSUMED_TOKENS`, packed nearly full.
 
     Their number is `examples`, or what `max_examples` says of every source, or the published size of FLAN-mini.
     """
@@ -124,7 +122,7 @@ def assumed_statistics(
     if None not in limits:
         examples = sum(limit for limit in limits if limit is not None)
     packed = data.packing != "none"
-    per_row = max(1.0, ASSUMED_FILL * data.max_length / mean_tokens) if packed else 1.0
+    per_row = max(1.0, ASSUMED_FILL * data.max_length / ASSUMED_TOKENS) if packed else 1.0
     by_rows = training.batch_unit == "rows"
     rows_per_step = training.batch_size if by_rows else math.ceil(training.batch_size / per_row)
     steps = None if examples is None else training.epochs * math.ceil(examples / per_row / rows_per_step)
@@ -134,8 +132,8 @@ def assumed_statistics(
         rows_per_step=rows_per_step,
         steps=steps,
         examples_per_step=rows_per_step * per_row if by_rows else training.batch_size,
-        fill=min(1.0, per_row * mean_tokens / data.max_length),
+        fill=min(1.0, per_row * ASSUMED_TOKENS / data.max_length),
         supervised=ASSUMED_SUPERVISED,
-        document_length=float(mean_tokens),
+        document_length=float(ASSUMED_TOKENS),
         assumed=True,
     )

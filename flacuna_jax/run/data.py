@@ -8,7 +8,7 @@ import numpy as np
 from flacuna_jax.config.schema import DataConfig, RunConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import Template
-from flacuna_jax.data.held_out import keys, lowest, select, split
+from flacuna_jax.data.held_out import hold_out, keys, lowest, select
 from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
@@ -51,11 +51,9 @@ def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokeni
     for note in template.notes:
         say(f"note       {note}")
     store, report = _tokenised(config, config.data, tokenizer, template, say)
-    held_out = None
     settings = config.evaluation
-    if settings is not None and settings.fraction is not None:
-        store, held_out = split(store, settings.fraction, settings.max_examples)
-    elif settings is not None and settings.sources:
+    store, held_out = hold_out(store, settings)
+    if settings is not None and settings.sources:
         measured, _ = _tokenised(config, evaluation_data(config), tokenizer, template, say)
         found = keys(measured)
         held_out = select(measured, lowest(found, np.arange(len(measured)), settings.max_examples))

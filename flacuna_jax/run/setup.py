@@ -19,7 +19,7 @@ from flacuna_jax import distributed
 from flacuna_jax.config.files import parse_config
 from flacuna_jax.config.schema import DistributedConfig, LoraConfig, MeshConfig, RunConfig
 from flacuna_jax.data.conversation import Template
-from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_run
+from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_steps
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.tokenization import Tokenizer
@@ -227,7 +227,7 @@ def set_up(parts: Parts, say: Say) -> Setup:
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
     data = read_data(config, say, tokenizer=tokenizer)
-    plan = plan_run(data.store, config.data, config.training, seed=config.seed, shards=row_shards(mesh))
+    plan = plan_steps(data.store, config.data, config.training, seed=config.seed, shards=row_shards(mesh))
     setup = Setup(config, mesh, source, data.store, data.report, plan, tokenizer, data.template, data.held_out)
     distributed.require_agreement(setup.shared_facts)
     return setup

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
 from flacuna_jax.config.schema import DataConfig, TrainingConfig
-from flacuna_jax.data.pipeline import StepSource, plan_run
+from flacuna_jax.data.pipeline import StepSource, plan_epochs
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.training.loop import to_devices
@@ -81,18 +80,19 @@ def lay_out(
       batch_sharding: of the global batch.
       shards: data×fsdp shards.
     """
-    once = data.model_copy(update={"sources": tuple(s.model_copy(update={"weight": 1.0}) for s in data.sources)})
     mesh = batch_sharding.mesh
     assert isinstance(mesh, Mesh), "batches are of real devices"
     micro_rows = training.micro_batch_size * shards
-    no_schedule = {"warmup_steps": 0, "warmup_ratio": 0.0, "decay_steps": None}
-    measured: dict[str, Any] = {"epochs": 1, "max_steps": None, "batch_unit": "rows"} | no_schedule
-    rows = plan_run(
-        store, once, training.model_copy(update={**measured, "batch_size": micro_rows}), seed=0, shards=shards
-    ).rows
-    together = min(ACCUMULATED, -(-rows // micro_rows))
-    sized = training.model_copy(update={**measured, "batch_size": micro_rows * together})
-    plan = plan_run(store, once, sized, seed=0, shards=shards)
+    plan = plan_epochs(
+        store,
+        max_length=data.max_length,
+        packing=data.packing,
+        weights=(1.0,) * len(data.sources),
+        seed=0,
+        epochs=1,
+        rows_per_step=lambda rows, examples: ACCUMULATED * micro_rows,
+        micro_rows=micro_rows,
+    )
     names, labels = _label(store)
     return HeldOut(
         source=StepSource(store, plan, jax.process_index(), jax.process_count()),

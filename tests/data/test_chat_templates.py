@@ -431,6 +431,12 @@ ZEPHYR_LIKE = (
 _RESULT = {"name": "weather", "tool_call_id": "abcdefghi"}
 
 
+def _weather(result: str, answer: str, said: str = "", call: dict[str, Any] = _CALL) -> tuple[Turn, ...]:
+    """A question, a call of a tool, its result and an answer."""
+    asked = Turn("user", "Weather?"), Turn("assistant", said, extra={"tool_calls": [call]})
+    return (*asked, Turn("tool", result, extra=_RESULT), Turn("assistant", answer))
+
+
 def _supervised(template: Template, turns: tuple[Turn, ...], tools: tuple[dict[str, Any], ...] = ()) -> str:
     segments = render(Conversation("", "", turns, None, tools), template)
     return "".join(segment.text for segment in segments if segment.supervised)
@@ -441,12 +447,7 @@ def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded)
     """Llama 3.1 and GPT-OSS escape a result that is already JSON, which counts as supported."""
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    turns = (
-        Turn("user", "Weather?"),
-        Turn("assistant", "", extra={"tool_calls": [_CALL]}),
-        Turn("tool", '{"sky": "\\"clear\\"", "degrees": 21}', extra=_RESULT),
-        Turn("assistant", "It is clear."),
-    )
+    turns = _weather('{"sky": "\\"clear\\"", "degrees": 21}', "It is clear.")
     conversation = Conversation("", "", turns, None, (_TOOL,))
     assert _ours(ours, template, conversation)[0] == _theirs(theirs, ALL[name], conversation)[0]
     supervised = _supervised(template, turns, (_TOOL,))
@@ -461,8 +462,7 @@ def test_a_template_that_needs_arguments_as_text_gets_text(loaded: Loaded) -> No
 
     def turns(arguments: Any) -> tuple[Turn, ...]:
         call = {**_CALL, "function": {"name": "weather", "arguments": arguments}}
-        asked = Turn("user", "Weather?"), Turn("assistant", "", extra={"tool_calls": [call]})
-        return (*asked, Turn("tool", "sunny", extra=_RESULT), Turn("assistant", "It is sunny."))
+        return _weather("sunny", "It is sunny.", call=call)
 
     ids, _ = _ours(ours, template, Conversation("", "", turns({"city": "Paris"})))
     assert ids == _theirs(theirs, ALL["deepseekv3"], Conversation("", "", turns('{"city": "Paris"}')))[0]
@@ -487,15 +487,10 @@ def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
     """Gemma 4 writes the results between the calls and the text of a single message."""
     ours, _ = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    turns = (
-        Turn("user", "Weather?"),
-        Turn("assistant", "I look.", extra={"tool_calls": [_CALL]}),
-        Turn("tool", "sunny", extra=_RESULT),
-        Turn("assistant", "It is fine."),
-    )
+    turns = _weather("sunny", "It is fine.", said="I look.")
     with pytest.raises(TemplateRefusal, match=r"turn 3 inside the answer of turn 2|no marker after an answer"):
         render(Conversation("", "", turns, None, (_TOOL,)), template)
-    silent = (turns[0], Turn("assistant", "", extra={"tool_calls": [_CALL]}), *turns[2:])
+    silent = _weather("sunny", "It is fine.")
     assert "sunny" not in _supervised(template, silent, (_TOOL,))
 
 

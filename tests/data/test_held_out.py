@@ -8,7 +8,7 @@ import pytest
 from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.held_out import keys, question, select, split
-from flacuna_jax.data.pipeline import StepSource, plan_run
+from flacuna_jax.data.pipeline import StepSource, plan_steps
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from tests.small_run import records, write_tokenizer
@@ -75,7 +75,7 @@ def test_records_with_the_same_question_are_on_the_same_side(tmp_path, tokenizer
     trained = keys(store)[parts.training.source_index >= 0]
     assert not np.isin(keys(parts.held_out), trained).any()
     training = TrainingConfig(epochs=2, batch_size=8, micro_batch_size=1)
-    source = StepSource(parts.training, plan_run(parts.training, data, training, seed=0, shards=1))
+    source = StepSource(parts.training, plan_steps(parts.training, data, training, seed=0, shards=1))
     seen = {int(e) for step in range(len(source)) for e in source.info(step).example_indices}
     assert {store.id_of(example) for example in seen} == held_ids(store) - held
 

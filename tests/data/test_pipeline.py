@@ -9,11 +9,11 @@ import pytest
 from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
 from flacuna_jax.data.pipeline import (
     Batch,
+    BatchStream,
     RunPlan,
     StepSource,
-    batches,
     check_batch_arithmetic,
-    plan_run,
+    plan_steps,
 )
 from flacuna_jax.data.store import StoreBuilder, TokenStore
 from flacuna_jax.data.tokenization import TokenizedExample
@@ -42,11 +42,10 @@ STORE = make_store()
 def make_plan(
     store: TokenStore = STORE,
     *,
-    shards: int = 2,
+    shards: int | None = 2,
     seed: int = 0,
     weights: tuple[float, ...] = (1.0, 1.0),
     packing: str = "best_fit",
-    rows_per_step: int | None = None,
     **training: Any,
 ) -> RunPlan:
     data = DataConfig(
@@ -55,7 +54,7 @@ def make_plan(
         packing=packing,
     )
     settings = TrainingConfig(**{"batch_size": 16, "micro_batch_size": 2, **training})
-    return plan_run(store, data, settings, seed=seed, shards=shards, rows_per_step=rows_per_step)
+    return plan_steps(store, data, settings, seed=seed, shards=shards)
 
 
 def test_examples_as_unit() -> None:
@@ -78,14 +77,14 @@ def test_rows_per_step_does_not_depend_on_the_mesh() -> None:
     plans = [make_plan(shards=shards, micro_batch_size=m) for shards in (1, 2, 4, 8) for m in (1, 2, 3)]
     assert len({plan.rows_per_step for plan in plans}) == 1
     assert len({plan.total_steps for plan in plans}) == 1
-    frozen = make_plan(rows_per_step=9)
-    assert frozen.rows_per_step == 9
+    assert make_plan(shards=None).rows_per_step == plans[0].rows_per_step
+    assert make_plan(shards=None, batch_unit="rows", batch_size=3).rows_per_step == 3
 
 
 def test_rows_as_unit() -> None:
     plan = make_plan(batch_unit="rows", batch_size=16)
     assert (plan.rows_per_step, plan.accumulation) == (16, 4)
-    assert plan.steps_per_epoch == -(-plan.rows // 16)
+    assert plan.epochs[0].steps == -(-plan.rows // 16)
     message = "training.batch_size 18 .* must be a multiple of 4 = training.micro_batch_size 2 × 2 data×fsdp shards"
     with pytest.raises(UserError, match=message):
         make_plan(batch_unit="rows", batch_size=18)
@@ -104,7 +103,7 @@ def test_max_steps_and_warmup() -> None:
     whole = make_plan(epochs=2)
     assert make_plan(epochs=2, max_steps=5).total_steps == 5
     assert make_plan(epochs=2, max_steps=10**6).total_steps == whole.total_steps
-    assert len(make_plan(epochs=500, max_steps=whole.steps_per_epoch + 1).epochs) == 2
+    assert len(make_plan(epochs=500, max_steps=whole.epochs[0].steps + 1).epochs) == 2
     assert make_plan(epochs=2, warmup_steps=whole.total_steps - 1).total_steps == whole.total_steps
     with pytest.raises(UserError, match=f"warmup_steps {whole.total_steps} is not shorter than the run of"):
         make_plan(epochs=2, warmup_steps=whole.total_steps)
@@ -200,8 +199,8 @@ def test_rows_are_at_the_documented_positions() -> None:
         )
 
 
-def test_the_last_step_of_an_epoch_is_padded_not_mixed() -> None:
-    plan = make_plan(epochs=2, rows_per_step=10)
+def test_the_last_step_of_an_epoch_is_padded_and_not_mixed() -> None:
+    plan = make_plan(epochs=2, shards=1, batch_unit="rows", batch_size=10)
     source = StepSource(STORE, plan)
     last = plan.epochs[0].steps - 1
     assert source.info(last).rows == plan.rows - 10 * last
@@ -222,6 +221,10 @@ def test_hosts_share_a_batch() -> None:
         StepSource(STORE, plan, 0, 3)
 
 
+def batches(plan: RunPlan, *, start_step: int = 0, host: int = 0, hosts: int = 1, threads: int = 2) -> BatchStream:
+    return BatchStream(StepSource(STORE, plan, host, hosts), start_step, threads, ahead=4)
+
+
 def assert_same(batch: Batch, other: Batch) -> None:
     assert batch.keys() == other.keys()
     for name in batch:
@@ -232,7 +235,7 @@ def assert_same(batch: Batch, other: Batch) -> None:
 def test_the_stream_is_the_source_in_order(threads: int) -> None:
     plan = make_plan(epochs=2)
     source = StepSource(STORE, plan)
-    stream = batches(STORE, plan, threads=threads)
+    stream = batches(plan, threads=threads)
     steps = list(stream)
     assert len(steps) == plan.total_steps
     for step, batch in enumerate(steps):
@@ -245,13 +248,13 @@ def test_resume_at_any_step() -> None:
     source = StepSource(STORE, plan)
     # Mid-epoch, at the seam of the epochs, in the second, at the end; on one host or as the second of two.
     for step in (1, plan.epochs[0].steps, plan.epochs[0].steps + 2, plan.total_steps):
-        again = batches(STORE, plan, start_step=step)
+        again = batches(plan, start_step=step)
         rest = list(again)
         assert len(rest) == plan.total_steps - step
         for offset, batch in enumerate(rest):
             assert_same(batch, source[step + offset])
         again.close()
-        second = batches(STORE, plan, process_index=1, process_count=2, start_step=step)
+        second = batches(plan, host=1, hosts=2, start_step=step)
         for offset, batch in enumerate(second):
             assert_same(batch, {name: array[:, 2:] for name, array in source[step + offset].items()})
         second.close()

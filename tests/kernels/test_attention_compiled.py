@@ -20,6 +20,7 @@ from flacuna_jax.deviceless import lowering_for
 from flacuna_jax.kernels.attention import SAVED_NAMES, attention
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.planning.targets import CompilerMissing, absent_devices, parse_target
+from tests.kernels.remat import kernels_in_gradient
 
 KERNELS = ("packed_attention_forward", "packed_attention_dq", "packed_attention_dkv")
 
@@ -180,24 +181,9 @@ def test_each_device_computes_its_own_part(target: str, shape: tuple[int, int, i
 @pytest.mark.slow
 def test_under_remat_the_forward_kernel_runs_once() -> None:
     mesh = mesh_of("a6000")
-    whole = NamedSharding(mesh, PartitionSpec())
-    x = jax.ShapeDtypeStruct((4, 1280, 4, 128), jnp.bfloat16, sharding=whole)
-    weights = jax.ShapeDtypeStruct((3, 128, 128), jnp.bfloat16, sharding=whole)
-    interval = jax.ShapeDtypeStruct((4, 1280), jnp.int32, sharding=whole)
-
-    def loss(x: jax.Array, weights: jax.Array, mask: PackedMask, policy: Any) -> jax.Array:
-        def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
-            h = x @ weight
-            return x + attention(h, h, h, mask), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, weights)
-        return jnp.sum(x.astype(jnp.float32))
 
     def kernels(policy: Any) -> int:
-        with lowering_for(mesh):
-            gradient = jax.jit(jax.grad(loss, 1), static_argnums=3)
-            text = gradient.lower(x, weights, PackedMask(interval, interval), policy).compile().as_text()
-        return text.count('custom_call_target="__gpu$xla.gpu.triton"')
+        return kernels_in_gradient(mesh, lowering_for(mesh), 'custom_call_target="__gpu$xla.gpu.triton"', policy)
 
     assert kernels(jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)) == 3
     assert kernels(jax.checkpoint_policies.nothing_saveable) == 4

@@ -36,6 +36,7 @@ from flacuna_jax.planning.targets import (
     parse_target,
 )
 from tests.kernels import packings
+from tests.kernels.remat import kernels_in_gradient
 
 H200, B200 = "NVIDIA H200", "NVIDIA B200"
 VERSION = attention_tokamax.VERSION
@@ -303,24 +304,9 @@ def test_each_device_computes_its_own_part(shape: tuple[int, int, int]) -> None:
 @needs_tokamax
 def test_under_remat_the_forward_kernel_runs_once() -> None:
     mesh = mesh_of(H200)
-    whole = NamedSharding(mesh, PartitionSpec())
-    x = jax.ShapeDtypeStruct((4, 1280, 4, 128), jnp.bfloat16, sharding=whole)
-    weights = jax.ShapeDtypeStruct((3, 128, 128), jnp.bfloat16, sharding=whole)
-    interval = jax.ShapeDtypeStruct((4, 1280), jnp.int32, sharding=whole)
-
-    def loss(x: jax.Array, weights: jax.Array, mask: PackedMask, policy: Any) -> jax.Array:
-        def layer(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
-            h = x @ weight
-            return x + attention(h, h, h, mask, backend="tokamax"), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, weights)
-        return jnp.sum(x.astype(jnp.float32))
 
     def kernels(policy: Any) -> int:
-        with jax.set_mesh(mesh):
-            gradient = jax.jit(jax.grad(loss, 1), static_argnums=3)
-            text = gradient.lower(x, weights, PackedMask(interval, interval), policy).compile().as_text() or ""
-        return text.count(MOSAIC_CALL)
+        return kernels_in_gradient(mesh, jax.set_mesh(mesh), MOSAIC_CALL, policy, "tokamax")
 
     assert kernels(jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)) == 3
     assert kernels(jax.checkpoint_policies.nothing_saveable) == 4

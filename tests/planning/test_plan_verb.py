@@ -71,6 +71,7 @@ def test_a_search_says_what_was_refused(capsys, refusing_compiler):
 
 def test_a_compiler_that_does_not_know_the_machine(capsys, monkeypatch):
     def fail(*arguments, **options):
+        # What jax.experimental.topologies makes of a plugin that answers UNIMPLEMENTED.
         raise NotImplementedError("this release describes no devices")
 
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: name)

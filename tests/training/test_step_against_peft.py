@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.config.schema import PROJECTIONS, LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, Params
-from flacuna_jax.model.sharding import make_mesh, parameter_shardings, replicated
+from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step
 from tests.tiny import SMALL, in_steps, packed_batch, to_device
@@ -116,7 +117,7 @@ def run_ours(
     opt_state = optimizer.init(adapters)
     shardings = (
         parameter_shardings(spec.adapters, mesh),
-        jax.tree.map(lambda _: replicated(mesh), opt_state),
+        jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), opt_state),
     )
     step = make_step(StepConfig(NetworkConfig(spec)), optimizer, mesh, shardings)
     losses = []

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params
-from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
+from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
 from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, make_step, partition
 from tests.tiny import SMALL, in_steps, packed_batch
@@ -47,7 +48,11 @@ def run(spec: ModelSpec, layout: tuple[MeshConfig, int], remat: str = "none"):
     shardings = parameter_shardings(spec.trainable, mesh)
     opt_state = optimizer.init(trainable)
     opt_shardings = optax.tree_map_params(
-        optimizer, lambda _, s: s, opt_state, shardings, transform_non_params=lambda _: replicated(mesh)
+        optimizer,
+        lambda _, s: s,
+        opt_state,
+        shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
     )
     opt_state = jax.device_put(opt_state, opt_shardings)
     step = make_step(StepConfig(NetworkConfig(spec, remat=remat)), optimizer, mesh, (shardings, opt_shardings))

@@ -31,11 +31,14 @@ class Text:
     lines: Sequence[str]
 
 
+Part = Table | Bars | Text
+
+
 @dataclass(frozen=True)
 class Document:
     title: str
     facts: Sequence[tuple[str, str]]
-    parts: Sequence[Table | Bars | Text]
+    parts: Sequence[Part]
 
 
 def to_markdown(document: Document) -> str:
@@ -135,6 +138,9 @@ def _html_table(table: Table) -> str:
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 960, 220, 64, 12, 26
 
 
+# The package draws four kinds of picture: these bars, curves of a run (logs/report.py), stacked memory of a plan
+# (planning/report.py) and grouped scores (evaluation/plot.py). They share escaping and <rect>, not scales or labels; a
+# common layer would be longer than what it replaced, and a plotting library is a large dependency for static pages.
 def _svg_bars(bars: Bars) -> str:
     count = max(1, len(bars.values))
     largest = max(bars.values, default=0) or 1
