@@ -214,9 +214,7 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     template = open_template(config.data, config.model.tokenizer_path, tokenizer)
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
     store, _ = hold_out(store, config.evaluation)
-    return measured_statistics(
-        pipeline.plan_run(store, config.data, config.training, seed=config.seed, shards=None), store
-    )
+    return measured_statistics(plan_steps(store, config.data, config.training, seed=config.seed, shards=None), store)
 
 
 def _advice(advice: Plan | None, machine: Machine) -> str:
