@@ -20,7 +20,7 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.held_out import hold_out
-from flacuna_jax.data.pipeline import check_batch_arithmetic
+from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_steps
 from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
