@@ -212,6 +212,8 @@ _COMPILE_ONLY_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # libtpu warns on standard error if there is none. The topology that we ask for is the one that counts.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
 }
 
 
