@@ -36,7 +36,7 @@ from flacuna_jax.run.stop import Stopped, StopRequest
 from flacuna_jax.run.training_run import open_run
 from flacuna_jax.storage.bucket import require_supported
 from flacuna_jax.training.loop import StateHook, StepHook
-from flacuna_jax.training.step import StepConfig, make_step
+from flacuna_jax.training.step import make_step
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Sequence[StepHook | StateHook] = ()) -> int | None:
@@ -102,7 +102,7 @@ def prove_determinism(config: RunConfig) -> int:
     setup = set_up(open_parts(config), say)
 
     def begin() -> Beginning:
-        step_config = StepConfig.of_run(setup.spec, setup.config)
+        step_config = setup.step_config
         source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
         state, base = fresh_state(setup)
         step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
@@ -124,7 +124,7 @@ def inspect_step(config: RunConfig, number: int) -> int:
         raise UserError(f"--inspect_step {number}: the run's steps are 1 to {setup.plan.total_steps}")
     state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
     source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
-    step_config = StepConfig.of_run(setup.spec, setup.config)
+    step_config = setup.step_config
     splits = [one.split for one in config.data.sources]
     rows = batch_sharding(setup.mesh)
     inspector = BatchInspector(setup.store, splits, source, step_config, rows, setup.tokenizer)

@@ -50,8 +50,10 @@ from flacuna_jax.run.data import read_data
 from flacuna_jax.run.model import ModelSource, context_warning, open_model
 from flacuna_jax.storage.bucket import is_bucket, read_text
 from flacuna_jax.storage.local_run import local_run
+from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
 from flacuna_jax.training.state import StateLayout
+from flacuna_jax.training.step import StepConfig
 
 Say = Callable[[str], None]
 """Tells the person who watches; hosts other than the first say nothing."""
@@ -93,6 +95,13 @@ class Setup:
     template: Template
     held_out: TokenStore | None = None
     """Records that are measured and not learned from."""
+    objective: Objective | None = None
+    """Replaces the one that the settings ask for."""
+
+    @property
+    def step_config(self) -> StepConfig:
+        made = StepConfig.of_run(self.spec, self.config)
+        return made if self.objective is None else dataclasses.replace(made, objective=self.objective)
 
     @property
     def spec(self) -> ModelSpec:
@@ -123,6 +132,7 @@ class Setup:
             "compiler": compiler_settings(),
             "rows_per_step": self.plan.rows_per_step,
             "total_steps": self.plan.total_steps,
+            **({} if self.objective is None else {"objective": self.objective.name}),
         }
 
     @property
@@ -221,14 +231,16 @@ def _read_below(path: str) -> str:
     return os.path.dirname(path.partition("**")[0]) or "."
 
 
-def set_up(parts: Parts, say: Say) -> Setup:
+def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
     """Adds data and plan; the same on all hosts. Raises UserError for what is wrong with them."""
     config, source, mesh = parts
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
     data = read_data(config, say, tokenizer=tokenizer)
     plan = plan_steps(data.store, config.data, config.training, seed=config.seed, shards=row_shards(mesh))
-    setup = Setup(config, mesh, source, data.store, data.report, plan, tokenizer, data.template, data.held_out)
+    setup = Setup(
+        config, mesh, source, data.store, data.report, plan, tokenizer, data.template, data.held_out, objective
+    )
     distributed.require_agreement(setup.shared_facts)
     return setup
 

@@ -46,15 +46,17 @@ from flacuna_jax.storage.checkpoint import Checkpointer
 from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.flops import StepFlops, flops_of_step
 from flacuna_jax.training.loop import End, Loop, Request, StateHook, StepHook, StepRecord
+from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.profile import PROFILE, profile_hook
 from flacuna_jax.training.state import TrainState
-from flacuna_jax.training.step import StepConfig, make_step
+from flacuna_jax.training.step import make_step
 
 
 @contextlib.contextmanager
 def open_run(
     config: RunConfig,
     *,
+    objective: Objective | None = None,
     hooks: Sequence[StepHook | StateHook] = (),
     stop: StopRequest | None = None,
     say: Say = say_at_once,
@@ -66,6 +68,7 @@ def open_run(
 
     Args:
       config: from `load_config` or `parse_config`.
+      objective: replaces the one that the settings ask for. A run must be resumed with the objective it began with.
       hooks: see `TrainingRun.add_hook`.
       stop: ends training between two steps; None: nothing does.
       say: receives the lines that `flacuna train` prints.
@@ -84,7 +87,7 @@ def open_run(
     if unread := distributed.unread_launcher():
         say(f"warning    {unread}")
     with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
-        setup = set_up(parts, say)
+        setup = set_up(parts, say, objective)
         # Adapters are small: writing them takes no time worth hiding.
         asynchronous = config.lora is None or is_bucket(config.output_dir)
         with (
@@ -136,7 +139,7 @@ class TrainingRun:
         self._source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
         stream = BatchStream(self._source, start_step=self.step, threads=2, ahead=4)
         self._stream = outputs.enter_context(contextlib.closing(stream))
-        self._step_config = StepConfig.of_run(setup.spec, config)
+        self._step_config = setup.step_config
         self._compiled = make_step(self._step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
         self._added: list[StepHook | StateHook] = []
         self._last_loss: float | None = None

@@ -77,6 +77,11 @@ class Objective:
     measures: Callable[[Network, Batch], Measures]
     derived: Callable[[Mapping[str, float]], dict[str, float]] = _nothing
 
+    @property
+    def name(self) -> str:
+        """Where `terms` is defined, by which a resumed run knows its objective."""
+        return f"{self.terms.__module__}.{self.terms.__qualname__}"
+
 
 def _token_terms(network: Network, batch: Batch) -> Terms:
     count = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
