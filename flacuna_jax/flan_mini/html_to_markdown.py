@@ -1,7 +1,7 @@
-"""HTML, as chat pages show answers, to Markdown.
+"""Converts the HTML of answers in chat pages to Markdown.
 
-Chat exports hold answers the way the page rendered them: paragraphs, lists, tables, and code in a box with a language
-label and a "Copy code" button. Training wants what the model wrote before it was rendered.
+Chat exports contain answers as the page rendered them: paragraphs, lists, tables, and code in a box with a language
+label and a "Copy code" button. Training needs the text that the model wrote.
 """
 
 import re
@@ -19,13 +19,13 @@ _VOID = {"br", "hr", "img", "input", "wbr", "meta", "link", "source", "col"}
 def is_html(text: str) -> bool:
     """Whether a text is a rendered answer: it begins and ends with block-level markup.
 
-    Text that merely talks about HTML begins with words, or is the user's own code, and is left alone.
+    Text about HTML begins with words, or is the user's own code, and is not changed.
     """
     return bool(_STARTS.match(text) and _ENDS.search(text))
 
 
 def html_to_markdown(html: str) -> str:
-    """Markdown of rendered HTML. Unknown elements give their text; unclosed ones end with the document."""
+    """Markdown of rendered HTML. Unknown elements become their text; unclosed ones end with the document."""
     converter = _Converter()
     converter.feed(html)
     converter.close()
@@ -217,7 +217,7 @@ class _Converter(HTMLParser):
         self._write("\n".join(lines))
 
     def _pop(self) -> str:
-        """The innermost buffer's text; "" where a closing tag has no opening one."""
+        """The innermost buffer's text; "" for a closing tag without an opening one."""
         return "".join(self._buffers.pop()).strip() if len(self._buffers) > 1 else ""
 
     def _write_up(self, text: str) -> None:
@@ -236,7 +236,7 @@ class _Converter(HTMLParser):
         return not tail or tail.endswith("\n")
 
     def _break(self, lines: int = 2) -> None:
-        """Ends the line, with `lines` line breaks in all, unless nothing is there yet."""
+        """Ends the line, with `lines` line breaks in total, unless the text is empty."""
         tail = self._tail()
         if not tail.strip():
             return
@@ -245,7 +245,7 @@ class _Converter(HTMLParser):
 
 
 def _tidy(text: str) -> str:
-    """Trims blank lines outside code boxes only."""
+    """Trims blank lines outside of code boxes."""
     parts = re.split(r"(^```+[^\n]*\n.*?^```+$|^ +```+[^\n]*\n.*?^ +```+$)", text, flags=re.MULTILINE | re.DOTALL)
     for index in range(0, len(parts), 2):
         parts[index] = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", parts[index]))

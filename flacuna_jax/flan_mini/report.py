@@ -1,4 +1,4 @@
-"""What a data build is told about: the account of every source, lengths, packing, steps, leakage."""
+"""The reports of a data build: the account of every source, lengths, packing, steps, leakage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Part = Table | Bars | Text
 
 @dataclass(frozen=True)
 class PackingFacts:
-    """Rows of a packed epoch. `lower_bound` is a number of rows that no packing can do without."""
+    """Rows of a packed epoch. `lower_bound` is a lower bound for the rows of any packing."""
 
     examples: int
     tokens: int
@@ -40,7 +40,7 @@ class PackingFacts:
     ) -> "PackingFacts":
         plan = pack(lengths, max_length, method, seed, 0)
         tokens = int(lengths.sum())
-        # Examples of more than half a row cannot share one with each other.
+        # Two examples of more than half a row cannot share a row.
         bound = max(-(-tokens // max_length), int((lengths > max_length / 2).sum()))
         per_row = np.diff(plan.row_offsets)
         return PackingFacts(len(lengths), tokens, supervised, max_length, plan.rows, bound, per_row)
@@ -54,7 +54,7 @@ class PackingFacts:
         return self.tokens / max(1, self.lower_bound * self.max_length)
 
     def steps(self, batch_size: int) -> int:
-        """Optimizer steps of an epoch at this many examples per step, as training counts them."""
+        """Optimizer steps of an epoch with `batch_size` examples per step, counted as in training."""
         if not self.rows:
             return 0
         return -(-self.rows // -(-batch_size * self.rows // self.examples))
@@ -227,7 +227,7 @@ def run_document(
     batch: Sequence[tuple[str, str]],
     leakage: Sequence[BenchmarkLeakage],
 ) -> Document:
-    """The report of a training config's data: exactly what its run sees in the first epoch.
+    """The report of a training config's data: exactly the examples of the run's first epoch.
 
     epoch: the examples of the first epoch, indices into the store. batch: facts about rows per step and steps, from
       the run's plan.

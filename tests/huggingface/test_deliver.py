@@ -314,7 +314,7 @@ def rename_parameter(path: Path) -> None:
             lambda path: (path / MANIFEST).write_text('{"format": "other"}'),
             "expected 'flacuna_jax checkpoint' version 2",
         ),
-        (damage_shape, "is not what flacuna.json says"),
+        (damage_shape, "does not match flacuna.json"),
         (rename_parameter, "which does not exist in a LLaMA"),
         (lambda path: (path / "params" / "norm.weight.safetensors").unlink(), "cannot be read"),
         (lambda path: (path / "params" / "norm.weight.safetensors").write_bytes(b"12345678"), "torn"),
