@@ -297,7 +297,7 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"r": 5}, "rank 5, its tensors have rank 4"),
+        ({"r": 5}, "rank 5, but its tensors have rank 4"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
         ({"lora_alpha": 1e300}, "lora_alpha is 1e+300"),
@@ -326,7 +326,7 @@ def test_an_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="belongs to another model"):
         read_adapter(tmp_path, GROUPED)
     shallow = dataclasses.replace(SMALL, num_layers=2)
-    with pytest.raises(UserError, match="adapter in layer 2; the base has 2 layers"):
+    with pytest.raises(UserError, match="adapter in layer 2, but the base has 2 layers"):
         read_adapter(tmp_path, shallow)
 
 

@@ -72,5 +72,5 @@ def test_the_mesh_of_this_host():
     mesh = make_mesh(MeshConfig(replica=2, data=1, fsdp=2))
     assert dict(mesh.shape) == {"replica": 2, "data": 1, "fsdp": 2, "tensor": 1}
     assert tuple(mesh.shape) == MESH_AXES
-    with pytest.raises(UserError, match="replica 2 × data 2 × fsdp 2 × tensor 1 needs 8 devices, 4 are here"):
+    with pytest.raises(UserError, match="replica 2 × data 2 × fsdp 2 × tensor 1 needs 8 devices, but there are 4"):
         make_mesh(MeshConfig(replica=2, data=2, fsdp=2))

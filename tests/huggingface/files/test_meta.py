@@ -113,7 +113,7 @@ def save_changed(path: Path, rank: int, change: Callable[[dict], None]) -> None:
     ("damage", "says"),
     [
         (lambda path: (path / "consolidated.00.pth").unlink(), r"consolidated\.00\.pth is missing"),
-        (lambda path: (path / "consolidated.01.pth").unlink(), "hold 24 of the 48 columns of layers.0.attention.wo"),
+        (lambda path: (path / "consolidated.01.pth").unlink(), "have 24 of the 48 columns of layers.0.attention.wo"),
         (lambda path: (path / "params.json").unlink(), r"Meta's files are params\.json and consolidated"),
         (lambda path: (path / "params.json").write_text("{"), "not valid JSON"),
         (lambda path: edit(path, n_layers=None), "n_layers is None"),
@@ -125,7 +125,7 @@ def save_changed(path: Path, rank: int, change: Callable[[dict], None]) -> None:
         (lambda path: save_changed(path, 1, lambda s: s.pop("output.weight")), "do not have the same tensors: output"),
         (lambda path: save_changed(path, 1, lambda s: s["norm.weight"].add_(1)), "norm.weight differs between"),
         (lambda path: save_changed(path, 1, lambda s: s.update({"norm.weight": s["norm.weight"].float()})), "dtype"),
-        (lambda path: [save_changed(path, rank, lambda s: s.update(x=torch.ones(2))) for rank in (0, 1)], "x has no"),
+        (lambda path: [save_changed(path, rank, lambda s: s.update(x=torch.ones(2))) for rank in (0, 1)], "x does not belong to a LLaMA"),
         (
             lambda path: save_changed(path, 1, lambda s: s.update({"layers.1.attention.wo.weight": torch.ones(9, 9)})),
             "dtype|do not fit",

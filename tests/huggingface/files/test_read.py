@@ -153,7 +153,7 @@ def test_the_exploit_works_on_pythons_unpickler(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ([torch.zeros(2)], "holds a list"),
+        ([torch.zeros(2)], "contains a list"),
         ({"epoch": 3}, "'epoch' is a int"),
         ({"state_dict": {"a": torch.zeros(2)}}, "'state_dict' is a dict"),
         ({"module": torch.nn.Linear(2, 2)}, "torch.nn.modules.linear.Linear"),

@@ -69,7 +69,7 @@ def test_its_base_can_be_dequantised(tmp_path: Path) -> None:
 def test_another_rank_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     release(tmp_path / "other", rank=4)
     assert run_verb(convert.main, [str(tmp_path / "other"), str(tmp_path / "out")]) == 2
-    assert "has rank 4, the released Flacuna 8" in capsys.readouterr().err
+    assert "has rank 4, but the released Flacuna has 8" in capsys.readouterr().err
     assert run_verb(convert.main, [str(tmp_path / "other"), str(tmp_path / "out"), "--alpha", "12"]) == 0
     assert read_adapter(tmp_path / "out", SMALL).lora.alpha == 12
 
