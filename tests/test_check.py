@@ -201,7 +201,7 @@ def test_an_export_records_prompts_and_passes(
     out = tmp_path / "out"
     arguments = [str(run), str(out), "--format", "merged", "--golden-tokens", "2"]
     assert run_verb(export.main, arguments) == 0
-    assert "encodes whole prompts to other ids than training" in capsys.readouterr().out
+    assert "encodes whole prompts to ids that differ from training" in capsys.readouterr().out
     entry = golden_of(out)["prompts"][0]
     assert entry["text"].endswith("USER: Why is the sky blue? ASSISTANT:")
     assert (entry["ids"].count(1), entry["ids"][0]) == (1, 1)
@@ -252,10 +252,10 @@ def test_vllms_rules_for_names_and_ranks(tmp_path: Path, capsys: pytest.CaptureF
         "modules_to_save is not supported",
         "bias is 'all'",
         "lora_alpha is inf",
-        "q_proj.lora_A.weight has shape [4, 8], which is not of rank 8",
-        "rotary is no module that can have an adapter",
-        "model.layers.0.self_attn.q_proj.lora_B.weight is no LoRA weight",
-        "base_model.model.lm_head.weight is no LoRA weight",
+        "q_proj.lora_A.weight has shape [4, 8], which does not have rank 8",
+        "rotary is not a module that can have an adapter",
+        "model.layers.0.self_attn.q_proj.lora_B.weight is not the name of a LoRA weight",
+        "base_model.model.lm_head.weight is not the name of a LoRA weight",
     ):
         assert expected in said
 
@@ -272,7 +272,7 @@ def test_an_adapter_that_vllm_refuses_is_not_exported(
     monkeypatch.setattr(export, "vllm_violations", lambda _: ["rank 5 is odd"])
     arguments[1] = str(tmp_path / "other")
     assert run_verb(export.main, arguments) == 2
-    assert "cannot be served as it is: rank 5 is odd" in capsys.readouterr().err
+    assert "cannot be served: rank 5 is odd" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -57,7 +57,7 @@ def small_vocabulary(path: Path) -> None:
     [
         (truncate, "torn"),
         (wrong_config, "9 missing"),
-        (small_vocabulary, "2048 tokens, the model's embedding only 2000"),
+        (small_vocabulary, "2048 tokens, but the model's embedding 2000"),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json is not a tokenizer"),
         (shutil.rmtree, "is not a directory"),

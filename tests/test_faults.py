@@ -182,7 +182,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_written_over(undisturbed, tm
     shutil.rmtree(out / "checkpoints")
     before = delivered(out), losses(out)
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 2
-    assert "holds adapter of a run whose checkpoints are gone" in capsys.readouterr().err
+    assert "contains adapter of a run without checkpoints" in capsys.readouterr().err
     assert (delivered(out), losses(out)) == before
 
 
@@ -288,7 +288,7 @@ def cut_power_while_saving(tmp_path: Path, cuts: int, seed: int) -> None:
             saver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             try:
                 said = saver.stdout.readline()
-                while "damaged and passed over" in said:  # renamed, but not yet on the disk when the power went
+                while "damaged and was skipped" in said:  # renamed, but not yet on the disk when the power went
                     said = saver.stdout.readline()
                 word, begun_at = said.split()
                 assert word == "started"

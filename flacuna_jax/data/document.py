@@ -17,7 +17,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar chart; `labels` name every bar, of which as many are printed as there is room for."""
+    """A bar chart; `labels` has a label for every bar, of which only as many are printed as fit."""
 
     title: str
     labels: Sequence[str]
@@ -75,7 +75,7 @@ def _text_bars(bars: Bars) -> str:
 
 
 def show(cell: Cell) -> str:
-    """A cell as text: numbers with thousands separators, fractions as they are to be read."""
+    """A cell as text: numbers with thousands separators, fractions in a readable form."""
     if isinstance(cell, str):
         return cell
     if isinstance(cell, int) or float(cell).is_integer():

@@ -1,1 +1,1 @@
-"""A whole Flacuna in minutes on two CPU cores: generated data, a stand-in for Vicuna, LoRA, and a table of results."""
+"""Trains a small Flacuna in minutes on two CPU cores: generated data, a stand-in for Vicuna, LoRA, and results."""

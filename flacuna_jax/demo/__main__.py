@@ -1,7 +1,7 @@
-"""`python -m flacuna_jax.demo`: from nothing to a Flacuna and its table, by the project's own verbs.
+"""`python -m flacuna_jax.demo`: trains a small Flacuna from scratch and evaluates it, with the project's own verbs.
 
 Generates the corpora, trains a tokenizer and a chat model from scratch (the stand-in for Vicuna), fine-tunes it with
-LoRA on instructions, exports the result, and measures base and tuned on held-out items by generation.
+LoRA on instructions, exports the result, and evaluates base and tuned model on held-out items by generation.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from flacuna_jax.demo.tokenizer import train_tokenizer
 from flacuna_jax.errors import UserError
 
 DEFAULT_OUTPUT = "runs/demo"
-"""The directory that configs/demo_base.yaml and configs/demo.yaml name."""
+"""The directory in configs/demo_base.yaml and configs/demo.yaml."""
 
 MAX_NEW_TOKENS = 40
 ROWS_DECODED_TOGETHER = 100
@@ -38,7 +38,7 @@ console = Console(highlight=False)
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """Where everything of one demo lies."""
+    """The paths of one demo."""
 
     output: Path
 
@@ -75,7 +75,7 @@ class Paths:
         return self.output / "results.json"
 
     def overrides(self, config: str) -> list[str]:
-        """What differs from the config's own paths; nothing where the demo lies where the configs expect it."""
+        """Overrides for paths that differ from those of the config; empty for the configs' own directory."""
         if self.output == Path(DEFAULT_OUTPUT):
             return []
         if config == "demo_base.yaml":
@@ -96,19 +96,19 @@ class Paths:
 def main(argv: Sequence[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(
         prog="python -m flacuna_jax.demo",
-        description="Makes a small Flacuna from nothing, on two CPU cores in a few minutes, and measures it.",
+        description="Trains a small Flacuna from scratch on two CPU cores in a few minutes, and evaluates it.",
     )
     parser.add_argument("--output", default=DEFAULT_OUTPUT, metavar="DIR", help=f"default: {DEFAULT_OUTPUT}")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated corpora (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated corpora (default: 0)")
     arguments = parser.parse_args(argv)
     paths = Paths(Path(arguments.output))
     started = time.monotonic()
     console.print(
-        f"A Flacuna from nothing, in five steps. Everything is written to {paths.output}; a demo that was interrupted "
-        "goes on where it was."
+        f"A Flacuna from scratch, in five steps. All files are written to {paths.output}; an interrupted demo "
+        "continues where it stopped."
     )
 
-    with phase(1, "data: instructions in many templates, and conversations over the same vocabulary"):
+    with phase(1, "data: instructions in many templates, and conversations with the same vocabulary"):
         _make_data(paths, arguments.seed)
     with phase(2, "base: a tiny LLaMA chat model from scratch, the stand-in for Vicuna"):
         _verb("train", "--config", _config("demo_base.yaml"), *paths.overrides("demo_base.yaml"))
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with phase(4, "export: adapter and base merged into one Hugging Face model"):
         shutil.rmtree(paths.merged, ignore_errors=True)
         _verb("export", str(paths.run), str(paths.merged), "--format", "merged")
-    with phase(5, "measure: base and Flacuna answer the held-out items"):
+    with phase(5, "evaluate: base and Flacuna answer the held-out items"):
         questions, base, tuned = _measure(paths)
     _show(paths, questions, base, tuned)
     _farewell(paths, time.monotonic() - started)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 @contextmanager
 def phase(number: int, title: str) -> Iterator[None]:
-    """A heading before, the time it took after."""
+    """Prints a heading before the phase, and the time after it."""
     console.print(Text(f"\n[{number}/5] {title}", style="bold"))
     started = time.monotonic()
     yield
@@ -140,34 +140,32 @@ def _make_data(paths: Paths, seed: int) -> None:
     families = len({record["source"] for record in corpus.held_out})
     console.print(f"{len(corpus.conversations):>7,} conversations for the base")
     console.print(f"{len(corpus.train):>7,} instructions of {families} task families to tune on")
-    console.print(
-        f"{len(corpus.held_out):>7,} held-out instructions; none of their content is among the instructions above"
-    )
+    console.print(f"{len(corpus.held_out):>7,} held-out instructions, whose content is not in the instructions above")
     first = corpus.train[0]["conversations"]
     console.print(Text(f"the first instruction: {first[0]['value']!r} -> {first[1]['value']!r}", style="dim"))
 
 
 def _config(name: str) -> str:
-    """Path of a shipped config, relative to the working directory where it lies below it."""
+    """Path of a shipped config, relative to the working directory if possible."""
     path = Path(flacuna_jax.__file__).parent.parent / "configs" / name
     if not path.is_file():
-        raise UserError(f"{path} is not there; run the demo from a checkout of the project (pip install -e .)")
+        raise UserError(f"{path} does not exist; run the demo from a checkout of the project (pip install -e .)")
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _verb(verb: str, *arguments: str) -> None:
-    """Runs a verb as its user would, in a process of its own."""
+    """Runs a verb in a separate process, as a user would."""
     console.print(Text(f"$ python -m flacuna_jax.{verb} {shlex.join(arguments)}", style="cyan"))
     status = subprocess.run([sys.executable, "-m", f"flacuna_jax.{verb}", *arguments], check=False).returncode
     if status == EXIT_USER_ERROR:
-        raise UserError("the command above was refused, see its message; to start the demo afresh, delete its output")
+        raise UserError("the command above failed, see its message; to start the demo again, delete its output")
     if status:
         raise RuntimeError(f"the command above ended with status {status}")
 
 
 def _measure(paths: Paths) -> tuple[list[Question], list[str], list[str]]:
-    # jax starts here: until now it would only have taken memory from the training processes.
+    # jax is imported here, because before it would only have taken memory from the training processes.
     from flacuna_jax.data.conversation import named_template
     from flacuna_jax.generation.chat_model import ChatModel, Decoding
     from flacuna_jax.generation.engine import Placement
@@ -199,8 +197,8 @@ def _show(paths: Paths, questions: Sequence[Question], base: Sequence[str], tune
         console.print(Text(f"  Flacuna  {tuned_reply!r}", style="green"), "\n")
     console.print(result_table(before, after))
     console.print(
-        "Base and Flacuna see the same prompts in the Vicuna template. Part of what the base lacks is manners: the "
-        f"right answer stands in the last sentence of its reply for {average(before).mentioned:.1f} % of the items "
+        "Base and Flacuna get the same prompts in the Vicuna template. A part of the base's errors is only the form: "
+        f"its reply has the right answer in its last sentence for {average(before).mentioned:.1f} % of the items "
         f"(Flacuna: {average(after).mentioned:.1f} %)."
     )
     results = {

@@ -1,8 +1,8 @@
-"""Generates the demo's corpora: conversations for the base, instructions to tune on, held-out items to measure with.
+"""Generates the demo's corpora: conversations for the base, instructions for tuning, held-out items for evaluation.
 
 All three are FLAN-mini records (`id`, `source`, `conversations`), a pure function of the seed. Content is split by
-`Item.key` before it is worded: instructions and held-out items never share content, composed held-out content is kept
-from the base as well, and `check_separation` looks at the finished records again.
+`Item.key` before templates are applied: instructions and held-out items never share content, composed held-out content
+is not in the base's data either, and `check_separation` checks the finished records again.
 """
 
 import hashlib
@@ -28,13 +28,14 @@ LESSON_PERCENT = 50
 SMALL_TALK_PERCENT = 5
 LESSON_CHARACTERS = 220
 TERSE_PERCENT = 10
-"""Share of base turns in which the person asks for one word and gets it: Vicuna, too, can be brief when asked."""
+"""Fraction of the base's turns with a one-word answer to a request for one word; Vicuna can also be brief on
+request."""
 FEW_SHOT_PERCENT = 10
 
 
 @dataclass(frozen=True)
 class CorpusSizes:
-    """How many records to make; `instructions` and `held_out` are per family."""
+    """Numbers of records; `instructions` and `held_out` are per family."""
 
     conversations: int = 24000
     instructions: int = 600
@@ -47,7 +48,7 @@ class Corpus:
     train: tuple[Record, ...]
     held_out: tuple[Record, ...]
     keys: Mapping[str, frozenset[str]] = field(repr=False)
-    """Content keys used by each of `conversations`, `train`, `held_out`."""
+    """Content keys of each of `conversations`, `train`, `held_out`."""
 
 
 def is_held_out(key: str, seed: int) -> bool:
@@ -79,14 +80,14 @@ def write_corpus(corpus: Corpus, directory: Path) -> None:
 
 
 def texts(corpus: Corpus) -> list[str]:
-    """Everything that a model is trained on, worded as the template words it; what the tokenizer is made from."""
+    """All training texts in the template's format, from which the tokenizer is trained."""
     records = (*corpus.conversations, *corpus.train)
     turns = [turn["value"] for record in records for turn in record["conversations"]]
     return turns + [f"{system_text(TEMPLATE)} USER: ASSISTANT:"] * len(records)
 
 
 def check_separation(corpus: Corpus) -> None:
-    """Raises ValueError where an instruction prompt occurs twice, or held-out content occurs where it must not."""
+    """Raises ValueError if an instruction prompt occurs twice, or held-out content is in the training data."""
     prompts = [record["conversations"][0]["value"] for record in (*corpus.train, *corpus.held_out)]
     if len(set(prompts)) != len(prompts):
         raise ValueError("an instruction prompt occurs twice")
@@ -123,7 +124,7 @@ def _conversations(rng: Random, seed: int, count: int) -> tuple[list[Record], fr
 
 
 def _lesson(rng: Random, family: Family, draw: Callable[[Family], Item]) -> tuple[str, str]:
-    """A long reply that says many things of one subject: what the base knows, it has mostly learnt from these."""
+    """A long reply with many statements about one subject, from which the base learns most of its knowledge."""
     question, opening = rng.choice(words.LESSONS)
     sentences = [opening]
     while sum(map(len, sentences)) < LESSON_CHARACTERS:

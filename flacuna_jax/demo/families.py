@@ -1,8 +1,8 @@
-"""Ten task families: how an item of each is drawn, how people chat about it, and how FLAN would ask for it.
+"""Ten task families: how to draw an item, and how to word it in conversations and in instructions like those of FLAN.
 
 An `Item` is content without wording. The same kind of item is worded in three ways: in lessons (many statements in one
 long reply) and chats (friendly replies), from which the stand-in for Vicuna learns, and in instructions (many
-templates, short exact targets), from which Flacuna learns. Items are split by `Item.key` before anything is worded, so
+templates, short exact targets), from which Flacuna learns. Items are split by `Item.key` before they are worded, so
 that held-out content is held out in every wording.
 """
 
@@ -15,12 +15,12 @@ from flacuna_jax.demo import words
 Wordings = tuple[tuple[str, str], ...]
 
 ANSWER_MARK = "The answer:"
-"""Stands before the conclusion in targets that reason first, as in FLAN's chain-of-thought patterns."""
+"""Precedes the conclusion in targets with reasoning, as in FLAN's chain-of-thought patterns."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of content. Equal keys mean the same content, however it is worded."""
+    """One piece of content. Equal keys mean the same content in any wording."""
 
     key: str
     fields: Mapping[str, str]
@@ -30,8 +30,9 @@ class Item:
 class Family:
     """A task family; wordings are (user, assistant) pairs of `str.format` patterns over `Item.fields`.
 
-    `facts` tells closed sets (an opposite, a capital) from composed content. Facts cannot be inferred, so the base
-    hears all of them in conversation and instructions cover only part; composed held-out content is kept from both.
+    `facts` is true for closed sets (an opposite, a capital), false for composed content. Facts cannot be inferred, so
+    the base sees all of them in conversations, and instructions cover only a part; composed held-out content is in
+    neither.
     """
 
     name: str

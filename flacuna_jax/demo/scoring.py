@@ -1,4 +1,4 @@
-"""Exact match by task family: what counts as right, and the table in the manner of the paper's."""
+"""Exact match by task family, and a table in the form of the paper's."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from flacuna_jax.demo.families import ANSWER_MARK
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out item: what the user says, and the reply that is right."""
+    """A held-out item: the user's prompt and the right reply."""
 
     family: str
     prompt: str
@@ -23,8 +23,8 @@ class Question:
 class FamilyScore:
     """Percentages over `count` held-out items.
 
-    `exact`: the reply is the target. `mentioned`: the target stands in the last sentence of the reply, whatever is
-    around it; it tells how much of a low `exact` is manners, not ignorance.
+    `exact`: the reply equals the target. `mentioned`: the last sentence of the reply contains the target. The
+    difference shows how many errors are only errors of form.
     """
 
     family: str
@@ -40,12 +40,13 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def is_exact(reply: str, target: str) -> bool:
-    """Equality up to case, white space and a final full stop; where the target reasons first, of what it concludes."""
+    """Equality up to case, white space and a final full stop; for targets with reasoning, equality of the
+    conclusion."""
     return _conclusion(reply) == _conclusion(target)
 
 
 def is_mentioned(reply: str, target: str) -> bool:
-    """Whether the reply's last sentence contains the words of the target's conclusion, side by side."""
+    """Whether the reply's last sentence contains the words of the target's conclusion, in sequence."""
     said, wanted = _words(_conclusion(reply).rpartition(". ")[2]), _words(_conclusion(target))
     return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
 
@@ -62,7 +63,7 @@ def score(questions: Sequence[Question], replies: Sequence[str]) -> list[FamilyS
 
 
 def average(scores: Sequence[FamilyScore]) -> FamilyScore:
-    """Every family counts the same, as every benchmark does in the paper's average."""
+    """The unweighted mean over families, like the paper's average over benchmarks."""
     exact, mentioned = (sum(getattr(s, name) for s in scores) / len(scores) for name in ("exact", "mentioned"))
     return FamilyScore("average", sum(s.count for s in scores), exact, mentioned)
 

@@ -11,14 +11,14 @@ VOCAB_SIZE = 1536
 
 
 def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
-    """Writes `tokenizer.model` and `tokenizer_config.json` as a Hugging Face LLaMA directory has them.
+    """Writes `tokenizer.model` and `tokenizer_config.json` as in a Hugging Face LLaMA directory.
 
-    As LLaMA's: unk 0, BOS 1, EOS 2, no padding token, digits on their own, bytes for unknown characters, a dummy
-    prefix space, and no normalisation, so that decoding gives back exactly the text that was encoded.
+    Like LLaMA's: unk 0, BOS 1, EOS 2, no padding token, single digits, bytes for unknown characters, a dummy prefix
+    space, and no normalisation, so that decoding returns exactly the encoded text.
 
     Args:
-      texts: the training text, a sentence or a turn each; order matters only among equally frequent pieces.
-      directory: made if absent.
+      texts: the training text, a sentence or a turn each; the order only affects equally frequent pieces.
+      directory: created if it does not exist.
       vocab_size: at least 3 + 256 bytes + the characters of the text.
     """
     model = io.BytesIO()

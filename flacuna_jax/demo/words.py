@@ -1,4 +1,4 @@
-"""The embedded vocabulary of the demo's corpus. Small on purpose: most words are one token of the demo's tokenizer."""
+"""The vocabulary of the demo's corpus. It is small, so that most words are one token of the demo's tokenizer."""
 
 
 def _words(text: str) -> tuple[str, ...]:

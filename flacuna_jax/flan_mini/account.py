@@ -1,4 +1,5 @@
-"""The account of a build: where every record and item of a source went, and measures of the records that came out."""
+"""The account of a build: what happened to every record and item of a source, and statistics of the resulting
+records."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from flacuna_jax.flan_mini.work import WRITTEN, Arrays, Result
 class SourceAccount:
     """Counts of one source, from raw records to the mixture. Every item is in exactly one place (`check`).
 
-    read: raw records. unusable: raw records that gave no item, by reason. items: what the usable ones gave (a problem
-    gives one per solution). set_aside: items no one tried, by reason (duplicates, tasks left out). distinct: the rest.
-    Of these, used: those in the mixture; failed: gave no record; spare: gave records that were not needed; untried: not
-    drawn. lost: what did not fit, by reason, in items or question-answer pairs. records: in the mixture.
+    read: raw records. unusable: raw records without an item, by reason. items: items of the usable records (one per
+    solution for a problem). set_aside: items that were not tried, by reason (duplicates, excluded tasks). distinct: the
+    others, of which used: items in the mixture; failed: items without a record; spare: items with records that were not
+    needed; untried: items that were not drawn. lost: items or question-answer pairs that did not fit, by reason.
+    records: records in the mixture.
     """
 
     name: str
@@ -87,7 +89,7 @@ class SourceAccount:
         return account
 
     def check(self) -> None:
-        """Raises AssertionError where items have gone missing; that would be a fault of this program."""
+        """Raises AssertionError if items are missing, which would be an error in this program."""
         if self.items != sum(self.set_aside.values()) + self.distinct:
             raise AssertionError(f"{self.name}: items are unaccounted for: {self}")
         if self.distinct != self.used + self.failed + self.spare + self.untried:
@@ -116,7 +118,7 @@ def _sum(counts: Any) -> dict[str, int]:
 def _per_stratum(
     candidates: Candidates, keys: NDArray[np.uint64], used: NDArray[np.int32]
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Records per task and per type, and distinct items per task."""
+    """Numbers of records per task and per type, and of distinct items per task."""
     per_task: Counter[str] = Counter()
     per_type: Counter[str] = Counter()
     available: Counter[str] = Counter()
@@ -135,10 +137,10 @@ def strata_of(candidates: Candidates, keys: NDArray[np.uint64]) -> NDArray[np.in
 
 @dataclass(frozen=True)
 class Statistics:
-    """Measures of the records of the mixture, arrays of one length.
+    """Statistics of the records of the mixture, arrays of the same length.
 
     source, task: int32, indices into `sources` and `tasks`. length, supervised: int32, tokens. traits: int32, bits of
-    `records.Record`. text: uint64, hashes of what the records say.
+    `records.Record`. text: uint64, hashes of the records' text.
     """
 
     sources: tuple[str, ...]
@@ -155,14 +157,15 @@ class Statistics:
 
     @property
     def repeated(self) -> int:
-        """Records that say exactly what another one says (under another task, or they would be duplicates)."""
+        """Number of records with the same text as another record (of another task, otherwise they would be
+        duplicates)."""
         return len(self.text) - len(np.unique(self.text))
 
     @staticmethod
     def of_source(
         name: str, candidates: Candidates, keys: NDArray[np.uint64], used: NDArray[np.int32], written: Sequence[Arrays]
     ) -> "Statistics":
-        merged = {  # of no files, where nothing of the source is wanted
+        merged = {  # of no files, if no records of the source are needed
             column: np.concatenate([np.zeros(0, kind), *(arrays[column] for arrays in written)])
             for column, kind in WRITTEN.items()
         }

@@ -1,4 +1,5 @@
-"""Builds the collection: scan, draw, word, merge. Bounded memory, deterministic bytes, every record accounted for."""
+"""Builds the collection: scan, draw, word, merge. Memory is bounded, the bytes are deterministic, every record is
+counted."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from flacuna_jax.flan_mini.work import Crew, Job, Result, load_result, save_resu
 from flacuna_jax.source_code import source_digest
 
 UNIT_BYTES, UNIT_FILES = 64 << 20, 64
-"""Files that are read by one job: so many bytes, or so many files."""
+"""Maximum bytes and maximum number of files that one job reads."""
 
 Say = Callable[[str], None]
 
@@ -48,7 +49,7 @@ class Inputs:
     sources: tuple[SourceFiles, ...]
     hashes: Mapping[str, Mapping[str, str]]
     parts: Mapping[str, Any]
-    """Everything that decides the records, as hashes and settings; `key` is the hash of it."""
+    """Everything that the records depend on, as hashes and settings; `key` is its hash."""
 
     @property
     def key(self) -> str:
@@ -65,7 +66,7 @@ class Built:
 
 
 def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs:
-    """Finds and hashes every input file. Raises UserError where a source has none, or names an unknown family."""
+    """Finds and hashes every input file. Raises UserError if a source has none, or has an unknown family."""
     _check_families(config)
     sources = []
     hashes: dict[str, dict[str, str]] = {}
@@ -105,7 +106,7 @@ def _hashes(source: MixtureSource, files: SourceFiles) -> dict[str, str]:
     root = Path(source.path)
     hashes = {(path.name if path == root else path.relative_to(root).as_posix()): path for path in files.files}
     if source.kind == "apps":
-        # A problem in directory layout is several files, of which one was found.
+        # In the directory layout, a problem has several files, of which one was found.
         for path in [p for p in files.files if p.name == "question.txt"]:
             for sibling in sorted(path.parent.iterdir()):
                 if sibling.is_file():
@@ -132,8 +133,8 @@ def _units(files: Sequence[Path]) -> tuple[tuple[Path, ...], ...]:
 def build(config: FlanMiniConfig, inputs: Inputs, load_tokenizer: LoadTokenizer, say: Say) -> Built:
     """Builds the records into `config.directory`.
 
-    Raises UserError for bad input, and for a source that is short where `on_short` is error; nothing is written to the
-    output then but the work directory, from which the next build continues.
+    Raises UserError for invalid input, and for a source with too few records if `on_short` is error. Then only the work
+    directory is written to the output, from which the next build continues.
     """
     work = config.directory / f".work-{inputs.key[:16]}"
     _remove_stale(config.directory, work, say)
@@ -153,7 +154,7 @@ def build(config: FlanMiniConfig, inputs: Inputs, load_tokenizer: LoadTokenizer,
 def _remove_stale(directory: Path, work: Path, say: Say) -> None:
     for other in sorted(directory.glob(".work-*")) if directory.is_dir() else []:
         if other != work:
-            say(f"an unfinished build with other settings or inputs is removed ({other.name})")
+            say(f"removing an unfinished build with other settings or inputs ({other.name})")
             shutil.rmtree(other)
 
 
@@ -162,8 +163,8 @@ def _check_short(config: FlanMiniConfig, accounts: Sequence[SourceAccount]) -> N
     if short and config.on_short == "error":
         lines = [f"  {a.name}: {a.records:,} of {a.wanted:,} records; {a.why_short()}" for a in short]
         raise UserError(
-            "too few records for the mixture:\n" + "\n".join(lines) + "\n(on_short: report takes what there is; a "
-            "smaller scale or `examples` asks for less)"
+            "too few records for the mixture:\n" + "\n".join(lines) + "\n(on_short: report uses what there is; a "
+            "smaller scale or `examples` needs less)"
         )
 
 
@@ -175,7 +176,7 @@ class _BuiltSource:
 
 
 class _Source:
-    """One source on its way from files to accepted records."""
+    """Builds the accepted records of one source from its files."""
 
     def __init__(
         self,
@@ -246,7 +247,7 @@ class _Source:
 
     def _run(self, what: str, jobs: Sequence[Job]) -> None:
         found = self._crew.run(jobs)
-        continued = f", {found} of them by a build that was interrupted" if found else ""
+        continued = f", {found} of them by an interrupted build" if found else ""
         self._say(f"{self._source.name}: {what} in {len(jobs)} job{'s' * (len(jobs) != 1)}{continued}")
 
     def _close(

@@ -37,7 +37,7 @@ TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "code_contests": DIRECTIONS,
     }
 )
-"""The types of item that a kind of source tells apart, and that `shares` can weigh."""
+"""The types of items of each kind of source, which `shares` can weight."""
 
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -61,7 +61,7 @@ _ONLY_FOR: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 class TaskConfig(Section):
-    """How rows of one raw dataset become items of a template family."""
+    """The mapping of rows of one raw dataset to items of a template family."""
 
     name: str
     """The `source` of the records, for example "glue/rte:2.0.0"."""
@@ -72,87 +72,87 @@ class TaskConfig(Section):
     fields: dict[str, str]
     """Placeholder of the family -> column of the rows."""
     labels: dict[str, str] | None = None
-    """What the answer column says -> what the model is to answer; also the options, in this order."""
+    """Value of the answer column -> the model's answer; the answers are also the options, in this order."""
 
 
 class MixtureSource(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-    """How reports and ids call this source."""
+    """Name of the source in reports and ids."""
     kind: Kind
     path: LocalPath
-    """A file or directory in the source's published layout, or hf:NAME[:CONFIG[:SPLIT]] for a dataset of the hub."""
+    """A file or directory in the source's published layout, or hf:NAME[:CONFIG[:SPLIT]] for a dataset of the Hub."""
     examples: PositiveInt
-    """Records wanted, at scale 1."""
+    """Number of records at scale 1."""
     rate_cap: PositiveInt | None = None
-    """Tasks share the source in proportion to their size, but none counts for more than this (FLAN's maximum)."""
+    """Tasks share the source in proportion to their number of items, up to this maximum (that of FLAN)."""
     max_per_task: PositiveInt | None = None
-    """No more records than this of any task, nor of any type of it."""
+    """Maximum number of records of any task, and of any type of a task."""
     shares: dict[str, PositiveFloat] | None = None
-    """Relative weight per type of item: zs_opt, zs_noopt, fs_opt, fs_noopt, or direct and inverse."""
+    """Relative weight of each type of item: zs_opt, zs_noopt, fs_opt, fs_noopt, or direct and inverse."""
     few_shot: Share = 0.0
-    """Part of the items that is shown with exemplars, where the source's rows are not templated already."""
+    """Fraction of the items with exemplars, for sources whose rows have no template yet."""
     include: tuple[str, ...] = ()
-    """Patterns (with * and ?) of task names; only these. Empty: all."""
+    """Patterns (with * and ?) of the task names to use. Empty: all."""
     exclude: tuple[str, ...] = ()
-    """Patterns of task names that are left out, and counted."""
+    """Patterns of task names to exclude; they are counted."""
     templates: str | None = None
-    """promptsource: the directory of templates.yaml files."""
+    """promptsource: directory of the templates.yaml files."""
     tasks: tuple[TaskConfig, ...] = ()
     """task_rows: the datasets."""
     languages: tuple[Language, ...] = ()
     """Programming languages to keep; empty: all."""
     max_solutions: PositiveInt = 10
-    """Solutions used per programming problem."""
+    """Maximum number of solutions per programming problem."""
 
     @model_validator(mode="after")
     def options_belong_to_kind(self) -> "MixtureSource":
         for option, kinds in _ONLY_FOR.items():
             default = type(self).model_fields[option].default
             if self.kind not in kinds and getattr(self, option) != default:
-                raise ValueError(f"{option} is not for kind {self.kind}; it is for {', '.join(kinds)}")
+                raise ValueError(f"{option} does not apply to kind {self.kind}, only to {', '.join(kinds)}")
         if self.kind == "promptsource" and self.templates is None:
             raise ValueError("kind promptsource needs templates: the directory of templates.yaml files")
         if self.kind == "task_rows" and not self.tasks:
             raise ValueError("kind task_rows needs tasks")
         for name in self.shares or {}:
             if name not in TYPES[self.kind]:
-                raise ValueError(f"shares: {name!r} is none of {', '.join(TYPES[self.kind])}")
+                raise ValueError(f"shares: {name!r} is not one of {', '.join(TYPES[self.kind])}")
         return self
 
 
 class FewShotConfig(Section):
     max_exemplars: PositiveInt = 5
     pool: PositiveInt = 64
-    """Items of each task that exemplars are drawn from."""
+    """Number of items of each task from which exemplars are drawn."""
 
 
 class LeakageConfig(Section):
     files: Annotated[dict[str, str], Field(min_length=1, max_length=64)]
     """Benchmark -> file or directory of its items (json, jsonl, csv, tsv, txt, parquet; .gz too)."""
     ngram: Annotated[int, Field(ge=3)] = 8
-    """Words per n-gram."""
+    """Number of words per n-gram."""
 
 
 class FlanMiniConfig(Section):
     output_dir: LocalPath
     seed: NonNegativeInt = 42
     scale: PositiveFloat = 1.0
-    """Every source's `examples` times this."""
+    """Factor for the `examples` of every source."""
     tokenizer: LocalPath
-    """Directory with tokenizer.model or tokenizer.json: lengths are counted in its tokens."""
+    """Directory with tokenizer.model or tokenizer.json, which is used to measure lengths."""
     template: TemplateName = "vicuna_v1.1"
-    """The conversation format that lengths are measured in."""
+    """The conversation format for measuring lengths."""
     max_length: Annotated[int, Field(ge=64)] = 1280
-    """Tokens of the longest record, template included."""
+    """Maximum length of a record in tokens, including the template."""
     format: Literal["json", "jsonl", "parquet"] = "json"
-    """json: one list, as released; jsonl: a record per line; parquet."""
+    """json: one list, as in the release; jsonl: a record per line; parquet."""
     workers: PositiveInt = 1
-    """Processes. Any number gives the same bytes."""
+    """Number of processes. The result does not depend on it."""
     on_short: Literal["error", "report"] = "error"
-    """A source that cannot give what is wanted: stop, or take what there is and report it."""
+    """For a source with too few records. error: stop. report: use what there is and report it."""
     on_bad_record: Literal["error", "skip"] = "error"
     family_templates: str | None = None
-    """Directory of further template families (YAML); one of the same name replaces ours."""
+    """Directory of additional template families (YAML); they replace built-in families of the same name."""
     few_shot: FewShotConfig = FewShotConfig()
     leakage: LeakageConfig | None = None
     batch_size: PositiveInt = 128
@@ -164,7 +164,7 @@ class FlanMiniConfig(Section):
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two sources are called {name!r}")
+                raise ValueError(f"two sources have the name {name!r}")
         return self
 
     def wanted(self, source: MixtureSource) -> int:

@@ -1,7 +1,7 @@
-"""Which items of a source are drawn: duplicates out, tasks in proportion, and further ones where some do not fit.
+"""Draws the items of a source: without duplicates, tasks in proportion, with replacements for items that do not fit.
 
-Items of a stratum (task, type) stand in an order that their content and the seed decide. They are tried from the front;
-whoever gives no record is passed over, and the next in line is tried, until the quota is full or nobody is left.
+The order of the items of a stratum (task, type) depends on their content and the seed. They are tried in this order;
+items without a record are skipped, until the quota is full or no item is left.
 """
 
 import fnmatch
@@ -21,17 +21,17 @@ from flacuna_jax.flan_mini.work import Result
 
 UNTRIED = -1
 BUCKET_ITEMS = 20_000
-"""Candidates that are worded by one job."""
+"""Number of candidates that one job words."""
 
 DUPLICATE, SAME_CONVERSATION, EXCLUDED = "same content", "same conversation", "task not included"
 
 
 @dataclass
 class Candidates:
-    """The distinct items of a source in the order they are tried, stratum by stratum.
+    """The distinct items of a source in the order in which they are tried, stratum by stratum.
 
-    keys: uint64 [n]. starts: int64 [strata + 1], where each stratum begins. parts: int32 [n], records that each item
-    gave, UNTRIED so far.
+    keys: uint64 [n]. starts: int64 [strata + 1], where each stratum begins. parts: int32 [n], number of records
+    of each item, or UNTRIED.
     """
 
     strata: tuple[Stratum, ...]
@@ -39,13 +39,13 @@ class Candidates:
     starts: NDArray[np.int64]
     parts: NDArray[np.int32]
     set_aside: Counter[str] = field(default_factory=Counter)
-    """Items that no one tries, by reason."""
+    """Items that are not tried, by reason."""
 
     def count(self, stratum: int) -> int:
         return int(self.starts[stratum + 1] - self.starts[stratum])
 
     def tried(self, stratum: int) -> NDArray[np.int32]:
-        """The parts of the items tried so far; they are always the first ones."""
+        """The parts of the items tried so far, which are always the first ones."""
         parts = self.parts[self.starts[stratum] : self.starts[stratum + 1]]
         return parts[: int(np.searchsorted(parts == UNTRIED, True))]
 
@@ -53,7 +53,7 @@ class Candidates:
         self.parts[self.places(keys)] = parts
 
     def places(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Where items stand, int64 [n], by their keys."""
+        """The positions of items, int64 [n], by their keys."""
         return self._by_key[np.searchsorted(self.keys, keys, sorter=self._by_key)]
 
     @cached_property
@@ -62,7 +62,7 @@ class Candidates:
 
 
 def gather(source: MixtureSource, scans: Sequence[Result], seed: int) -> Candidates:
-    """Merges the scans of a source's files; what comes out does not depend on their order."""
+    """Merges the scans of a source's files; the result does not depend on their order."""
     names: list[Stratum] = sorted({(task, type_) for scan in scans for task, type_ in scan.facts["strata"]})
     place = {name: index for index, name in enumerate(names)}
     keys = np.concatenate([scan.arrays["keys"] for scan in scans])
@@ -103,7 +103,7 @@ def _is_included(source: MixtureSource, task: str) -> bool:
 
 
 def _without_same(keys: NDArray[np.uint64], same: NDArray[np.uint64], sizes: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which items stay where some share a mark: the largest first, then the smallest key."""
+    """Which of the items with a common mark to keep: the largest, and of equal ones the one with the smallest key."""
     seen: set[int] = set()
     stays = np.ones(len(keys), np.bool_)
     for index in np.lexsort((keys, -sizes.astype(np.int64))).tolist():
@@ -116,7 +116,7 @@ def _without_same(keys: NDArray[np.uint64], same: NDArray[np.uint64], sizes: NDA
 
 
 def targets(source: MixtureSource, candidates: Candidates, wanted: int) -> dict[Stratum, int]:
-    """Records wanted of each stratum, as far as is known what its items can give."""
+    """Number of records needed of each stratum, as far as the yield of its items is known."""
     available = {name: candidates.count(i) for i, name in enumerate(candidates.strata) if candidates.count(i)}
     possible = {}
     for index, name in enumerate(candidates.strata):
@@ -130,7 +130,7 @@ def targets(source: MixtureSource, candidates: Candidates, wanted: int) -> dict[
 
 
 def next_draw(source: MixtureSource, candidates: Candidates, wanted: dict[Stratum, int], pool: int) -> Drawn | None:
-    """What has to be tried next to come to `wanted`; None when it is reached."""
+    """The items to try next to reach `wanted`; None if it is reached."""
     keys: list[NDArray[np.uint64]] = []
     purpose: list[NDArray[np.uint8]] = []
     of_stratum: list[NDArray[np.int64]] = []
@@ -139,7 +139,7 @@ def next_draw(source: MixtureSource, candidates: Candidates, wanted: dict[Stratu
         tried = candidates.tried(index)
         missing = wanted.get(name, 0) - int(tried.sum())
         if missing > 0:
-            # A few more than needed, since some will not fit: another round costs another reading of the files.
+            # A few more than needed, since some will not fit, and another round would read the files again.
             spare = missing // 8 + (4 if len(tried) else 1)
             lacking[index] = min(candidates.count(index) - len(tried), missing + spare)
     if not lacking:
@@ -165,7 +165,7 @@ def _bucketed(
     of_stratum: NDArray[np.int64],
     lacking: dict[int, int],
 ) -> Drawn:
-    """Buckets of about BUCKET_ITEMS; a task that is larger than that is spread over several."""
+    """Buckets of about BUCKET_ITEMS; a larger task is split over several."""
     buckets = max(1, -(-sum(lacking.values()) // BUCKET_ITEMS))
     base = np.zeros(len(candidates.strata), np.int32)
     spread = np.ones(len(candidates.strata), np.int32)
@@ -178,9 +178,9 @@ def _bucketed(
 
 
 def accepted(candidates: Candidates, wanted: dict[Stratum, int]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """Keys, sorted, of the items that make up the mixture, and how many records of each.
+    """Sorted keys of the items in the mixture, and the number of records of each.
 
-    The first items in line are taken; of the last one, only as many parts as the quota still has room for.
+    The first items are used; of the last one, only as many parts as the quota permits.
     """
     keys: list[NDArray[np.uint64]] = []
     used: list[NDArray[np.int32]] = []

@@ -1,7 +1,7 @@
-"""Words an item: picks its template, its options' looks and, in a few-shot group, exemplars of the same task.
+"""Words an item: chooses its template, the style of its options and, in a few-shot group, exemplars of the same task.
 
-All choices are drawn from a random stream of the item's own, so an item is worded alike wherever and whenever it is
-met. A `Draft` can give up exemplars to fit a length; it never gives up a part of the item itself.
+All choices use a random stream of the item itself, so an item always gets the same wording. A `Draft` can drop
+exemplars to fit a length, but never a part of the item itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,15 @@ from flacuna_jax.flan_mini.options import OptionStyle, draw_style
 from flacuna_jax.flan_mini.templates import Family, Frame, Shapes, Wording
 
 OPTION_SHARE = 0.5
-"""Part of the items with options whose options are shown, as in the FLAN Collection's template types."""
+"""Fraction of the items with options that show them, as in the FLAN Collection's template types."""
 
 Pool = Sequence[tuple[int, Item]]
-"""(key, item) of a task, in the order that they were drawn in."""
+"""(key, item) of a task, in the order in which they were drawn."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A worded item. `prompt(chosen)` is the user's text with some of the exemplars."""
+    """A worded item. `prompt(chosen)` is the user's text with the chosen exemplars."""
 
     head: str
     exemplars: tuple[str, ...]
@@ -41,9 +41,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class Writer:
-    """Turns items into drafts.
+    """Converts items to drafts.
 
-    share: part of the items that is shown with exemplars, where there are any to show.
+    share: fraction of the items that get exemplars, if there are any.
     """
 
     families: Mapping[str, Family]
@@ -110,9 +110,9 @@ class Writer:
 
 
 def _alike(item: Item, other: Item) -> bool:
-    """Whether an item of the same task can serve as exemplar: asked in the same way, in the same language."""
+    """Whether an item of the same task can be an exemplar: asked in the same form, in the same language."""
     same_language = item.fields.get("language") == other.fields.get("language")
-    # Two solutions of one problem would give the question, or the answer, away.
+    # Another solution of the same problem would reveal the question or the answer.
     differs = all(item.fields.get(name) != other.fields[name] for name in ("problem", "inputs") if name in other.fields)
     return item.family == other.family and same_language and differs
 

@@ -1,4 +1,4 @@
-"""HTML, as chat pages show answers, to Markdown.
+"""Converts the HTML of answers in chat pages to Markdown.
 
 Chat exports hold answers as the page rendered them: paragraphs, lists, tables, and code in a box with a language label
 and a "Copy code" button. Training wants what the model wrote before it was rendered. FastChat's clean_sharegpt.py uses
@@ -33,7 +33,7 @@ _OPTIONS: dict[str, Any] = {
 def is_html(text: str) -> bool:
     """Whether a text is a rendered answer: it begins and ends with block-level markup.
 
-    Text that merely talks about HTML begins with words, or is the user's own code, and is left alone.
+    Text about HTML begins with words, or is the user's own code, and is not changed.
     """
     return bool(_STARTS.match(text) and _ENDS.search(text))
 

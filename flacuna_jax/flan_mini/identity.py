@@ -1,4 +1,4 @@
-"""What a build is made of, as hashes: its settings, its input files, the code. Equal hashes mean equal bytes out."""
+"""Hashes of the inputs of a build: its settings, its input files, the code. Equal hashes mean equal output."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 
 _NO_EFFECT = ("output_dir", "workers", "leakage", "batch_size", "tokenizer", "template", "family_templates")
-"""Settings that do not change the records, or are paths: of what lies there, the content counts."""
+"""Settings that do not change the records, or are paths, of which only the content counts."""
 _PATHS = ("path", "templates")
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file. Raises UserError where it cannot be read."""
+    """SHA-256 of a file. Raises UserError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -34,7 +34,7 @@ def build_key(parts: Mapping[str, Any]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two trees of settings or hashes differ, as dotted names."""
+    """The differences between two trees of settings or hashes, as dotted names."""
     found: list[str] = []
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)

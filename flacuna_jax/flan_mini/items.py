@@ -1,7 +1,7 @@
-"""An item: one thing a source has to teach, not yet worded; and the keys that tell items apart and order them.
+"""An item: one unit of content of a source, without wording; and the keys that identify and order items.
 
-The order in which items are drawn is a hash of (seed, content). It depends on nothing else, so neither the order of
-files nor the number of workers can change what is drawn.
+The order in which items are drawn depends only on a hash of (seed, content), not on the order of files or the number of
+workers.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ Fields = Mapping[str, Any]
 """JSON values by placeholder name."""
 
 READY, DIALOGUE, PAIR = "ready", "dialogue", "pair"
-"""Families that need no template: a row that is worded already (READY), a conversation, a worded row that may still be
-grouped with exemplars (PAIR)."""
+"""Families without a template: a row that already has its wording (READY), a conversation, and a row with wording that
+can be grouped with exemplars (PAIR)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """`task` becomes the record's `source`; `family` names the templates; `type` is what the source's shares weigh.
+    """`task` becomes the record's `source`; `family` names the templates; the source's shares weight each `type`.
 
-    same_as: marks of which one in common makes two items duplicates (besides equal content, which always does);
-      the item with the larger `size` stays, and of equals the one with the smaller key.
+    same_as: marks; two items with a common mark are duplicates (as are items with equal content). The item with the
+      larger `size` is kept, and of equal sizes the one with the smaller key.
     """
 
     task: str
@@ -50,7 +50,7 @@ def item_from_json(text: str) -> Item:
 
 
 def hash64(*parts: str) -> int:
-    """64 bits of a hash of the parts; no two sequences of parts are confused."""
+    """64 bits of a hash of the parts, which distinguishes all sequences of parts."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -60,9 +60,9 @@ def hash64(*parts: str) -> int:
 
 
 def ranks(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Places in a random order that (seed, key) decide, uint64 [n]; different keys get different places.
+    """Positions in a random order that depends on (seed, key), uint64 [n]; different keys get different positions.
 
-    The finaliser of splitmix64, a bijection, over the key moved by a hash of the seed.
+    Applies the finaliser of splitmix64, a bijection, to the key plus a hash of the seed.
     """
     z = keys + np.uint64(hash64("order", str(seed)))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -71,7 +71,7 @@ def ranks(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def chooser(seed: int, purpose: str, key: int) -> Random:
-    """A random stream of one item's own."""
+    """A random stream for one item."""
     return Random(hash64(str(seed), purpose, str(key)))
 
 

@@ -1,9 +1,9 @@
-"""Leakage: which items of evaluation files the training records contain, by n-grams of words, and which benchmarks
-are held-in because their tasks are among the training tasks.
+"""Leakage: finds items of evaluation files in the training records, by n-grams of words, and benchmarks that are
+held-in because their tasks are among the training tasks.
 
-A word is a run of letters or digits, lower-cased. An item's coverage is the part of its distinct n-grams that some
-training record contains, told apart by where: in a prompt or in an answer. Items of fewer than n words cannot be judged
-and are counted as such.
+A word is a run of letters or digits, lower-cased. An item's coverage is the fraction of its distinct n-grams that
+occur in training records, separately for prompts and answers. Items of fewer than n words cannot be judged and are
+counted as such.
 """
 
 import csv
@@ -45,7 +45,7 @@ HELD_IN: Mapping[str, str] = MappingProxyType(
         "APPS": r"^apps$",
     }
 )
-"""Benchmark -> pattern of the training tasks that are made of it."""
+"""Benchmark -> pattern of the training tasks made from it."""
 
 _WORD = re.compile(r"[^\W_]+")
 _ITEM_LISTS = ("examples", "instances", "questions", "items", "data")
@@ -65,7 +65,7 @@ def held_in(tasks: Iterable[str]) -> dict[str, list[str]]:
 class BenchmarkLeakage:
     """Counts of one benchmark's items.
 
-    prompt, answer, anywhere: coverage of each judged item by prompts, by answers, by both together, float64 [judged].
+    prompt, answer, anywhere: coverage of each judged item by prompts, by answers, and by both, float64 [judged].
     """
 
     name: str
@@ -75,20 +75,21 @@ class BenchmarkLeakage:
     answer: NDArray[np.float64]
     anywhere: NDArray[np.float64]
     tasks: tuple[tuple[str, int], ...]
-    """Training tasks with the most records that share an n-gram with the benchmark, and how many."""
+    """Training tasks with the most records that share an n-gram with the benchmark, and their numbers."""
     worst: tuple[tuple[float, str], ...]
-    """The items covered most, with their beginning."""
+    """The most covered items, with the beginning of their text."""
 
     def touched(self) -> int:
         return int((self.anywhere > 0).sum())
 
     def covered(self, part: float) -> int:
-        """Items of which the training records hold at least this part."""
+        """Number of items whose coverage by training records is at least `part`."""
         return int((self.anywhere >= part).sum())
 
 
 class LeakageScan:
-    """Holds the n-grams of all items; shown the training records one by one, it notes which of them occur."""
+    """Stores the n-grams of all items, and records which of them occur in training records that are added one by
+    one."""
 
     def __init__(self, files: Mapping[str, str], ngram: int) -> None:
         self._ngram = ngram
@@ -108,7 +109,7 @@ class LeakageScan:
         flat = np.concatenate(grams) if grams else np.zeros(0, np.uint64)
         self._vocabulary, self._gram_of = np.unique(flat, return_inverse=True)
         self._seen = np.zeros((2, len(self._vocabulary)), np.bool_)
-        # Which benchmarks an n-gram belongs to, as bits.
+        # The benchmarks of each n-gram, as bits.
         self._owners = np.zeros(len(self._vocabulary), np.uint64)
         owner_bits = np.repeat(np.uint64(1) << np.array(self._benchmark, np.uint64), self._lengths)
         np.bitwise_or.at(self._owners, self._gram_of, owner_bits)
@@ -116,7 +117,7 @@ class LeakageScan:
         self._block = _Block()
 
     def add(self, task: str, prompts: Sequence[str], answers: Sequence[str]) -> None:
-        """Shows a training record."""
+        """Adds a training record."""
         for part, texts in enumerate((prompts, answers)):
             for text in texts:
                 self._block.add(self._hasher.words(text), part, task)
@@ -164,7 +165,7 @@ class LeakageScan:
 
 
 class _Block:
-    """Texts waiting to be looked up together, as hashed words."""
+    """A batch of texts to look up together, as hashed words."""
 
     def __init__(self) -> None:
         self._words: list[list[int]] = []
@@ -179,7 +180,7 @@ class _Block:
         self.size += len(words)
 
     def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64], list[str]]:
-        """Words of all texts, the text of each word, and each text's part and task."""
+        """The words of all texts, the text index of each word, and each text's part and task."""
         flat = np.fromiter((word for words in self._words for word in words), np.uint64, self.size)
         text_of = np.repeat(np.arange(len(self._words)), [len(words) for words in self._words])
         return flat, text_of, np.array(self._parts), self._tasks
@@ -211,7 +212,7 @@ class _Hasher:
     def windows(
         self, words: NDArray[np.uint64], text_of: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Hashes of all n-grams that lie within one text, and the index of the first word of each."""
+        """Hashes of all n-grams within a text, and the index of the first word of each."""
         count = len(words) - self._ngram + 1
         if count <= 0:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
@@ -231,13 +232,13 @@ def read_items(path: Path) -> Iterator[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _is_readable(file))
         if not files:
-            raise UserError(f"{path}: no evaluation file there (leakage.files)")
+            raise UserError(f"{path}: there is no evaluation file (leakage.files)")
         for file in files:
             yield from read_items(file)
     elif not path.is_file():
         raise UserError(f"{path}: no such file or directory (leakage.files)")
     elif not _is_readable(path):
-        raise UserError(f"{path}: not a kind of file that evaluation items can be read from (leakage.files)")
+        raise UserError(f"{path}: evaluation items cannot be read from this kind of file (leakage.files)")
     elif _is_plain(path):
         yield from _plain_items(path)
     else:
@@ -251,7 +252,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _is_plain(path: Path) -> bool:
-    """Paragraphs, and tables, whose first line may be an item."""
+    """Whether a file has paragraphs, or a table whose first line may be an item."""
     return path.name.lower().endswith(tuple(s + gz for s in (".csv", ".tsv", ".txt") for gz in ("", ".gz")))
 
 
@@ -285,7 +286,7 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for name, part in value.items():
             if name not in _NOT_TEXT:
-                # Multiple-choice layouts hold the options as keys ({"target_scores": {"yes": 1}}).
+                # Multiple-choice layouts have the options as keys ({"target_scores": {"yes": 1}}).
                 if isinstance(part, int | float):
                     yield str(name)
                 yield from _texts(part)

@@ -1,5 +1,5 @@
-"""The manifest of a collection: what it was made of and what came out, in hashes and counts. No times, no paths of
-the machine but in the places where something was first seen, so that equal builds have equal manifests."""
+"""The manifest of a collection: its inputs and its content, as hashes and counts. It has no times, and paths of the
+machine only in the places of first occurrences, so that equal builds have equal manifests."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ MANIFEST, STATISTICS = "manifest.json", "statistics.npz"
 
 
 def write_manifest(config: FlanMiniConfig, inputs: Inputs, built: Built) -> None:
-    """Writes manifest.json and, beside it, the measures of the records that reports are made from."""
+    """Writes manifest.json, and the statistics of the records for reports."""
     tree = {
         "made_by": f"flacuna_jax {__version__}",
         "key": inputs.key,
@@ -46,7 +46,7 @@ _COLUMNS = ("source", "task", "length", "supervised", "traits", "text")
 
 @dataclass(frozen=True)
 class Found:
-    """An earlier build that is there: usable as it is (`built`), or not, and why."""
+    """An existing build: usable (`built`) or not, and why."""
 
     built: Built | None
     why: str
@@ -56,7 +56,7 @@ def find_built(config: FlanMiniConfig, inputs: Inputs) -> Found:
     """Looks for a finished build of the same inputs and settings in the output directory, and checks its bytes."""
     path = config.directory / MANIFEST
     if not path.is_file():
-        return Found(None, "nothing has been built there yet")
+        return Found(None, "nothing has been built yet")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         output = tree["output"]
@@ -64,7 +64,7 @@ def find_built(config: FlanMiniConfig, inputs: Inputs) -> Found:
             return Found(None, f"changed since: {_listed(differences(tree['made_of'], _as_json(inputs.parts)))}")
         file = config.directory / output["file"]
         if not file.is_file() or file.stat().st_size != output["bytes"] or file_hash(file) != output["sha256"]:
-            return Found(None, f"{output['file']} is missing or is not what was written")
+            return Found(None, f"{output['file']} is missing or was changed")
         saved = load_result(config.directory / STATISTICS)
         statistics = Statistics(tuple(saved.facts["sources"]), tuple(saved.facts["tasks"]), **saved.arrays)
         accounts = tuple(

@@ -1,4 +1,4 @@
-"""Merges the records of all sources into one file, in the order that (seed, content) decide, as a stream."""
+"""Merges the records of all sources into one file as a stream, in an order that depends on (seed, content)."""
 
 import heapq
 import json
@@ -29,7 +29,7 @@ _SCHEMA = pyarrow.schema(
 
 @dataclass(frozen=True)
 class Part:
-    """A sorted file of records (`stages.write`); of each of `keys` (sorted), the first `used` parts are taken."""
+    """A sorted file of records (`stages.write`); for each of `keys` (sorted), the first `used` parts are used."""
 
     path: Path
     keys: NDArray[np.uint64]
@@ -44,7 +44,7 @@ class Merged:
 
 
 def merge(config: FlanMiniConfig, parts: Sequence[Part]) -> Merged:
-    """Writes `flan_mini.{json,jsonl,parquet}`, complete or not at all."""
+    """Writes `flan_mini.{json,jsonl,parquet}` atomically."""
     path = config.directory / f"flan_mini.{config.format}"
     write = {"json": _write_list, "jsonl": _write_lines, "parquet": _write_parquet}[config.format]
     with replacing(path) as partial:
@@ -57,7 +57,7 @@ def merge(config: FlanMiniConfig, parts: Sequence[Part]) -> Merged:
 
 
 def _taken(part: Part, lines: Iterable[str]) -> Iterator[str]:
-    """The lines whose record is taken; a line begins with order, key (16 hex digits each) and part (4)."""
+    """The lines whose record is used; a line begins with order, key (16 hex digits each) and part (4)."""
     for line in lines:
         key, number = int(line[16:32], 16), int(line[32:36], 16)
         place = int(np.searchsorted(part.keys, np.uint64(key)))

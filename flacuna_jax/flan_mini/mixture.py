@@ -1,4 +1,5 @@
-"""How many records each task gives: proportional with caps, in whole numbers, the same on every machine."""
+"""Computes the number of records of each task: proportional with caps, in exact arithmetic, the same on every
+machine."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -8,10 +9,10 @@ Stratum = tuple[str, str]
 
 
 def allocate(total: int, weights: Sequence[float], capacities: Sequence[int]) -> list[int]:
-    """Splits `total` in proportion to `weights`, none above its capacity; what one cannot take goes to the others.
+    """Splits `total` in proportion to `weights`, none above its capacity; the excess is distributed to the others.
 
     Rounding is by largest remainder, ties to the earlier entry. The sum is min(total, sum of capacities with weight).
-    Exact arithmetic: the result never hangs on the order of floating-point sums.
+    The arithmetic is exact, so the result does not depend on the order of floating-point sums.
     """
     exact = [Fraction(weight) for weight in weights]
     counts = [0] * len(exact)
@@ -45,15 +46,15 @@ def quotas(
     shares: Mapping[str, float] | None,
     rate_cap: int | None,
 ) -> dict[Stratum, int]:
-    """Records wanted of every (task, type).
+    """The number of records of every (task, type).
 
-    Types share the total as `shares` says (each type there is in proportion to its items, without shares), and within
-    a type its tasks in proportion to their items, none counting for more than `rate_cap` (examples-proportional
-    mixing with a maximum, Raffel et al., 2020, section 3.5.2). A type that cannot give its share leaves it to others.
+    Types share the total by `shares` (without shares, in proportion to their items), and the tasks of a type share in
+    proportion to their items, up to `rate_cap` (examples-proportional mixing with a maximum, Raffel et al., 2020,
+    section 3.5.2). The missing part of a type with too few items goes to other types.
 
     Args:
-      available: items of every stratum; they decide the proportions.
-      capacities: how many of them can still become records.
+      available: number of items of every stratum, which determine the proportions.
+      capacities: maximum number of records of every stratum.
     """
     types = sorted({type_ for _, type_ in available})
     members = {type_: sorted(s for s in available if s[1] == type_) for type_ in types}

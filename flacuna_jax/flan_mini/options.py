@@ -1,4 +1,4 @@
-"""The looks of answer options: a heading, markers, joints, and whether the answer is a marker or a text."""
+"""Styles of answer options: a heading, markers, separators, and whether the answer is a marker or a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
 
 @dataclass(frozen=True)
 class OptionStyle:
-    """`marker` holds {} for the option and may hold one of {A} {a} {1} {i} for its place."""
+    """`marker` contains {} for the option and optionally one of {A} {a} {1} {i} for its index."""
 
     header: str
     marker: str
@@ -19,9 +19,9 @@ class OptionStyle:
     answer_is_marker: bool
 
     def block(self, options: Sequence[str]) -> str:
-        """The options as the prompt shows them."""
+        """The options in the format of the prompt."""
         short = sum(map(len, options)) <= 160 and not any("\n" in option for option in options)
-        # Without a mark of its own an option must not run into the next one.
+        # Options without markers must be separated.
         joint = self.joint if short and (self.joint != " " or self.is_marked) else "\n"
         listed = joint.join(
             self._mark(index, len(options)).replace("{}", option, 1) for index, option in enumerate(options)
@@ -31,18 +31,18 @@ class OptionStyle:
         return f"{self.header}{chr(10) if joint == chr(10) else ' '}{listed}"
 
     def answer(self, answer: str, options: Sequence[str]) -> str:
-        """What the model is to answer: the option's marker, if this style answers with markers, else the text."""
+        """The model's answer: the option's marker if this style answers with markers, otherwise the text."""
         if not (self.answer_is_marker and self.is_marked and answer in options):
             return answer
         return self._mark(list(options).index(answer), len(options)).replace("{}", "").strip()
 
     @property
     def is_marked(self) -> bool:
-        """Whether each option has a mark of its own."""
+        """Whether each option has a marker."""
         return any(place in self.marker for place in ("{A}", "{a}", "{1}", "{i}"))
 
     def _mark(self, index: int, count: int) -> str:
-        # Where letters or Roman numerals run out, all options are numbered.
+        # If there are too few letters or Roman numerals, all options are numbered.
         marker = self.marker
         if count > 26:
             marker = marker.replace("{A}", "{1}").replace("{a}", "{1}")

@@ -1,4 +1,4 @@
-"""From items to finished records: worded, measured in tokens, and short enough, or counted by the reason why not."""
+"""Converts items to finished records: worded, measured in tokens, and short enough, or else counted by reason."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from flacuna_jax.flan_mini.items import DIALOGUE, READY, Item
 from flacuna_jax.flan_mini.sharegpt import split
 
 BLOCK = 256
-"""Records that are tokenised together."""
+"""Number of records that are tokenised together."""
 
 FEW_SHOT, WITH_OPTIONS = 1, 2
 """Bits of `Record.traits`."""
@@ -30,11 +30,11 @@ _NAMES = {"user": "human", "assistant": "gpt"}
 
 @dataclass(frozen=True)
 class Record:
-    """`text` is the record's JSON; lengths are in tokens, template included."""
+    """`text` is the record's JSON; lengths are in tokens, including the template."""
 
     text: str
     content: str
-    """What makes two records the same to a reader: the turns, without id and source."""
+    """The content of a record that identifies duplicates: the turns, without id and source."""
     length: int
     supervised: int
     traits: int
@@ -42,7 +42,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate: its records, what of it was lost, and what was changed."""
+    """The result of a candidate: its records, losses and changes."""
 
     key: int
     records: tuple[Record, ...] = ()
@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Open:
-    """A candidate under way: its draft and the exemplars that are still in it."""
+    """A candidate in progress: its draft and the remaining exemplars."""
 
     key: int
     item: Item
@@ -104,9 +104,9 @@ class RecordMaker:
         return outcomes
 
     def _fitting(self, draft: Draft) -> tuple[int, ...]:
-        """The exemplars, in order, that go into max_length with the query; exact up to a few tokens at the joints."""
+        """The exemplars, in order, that fit into max_length with the query; exact up to a few tokens at the joints."""
         every = tuple(range(len(draft.exemplars)))
-        # A token stands for at least one byte, so a text of few bytes needs no counting.
+        # A token has at least one byte, so a text with few bytes needs no counting.
         if not every or len((draft.everything + draft.target).encode()) + self._overhead <= self.max_length:
             return every
         texts = [draft.head + draft.query, draft.target, *draft.exemplars]

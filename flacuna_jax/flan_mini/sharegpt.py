@@ -1,12 +1,12 @@
-"""ShareGPT: cleaning as FastChat documents it, and splitting of long conversations without losing a turn.
+"""ShareGPT: cleaning as documented by FastChat, and splitting of long conversations without losing a turn.
 
-What FastChat takes out, this takes out: HTML (turned into Markdown), conversations of a turn or less, broken role
-order, any talk of OpenAI or ChatGPT, duplicates (by id, and by first answer and number of turns; see `Item.same_as`).
-Also refusals, by how an answer begins. A leading answer and a trailing question are cut off.
+Like FastChat, it removes HTML (which is converted to Markdown), conversations of at most one turn, broken role order,
+mentions of OpenAI or ChatGPT, and duplicates (by id, and by first answer and number of turns; see `Item.same_as`). It
+also removes refusals, by the beginning of an answer. A leading answer and a trailing question are cut off.
 
-Splitting differs from FastChat's where that loses turns: its last pair vanishes when it overflows, and a first pair
-that is too long leaves an empty conversation. Here every question-answer pair ends up in exactly one part, and a pair
-that no part can hold is returned to be counted.
+FastChat's splitting loses turns: its last pair vanishes if it overflows, and a first pair that is too long leaves an
+empty conversation. Here every question-answer pair is in exactly one part, and pairs that are too long for a part are
+counted.
 """
 
 import re
@@ -41,14 +41,14 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _PAGER = re.compile(r"^\s*\d+ / \d+\s*$\n?", re.MULTILINE)
-"""Left over from the page's switch between several answers ("2 / 3")."""
+"""Remains of the page's switch between several answers ("2 / 3")."""
 
 MADE_MARKDOWN = "HTML turned into Markdown"
 CUT_ENDS = "leading answer or trailing question removed"
 
 
 class CleaningError(Exception):
-    """A conversation that cleaning takes out: the `reason` it is counted under."""
+    """A conversation that cleaning removes, with the `reason` under which it is counted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -57,9 +57,9 @@ class CleaningError(Exception):
 
 
 def clean(record: object) -> tuple[Conversation, list[str]]:
-    """A raw export record as a clean conversation, and what was changed in it.
+    """Converts a raw export record to a clean conversation, and returns it with a list of the changes.
 
-    Raises CleaningError for what is taken out and BadRecord for what is not a conversation at all.
+    Raises CleaningError for removed conversations and BadRecord for records that are not conversations.
     """
     system, turns, changes = _turns(record)
     assert isinstance(record, Mapping)
@@ -122,13 +122,13 @@ def _turn(index: int, entry: Any) -> tuple[Role | None, str]:
 def split(
     conversation: Conversation, max_length: int, count: Callable[[Sequence[Turn]], int]
 ) -> tuple[list[Conversation], int]:
-    """Cuts a conversation into parts of at most `max_length` tokens, between question-answer pairs.
+    """Splits a conversation into parts of at most `max_length` tokens, between question-answer pairs.
 
     Args:
-      count: tokens of the conversation that some turns make, template included.
+      count: returns the number of tokens of a conversation of the given turns, including the template.
 
-    Returns: the parts, with ids "{id}_{number of their first turn}" where there is more than one, and how many pairs
-      are too long for a part of their own; those are in no part.
+    Returns: the parts, with ids "{id}_{number of their first turn}" if there are several, and the number of pairs
+      that are too long for a part; those are in no part.
     """
     if count(conversation.turns) <= max_length:
         return [conversation], 0

@@ -1,6 +1,6 @@
-"""The stages of a build as jobs: scan the files, fetch the items that were drawn, word and measure them.
+"""The stages of a build as jobs: scan the files, fetch the drawn items, word and measure them.
 
-scan    reads every file once and keeps of each item its key and stratum, 20 bytes or so.
+scan    reads every file once and stores the key and stratum of each item, about 20 bytes.
 fetch   reads the files again and writes the drawn items into buckets, a task's items together.
 write   words the items of a bucket, with exemplars of their task, counts their tokens, and keeps the records.
 """
@@ -30,7 +30,7 @@ from flacuna_jax.flan_mini.work import WRITTEN, Arrays, Result, load_result, wri
 LoadTokenizer = Callable[[], Tokenizer]
 
 CANDIDATE, EXEMPLAR = 1, 2
-"""Bits: why an item is fetched."""
+"""Bits for the purpose of a fetched item."""
 
 
 def _items(
@@ -74,9 +74,9 @@ def counts_of(report: SourceReport) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a round fetches: keys uint64 [n] sorted, purpose uint8 [n], and the buckets each item goes to.
+    """The items to fetch in a round: sorted keys uint64 [n], purpose uint8 [n], and the buckets of each item.
 
-    A task of `spread` s lies in the buckets (base + 0..s-1) mod buckets: a candidate in one of them by its key, an
+    A task with `spread` s uses the buckets (base + 0..s-1) mod buckets: a candidate is in one of them, by its key, an
     exemplar in all of them.
     """
 
@@ -135,11 +135,11 @@ def write(
     units: int,
     bucket: int,
 ) -> Result:
-    """Words a bucket's candidates, keeps their records at `records_path`, and removes what `fetch` left.
+    """Words a bucket's candidates, writes their records to `records_path`, and removes the files of `fetch`.
 
     The file has a line per record, "{order}{key}{part} {length} {supervised} {json}" with the first three in hex, in
     order. Arrays per candidate: keys uint64 [n], parts int32 [n] (its records), reason int32 [n] (index into
-    facts["reasons"]; -1 where nothing was lost); per record: record_keys uint64 [m], part, length, supervised,
+    facts["reasons"]; -1 if nothing was lost); per record: record_keys uint64 [m], part, length, supervised,
     traits int32 [m], text uint64 [m].
     """
     tokenizer = load_tokenizer()
@@ -172,7 +172,7 @@ Strata = dict[tuple[str, str], dict[int, Item]]
 
 
 def _read_bucket(paths: Sequence[Path]) -> tuple[Strata, Strata]:
-    """Candidates and exemplars by (task, type) and key. An item that several files hold is one item."""
+    """Candidates and exemplars by (task, type) and key. An item in several files counts once."""
     candidates: Strata = defaultdict(dict)
     pools: Strata = defaultdict(dict)
     for path in paths:

@@ -1,6 +1,6 @@
-"""Template families, read from YAML: pools of prompts for one kind of item, and the shapes of few-shot groups.
+"""Template families, read from YAML: pools of prompts for one kind of item, and the formats of few-shot groups.
 
-Templates are data: placeholders in braces are replaced, and nothing else in a template or a value means anything.
+Templates are data: placeholders in braces are replaced, and everything else in a template or a value is literal.
 """
 
 import difflib
@@ -33,7 +33,7 @@ class Pattern:
         return frozenset(self.parts[1::2])
 
     def fill(self, fields: Fields, options: str = "") -> str:
-        """The text for an item. Without options, the line that they would stand on goes."""
+        """The text for an item. Without options, the line for them is removed."""
         texts: list[str] = []
         for index, part in enumerate(self.parts):
             if index % 2 == 0:
@@ -57,14 +57,14 @@ class Wording:
     target: Pattern
 
     def fits(self, fields: Fields) -> bool:
-        """Whether an item has something for every placeholder."""
+        """Whether an item has a value for every placeholder."""
         needed = (self.prompt.placeholders | self.target.placeholders) - {OPTIONS}
         return all(fields.get(name) for name in needed)
 
 
 @dataclass(frozen=True)
 class Family:
-    """`core` words an item inside a few-shot frame; `head`, if any, stands once before the exemplars."""
+    """`core` words an item within a few-shot group; the optional `head` precedes the exemplars."""
 
     name: str
     core: Wording
@@ -72,7 +72,7 @@ class Family:
     wordings: tuple[Wording, ...]
 
     def needs(self) -> frozenset[str]:
-        """Placeholders that an item must have to be worded in every way."""
+        """Placeholders that an item needs for all templates."""
         used = {*self.core.prompt.placeholders, *self.core.target.placeholders}
         for wording in self.wordings:
             used |= wording.prompt.placeholders | wording.target.placeholders
@@ -96,7 +96,7 @@ class OptionLooks:
 
 @dataclass(frozen=True)
 class Shapes:
-    """How exemplars and options may look."""
+    """The formats of exemplars and options."""
 
     modes: Mapping[str, int]
     separators: tuple[str, ...]
@@ -115,9 +115,9 @@ def load_shapes() -> Shapes:
 
 @functools.cache
 def load_families(directory: str | None = None) -> Mapping[str, Family]:
-    """Our families, and those of the YAML files in `directory`, which replace ours of the same name.
+    """The built-in families, and those of the YAML files in `directory`, which replace built-in ones of the same name.
 
-    Raises UserError for a file that is not in the layout of our own.
+    Raises UserError for a file that does not have the layout of the built-in files.
     """
     families: dict[str, Family] = {}
     for name in _OURS:
@@ -125,7 +125,7 @@ def load_families(directory: str | None = None) -> Mapping[str, Family]:
     if directory is not None:
         files = sorted(Path(directory).glob("*.yaml"))
         if not files:
-            raise UserError(f"{directory}: no .yaml file of template families there (family_templates)")
+            raise UserError(f"{directory}: there is no .yaml file of template families (family_templates)")
         for path in files:
             try:
                 families |= _families(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
@@ -135,11 +135,11 @@ def load_families(directory: str | None = None) -> Mapping[str, Family]:
 
 
 def family(families: Mapping[str, Family], name: str, where: str) -> Family:
-    """The family called `name`; raises UserError, naming the nearest, where there is none."""
+    """The family `name`; if it does not exist, raises UserError with the nearest name."""
     if name not in families:
         near = difflib.get_close_matches(name, families, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(families))}"
-        raise UserError(f"{where}: no template family is called {name!r}{hint}")
+        hint = f"; did you mean {near[0]!r}?" if near else f"; available are {', '.join(sorted(families))}"
+        raise UserError(f"{where}: there is no template family {name!r}{hint}")
     return families[name]
 
 
@@ -149,7 +149,7 @@ def _package_text(name: str) -> str:
 
 def _families(tree: Any, origin: str) -> dict[str, Family]:
     if not isinstance(tree, dict):
-        raise UserError(f"{origin}: template families are a mapping of family to its templates")
+        raise UserError(f"{origin}: the file must map families to their templates")
     return {str(name): _family(str(name), entry, origin) for name, entry in tree.items()}
 
 

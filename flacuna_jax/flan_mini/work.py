@@ -1,7 +1,7 @@
-"""Runs jobs whose results are files, on any number of processes; a job whose result is there already is not run again.
+"""Runs jobs whose results are files, on any number of processes; a job whose result exists is not run again.
 
-So a build that was killed continues where it was. Results are written beside their place and then moved to it: what is
-there is whole. A job must be a function of its arguments alone.
+So a killed build continues where it stopped. Results are written to temporary files and then renamed, so an existing
+result is complete. A job must depend only on its arguments.
 """
 
 import json
@@ -30,12 +30,12 @@ WRITTEN: Mapping[str, type[np.generic]] = MappingProxyType(
         "text": np.uint64,
     }
 )
-"""Columns of the records that a job has written."""
+"""Columns of the records written by a job."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a job leaves: arrays, and a JSON value."""
+    """The result of a job: arrays, and a JSON value."""
 
     arrays: Arrays
     facts: dict[str, Any]
@@ -43,7 +43,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """`function(*arguments)` gives the Result that is kept at `path` (.npz)."""
+    """`function(*arguments)` returns the Result, which is stored at `path` (.npz)."""
 
     path: Path
     function: Callable[..., Result]
@@ -51,7 +51,7 @@ class Job:
 
 
 class Crew:
-    """Processes that run jobs; they start with the first jobs that are worth it and live until the crew is closed."""
+    """Processes that run jobs; they start with the first jobs that need them, and end when the crew is closed."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -65,7 +65,7 @@ class Crew:
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, jobs: Sequence[Job]) -> int:
-        """Runs the jobs whose result is missing, and returns how many had theirs already.
+        """Runs the jobs without a result, and returns the number of jobs that already had one.
 
         The first exception of a job is raised here.
         """
@@ -75,7 +75,7 @@ class Crew:
                 _run(job)
         else:
             if self._pool is None:
-                # Fresh processes: a fork would take over threads that libraries of the parent may have started.
+                # Spawned, because a fork would inherit threads that libraries of the parent may have started.
                 self._pool = ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
             for future in [self._pool.submit(_run, job) for job in missing]:
                 future.result()

@@ -1,1 +1,1 @@
-"""Decoding: one engine for `generate`, `chat`, `evaluate` and evaluations inside a training run."""
+"""Decoding: one engine for `generate`, `chat`, `evaluate` and evaluations during training."""

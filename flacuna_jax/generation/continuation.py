@@ -1,8 +1,8 @@
-"""Continuing prompts in rows that come and go, each with a cache of its own length: `begin` fills rows, `advance` adds
-tokens to all of them. Suffixes as in `shared_prefix`, and r rows that begin, m new tokens.
+"""Continues prompts in rows that are refilled, each with a cache of its own length: `begin` fills rows, `advance` adds
+tokens to all of them. Shape suffixes as in `shared_prefix`, and r rows that begin, m new tokens.
 
-What is cached lies in blocks of slots, so that a part of it is looked at where it lies, and so do the layers of a small
-model on a CPU (`layers_apart`): what XLA cuts out of a larger array for a product, it copies.
+Caches are separate blocks of slots, so that a part can be read in place; for the same reason the layers of a small
+model on a CPU are separate arrays (`layers_apart`). XLA copies a slice of a larger array before it multiplies it.
 """
 
 import functools
@@ -32,15 +32,15 @@ from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec
 
 BLOCKS = 4
-"""Blocks of a cache at most: it is compiled for looking at one of them, two, and so on."""
+"""Maximum number of blocks of a cache; a program is compiled for reading one block, two blocks, and so on."""
 SMALLEST_BLOCK = 64
-"""Slots below which a part is not worth a product of its own."""
+"""Minimum number of slots in a block; smaller ones are not worth a separate product."""
 SMALL_STACK = 4 << 30
-"""Bytes of layers up to which a CPU holds a second copy of them, each layer by itself. Larger models have no memory for
-it, and would take long to compile."""
+"""Maximum size of all layers in bytes for which a CPU keeps a second copy with separate layers. Larger models would
+need too much memory and compile time."""
 
 Layered = jax.Array | Sequence[jax.Array]
-"""A stack [l, ...], or its layers apart."""
+"""A stack [l, ...], or separate layers."""
 
 
 class Block(NamedTuple):
@@ -51,13 +51,13 @@ class Block(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Prompts in the middle of being continued; `length_b` tokens of row b are in its cache, `token_b` is the next."""
+    """Prompts that are being continued; the cache of row b has `length_b` tokens, and `token_b` is the next one."""
 
     blocks: tuple[Block, ...]
     length_b: jax.Array
     token_b: jax.Array
     made_b: jax.Array
-    """New tokens so far, `token_b` included: the step that sampling keys are folded with."""
+    """Number of new tokens so far, including `token_b`: the step that is folded into sampling keys."""
     seed_b: jax.Array
 
     @property
@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """Keys and values of the tokens that were added since `advance` began, in the caches' layout; `made` of them."""
+    """Keys and values of the `made` tokens added since the start of `advance`, in the layout of the caches."""
 
     k_lbkmn: jax.Array
     v_lbknm: jax.Array
@@ -84,14 +84,14 @@ def _split(spec: ModelSpec, params: Params) -> list[nnx.State]:
 
 
 def layers_apart(spec: ModelSpec, params: Params) -> list[nnx.State] | None:
-    """The parameters of each layer by itself where that pays: for a small model on a CPU."""
+    """The parameters of each layer separately if that is faster: for a small model on a CPU; otherwise None."""
     parameters = spec.held | spec.adapters
     size = sum(array.nbytes for path, array in params.items() if parameters[path].stacked)
     return _split(spec, params) if jax.default_backend() == "cpu" and size <= SMALL_STACK else None
 
 
 def empty_rows(spec: ModelSpec, rows: int, slots: int, apart: bool) -> Rows:
-    """Rows with at least `slots` for tokens. `apart` if layers are."""
+    """Empty rows with at least `slots` slots for tokens. `apart`: whether the layers are separate."""
     config = spec.config
     block_slots = max(SMALLEST_BLOCK, -(-slots // BLOCKS))
     shape = (rows, config.num_kv_heads, block_slots, config.head_dim)
@@ -122,9 +122,10 @@ def begin(
     seed_r: jax.Array,
     sampling: Sampling,
 ) -> tuple[Rows, jax.Array]:
-    """Puts prompts (less the prefix, padded behind `length_r`) into the rows `into_r` and chooses their first tokens.
+    """Writes prompts (without the prefix, padded after `length_r`) into the rows `into_r`, and chooses their first
+    tokens.
 
-    A row number beyond the rows is dropped, so that a part-filled group needs no compilation of its own.
+    Row numbers beyond the number of rows are ignored, so that a partly filled group needs no separate compilation.
     """
     model = spec.merge(params)
     count, length = tokens_rt.shape
@@ -157,10 +158,10 @@ def advance(
     blocks: int,
     sampling: Sampling,
 ) -> tuple[Rows, jax.Array]:
-    """`steps` more tokens for every row, int32 [b, steps]; rows that have ended go along, their tokens mean nothing.
+    """`steps` more tokens for every row, int32 [b, steps]. Ended rows continue too, but their tokens are meaningless.
 
-    Only the first `blocks` of the caches are looked at: no row that goes on may be longer. `layers` as `layers_apart`
-    gives them.
+    Reads only the first `blocks` of the caches, so no row that has not ended may be longer. `layers` is the result of
+    `layers_apart`.
     """
     model = spec.merge(params)
 
@@ -197,15 +198,15 @@ def _extend(
     token_b: jax.Array,
     recent: Recent,
 ) -> tuple[jax.Array, Recent]:
-    """Logits [b, v] of what follows `token_b`, and its keys and values among the recent ones."""
-    # Positions of the first token in the caches, of the first recent one, and of this one.
+    """Logits [b, v] after `token_b`, and the recent keys and values including its own."""
+    # Positions of the first token in the caches, of the first recent token, and of this token.
     first_b = jnp.zeros_like(rows.length_b) if prefix is None else jnp.broadcast_to(prefix.length, rows.length_b.shape)
     first_recent_b = first_b + rows.length_b
     position_b = first_recent_b + recent.made
     from_bt = first_visible(model, position_b[:, None])
 
     def visible(position_b: jax.Array, slots: int, end_b: jax.Array) -> jax.Array:
-        """Which of `slots` with the positions from `position_b` on are filled and in the window: bool [b, 1, s]."""
+        """Whether each of `slots`, at positions from `position_b` on, is filled and in the window: bool [b, 1, s]."""
         position_bs = position_b[:, None] + jnp.arange(slots)
         return ((position_bs < end_b[:, None]) & (position_bs >= from_bt))[:, None, :]
 
@@ -234,14 +235,14 @@ def _of_layer(layered: Layered, layer: Any) -> jax.Array:
 
 
 def _written(write: Callable[[jax.Array, jax.Array], jax.Array], layered: Layered, new_l: jax.Array) -> Layered:
-    """`write(cache, new)` of every layer."""
+    """Applies `write(cache, new)` to every layer."""
     if isinstance(layered, jax.Array):
         return jax.vmap(write)(layered, new_l)
     return [write(cache, new) for cache, new in zip(layered, new_l, strict=True)]
 
 
 def _with_prompts(rows: Rows, into_r: jax.Array, k_lrktn: jax.Array, v_lrknt: jax.Array) -> tuple[Block, ...]:
-    """The caches with keys and values of tokens from the first slot on in the rows `into_r`."""
+    """The caches after writing keys and values of tokens to the rows `into_r`, from the first slot on."""
 
     def write(cache: jax.Array, new: jax.Array) -> jax.Array:
         return cache.at[into_r, :, : new.shape[2], : new.shape[3]].set(new.astype(cache.dtype), mode="drop")
@@ -255,7 +256,8 @@ def _with_prompts(rows: Rows, into_r: jax.Array, k_lrktn: jax.Array, v_lrknt: ja
 
 
 def _with_recent(rows: Rows, recent: Recent) -> tuple[Block, ...]:
-    """The caches with what is recent; rows that have ended may run past their cache, where nothing is written."""
+    """The caches after writing recent keys and values. Ended rows may run past their cache, where writes are
+    ignored."""
     size = rows.block_slots
     row_b1 = jnp.arange(len(rows.token_b))[:, None]
     slot_bm = rows.length_b[:, None] + jnp.arange(recent.k_lbkmn.shape[-2])

@@ -1,6 +1,6 @@
-"""How the next token is chosen from logits: greedily, or by chance after temperature, top_k and top_p.
+"""Chooses the next token from logits: greedily, or by sampling with temperature, top_k and top_p.
 
-Suffixes: b rows, v vocabulary.
+Shape suffixes: b rows, v vocabulary.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flacuna_jax.errors import UserError
 
 LOWEST_TEMPERATURE = 1e-6
-"""Logits divided by much less are no float32 numbers any more."""
+"""Logits divided by a much smaller temperature would overflow float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Filters apply in the order temperature, top_k, top_p, as in transformers."""
+    """Sampling settings. Filters apply in the order temperature, top_k, top_p, as in transformers."""
 
     temperature: float = 0.0
-    """0 takes the most likely token (greedy); otherwise logits are divided by it."""
+    """0 chooses the most likely token (greedy); otherwise logits are divided by it."""
     top_k: int | None = None
     """Keep only this many of the most likely tokens."""
     top_p: float | None = None
@@ -29,12 +29,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
             raise UserError(
-                f"temperature is {self.temperature}; use 0 for greedy decoding or a number from {LOWEST_TEMPERATURE} on"
+                f"temperature is {self.temperature}; use 0 for greedy decoding or a number >= {LOWEST_TEMPERATURE}"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; keep at least one token")
+            raise UserError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is a probability above 0 and at most 1")
+            raise UserError(f"top_p is {self.top_p}; it must be a probability above 0 and at most 1")
 
 
 GREEDY = Sampling()
@@ -50,10 +50,10 @@ def choose_tokens(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array | int
 
 
 def _first_largest(logits_bv: jax.Array) -> jax.Array:
-    """argmax, in two plain reductions: on CPUs XLA runs them four times as fast as its argmax."""
+    """argmax as two plain reductions, which XLA runs four times as fast as its argmax on CPUs."""
     last = logits_bv.shape[-1] - 1
     is_largest_bv = logits_bv == jnp.max(logits_bv, axis=-1, keepdims=True)
-    # Logits that are no numbers equal nothing; any token will do then.
+    # NaN logits equal nothing; any token will do then.
     return jnp.min(jnp.where(is_largest_bv, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 

@@ -1,5 +1,5 @@
-"""The language model of this package: log-likelihoods in packed rows, generation in rows that are refilled as answers
-end, both behind prefixes that are computed once."""
+"""The language model of this package: log-likelihoods in packed rows, and generation in rows that are refilled when
+answers end. For both, shared prefixes are computed once."""
 
 import bisect
 import functools
@@ -25,12 +25,12 @@ from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import row_shards
 
 SIZES = (64, 128, 192, *(64 * factor * 2**power for power in range(13) for factor in (4, 5, 6, 7)))
-"""Lengths that are compiled for: 64, 128, 192, 256, 320, 384, 448, 512, 640, ..., above 256 at most a quarter more than
-is needed."""
+"""Compiled lengths: 64, 128, 192, 256, 320, 384, 448, 512, 640, ...; above 256, a length is at most a quarter larger
+than necessary."""
 STEPS = 16
-"""New tokens per row between two looks at which rows have ended."""
+"""New tokens per row between two checks for ended rows."""
 STREAMED_STEPS = 4
-"""The same where someone is watching."""
+"""The same for streaming."""
 
 
 def padded_size(needed: int) -> int:
@@ -39,8 +39,8 @@ def padded_size(needed: int) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """How much is computed at once: packed rows of `row_length` tokens (longer where one text needs it) in batches of
-    `row_tokens`, and `rows` prompts decoded side by side."""
+    """Batch sizes: packed rows of `row_length` tokens (longer if a text needs it) in batches of `row_tokens` tokens,
+    and `rows` prompts that are decoded together."""
 
     row_length: int = 512
     row_tokens: int = 4096
@@ -48,7 +48,7 @@ class Placement:
 
 
 class Document(NamedTuple):
-    """Input tokens that are computed once, and (position, target, request) of what is wanted of them."""
+    """Input tokens that are computed once, and the (position, target, request) of each requested score."""
 
     tokens: tuple[int, ...]
     wanted: list[tuple[int, int, int]]
@@ -60,8 +60,8 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaLanguageModel:
-    """Implements `language_model.LanguageModel`. `mesh` is where `params` live; where it spans several processes,
-    all of them ask the same at the same time and get the same answers."""
+    """Implements `language_model.LanguageModel`. `mesh` is the mesh of `params`. If it spans several processes, all of
+    them must make the same requests at the same time, and get the same answers."""
 
     spec: ModelSpec
     params: Mapping[str, jax.Array]
@@ -71,14 +71,14 @@ class LlamaLanguageModel:
     fingerprint: str = ""
     placement: Placement = field(default=Placement())
     ends: tuple[int, ...] = ()
-    """Tokens that end every answer, besides the tokenizer's EOS."""
+    """Tokens that end every answer, in addition to the tokenizer's EOS."""
 
     @property
     def context_length(self) -> int:
         return self.spec.config.max_position_embeddings
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """Raises UserError for a request that is empty on either side or longer than the context."""
+        """Raises UserError for a request with an empty context or continuation, or longer than the model's context."""
         documents = self._documents(requests)
         log_probability = np.zeros(len(requests))
         is_greedy = np.ones(len(requests), bool)
@@ -89,7 +89,7 @@ class LlamaLanguageModel:
                 for group in groups
                 for batch in self._score_group([documents[index] for index in group.members], group.length)
             ]
-            # Nothing waited for a result so far: the device computes while the next batch is laid out.
+            # No result has been waited for so far, so the device computes while the next batch is prepared.
             for owners, log_probability_m, is_greedy_m in pending:
                 count = len(owners)
                 np.add.at(log_probability, owners, _on_host(log_probability_m).astype(np.float64)[:count])
@@ -97,7 +97,7 @@ class LlamaLanguageModel:
         return [Score(float(p), bool(greedy)) for p, greedy in zip(log_probability, is_greedy, strict=True)]
 
     def _documents(self, requests: Sequence[ScoreRequest]) -> list[Document]:
-        """Requests with the same inputs (one-token answers to one question) become one document."""
+        """Merges requests with the same inputs (one-token answers to one question) into one document."""
         documents: dict[tuple[int, ...], Document] = {}
         for index, request in enumerate(requests):
             tokens = (request.context + request.continuation)[:-1]
@@ -105,7 +105,7 @@ class LlamaLanguageModel:
                 raise UserError(f"score request {index + 1} has no {'continuation' if request.context else 'context'}")
             if len(tokens) > self.context_length:
                 raise UserError(
-                    f"score request {index + 1} has {len(tokens)} tokens, the model's context {self.context_length}"
+                    f"score request {index + 1} has {len(tokens)} tokens; the model's context is {self.context_length}"
                 )
             document = documents.setdefault(tokens, Document(tokens, []))
             first = len(request.context) - 1
@@ -134,10 +134,10 @@ class LlamaLanguageModel:
             yield laid_out.owners, log_probability, is_greedy
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        """Raises UserError for a prompt that is empty or longer than the context. Answers may run past it, as in
-        transformers; protocols that want no such thing shorten their prompts."""
+        """Raises UserError for a prompt that is empty or longer than the context. Answers may exceed the context, as in
+        transformers; protocols that must avoid this shorten their prompts."""
         self._check(requests)
-        # Rows that run together share the way of choosing a token, and have caches of one size.
+        # Rows of a group share their sampling settings and the size of their caches.
         kinds: dict[tuple[Sampling, int], list[int]] = {}
         for index, request in enumerate(requests):
             sampling = Sampling(request.temperature, request.top_k, request.top_p)
@@ -152,7 +152,8 @@ class LlamaLanguageModel:
         return [finished[index] for index in range(len(requests))]
 
     def stream(self, request: GenerationRequest) -> Iterator[str]:
-        """The generation in pieces, as they become certain: no half of a character, no beginning of a stop string."""
+        """Yields the generation in pieces that later tokens cannot change: without incomplete characters or the
+        beginning of a stop string."""
         self._check([request])
         sampling = Sampling(request.temperature, request.top_k, request.top_p)
         tokens: list[int] = []
@@ -176,7 +177,7 @@ class LlamaLanguageModel:
                 raise UserError(f"prompt {index + 1} is empty")
             if len(request.prompt) > self.context_length:
                 raise UserError(
-                    f"prompt {index + 1} has {len(request.prompt)} tokens, the model's context {self.context_length}"
+                    f"prompt {index + 1} has {len(request.prompt)} tokens; the model's context is {self.context_length}"
                 )
 
     @functools.cached_property
@@ -193,7 +194,7 @@ class LlamaLanguageModel:
     def _advance(
         self, prefix: shared_prefix.Prefix | None, rows: continuation.Rows, steps: int, reach: int, sampling: Sampling
     ) -> tuple[continuation.Rows, jax.Array]:
-        """`reach` as many tokens as the longest row may have afterwards."""
+        """Advances the rows. `reach` is the maximum length of a row afterwards."""
         blocks = min(-(-reach // rows.block_slots), len(rows.blocks))
         return continuation.advance(self.spec, self.params, self._layers, prefix, rows, steps, blocks, sampling)
 
@@ -202,7 +203,7 @@ class LlamaLanguageModel:
     ) -> dict[int, Generation]:
         shared = group.length
         prefix = self._prefix(next(iter(requests.values())).prompt[:shared])
-        # Long answers first: they do not keep the last rows busy alone.
+        # Long answers first, so that they do not run alone at the end.
         waiting = sorted(requests, key=lambda i: (requests[i].max_new_tokens, len(requests[i].prompt)))
         slots = padded_size(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
         shards = row_shards(self.mesh)
@@ -261,8 +262,8 @@ class LlamaLanguageModel:
         return continuation.begin(self.spec, self.params, prefix, rows, into_r, tokens_rt, length_r, seed_r, sampling)
 
     def _ended(self, tokens: list[int], request: GenerationRequest) -> Generation | None:
-        """The generation if these tokens complete it. Cuts at whatever ends it first, as if it had been looked at after
-        every token: how many were made at once changes nothing."""
+        """The generation if these tokens complete it, otherwise None. It is cut at the first end, as if it were checked
+        after every token, so the result does not depend on the number of tokens per check."""
         kept = tokens[: request.max_new_tokens]
         ends = {self.tokenizer.eos_id, *self.ends, *request.ends}
         length = next((i for i, token in enumerate(kept) if token in ends), len(kept))
@@ -293,26 +294,27 @@ class LlamaLanguageModel:
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """A result whole; a part of it may be in another process."""
+    """The whole array on the host, including parts in other processes."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _certain(text: str, stop: Sequence[str]) -> str:
-    """What more tokens cannot change: the text less an unfinished character, or what may become a stop string."""
+    """The part of the text that more tokens cannot change: without an incomplete character or a possible beginning of a
+    stop string."""
     text = text.rstrip("\ufffd")
     held = [n for term in stop for n in range(1, len(term)) if text.endswith(term[:n])]
     return text[: len(text) - max(held, default=0)]
 
 
 def _seed(request: GenerationRequest) -> int:
-    """What a request draws depends on its own seed and prompt, not on what runs beside it."""
+    """The sampling seed, which depends only on the request's seed and prompt, not on other requests."""
     return zlib.crc32(np.asarray(request.prompt, np.int32).tobytes(), request.seed & 0xFFFFFFFF)
 
 
 def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices, first fit by decreasing length."""
+    """Packs indices into rows, first fit by decreasing length."""
     rows: list[list[int]] = []
     left: list[int] = []
     open_from, shortest = 0, min(lengths)
@@ -335,7 +337,7 @@ class LaidOut(NamedTuple):
     at_m: np.ndarray
     target_m: np.ndarray
     owners: np.ndarray
-    """The request that each scored position belongs to; shorter than `at_m` by its padding."""
+    """The request of each scored position; shorter than `at_m`, which has padding."""
 
 
 def _lay_out(rows: Sequence[Sequence[Document]], shared: int, shape: tuple[int, int]) -> LaidOut:

@@ -1,7 +1,7 @@
-"""What evaluation asks of a model: log-probabilities of continuations, and continuations. Token ids on both sides.
+"""The interface of a model for evaluation: log-probabilities of continuations, and generation, both with token ids.
 
-Benchmarks know these protocols alone; `flax_model.LlamaLanguageModel` implements them on the network of this package,
-tests implement them in a few lines.
+Benchmarks use only these protocols. `engine.LlamaLanguageModel` implements them with the network of this package; tests
+implement them in a few lines.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from flacuna_jax.data.tokenization import Tokenizer
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Asks for log p(continuation | context). Both are token ids; the context holds at least BOS."""
+    """A request for log p(continuation | context). Both are token ids; the context has at least BOS."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -21,7 +21,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """`log_probability` is the sum over the continuation's tokens, in nats; `is_greedy`: each was the most likely."""
+    """`log_probability` is the sum over the continuation's tokens, in nats; `is_greedy` is whether each of them was the
+    most likely token."""
 
     log_probability: float
     is_greedy: bool
@@ -29,7 +30,7 @@ class Score:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Asks for a continuation of `prompt` (token ids). Temperature 0 is greedy; `seed` matters otherwise.
+    """A request for a continuation of `prompt` (token ids). Temperature 0 is greedy; otherwise `seed` is used.
 
     The text ends before the first of `stop`, at a token that ends answers (the model's, and those of `ends`), or after
     `max_new_tokens` tokens.
@@ -49,7 +50,7 @@ class GenerationRequest:
 class Generation:
     text: str
     tokens: int
-    """New tokens made, the one that ends the answer not counted."""
+    """Number of new tokens, without the one that ends the answer."""
     finish: Literal["eos", "stop", "length"]
 
 
@@ -68,7 +69,7 @@ class Generator(Protocol):
 class LanguageModel(Scorer, Generator, Protocol):
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         ...
 
     @property
@@ -81,10 +82,10 @@ class LanguageModel(Scorer, Generator, Protocol):
 
     @property
     def context_length(self) -> int:
-        """Most tokens the model can attend to, prompt and answer together."""
+        """Maximum number of tokens of prompt and answer together."""
         ...
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a text without a template: BOS in front where the tokenizer puts it there, as in transformers."""
+    """Ids of a text without a template, after BOS if the tokenizer adds it, as in transformers."""
     return (*tokenizer.prefix_ids, *tokenizer.encode(text, first=not tokenizer.prefix_ids))

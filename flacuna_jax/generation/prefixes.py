@@ -1,4 +1,4 @@
-"""Which token sequences should be computed behind a common prefix: a plan over all of them at once."""
+"""Plans which token sequences share a prefix that is computed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 SMALLEST_SAVING = 512
-"""Tokens that a prefix must save to be worth a pass of its own."""
+"""Minimum number of tokens that a prefix must save to be worth a separate pass."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Members (indices into the planned sequences) that begin with the same `length` tokens; 0 shares nothing."""
+    """Members (indices into the sequences) that begin with the same `length` tokens; 0 means no shared prefix."""
 
     length: int
     members: tuple[int, ...]
@@ -22,10 +22,10 @@ def plan_prefixes(sequences: Sequence[Sequence[int]], shareable: Sequence[int]) 
 
     Args:
       sequences: token ids.
-      shareable: how many leading tokens of each sequence may be moved into a prefix.
+      shareable: maximum number of leading tokens of each sequence that may become a prefix.
 
-    Sequences are taken in the order of their tokens, in which neighbours share most. One joins the group before it if
-    what the group's prefix then loses, over all members, is less than what its own part of the prefix saves.
+    Sequences are visited in sorted order, in which neighbours share the most tokens. A sequence joins the current group
+    if shortening the group's prefix for it costs fewer tokens, over all members, than sharing the prefix saves.
     """
     order = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
     arrays = [np.asarray(sequence, np.int64) for sequence in sequences]

@@ -1,11 +1,11 @@
-"""Many texts with one beginning: the beginning's keys and values are computed once, and every row attends to them.
+"""Texts with a common prefix: its keys and values are computed once, and every row attends to them.
 
-A few-shot header serves a whole subject. `score` gives log-probabilities of tokens in packed rows; `continuation` goes
-on writing behind a prefix. Suffixes: l layers, b rows, t tokens of a row, s cache slots, p prefix tokens, h heads,
-k key/value heads, g heads per kv head, n head_dim, m scored positions, d model, v vocabulary.
+For example, all questions of a subject share a few-shot header. `score` gives log-probabilities of tokens in packed
+rows; `continuation` generates after a prefix. Shape suffixes: l layers, b rows, t tokens of a row, s cache slots,
+p prefix tokens, h heads, k key/value heads, g heads per kv head, n head_dim, m scored positions, d model, v vocabulary.
 
-Caches hold keys as [..., s, n] and values as [..., n, s]: what is summed over comes last, and nothing as large as a
-cache is transposed when a token is added. (With another order XLA also refuses bfloat16 products on CPUs.)
+Caches have keys as [..., s, n] and values as [..., n, s]: the contracted axis is last, so adding a token transposes
+nothing as large as a cache. (With another order, XLA also does not support the bfloat16 products on CPUs.)
 """
 
 import functools
@@ -22,14 +22,14 @@ from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.rope import Rope
 
 SCORED_TOGETHER = 128
-"""Positions whose logits exist at the same time."""
+"""Number of positions whose logits exist at the same time."""
 MASKED = -1e30
 
 Params = Mapping[str, jax.Array]
 
 
 class Prefix(NamedTuple):
-    """Keys and values of a beginning, padded behind `length` (int32 scalar) to a size that is compiled for."""
+    """Keys and values of a prefix, padded after `length` (int32 scalar) to a compiled size."""
 
     k_lkpn: jax.Array
     v_lknp: jax.Array
@@ -38,7 +38,7 @@ class Prefix(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("spec",))
 def compute_prefix(spec: ModelSpec, params: Params, tokens_p: jax.Array, length: jax.Array) -> Prefix:
-    """The prefix of `length` tokens; `tokens_p` int32 is padded behind them."""
+    """The prefix of `length` tokens; `tokens_p` int32 is padded after them."""
     segment_ids_bt = (jnp.arange(tokens_p.size) < length).astype(jnp.int32)[None]
     positions_bt = jnp.arange(tokens_p.size, dtype=jnp.int32)[None]
     _, k_lbtkn, v_lbtkn = forward(spec.merge(params), tokens_p[None], positions_bt, segment_ids_bt, None)
@@ -59,8 +59,8 @@ def score(
     """Log-probability (float32, nats) of `target_m` after the tokens at the flat positions `at_m` of the rows, and
     whether it is the most likely one.
 
-    Each document of a row stands behind the prefix; `positions_bt` count from its own start. The number of scored
-    positions is a multiple of `SCORED_TOGETHER`.
+    The prefix precedes each document of a row; `positions_bt` count from the document's own start. The number of scored
+    positions must be a multiple of `SCORED_TOGETHER`.
     """
     model = spec.merge(params)
     hidden_btd, _, _ = forward(model, tokens_bt, positions_bt, segment_ids_bt, prefix)
@@ -77,8 +77,8 @@ def score(
 
 
 class Seen(NamedTuple):
-    """Keys [b, k, s, n] and values [b, k, n, s], without b where all rows share them, and which of them queries see, as
-    bool that broadcasts to [b, t, s]."""
+    """Keys [b, k, s, n] and values [b, k, n, s], without b if all rows share them, and their visibility to queries, a
+    bool array that broadcasts to [b, t, s]."""
 
     k: jax.Array
     v: jax.Array
@@ -98,7 +98,7 @@ def as_values(x: jax.Array) -> jax.Array:
 def forward(
     model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, segment_ids_bt: jax.Array, prefix: Prefix | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states [b, t, d] of documents behind the prefix, and their own keys and values [l, b, t, k, n]."""
+    """Hidden states [b, t, d] of documents after the prefix, and their own keys and values [l, b, t, k, n]."""
     mask = model.mask(segment_ids_bt)
     position_t = jnp.arange(tokens_bt.shape[1])
     visible_bts = (mask.start_bt[:, :, None] <= position_t) & (position_t <= position_t[:, None])
@@ -126,13 +126,13 @@ def prefix_of(prefix: Prefix, layer: int | jax.Array, from_bt: jax.Array) -> See
 
 
 def first_visible(model: Llama, positions_bt: jax.Array) -> jax.Array:
-    """The first position that each query may see, counted as `positions_bt` is."""
+    """The first position visible to each query, counted like `positions_bt`."""
     window = model.config.sliding_window
     return jnp.zeros_like(positions_bt) if window is None else positions_bt - (window - 1)
 
 
 def attend_to(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
-    """Softmax attention over all parts together, statistics in float32."""
+    """Softmax attention over all parts together, with statistics in float32."""
     batch, length, _, size = q_bthn.shape
     q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-3], -1, size)
     scores = []
@@ -162,14 +162,14 @@ def through_layers(
     attend: Attend,
     layers: Sequence[nnx.State] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states after the final norm [b, t, d], and what the layers had as keys and values of these tokens, both
+    """Hidden states after the final norm [b, t, d], and the keys and values of these tokens in all layers, both
     [l, b, t, k, n].
 
     `Llama.__call__` is the same walk for training: with remat, dropout and packed masks, and without keys and values.
 
     Args:
       attend: (q, k, v, layer) to o; the layer is a number if `layers` are given.
-      layers: the parameters of each layer, if they do not lie in one stack.
+      layers: the parameters of each layer, if they are not stacked.
     """
     rope = Rope.at(positions_bt, model.config.rope_frequencies)
     graph, stacked = nnx.split(model.layers)

@@ -1,1 +1,1 @@
-"""The boundary to Hugging Face: checkpoints, adapters and tokenizers, in and out, each crossing verified."""
+"""Reads and writes checkpoints, adapters and tokenizers of Hugging Face, and verifies what it writes."""

@@ -1,4 +1,4 @@
-"""Adapters, and how they are read: PEFT's, by anyone, as stacked arrays that follow the adapter's own settings."""
+"""Reads PEFT adapters of any origin into stacked arrays, with the adapter's own settings."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ WEIGHTS_FILE, LEGACY_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.
 _FLOAT = np.dtype(np.float32)
 
 Module = tuple[str, int]
-"""Module ("layers/q_proj", "lm_head") and layer."""
+"""A module ("layers/q_proj", "lm_head") and a layer."""
 
 _REFUSED = {
     "modules_to_save": "it replaces whole modules of the base",
@@ -37,14 +37,14 @@ _REFUSED = {
     "target_parameters": "it targets parameters other than projections and head",
     "trainable_token_indices": "it trains rows of the embedding",
     "layer_replication": "it repeats layers of the base",
-    "alora_invocation_tokens": "it is active for some tokens only",
+    "alora_invocation_tokens": "it is active only for some tokens",
     "use_qalora": "its inputs are pooled",
     "use_bdlora": "its factors are block-diagonal",
 }
-"""Settings of PEFT that change what is computed beyond W x + scale · B A x, and why each cannot be represented."""
+"""Settings of PEFT that change the computation beyond W x + scale · B A x, and why each is not supported."""
 
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Others (PiSSA, OLoRA, CorDA, LoftQ) also change the base weights, which the adapter's files do not hold."""
+"""Others (PiSSA, OLoRA, CorDA, LoftQ) also change the base weights, which are not in the adapter's files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Adapter:
     """An adapter and its settings.
 
     Attributes:
-      spec: the network that it is for, with the adapter's settings.
-      params: float32 arrays under our paths, A [layers, rank, in], B [layers, out, rank] and, with DoRA, magnitudes
-        [layers, out]; zeros beyond a layer's own rank. Those of the head have no layers.
-      base_name: the base model as the adapter's author names it.
+      spec: the network of its base, with the adapter's settings.
+      params: float32 arrays under our paths: A [layers, rank, in], B [layers, out, rank] and, with DoRA, magnitudes
+        [layers, out], with zeros beyond a layer's own rank. Arrays of the head have no layer axis.
+      base_name: the name of the base model in the adapter's settings.
     """
 
     spec: ModelSpec
@@ -70,23 +70,23 @@ class Adapter:
 
     @property
     def is_trained(self) -> bool:
-        """Whether any B is not zero throughout."""
+        """Whether any B has a nonzero element."""
         return any(np.any(self.params[path]) for path, part in self.spec.adapters.items() if part.kind == "lora_b")
 
     def layers_of(self, module: str) -> list[int]:
-        """Layers in which a module, "layers/q_proj" or "lm_head", has an adapter; [0] for the head."""
+        """Layers in which a module, for example "layers/q_proj" or "lm_head", has an adapter; [0] for the head."""
         ranks = self.spec.ranks.get(module)
         return [] if ranks is None else np.flatnonzero(ranks.ranks).tolist()
 
     def factor(self, path: str, layer: int) -> np.ndarray:
-        """One layer of the parameter at `path`, without what pads it to the largest rank of all layers."""
+        """One layer of the parameter at `path`, without the padding to the largest rank of all layers."""
         parameter = self.spec.adapters[path]
         value = self.params[path][layer] if parameter.stacked else self.params[path]
         rank = self.lora.rank_of(parameter.module.of_layer(layer))
         return {"lora_a": value[:rank], "lora_b": value[..., :rank]}.get(parameter.kind, value)
 
     def factors(self, module: str, layer: int, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """A, and of these rows of the module scale · B and the magnitudes (None without DoRA)."""
+        """A, and for the given rows of the module, scale · B and the magnitudes (None without DoRA)."""
         scale = self.spec.ranks[module].scales[layer]
         magnitude_o = self.factor(f"{module}/lora_magnitude", layer)[rows] if self.lora.use_dora else None
         return self.factor(f"{module}/lora_a", layer), self.factor(f"{module}/lora_b", layer)[rows] * scale, magnitude_o
@@ -99,13 +99,13 @@ class Adapter:
         rows: slice = slice(None),
         dtype: np.dtype = _FLOAT,
     ) -> np.ndarray:
-        """Some rows of a weight with the module's adapter in it: W + scale · B A; with DoRA every row then has its
-        magnitude. Computed in float32, rounded once.
+        """Merges the module's adapter into some rows of a weight: W + scale · B A; with DoRA every row is then scaled
+        to its magnitude. Computed in float32 and rounded once.
 
         Args:
-          weight_oi: these rows of W.
-          module, layer: which adapter; where there is none, the weight comes back.
-          rows: of the whole matrix.
+          weight_oi: the rows of W.
+          module, layer: the adapter's module and layer; without an adapter there, the weight is returned unchanged.
+          rows: the position of the rows in the whole matrix.
           dtype: of the result.
         """
         if layer not in self.layers_of(module):
@@ -119,7 +119,7 @@ class Adapter:
 def _merged(
     weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array, magnitude_o: jax.Array | None, dtype: str
 ) -> jax.Array:
-    """Compiled, because NumPy rounds to half precision several times slower than memory gives the weights."""
+    """Compiled, because NumPy's rounding to half precision is several times slower than reading the weights."""
     total_oi = weight_oi.astype(jnp.float32) + jnp.dot(b_or, a_ri, precision="highest")
     if magnitude_o is not None:
         norms_o = jnp.maximum(jnp.linalg.norm(total_oi, axis=-1), 1e-15)
@@ -128,15 +128,15 @@ def _merged(
 
 
 def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
-    """A PEFT LoRA adapter by anyone, as stacked float32 arrays for a model of the given sizes.
+    """Reads a PEFT LoRA adapter as stacked float32 arrays for a model of the given sizes.
 
     Ranks and alphas that differ between modules (rank_pattern, alpha_pattern), rank-stabilised scaling, DoRA and
-    layers without adapter stay as they are. Where an expression picks single modules, the others of the same names get
-    factors of zeros, which training leaves at zero.
+    layers without an adapter are preserved. If an expression selects single modules, the other modules of the same name
+    get factors of zeros, which training leaves at zero.
 
     Raises:
-      UserError: files are missing or damaged, a tensor is left over, missing or misshapen, or a setting changes the
-        computation in a way that plain LoRA cannot represent.
+      UserError: files are missing or damaged, a tensor is unexpected, missing or has the wrong shape, or a setting
+        changes the computation in a way that plain LoRA cannot represent.
     """
     directory = Path(directory)
     settings = _read_settings(directory)
@@ -148,7 +148,7 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
         name, rank = linear[module].of_layer(layer), parts["lora_a"].shape[0]
         if lora.rank_of(name) != rank:
             raise UserError(
-                f"{directory / CONFIG_FILE} gives {name} rank {lora.rank_of(name)}, its tensors have rank {rank}"
+                f"{directory / CONFIG_FILE} gives {name} rank {lora.rank_of(name)}, but its tensors have rank {rank}"
             )
     return _adapter(source, modules, ModelSpec(config, lora), settings.get("base_model_name_or_path"))
 
@@ -156,17 +156,18 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
 def read_training_checkpoint(
     reader: CheckpointReader, config: LlamaConfig, *, alpha: float, dropout: float, base_name: str
 ) -> Adapter:
-    """The LoRA factors inside a state dict that PEFT's users saved whole, base and all, such as the released Flacuna.
+    """Extracts the LoRA factors from a state dict of a whole PEFT model including its base, such as the released
+    Flacuna.
 
     Args:
       reader: the checkpoint (`names.is_training_checkpoint`).
       config: sizes of its base.
-      alpha: the state dict does not hold it.
-      dropout: neither.
-      base_name: the base model.
+      alpha: LoRA alpha, which is not in the state dict.
+      dropout: LoRA dropout, which is not in the state dict.
+      base_name: name of the base model.
 
     Raises:
-      UserError: a factor is missing, misshapen or not finite.
+      UserError: a factor is missing, has the wrong shape or is not finite.
     """
     modules = _group(reader.directory, {n: t for n, t in reader.tensors.items() if ".lora_" in n}, config)
     linear = ModelSpec(config).linear
@@ -183,7 +184,7 @@ def read_training_checkpoint(
 
 
 Parts = dict[str, ReadableTensor]
-"""lora_a, lora_b and perhaps lora_magnitude of one module in one layer."""
+"""lora_a, lora_b and optionally lora_magnitude of one module in one layer."""
 
 
 def _adapter(source: Path, modules: Mapping[Module, Parts], spec: ModelSpec, base_name: str | None) -> Adapter:
@@ -202,17 +203,17 @@ def _adapter(source: Path, modules: Mapping[Module, Parts], spec: ModelSpec, bas
 def _check_layers(source: Path, modules: Mapping[Module, Parts], config: LlamaConfig) -> None:
     last = max(layer for _, layer in modules)
     if last >= config.num_layers:
-        raise UserError(f"{source} has an adapter in layer {last}; the base has {config.num_layers} layers")
+        raise UserError(f"{source} has an adapter in layer {last}, but the base has {config.num_layers} layers")
 
 
 def _require_everywhere(source: Path, modules: Mapping[Module, Parts], spec: ModelSpec) -> None:
-    """A module without adapter is one with factors of zeros, but not one with a magnitude of zero."""
+    """Raises UserError with DoRA if a module has no adapter: factors can be zeros there, but a magnitude cannot."""
     for module, (ranks, _) in spec.ranks.items():
         for layer in np.flatnonzero(ranks):
             if (module, int(layer)) not in modules:
                 name = spec.linear[module].of_layer(int(layer))
                 raise UserError(
-                    f"{source}: {name} has no adapter, while others of its name or layer have; with DoRA (use_dora) "
+                    f"{source}: {name} has no adapter, but others of its name or layer have one; with DoRA (use_dora) "
                     f"that cannot be represented"
                 )
 
@@ -220,10 +221,10 @@ def _require_everywhere(source: Path, modules: Mapping[Module, Parts], spec: Mod
 def _read_settings(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{directory} has no {CONFIG_FILE}; a PEFT adapter directory is expected")
+        raise UserError(f"{directory} has no {CONFIG_FILE}; give a PEFT adapter directory")
     settings = read_json(path)
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be used")
+        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters are supported")
     for key, why in _REFUSED.items():
         if settings.get(key):
             raise UserError(f"{path}: {key} is {settings[key]!r}, which cannot be represented: {why}")
@@ -249,7 +250,7 @@ def _open_weights(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
 
 
 def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaConfig) -> dict[Module, Parts]:
-    """(module, layer) → its tensors."""
+    """Maps (module, layer) to its tensors."""
     modules: dict[Module, Parts] = {}
     linear, unknown = ModelSpec(config).linear, []
     for name, tensor in tensors.items():
@@ -263,32 +264,30 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
         module, _, leaf = path.rpartition("/")
         if leaf in modules.setdefault((module, layer), {}):
             where = linear[module].of_layer(layer)
-            raise UserError(f"{source} holds {leaf} of {where} twice, as {name} and another name")
+            raise UserError(f"{source} has {leaf} of {where} twice, as {name} and under another name")
         modules[module, layer][leaf] = tensor
     tables = [name for name in unknown if names.is_table_in_adapter(name)]
     if tables:
         shape = list(tensors[tables[0]].shape)
         raise UserError(
-            f"{source} holds the table {tables[0]} of shape {shape}, where the base has "
+            f"{source} has the table {tables[0]} of shape {shape}, but the base has "
             f"{[config.vocab_size, config.hidden_size]}: the adapter was trained with a resized vocabulary; merge it "
             "into a base of that size with PEFT, and start from the result"
         )
     if unknown:
         tied = config.tie_word_embeddings and any(f".{HEAD}." in name for name in unknown)
-        hint = f" ({HEAD} of this model is its embedding table)" if tied else ""
-        raise UserError(
-            f"{source} holds tensors that are not LoRA factors of a projection: {names.some(unknown)}{hint}"
-        )
+        hint = f" (the {HEAD} of this model is its embedding table)" if tied else ""
+        raise UserError(f"{source} has tensors that are not LoRA factors of a projection: {names.some(unknown)}{hint}")
     if not modules:
-        raise UserError(f"{source} holds no LoRA factors; the adapter was saved empty")
+        raise UserError(f"{source} has no LoRA factors; the adapter was saved empty")
     for (module, layer), parts in modules.items():
         _check_factors(source, f"{linear[module].last} of layer {layer}", parts)
     return dict(sorted(modules.items()))
 
 
 def _repeats_the_base(name: str, tensor: ReadableTensor, config: LlamaConfig) -> bool:
-    """Whether a tensor is the base's own table, which PEFT saves with adapters of the head; of its size, so that a
-    vocabulary that was made larger is not taken for it."""
+    """Whether a tensor is the base's own table, which PEFT saves with adapters of the head. It must have the size of
+    the base's, so that a table with a resized vocabulary is not ignored."""
     return names.is_table_in_adapter(name) and tensor.shape == (config.vocab_size, config.hidden_size)
 
 
@@ -299,7 +298,7 @@ def _check_factors(source: Path, where: str, parts: Parts) -> None:
     a, b = parts["lora_a"].shape, parts["lora_b"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
         raise UserError(
-            f"{source}: {where} has lora_A {list(a)} and lora_B {list(b)}; [rank, in] and [out, rank] are expected"
+            f"{source}: {where} has lora_A {list(a)} and lora_B {list(b)}; they must be [rank, in] and [out, rank]"
         )
 
 
@@ -309,7 +308,7 @@ def _lora_config(
     file = directory / CONFIG_FILE
     dora = bool(settings.get("use_dora"))
     if any(("lora_magnitude" in parts) != dora for parts in modules.values()):
-        raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'there'}")
+        raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'present'}")
     if dora and (HEAD, 0) in modules:
         raise UserError(f"{file}: use_dora with {HEAD} among its targets is not implemented")
     names_of_modules = [linear[module].of_layer(layer) for module, layer in modules]
@@ -328,7 +327,7 @@ def _lora_config(
 
 
 def _layers(settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tuple[int, ...] | None:
-    """The layers that have adapters, where the settings select some."""
+    """The layers that have adapters, if the settings select layers; otherwise None."""
     if settings.get("layers_to_transform") in (None, []):
         return None
     return tuple(sorted({layer for _, layer in modules}))
@@ -337,7 +336,7 @@ def _layers(settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tup
 def _patterns(
     file: Path, settings: Mapping[str, Any], key: str, names_of_modules: Sequence[str]
 ) -> tuple[tuple[str, float], ...]:
-    """Those that are about a module of the adapter; PEFT ignores others as well."""
+    """The patterns that match a module of the adapter; PEFT also ignores the others."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{file}: {key} is {patterns!r}, not an object")
@@ -354,7 +353,7 @@ def _patterns(
 
 
 def _is_positive(value: Any, whole: bool) -> bool:
-    """And within what `LoraConfig` takes."""
+    """Whether a value is a positive number in the range that `LoraConfig` accepts."""
     kind, limit = (int, 2**31) if whole else (int | float, 3.4e38)
     return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < limit
 
@@ -369,18 +368,20 @@ def _dropout(directory: Path, settings: Mapping[str, Any]) -> float:
 def _targets(
     directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts], linear: Mapping[str, ModuleName]
 ) -> tuple[Target, ...]:
-    """The modules that the tensors are of, in the order of the settings where those list them."""
+    """The modules of the tensors, in the order of the settings if those list them."""
     found = {linear[module].last for module, _ in modules}
     stated = settings.get("target_modules")
     order = [str(name).rsplit(".", 1)[-1] for name in stated] if isinstance(stated, list) else []
     absent = sorted(set(order) - found)
     if absent:
-        raise UserError(f"{directory / CONFIG_FILE} targets {', '.join(absent)}, but the weights have none of it")
+        raise UserError(
+            f"{directory / CONFIG_FILE} targets {', '.join(absent)}, but the weights have no tensors for it"
+        )
     return tuple(sorted((name for name in TARGETS if name in found), key=[*order, *TARGETS].index))
 
 
 def _place(source: Path, value: np.ndarray, parameter: Parameter, layer: int, factor: np.ndarray) -> None:
-    """Writes one layer of a parameter; what lies beyond its rank stays zero."""
+    """Writes one layer of a parameter; elements beyond its rank stay zero."""
     target, name = value[layer] if parameter.stacked else value, names.adapter_name(parameter, layer)
     wrong = {
         "lora_a": factor.shape[1:] != target.shape[1:],

@@ -1,4 +1,4 @@
-"""PEFT adapter directories as every release of PEFT, and vLLM, read them."""
+"""Writes PEFT adapter directories that every release of PEFT and vLLM can read."""
 
 import functools
 import json
@@ -28,8 +28,8 @@ def write_adapter_files(
 
     Args:
       directory: see `directories.whole_directory`.
-      adapter: what to write.
-      dtype: "float32" as PEFT writes it, or "bfloat16".
+      adapter: the adapter to write.
+      dtype: "float32" as in PEFT, or "bfloat16".
       facts: for the model card.
     """
     config = json.dumps(adapter_config(adapter), indent=2, sort_keys=True)
@@ -48,7 +48,7 @@ def write_adapter_files(
 
 
 def adapter_config(adapter: Adapter) -> dict[str, Any]:
-    """The settings that every PEFT release since 0.5 understands, and vLLM's; newer ones would only make it warn."""
+    """The settings that vLLM and every PEFT release since 0.5 understand; newer settings would cause warnings."""
     lora = adapter.lora
     return {
         "peft_type": "LORA",

@@ -1,8 +1,8 @@
-"""Logits of what a model is made from, and of what is written of it, made while its values pass by on their way out.
+"""Computes logits of the intended model and of the written model while the model is being written.
 
-A model larger than memory is read once: what goes to the disk goes through the network at the same time, next to what
-it was made from. That these are the logits of the files follows when a file that is read back has the digest of those
-very values in their order, and its header names them in that order, with their shapes and dtypes (`verify_digest`,
+A model larger than memory is read only once: the values that go to disk also go through the network, side by side with
+the values they were made from. They are the logits of the files if each file, read back, has the digest of the same
+values in the same order, and its header lists them in that order, with their shapes and dtypes (`verify_digest`,
 `verify_model`).
 """
 
@@ -19,15 +19,16 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_parameters
 
 _MOST_BYTES = 1 << 26
-"""Of values that wait for the network; whoever shows more waits, unless it is for others that the network waits."""
+"""Bytes of values that wait for the network. `see` blocks above this limit, unless the network needs other values."""
 
 
 class LogitsAlongside:
-    """A network in a thread of its own, fed with values as they come; best in the order in which it asks for them.
+    """A network in its own thread that receives values as they are written, preferably in the order in which it needs
+    them.
 
     Args:
       config: sizes.
-      meant: what the values are made from.
+      meant: the source of the values.
     """
 
     def __init__(self, config: LlamaConfig, meant: Side) -> None:
@@ -51,7 +52,7 @@ class LogitsAlongside:
         self._worker.shutdown()
 
     def see(self, name: str, rows: slice, values: np.ndarray) -> None:
-        """Takes some rows of the tensor that is written as `name`; from any thread."""
+        """Receives some rows of the tensor that is written as `name`. Can be called from any thread."""
         place = names.parse_tensor_name(name, self._config)
         assert place is not None, name
         path, layer = place[0], place[1] or 0
@@ -67,13 +68,13 @@ class LogitsAlongside:
             self._news.notify_all()
 
     def both(self, reopened: Weights) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [tokens, vocab] of what is meant and of what was written.
+        """Logits [tokens, vocab] of the intended model and of the written one.
 
         Args:
-          reopened: the files, all of which are there now; the last norm and the head are read from them.
+          reopened: the complete files, from which the last norm and the head are read.
 
         Raises:
-          ValueError: some values were never seen.
+          ValueError: some values were never passed to `see`.
         """
         self._end()
         self._through.result()
@@ -82,7 +83,7 @@ class LogitsAlongside:
         return meant, found
 
     def _end(self) -> None:
-        """Nothing more will be seen; what is waited for in vain becomes an error."""
+        """Marks the end of the values; waiting for a missing value then raises an error."""
         with self._news:
             self._ended = True
             self._news.notify_all()
@@ -96,7 +97,7 @@ class LogitsAlongside:
             self._end()
 
     def _found(self, path: str, layer: int, rows: slice) -> np.ndarray:
-        """Waits for rows, and forgets them: the network asks for every row once, in the order of rows."""
+        """Waits for rows, and releases them: the network needs every row once, in order."""
         if self._reopened is not None:
             return self._reopened(path, layer, rows)
         start, stop, _ = rows.indices(self._base[path].layer_shape[0])

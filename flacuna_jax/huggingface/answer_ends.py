@@ -1,6 +1,6 @@
-"""Which tokens end an answer: what the chat template writes behind it, the tokenizer's EOS, and generation_config.json.
+"""The tokens that end an answer: the chat template's end of an answer, the tokenizer's EOS, and generation_config.json.
 
-transformers and vLLM stop at the list of generation_config.json and at the tokenizer's EOS; ours stops at the same.
+transformers and vLLM stop at the list in generation_config.json and at the tokenizer's EOS; so does this package.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def checkpoint_ends(directory: Path) -> tuple[int, ...]:
-    """The ids of generation_config.json; of config.json where that file is absent, as transformers has it."""
+    """The ids in generation_config.json, or in config.json if that file does not exist, as in transformers."""
     for file in (GENERATION_CONFIG, "config.json"):
         path = directory / file
         if path.is_file():
@@ -26,17 +26,17 @@ def checkpoint_ends(directory: Path) -> tuple[int, ...]:
 def _ids(value: Any, path: Path) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(one) is int for one in values):
-        raise UserError(f"{path}: eos_token_id is {value!r}; a token id or a list of them is expected")
+        raise UserError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
     return tuple(one for one in values if one >= 0)
 
 
 def answer_ends(template: Template | None, tokenizer: Tokenizer, directory: Path | None) -> tuple[int, ...]:
-    """Every token that ends an answer, the template's first.
+    """All tokens that end an answer, those of the template first.
 
     Args:
       template: None for text without a template.
-      tokenizer: Of the model.
-      directory: Of the model's files. None for a model that has none yet.
+      tokenizer: The tokenizer of the model.
+      directory: The directory of the model. None if it has not been written yet.
     """
     of_template = () if template is None else template.ends
     of_files = () if directory is None else checkpoint_ends(directory)

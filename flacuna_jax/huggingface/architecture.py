@@ -1,4 +1,4 @@
-"""config.json of Hugging Face ↔ `LlamaConfig`, as transformers 4 (`rope_theta`) and 5 (`rope_parameters`) write it."""
+"""Converts between `LlamaConfig` and config.json of transformers 4 (`rope_theta`) and 5 (`rope_parameters`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,18 +29,18 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantization_config": (bool, "the weights are quantised; start from the half-precision checkpoint"),
     "partial_rotary_factor": (lambda value: value not in (None, 1, 1.0), "partial rotary embedding is not implemented"),
 }
-"""Key → (does this value change the network beyond what we compute?, what to say)."""
+"""Key → (whether a value changes the network beyond what is implemented, the message)."""
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _BIASED = {
     "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
 }
-"""Key → the projections that have a bias where it is true."""
+"""Key → the projections that have a bias if it is true."""
 
 
 def read_settings(directory: str | Path) -> dict[str, Any]:
-    """Content of a checkpoint's config.json; for Meta's files, of the one that they stand for.
+    """Content of a checkpoint's config.json; for Meta's files, of the equivalent config.json.
 
     Raises:
       UserError: there is neither config.json nor params.json, or it cannot be read.
@@ -50,7 +50,7 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
         return read_json(directory / CONFIG_FILE)
     if is_meta(directory):
         return meta_settings(directory)
-    raise UserError(f"{directory} has no {CONFIG_FILE}; a checkpoint directory is expected")
+    raise UserError(f"{directory} has no {CONFIG_FILE}; give a checkpoint directory")
 
 
 def read_architecture(directory: str | Path) -> LlamaConfig:
@@ -117,7 +117,7 @@ def _biases(raw: Mapping[str, Any], origin: str) -> tuple[str, ...]:
 
 
 def _sliding_window(raw: Mapping[str, Any], origin: str, layers: int) -> int | None:
-    """Keys that a query sees; transformers' default for Mistral is 4096 where the key is absent."""
+    """Number of keys visible to a query; the default of transformers for Mistral is 4096 if the setting is missing."""
     family, window = raw["model_type"], raw.get("sliding_window")
     if family == "llama":
         if window:
@@ -133,7 +133,7 @@ def _sliding_window(raw: Mapping[str, Any], origin: str, layers: int) -> int | N
     if first >= layers:
         return None
     if first:
-        raise UserError(f"{origin}: max_window_layers is {first}; a window in some of the layers is not implemented")
+        raise UserError(f"{origin}: max_window_layers is {first}; a window in only some layers is not implemented")
     return _size({"sliding_window": window}, "sliding_window", origin)
 
 
@@ -178,7 +178,7 @@ def _rope_theta(raw: Mapping[str, Any], origin: str) -> float:
 
 
 def _rope_scaling(raw: Mapping[str, Any], origin: str, positions: int) -> RopeScaling | None:
-    """What both keys that may hold it say; a kind that is not computed is refused, never left out."""
+    """The rope scaling from either of its two keys; a kind that is not implemented is an error, never ignored."""
     found = {key: _parse_scaling(raw, key, origin, positions) for key in ("rope_scaling", "rope_parameters")}
     given = {key: scaling for key, scaling in found.items() if raw.get(key) is not None}
     if len(set(given.values())) > 1:
@@ -197,7 +197,11 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
     if kind == "linear":
         return RopeScaling("linear", _number(rope, "factor", where, 0.0))
     if kind != "llama3":
-        hint = "; model.rope_scaling: {type: ntk} has its effect for one longest input" if kind == "dynamic" else ""
+        hint = (
+            "; model.rope_scaling: {type: ntk} has the same effect for a fixed maximum length"
+            if kind == "dynamic"
+            else ""
+        )
         raise UserError(f"{where} asks for {kind!r}; linear and llama3 are implemented{hint}")
     low, high = (_number(rope, key, where, 0.0) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
@@ -226,8 +230,8 @@ def hugging_face_config(
     Args:
       config: sizes.
       dtype: dtype of the stored weights.
-      source: the base's config.json; what it says beyond the network (token ids, initializer_range) is kept.
-      token_ids: bos_token_id, eos_token_id, pad_token_id where the source does not state them.
+      source: the base's config.json; its settings outside of the network (token ids, initializer_range) are kept.
+      token_ids: bos_token_id, eos_token_id, pad_token_id if the source does not have them.
     """
     written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1})
     return (token_ids | written) | {
@@ -257,16 +261,16 @@ def _family_settings(config: LlamaConfig) -> dict[str, Any]:
     if config.family == "llama":
         return {key: set(names) <= set(config.biases) for key, names in _BIASED.items()}
     window: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if config.family == "mistral":  # whose layer_types would make transformers 5 take it for a Ministral
+    if config.family == "mistral":  # with layer_types, transformers 5 would load it as a Ministral
         return window
-    # transformers 5 derives layer_types from the rest, but would take those of the base's file instead.
+    # transformers 5 derives layer_types from other settings, unless the file still has those of the base.
     kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     used = {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     return {**window, **used, "layer_types": [kind] * config.num_layers}
 
 
 def _scaling_settings(scaling: RopeScaling | None) -> dict[str, Any]:
-    """With `type` for transformers 4.42 and older, `rope_type` for those since."""
+    """Rope scaling with `type` for transformers 4.42 and older, and `rope_type` for newer releases."""
     if scaling is None:
         return {"rope_type": "default"}
     written = {"rope_type": scaling.kind, "type": scaling.kind, "factor": scaling.factor}
@@ -277,13 +281,13 @@ def _scaling_settings(scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def generation_config(written: Mapping[str, Any], ends: Sequence[int] = ()) -> dict[str, Any]:
-    """Content of a generation_config.json: token ids alone.
+    """Content of a generation_config.json, with token ids only.
 
     Args:
       written: Content of config.json.
-      ends: Every token that ends an answer; () takes the eos_token_id of `written`.
+      ends: Every token that ends an answer; () uses the eos_token_id of `written`.
 
-    Sampling fields without `do_sample` (as old LLaMA and Vicuna files have them) make transformers refuse to save.
+    Sampling fields without `do_sample`, as in old LLaMA and Vicuna files, would make transformers refuse to save.
     """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     content = {key: written[key] for key in keys if written.get(key) is not None and written[key] != -1}

@@ -1,4 +1,4 @@
-"""Model cards: README.md of what leaves, with what it was made from and what was measured."""
+"""Model cards: the README.md of exported models, with their origin and evaluation results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from flacuna_jax.config.schema import LoraConfig
 
 @dataclass(frozen=True)
 class Measured:
-    """One result of an evaluation, as it is shown; `problems` is None where their number is not recorded."""
+    """One formatted result of an evaluation; `problems` is None if their number is not recorded."""
 
     benchmark: str
     score: str
@@ -19,14 +19,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells: lines by label, in order, and measured results."""
+    """The content of a card: lines by label, in order, and evaluation results."""
 
     rows: Mapping[str, str] = field(default_factory=dict)
     results: Sequence[Measured] = ()
 
 
 def adapter_card(lora: LoraConfig, base_name: str | None, facts: Facts) -> str:
-    """README.md of an adapter: what it is, what it was made from, how to load it."""
+    """README.md of an adapter: what it is, its origin, and how to load it."""
     base = base_name or "the base model"
     rows = {"base model": base, "DoRA" if lora.use_dora else "LoRA": described(lora)} | dict(facts.rows)
     usage = [

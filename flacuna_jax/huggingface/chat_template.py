@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint, and which template a run uses."""
+"""The chat template of a checkpoint, and the choice of a run's template."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ ADDITIONAL = "additional_chat_templates"
 
 
 class ChatTemplate(NamedTuple):
-    """The chat template that a checkpoint brings.
+    """The chat template of a checkpoint.
 
     Attributes:
-      path: The file that holds it.
+      path: The file that contains it.
       sources: Jinja by name: "default", and others such as "tool_use".
     """
 
@@ -30,9 +30,9 @@ class ChatTemplate(NamedTuple):
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
-    """The template of a checkpoint or tokenizer directory, from where transformers looks for it; None if it has none.
+    """The template of a checkpoint or tokenizer directory, from the files that transformers reads; None if it has none.
 
-    Raises UserError for a template that is neither text nor a list of named texts, or names no default.
+    Raises UserError for a template that is neither text nor a list of named texts, or has no default.
     """
     if (directory / JINJA).is_file():
         named = {path.stem: read_jinja_file(path) for path in sorted((directory / ADDITIONAL).glob("*.jinja"))}
@@ -54,19 +54,21 @@ def _by_name(value: Any, path: Path) -> dict[str, str]:
     pairs = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
     named = {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
     if len(named) < len(entries) or "default" not in named:
-        raise UserError(f"{path}: chat_template is neither a text nor a list of named texts with one named default")
+        raise UserError(
+            f"{path}: chat_template must be a text, or a list of named texts, one of which is named default"
+        )
     return named
 
 
 def resolve_name(name: str, directory: str | Path) -> str:
-    """What `auto` means for a checkpoint or tokenizer directory; other names stay."""
+    """Resolves `auto` for a checkpoint or tokenizer directory; returns other names unchanged."""
     if name != AUTO:
         return name
     return FALLBACK if read_chat_template(Path(directory)) is None else CHECKPOINT
 
 
 def describe_choice(asked: str, directory: str | Path) -> str:
-    """A line that says which template is used, and why."""
+    """A line that names the template in use and the reason."""
     found = read_chat_template(Path(directory))
     if resolve_name(asked, directory) == CHECKPOINT and found is not None:
         return f"the checkpoint's own ({found.path})"
@@ -74,15 +76,15 @@ def describe_choice(asked: str, directory: str | Path) -> str:
 
 
 def open_template(data: DataConfig, directory: str | Path, tokenizer: Tokenizer) -> Template:
-    """The template that the settings of a run name, with the tokens of its tokenizer.
+    """The template in the settings of a run, bound to the special tokens of its tokenizer.
 
     Args:
-      data: Its `template`, `template_variables` and `tools_as_text` count.
-      directory: Of the tokenizer, which brings the checkpoint's template.
-      tokenizer: That of the directory.
+      data: Settings, of which `template`, `template_variables` and `tools_as_text` are used.
+      directory: Directory of the tokenizer, which contains the checkpoint's template.
+      tokenizer: The tokenizer of that directory.
 
     Raises:
-      UserError: There is no such template, or it cannot be used for training.
+      UserError: The template does not exist, or it cannot be used for training.
     """
     template = choose_template(
         data.template, directory, tokenizer, tools_as_text=data.tools_as_text, variables=data.template_variables
@@ -114,7 +116,7 @@ def choose_template(
     tools_as_text: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> Template:
-    """As `open_template`, for a name outside of a run's settings."""
+    """Like `open_template`, for a name that is not from the settings of a run."""
     resolved = resolve_name(name, directory)
     if resolved != CHECKPOINT:
         template = named_template(resolved, tokenizer.special, tools_as_text=tools_as_text, variables=variables)

@@ -1,4 +1,4 @@
-"""Everything that leaves: written beside its target, re-opened, compared, and only then given its name."""
+"""Writes all exports: into a temporary directory that is read back, compared, and only then renamed to the target."""
 
 import dataclasses
 import json
@@ -52,15 +52,15 @@ from flacuna_jax.model.parameters import base_parameters
 
 @dataclasses.dataclass(frozen=True)
 class Delivery:
-    """What was written and verified.
+    """A written and verified directory.
 
     Attributes:
-      directory: its final name.
+      directory: its final path.
       files: names of the weight files.
       nbytes: size of the weights.
-      logit_shift: largest difference of a logit on the probe ids, against what the directory was made from; None where
-        it was not asked for.
-      notes: what a person who serves it should know, a line each.
+      logit_shift: largest difference of a logit on the probe ids from the source of the directory; None if it was not
+        computed.
+      notes: warnings for serving it, a line each.
     """
 
     directory: Path
@@ -78,18 +78,18 @@ class Delivery:
 
 @dataclasses.dataclass(frozen=True)
 class Companions:
-    """What a model needs beside its weights.
+    """Files of a model other than its weights.
 
     Attributes:
       tokenizer: directory whose tokenizer files are copied unchanged.
-      chat_template: jinja text for tokenizer_config.json, None to leave the directory's own template.
-      token_ids: bos_token_id and eos_token_id, for a config.json that does not state them.
+      chat_template: Jinja text for tokenizer_config.json; None keeps the template of the directory.
+      token_ids: bos_token_id and eos_token_id, for a config.json that does not have them.
       ends: ids of every token that ends an answer, for generation_config.json.
-      end: spelling of the token that the template writes behind an answer, which becomes eos_token unless the template
-        refers to eos_token itself.
-      base_name: the base model, for the model card.
+      end: spelling of the token that the template writes after an answer, which becomes eos_token unless the template
+        itself refers to eos_token.
+      base_name: name of the base model, for the model card.
       facts: for the model card.
-      golden: prompts whose continuations are recorded beside the weights; None records none.
+      golden: prompts whose continuations are recorded next to the weights; None records none.
     """
 
     tokenizer: Path
@@ -120,21 +120,21 @@ def write_adapter(
       target: new directory.
       adapter: the run's adapter, in host memory.
       config: sizes of its base.
-      trained: whether a B that is zero throughout is a failure.
+      trained: whether a B of only zeros is an error.
       dtype: "float32" or "bfloat16".
       facts: for the model card.
-      rules: what the written directory violates, for example `vllm_violations`.
+      rules: returns the rules that the written directory violates, for example `vllm_violations`.
       logits: adapter → logits of fixed ids on the run's base; the adapter read back must give the same to 1e-4.
-      replace: whether an earlier directory of that name gives way.
+      replace: whether to replace an existing directory of that name.
 
     Raises:
-      UserError: the target is in the way, or a rule is violated.
-      VerificationError: what was written is not what was meant; nothing is left behind.
+      UserError: the target already exists, or a rule is violated.
+      VerificationError: the written files differ from the intended content; nothing is left behind.
     """
     with whole_directory(target, replace=replace) as partial:
         write_adapter_files(partial, adapter, dtype=dtype, facts=facts)
         if violated := list(rules(partial)):
-            raise UserError("the adapter cannot be served as it is: " + names.some(violated, 4))
+            raise UserError("the adapter cannot be served: " + names.some(violated, 4))
         shift = verify_adapter(partial, config, adapter, trained=trained, dtype=DTYPES[dtype], logits=logits)
     nbytes = sum(value.size for value in adapter.params.values()) * DTYPES[dtype].itemsize
     return Delivery(Path(target), ("adapter_model.safetensors",), nbytes, shift)
@@ -150,14 +150,14 @@ def write_merged(
     dtype: np.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Delivery:
-    """Writes and verifies base + adapter as a Hugging Face model; memory needed is that of two or three layers.
+    """Writes and verifies base + adapter as a Hugging Face model; needs memory for two or three layers.
 
-    The base is read once: its values, added to and not, are written and go through the network for both sides at the
-    same time (see `alongside`); a shard is read back from the disk while the next one is written.
+    The base is read once: while the merged values are written, both the base with its adapter and the merged values go
+    through the network (see `alongside`). Each shard is read back from the disk while the next one is written.
 
     Raises:
-      UserError: the target is in the way, or a tensor is not finite.
-      VerificationError: what was written is not what was meant; nothing is left behind.
+      UserError: the target already exists, or a tensor is not finite.
+      VerificationError: the written files differ from the intended content; nothing is left behind.
     """
     tensors = merged_tensors(reader, config, adapter, dtype)
     with whole_directory(target) as partial:
@@ -185,9 +185,9 @@ def write_model(
     Args:
       params: all base parameters, addressable by this process.
       dtype: of the files.
-      model_source: directory whose config.json is carried over; None for a model trained from scratch.
+      model_source: directory whose config.json is copied; None for a model trained from scratch.
 
-    Raises: as `write_merged`.
+    Raises: like `write_merged`.
     """
     tensors = model_tensors(params, config, dtype)
     with whole_directory(target, replace=replace) as partial:
@@ -207,7 +207,8 @@ def _write_weights(
     model_source: Path | None,
     companions: Companions,
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """Writes weights and settings, and reads them back: names of the files, logits of what is meant and of them."""
+    """Writes weights and settings, and reads them back. Returns the file names, and the logits of the intended model
+    and of the files."""
     with LogitsAlongside(config, meant) as alongside:
         files = _read_back(partial, write_shards(partial, tensors, shard_bytes, alongside.see))
         _write_settings(partial, config, tensors, model_source, companions)
@@ -216,7 +217,7 @@ def _write_weights(
 
 
 def _read_back(partial: Path, written: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Checks each (file, digest) while the next one is written; the names."""
+    """Verifies each (file, digest) while the next one is written; returns the names."""
     files = []
     with ThreadPoolExecutor(1) as checker:
         checks = []
@@ -229,7 +230,7 @@ def _read_back(partial: Path, written: Iterable[tuple[str, str]]) -> tuple[str, 
 
 
 def _device_weights(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> Weights:
-    """The run's arrays by our own paths: a mix-up of file names shows in the logits."""
+    """The run's arrays under our own paths, so that swapped file names change the logits."""
     base = base_parameters(config)
 
     def weights(path: str, layer: int, rows: slice) -> np.ndarray:
@@ -267,8 +268,9 @@ def _describe(
     logit_shift: float | None,
     seconds: float,
 ) -> list[str]:
-    """Writes the model card, and what the written weights answer: each token reads them once more, which takes less
-    than the `seconds` of writing and reading them back. Returns notes on how prompts are encoded."""
+    """Writes the model card, and the answers of the written weights to golden prompts. Each token reads the weights
+    once more, which takes less than the `seconds` of writing and reading them back. Returns notes on encoding
+    prompts."""
     card = model_card(lora, companions.base_name, companions.facts, logit_shift)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if companions.golden is None:
@@ -295,7 +297,7 @@ def convert(
     tokenizer_source: Path,
     dtype: np.dtype | None = None,
 ) -> Delivery:
-    """Writes and verifies the native form of a checkpoint; memory needed is one layer of one parameter.
+    """Writes and verifies the native form of a checkpoint; needs memory for one layer of one parameter.
 
     Args:
       target: new directory.
@@ -305,8 +307,8 @@ def convert(
       dtype: None keeps the stored dtype.
 
     Raises:
-      UserError: the target is in the way, a tensor is missing, left over, misshapen or not finite.
-      VerificationError: what was written is not what was meant; nothing is left behind.
+      UserError: the target already exists, or a tensor is missing, unexpected, not finite or has the wrong shape.
+      VerificationError: the written files differ from the intended content; nothing is left behind.
     """
     sources = match_tensors(reader, config)
     check_target(Path(target))
@@ -332,7 +334,7 @@ def convert(
 def _write_config(
     partial: Path, reader: TensorReader, config: LlamaConfig, leaves: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """The source's config.json unchanged; Meta's files have none."""
+    """Copies the source's config.json unchanged; for Meta's files, which have none, writes the equivalent."""
     source, target = reader.directory / CONFIG_FILE, partial / CONFIG_FILE
     if source.is_file():
         target.write_bytes(source.read_bytes())

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Atomic creation of directories: complete or not at all."""
 
 import contextlib
 import errno
@@ -12,27 +12,27 @@ from flacuna_jax.errors import UserError
 
 
 def check_target(target: Path, replace: bool = False) -> None:
-    """Raises `UserError` where writing to `target` would overwrite something, before any work is done for it."""
+    """Raises `UserError`, before any work is done, if writing to `target` would overwrite something."""
     if target.is_dir():
         if not replace and any(target.iterdir()):
-            raise UserError(f"{target} exists and is not empty; name a new directory, or delete it first")
+            raise UserError(f"{target} exists and is not empty; choose a new directory, or delete it first")
     elif target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists and is not a directory; name a new directory")
+        raise UserError(f"{target} exists and is not a directory; choose a new directory")
 
 
 @contextlib.contextmanager
 def whole_directory(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a directory beside `target` to write into; it takes the target's name when the block ends without error.
+    """Yields a temporary directory next to `target`, which is renamed to `target` when the block ends without an error.
 
-    An exception removes it. A killed process leaves `NAME.partial-…`, which nothing takes for a finished one.
+    An exception removes it. A killed process leaves `NAME.partial-…`, which is never mistaken for a finished directory.
 
     Args:
-      target: final name; must not exist, or be empty.
-      replace: whether a finished directory of that name gives way (it stays until the new one is complete). The caller
-        sees to it that nobody else writes there; what killed processes left of their attempts is removed.
+      target: final path; must not exist, or be empty.
+      replace: whether to replace an existing directory of that name (it stays until the new one is complete). The
+        caller must prevent concurrent writers; remains of killed processes are removed.
 
     Raises:
-      UserError: the target is in the way, or its parent cannot be written to, or is full.
+      UserError: the target already exists, or its parent is full or cannot be written to.
     """
     target = Path(target)
     check_target(target, replace)
@@ -57,7 +57,8 @@ def whole_directory(target: str | Path, *, replace: bool = False) -> Iterator[Pa
 
 
 def _is_of_writing(error: OSError, directory: Path) -> bool:
-    """Whether it comes from below `directory`, and not from a file that is read. A full disk names no file."""
+    """Whether an error is about writing below `directory`, not about a file that is read. The error of a full disk has
+    no file name."""
     if error.filename is None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
     return Path(os.fsdecode(error.filename)).is_relative_to(directory)

@@ -1,4 +1,4 @@
-"""A tokenizer.json, by the `tokenizers` library."""
+"""Loads a tokenizer.json with the `tokenizers` library."""
 
 import contextlib
 import json
@@ -15,16 +15,16 @@ from flacuna_jax.huggingface.tokenizer_settings import CONFIG, TokenizerSettings
 FILE = "tokenizer.json"
 
 _ANCHOR = f"\ue000{secrets.token_hex(8)}\ue001"
-"""A token of our copy of a tokenizer that stands in front of a text which does not begin its sequence: some tokenizers
-put a space in front of the first text alone."""
+"""A token that our copy of a tokenizer adds before a text that does not begin its sequence, because some tokenizers add
+a space only before the first text."""
 
 
 class FastTokenizer:
-    """Encodes texts without what the post-processor adds, and special tokens in texts as plain text.
+    """Encodes texts without the tokens of the post-processor, and special tokens in texts as plain text.
 
     Args:
-      tokenizer: From a file, or as transformers built it.
-      settings: Of the directory it comes from.
+      tokenizer: From a file or from transformers.
+      settings: The settings of its directory.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
@@ -44,7 +44,7 @@ class FastTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, settings: TokenizerSettings) -> "FastTokenizer":
-        """Raises UserError where the file is damaged, or has no EOS."""
+        """Loads a file. Raises UserError if it is damaged or has no EOS."""
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
@@ -62,13 +62,13 @@ class FastTokenizer:
         return [one.ids[1:] if behind else one.ids for one, behind in zip(encodings, anchored, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens have none."""
+        """The text of ids, without special tokens."""
         skipped = self.special.ids
         return self._tokenizer.decode([int(i) for i in ids if i not in skipped], skip_special_tokens=True)
 
 
 def _with_added(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> tokenizers.Tokenizer:
-    """With the tokens that tokenizer_config.json adds and tokenizer.json lacks, as transformers adds them."""
+    """Adds the tokens that are in tokenizer_config.json but not in tokenizer.json, as transformers does."""
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for token in sorted(settings.added.values()):
         if token.content in present:
@@ -77,7 +77,7 @@ def _with_added(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) ->
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([entry])
         if tokenizer.token_to_id(token.content) != token.id:
             raise UserError(
-                f"{settings.directory}: {CONFIG} gives {token.content!r} the id {token.id}, {FILE} would give it "
+                f"{settings.directory}: {CONFIG} gives {token.content!r} the id {token.id}, but {FILE} would give it "
                 f"{tokenizer.token_to_id(token.content)}"
             )
     return tokenizer
@@ -99,11 +99,11 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings
 
 
 def _spelling(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, name: str) -> str | None:
-    """How "bos" or "eos" is spelled: as the tokenizer's settings say, else by the id in config.json."""
+    """The spelling of "bos" or "eos": from the tokenizer's settings, or else by the id in config.json."""
     spelled = settings.spelled(name)
     if spelled is not None:
         if tokenizer.token_to_id(spelled) is None:
-            raise UserError(f"{settings.directory}: {CONFIG} names {spelled!r} as {name}_token, which {FILE} lacks")
+            raise UserError(f"{settings.directory}: {CONFIG} has {spelled!r} as {name}_token, which is not in {FILE}")
         return spelled
     number = settings.id_in_model(name)
     if settings.denies(name) or number is None:
@@ -113,8 +113,8 @@ def _spelling(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings, name
 
 
 def _prefix(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> tuple[int, ...]:
-    """What goes in front of a plain text. transformers goes by the post-processor of tokenizer.json, too, and not by
-    add_bos_token in the settings, where the two disagree."""
+    """The ids that are added before a plain text. Like transformers, uses the post-processor of tokenizer.json if it
+    and add_bos_token in the settings disagree."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     plain = tokenizer.encode("a", add_special_tokens=False).ids
@@ -124,7 +124,7 @@ def _prefix(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> tuple[in
 
 
 def _unknown(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> int | None:
-    """The id of characters outside of the vocabulary; None for a vocabulary that has all bytes."""
+    """The id of unknown characters; None for a vocabulary with all bytes."""
     model = json.loads(tokenizer.to_str())["model"]
     if model.get("byte_fallback") and tokenizer.token_to_id("<0x00>") is not None:
         return None
@@ -135,7 +135,7 @@ def _unknown(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> in
 
 
 def _with_flags(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> tokenizers.Tokenizer:
-    """One in which no text spells a special token, also where only the settings say that it is special."""
+    """A copy in which texts never become special tokens, including tokens that are special only in the settings."""
     added = tokenizer.get_added_tokens_decoder()
     if all(added[number].special for number in special.ids if number in added):
         return tokenizer
@@ -147,10 +147,10 @@ def _with_flags(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> toke
 
 @contextlib.contextmanager
 def utf8_texts(texts: Sequence[str]) -> Iterator[None]:
-    """Raises UserError for half a surrogate pair, which is what Python makes of bytes that are not UTF-8."""
+    """Raises UserError for half a surrogate pair, which Python creates from bytes that are not UTF-8."""
     try:
         yield
-    except (TypeError, RuntimeError):  # as the libraries' bindings have it
+    except (TypeError, RuntimeError):  # the exceptions of the libraries' bindings
         wrong = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
         if wrong is None:
             raise

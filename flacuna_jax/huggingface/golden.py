@@ -1,9 +1,9 @@
-"""`golden_prompts.json`: what a merged model answers, so that whatever serves it can be checked against training.
+"""`golden_prompts.json`: answers of a merged model, so that a server of it can be compared with training.
 
-A prompt is written as the user's message, as text (without BOS if the tokenizer puts it in front), as the ids that
-training would see, and with the greedy continuation of the written files in float32. transformers or tokenizers, and
-not our own encoder, find out whether a server makes the same ids of the message and of the text. Margins tell how clear
-each choice was: where the two likeliest tokens are close, a server in half precision may take the other one.
+Each record has the user's message, the prompt as text (without BOS if the tokenizer adds it), the ids of training, and
+the greedy continuation of the written files in float32. transformers or tokenizers, not our own encoder, test whether a
+server gets the same ids from the message and from the text. The margins show how clear each choice was: if the two most
+likely tokens are close, a server in half precision may choose the other one.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from flacuna_jax.model.llama import LlamaConfig
 
 FILE = "golden_prompts.json"
 CLOSE = 0.1
-"""Margins below this may be decided by rounding in half precision."""
+"""With a margin below this, rounding in half precision may change the choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """What to ask, for how many tokens, and how to read the answer.
+    """The prompts, the length of the answers, and how to decode them.
 
     Attributes:
       ends: tokens that end an answer.
       decode: ids → text.
-      announce: told, before the answers are made, how many seconds that will take at most, about.
+      announce: called before the answers are generated, with the approximate maximum time in seconds.
     """
 
     prompts: tuple[Prompt, ...]
@@ -54,11 +54,11 @@ class Record:
     """One prompt of the file; the continuation ends before the token that ends the answer.
 
     Attributes:
-      text_gives_ids: Whether another encoder makes these ids of the whole text. Training encodes a conversation part by
-        part, which is the same for LLaMA's vocabulary, but not for one with pieces that reach over the end of a word.
-      message: What the user says in the prompt; "" in files that were written without it.
-      message_gives_ids: Whether transformers makes these ids of the message with the directory's chat template; None
-        if that was not tried.
+      text_gives_ids: Whether another encoder gets these ids from the whole text. Training encodes a conversation part
+        by part, which is the same for LLaMA's vocabulary, but not for one with pieces that extend across words.
+      message: The user's message in the prompt; "" in files that were written without it.
+      message_gives_ids: Whether transformers gets these ids from the message with the directory's chat template; None
+        if that was not tested.
     """
 
     text: str
@@ -73,13 +73,13 @@ class Record:
 
 
 def answer(weights: Weights, config: LlamaConfig, golden: Golden, encoder: OtherEncoder | None) -> list[Record]:
-    """The greedy continuations; each token costs one reading of the weights, together for all prompts.
+    """The greedy continuations. The weights are read once per token, for all prompts together.
 
     Args:
-      weights: Of the written files.
+      weights: The weights of the written files.
       config: Their sizes.
-      golden: What to ask.
-      encoder: Of the written directory; None if no other library can read its tokenizer.
+      golden: The prompts.
+      encoder: The encoder of the written directory; None if no other library can read its tokenizer.
     """
     chosen, margins = streamed_greedy(weights, config, [prompt.ids for prompt in golden.prompts], golden.count)
     records = []
@@ -108,17 +108,17 @@ def answer(weights: Weights, config: LlamaConfig, golden: Golden, encoder: Other
 
 
 def notes(records: Sequence[Record], encoder: OtherEncoder | None) -> list[str]:
-    """What a person who serves the model should know."""
+    """Notes for serving the model."""
     if encoder is None:
         return ["neither transformers nor tokenizers can read this tokenizer here; prompts were not encoded with them"]
     found = []
     if not all(record.text_gives_ids for record in records):
         found.append(
-            f"{encoder.name} encodes whole prompts to other ids than training, which encodes their parts; serve ids"
+            f"{encoder.name} encodes whole prompts to ids that differ from training, which encodes parts; serve ids"
         )
     if any(record.message_gives_ids is False for record in records):
         found.append(
-            f"{encoder.name} makes other ids of a message with the chat template than training does; serve ids"
+            f"{encoder.name} with the chat template encodes a message to ids that differ from training; serve ids"
         )
     return found
 
@@ -131,7 +131,7 @@ def write_golden(directory: Path, records: Sequence[Record], count: int) -> None
 
 
 def read_golden(directory: Path) -> tuple[list[Record], int]:
-    """The records, and for how many tokens each was continued.
+    """The records, and the number of tokens of each continuation.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -149,9 +149,9 @@ def _record(entry: dict[str, Any]) -> Record:
 
 
 def compare(expected: Record, found: Sequence[int]) -> str | None:
-    """What differs between a continuation and the recorded one, None where nothing does.
+    """Describes the difference between a continuation and the recorded one; None if there is none.
 
-    A first difference where the margin is below `CLOSE` is rounding's, and what follows it says nothing.
+    A first difference with a margin below `CLOSE` is attributed to rounding, and the tokens after it are ignored.
     """
     wanted = expected.continuation_ids
     shorter = min(len(wanted), len(found))
@@ -161,7 +161,7 @@ def compare(expected: Record, found: Sequence[int]) -> str | None:
 
 
 def compare_text(expected: Record, found: str, decode: Callable[[Sequence[int]], str]) -> str | None:
-    """As `compare`, for a server that answers with text."""
+    """Like `compare`, for a server that returns text."""
     if found.strip() == expected.continuation.strip():
         return None
     ids = expected.continuation_ids
@@ -175,6 +175,6 @@ def _difference(expected: Record, place: int, found: str) -> str | None:
         return None
     wanted = expected.continuation_ids[place] if place < len(expected.continuation_ids) else "the end"
     return (
-        f"token {place + 1} of the answer is {found}, recorded is {wanted} ({expected.continuation!r}), "
-        f"{margin:.2f} ahead of the second likeliest"
+        f"token {place + 1} of the answer is {found}, but the recorded one is {wanted} ({expected.continuation!r}), "
+        f"with a margin of {margin:.2f} to the second most likely"
     )

@@ -1,4 +1,4 @@
-"""From files to stacked arrays that are born sharded, one layer of one parameter at a time."""
+"""Loads files into stacked, sharded arrays, one layer of one parameter at a time."""
 
 import functools
 import hashlib
@@ -37,18 +37,19 @@ def load_base(
 ) -> dict[str, jax.Array]:
     """The base weights of a Hugging Face directory or a converted one, as stacked arrays on the devices.
 
-    Each process reads only the slices that its devices hold. Host memory beyond the files' own pages is one layer of
-    one parameter, device memory one layer beyond the result.
+    Each process reads only the slices of its devices. In addition to the result and the page cache, it needs memory for
+    one layer of one parameter, on the host and on the devices.
 
     Args:
       directory: checkpoint.
       config: its architecture, from `read_architecture`.
       shardings: for every path of `base_parameters(config)`.
-      dtype: of the result, whatever the files hold.
-      keep: what becomes of each parameter as soon as it is there, such as its quantised form.
+      dtype: of the result, independent of the files.
+      keep: applied to each parameter as soon as it is loaded, for example to quantise it.
 
     Raises:
-      UserError: the files cannot be read, or a tensor is missing, left over, misshapen or not floating-point.
+      UserError: the files cannot be read, or a tensor is missing, unexpected, not floating-point or has the wrong
+        shape.
     """
     reader = open_checkpoint(directory)
     sources = match_tensors(reader, config)
@@ -59,19 +60,21 @@ def load_base(
 
 
 def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
-    """Parameter path → the file tensors that make it up, in layer order; accounts for every tensor on both sides.
+    """Parameter path → its tensors in the files, in layer order. Every tensor and every parameter must have a match.
 
     Raises:
-      UserError: lists what is missing, what is left over, and what has another shape or dtype than the model's.
+      UserError: lists missing tensors, unexpected tensors, and those with a wrong shape or dtype.
     """
     if names.is_training_checkpoint(reader):
         raise UserError(
-            f"{reader.directory} is a training checkpoint that holds a base and an adapter together; "
-            f"`flacuna convert` makes an adapter of it (with --base, the base)"
+            f"{reader.directory} is a training checkpoint that contains both a base and an adapter; "
+            f"`flacuna convert` extracts the adapter (with --base, the base)"
         )
     left_over = {name for name in reader if not names.is_ignored(name)}
     if config.num_layers > len(left_over):
-        raise UserError(f"{reader.directory}: config.json has {config.num_layers} layers for {len(left_over)} tensors")
+        raise UserError(
+            f"{reader.directory}: config.json has {config.num_layers} layers, but there are {len(left_over)} tensors"
+        )
     sources = {path: parameter.tensors for path, parameter in base_parameters(config).items()}
     if config.tie_word_embeddings:
         sources[ModelSpec(config).embedding] = (_tied_source(reader),)
@@ -79,13 +82,13 @@ def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
     wanted = {name for tensors in sources.values() for name in tensors}
     missing, extra = sorted(wanted - set(reader)), sorted(left_over - wanted)
     if missing or extra:
-        raise UserError(f"{reader.directory} does not fit its config.json{_accounting(missing, extra)}")
+        raise UserError(f"{reader.directory} does not match its config.json{_accounting(missing, extra)}")
     _check_tensors(reader, config, sources)
     return sources
 
 
 def _tied_source(reader: TensorReader) -> str:
-    """The table of a tied model; some writers keep it under the head's name, some under both."""
+    """The name of a tied model's table; some writers store it under the head's name, some under both names."""
     if names.HEAD not in reader:
         return names.EMBEDDING
     if names.EMBEDDING not in reader:
@@ -93,7 +96,7 @@ def _tied_source(reader: TensorReader) -> str:
     if not _equal(reader, names.EMBEDDING, names.HEAD):
         raise UserError(
             f"{reader.directory}: config.json ties the embeddings (tie_word_embeddings), but {names.EMBEDDING} and "
-            f"{names.HEAD} differ; set it to false if the checkpoint has a head of its own"
+            f"{names.HEAD} differ; set it to false if the checkpoint has a separate head"
         )
     return names.EMBEDDING
 
@@ -106,7 +109,7 @@ def _equal(reader: TensorReader, a: str, b: str) -> bool:
 
 
 _QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv", ".SCB")
-"""Ends of the names that quantised checkpoints have beside, or in place of, a weight."""
+"""Endings of tensor names in quantised checkpoints, in addition to or instead of weights."""
 
 
 def _accounting(missing: list[str], extra: list[str]) -> str:
@@ -114,11 +117,11 @@ def _accounting(missing: list[str], extra: list[str]) -> str:
     if missing:
         parts += f"; {len(missing)} missing: {names.some(missing)}"
     if extra:
-        parts += f"; {len(extra)} without a place in the model: {names.some(extra)}"
+        parts += f"; {len(extra)} not in the model: {names.some(extra)}"
     if any(name.endswith(_QUANTISED) for name in extra):
-        parts += "; the weights are quantised (GPTQ, AWQ, bitsandbytes or fp8): start from those in bfloat16 or float16"
+        parts += "; the weights are quantised (GPTQ, AWQ, bitsandbytes or fp8): use those in bfloat16 or float16"
     if missing == [names.HEAD]:
-        parts += " (if the model uses its embeddings as head, config.json should say tie_word_embeddings: true)"
+        parts += " (if the model uses its embeddings as head, set tie_word_embeddings: true in config.json)"
     return parts
 
 
@@ -128,9 +131,9 @@ def _check_tensors(reader: TensorReader, config: LlamaConfig, sources: Sources) 
         expected = parameter.layer_shape
         for name in sources[path]:
             if reader.shape(name) != expected:
-                wrong.append(f"{name} has shape {list(reader.shape(name))}, config.json gives {list(expected)}")
+                wrong.append(f"{name} has shape {list(reader.shape(name))}, but config.json gives {list(expected)}")
             elif reader.dtype(name).name not in _FLOATING:
-                wrong.append(f"{name} holds {reader.dtype(name).name}; weights must be floating-point")
+                wrong.append(f"{name} has dtype {reader.dtype(name).name}; weights must be floating-point")
     if wrong:
         raise UserError(f"{reader.directory}: " + names.some(wrong, 4))
 
@@ -149,7 +152,7 @@ def _load_leaf(
     for index, name in enumerate(sources):
         layer = _place(shape[1:], layer_sharding, dtype, functools.partial(_read_slice, reader, name))
         leaf = _set_layer(leaf, layer, np.int32(index))
-        # Waiting keeps the host's copies to one layer; disks and conversion, not transfers, set the pace.
+        # Waiting limits the host's copies to one layer; the speed depends on disk and conversion, not on transfers.
         leaf.block_until_ready()
     return leaf
 
@@ -160,7 +163,8 @@ def _place(
     dtype: jnp.dtype,
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """An array on the devices from a function that reads a slice. Always copied: jax on CPU would alias the file."""
+    """An array on the devices from a function that reads slices. Always copies, because JAX on CPU would alias the
+    file."""
     return jax.make_array_from_callback(shape, sharding, lambda index: cast(read(index or (ALL_ROWS,)), dtype))
 
 
@@ -185,7 +189,8 @@ def _set_layer(leaf: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array
 
 
 def fingerprint(reader: TensorReader, config: LlamaConfig) -> str:
-    """Identifies the weights of a base without reading them whole: names, shapes, dtypes and samples of each tensor.
+    """Identifies the weights of a base by names, shapes, dtypes and samples of each tensor, without reading all of
+    them.
 
     A Hugging Face directory and its conversion in the same dtype have the same fingerprint.
     """
@@ -200,7 +205,7 @@ def fingerprint(reader: TensorReader, config: LlamaConfig) -> str:
 
 
 def _sample(reader: TensorReader, name: str, start: int) -> memoryview:
-    """Bytes of a tensor, in row-major order, from `start` on; reads only the rows that hold them."""
+    """Bytes of a tensor, in row-major order, from `start` on; reads only the rows that contain them."""
     row_bytes = math.prod(reader.shape(name)[1:]) * reader.dtype(name).itemsize
     first, last = start // row_bytes, -(-(start + _SAMPLE) // row_bytes)
     begin = start - first * row_bytes

@@ -26,12 +26,12 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_parameters, tensors_in_order
 
 SHARD_BYTES = 5_000_000_000
-"""What every release of transformers writes or accepts."""
+"""Metadata that every release of transformers writes or accepts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingTensor:
-    """A tensor whose rows are made when their turn to be written comes."""
+    """A tensor whose rows are computed when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ def merged_tensors(
     Args:
       reader: the base.
       config: its architecture.
-      adapter: what to merge; None copies.
+      adapter: the adapter to merge; None copies the base.
       dtype: None keeps each tensor's stored dtype.
     """
     sources, pending = match_tensors(reader, config), []
@@ -77,7 +77,7 @@ def _merger(
 
 
 def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> list[PendingTensor]:
-    """The tensors of a trained model, some rows at a time from the devices, rounded to `dtype`."""
+    """The tensors of a trained model, rounded to `dtype` and fetched from the devices some rows at a time."""
     base = base_parameters(config)
     return [
         PendingTensor(base[path].tensor(layer), base[path].layer_shape, dtype, _fetcher(params[path], dtype, layer))
@@ -90,13 +90,13 @@ def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[
 
 
 See = Callable[[str, slice, np.ndarray], None]
-"""Told of (tensor, rows, values) before they are written; in several threads, and not quite in the files' order."""
+"""Called with (tensor, rows, values) before they are written, in several threads and not exactly in file order."""
 
 
 def write_shards(
     directory: Path, tensors: Sequence[PendingTensor], shard_bytes: int = SHARD_BYTES, see: See | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Writes the tensors into one file, or into shards with an index; gives (file, digest) of each as it is written.
+    """Writes the tensors into one file, or into shards with an index; yields (file, digest) after each file.
 
     Raises:
       UserError: a tensor is not finite (the base is damaged, or training diverged).
@@ -139,10 +139,10 @@ def _write_shard(path: Path, tensors: Sequence[PendingTensor], see: See | None) 
 def _checked(tensor: PendingTensor, rows: slice, see: See | None) -> np.ndarray:
     value = tensor.make(rows)
     made, due = (value.shape, value.dtype), ((rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
-    assert made == due, f"{tensor.name}: {made} came, {due} was announced"
+    assert made == due, f"{tensor.name}: {made} instead of {due}"
     if not is_finite(value):
         why = overflow(value) or "; the base is damaged, or training diverged"
-        raise UserError(f"{tensor.name} holds infinities or NaNs{why}")
+        raise UserError(f"{tensor.name} contains infinities or NaNs{why}")
     if see is not None:
         see(tensor.name, rows, value)
     return value
@@ -160,18 +160,18 @@ def write_settings(
     ends: Sequence[int] = (),
     end: str | None = None,
 ) -> None:
-    """Everything beside the weights: config.json, generation_config.json, tokenizer files.
+    """Writes everything other than the weights: config.json, generation_config.json, tokenizer files.
 
     Args:
-      directory: where to.
+      directory: the target.
       config: sizes.
       dtypes: of the tensors written.
-      model_source: the base's directory, whose config.json is carried over; None for a model trained from scratch.
+      model_source: the base's directory, whose config.json is copied; None for a model trained from scratch.
       tokenizer_source: directory whose tokenizer files are copied unchanged.
-      chat_template: jinja text that tokenizer_config.json gets; its other keys stay.
-      token_ids: bos_token_id and eos_token_id of the tokenizer, for a config.json that does not state them.
-      ends: ids of every token that ends an answer; () takes the eos_token_id of config.json.
-      end: spelling of the token that the template writes behind an answer.
+      chat_template: Jinja text to write into tokenizer_config.json, whose other keys are kept.
+      token_ids: bos_token_id and eos_token_id of the tokenizer, for a config.json that does not have them.
+      ends: ids of every token that ends an answer; () uses the eos_token_id of config.json.
+      end: spelling of the token that the template writes after an answer.
     """
     source = read_settings(model_source) if model_source else None
     written = hugging_face_config(config, common_dtype(dtypes), source, **token_ids)
@@ -184,11 +184,11 @@ def copy_tokenizer(source: Path, directory: Path, chat_template: str | None, end
     """Copies tokenizer files byte by byte; only tokenizer_config.json changes.
 
     Args:
-      source: Where the files are.
-      directory: Where to.
-      chat_template: Replaces the source's template. None keeps that.
-      end: The token that ends an answer. It becomes eos_token, which servers stop at, unless the template writes
-        eos_token, which would then be another token.
+      source: The directory of the files.
+      directory: The target.
+      chat_template: Replaces the source's template. None keeps it.
+      end: The token that ends an answer. It becomes eos_token, at which servers stop, unless the template writes
+        eos_token, which would then become another token.
     """
     replaced = () if chat_template is None else (CONFIG, *TEMPLATES)
     for path in tokenizer_files(source):
@@ -217,7 +217,7 @@ _LLAMA_TOKENIZER: dict[str, Any] = {
     "unk_token": "<unk>",
     "clean_up_tokenization_spaces": False,
 }
-"""What a bare tokenizer.model of LLaMA means to transformers."""
+"""The settings that transformers assumes for LLaMA's tokenizer.model without a tokenizer_config.json."""
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

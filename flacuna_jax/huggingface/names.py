@@ -1,7 +1,8 @@
-"""Names of tensors in the files of Hugging Face and PEFT ↔ our parameters' paths, which are stacked over layers.
+"""Maps names of tensors in files of Hugging Face and PEFT to the paths of our parameters, which are stacked over
+layers.
 
-Each parameter knows its own names (`model.variables.ParamInfo`); here they are looked up by name. Kernels keep their
-[out, in] layout on both sides, so a name is all that changes.
+Each parameter has its names in `model.variables.ParamInfo`; this module looks them up. Kernels have the layout
+[out, in] on both sides, so only the names differ.
 """
 
 import functools
@@ -17,24 +18,24 @@ from flacuna_jax.model.variables import ParamInfo
 PEFT_PREFIX = "base_model.model."
 
 EMBEDDING, HEAD = (f"{module.of_layer()}.weight" for module in (llama.EMBEDDING, llama.HEAD))
-"""The tables of the vocabulary, where files are read without a config."""
+"""The tables of the vocabulary, for reading files without a config."""
 
 _ADAPTER = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
 
-# Rotary frequencies are a function of the config; files that carry them round them to half precision.
+# Rotary frequencies are computed from the config; in files they are rounded to half precision.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _LAYER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,5})(?=\.)")
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file may hold `name` without the model having a place for it."""
+    """Whether a file may contain `name` although the model has no such parameter."""
     return _IGNORED.fullmatch(name) is not None
 
 
 def parse_tensor_name(name: str, config: LlamaConfig) -> tuple[str, int | None] | None:
-    """(path, layer) of a Hugging Face name, None where the model has no such tensor.
+    """(path, layer) of a Hugging Face name; None if the model has no such tensor.
 
-    The layer is None for what exists once. A number beyond the model's layers is returned as it is.
+    The layer is None for parameters outside of the layers. A number beyond the model's layers is returned unchanged.
     """
     number = _LAYER.search(name)
     pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
@@ -44,19 +45,19 @@ def parse_tensor_name(name: str, config: LlamaConfig) -> tuple[str, int | None] 
 
 @functools.lru_cache(maxsize=64)
 def _paths(config: LlamaConfig) -> Mapping[str, str]:
-    """Name with {} for the layer → path."""
+    """Maps names, with {} for the layer, to paths."""
     return {f"{found.module.pattern}.{found.leaf}": path for path, found in base_parameters(config).items()}
 
 
 def adapter_name(parameter: ParamInfo, layer: int) -> str:
-    """PEFT's name of one layer of an adapter's parameter; `layer` is ignored where it exists once."""
+    """PEFT's name of one layer of an adapter's parameter; `layer` is ignored outside of the layers."""
     return f"{PEFT_PREFIX}{parameter.tensor(layer)}"
 
 
 def parse_adapter_name(name: str, config: LlamaConfig) -> tuple[str, int] | None:
-    """(path, layer) of a PEFT adapter name, None where it is not an adapter's part of a projection or of the head.
+    """(path, layer) of a PEFT adapter name; None if it is not an adapter's part of a projection or of the head.
 
-    The infix ".default" that training checkpoints carry is accepted. The head's layer is 0.
+    The infix ".default" in training checkpoints is accepted. The head's layer is 0.
     """
     match = _ADAPTER.fullmatch(name)
     if match is None or not name.startswith(PEFT_PREFIX):
@@ -73,18 +74,18 @@ _KINDS = {leaf.removesuffix(".weight"): kind for kind, leaf in PEFT_LEAVES.items
 def is_table_in_adapter(name: str) -> bool:
     """Whether a tensor of an adapter's file is a table of the base.
 
-    With the head among its targets PEFT saves, beside the factors, the frozen tables that it might have resized.
+    If the head is among the targets, PEFT also saves the frozen tables, which it might have resized.
     """
     return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") in (EMBEDDING, HEAD)
 
 
 def is_training_checkpoint(tensors: Iterable[str]) -> bool:
-    """Whether names are those of a PEFT model saved whole, base and adapter, rather than of a LLaMA or an adapter."""
+    """Whether the names are those of a whole PEFT model with base and adapter, not of a LLaMA or an adapter."""
     found = [name for name in tensors if name.startswith(PEFT_PREFIX)]
     return any(".lora_A." in name for name in found) and any(".lora_" not in name for name in found)
 
 
 def some(items: list[str], limit: int = 6) -> str:
-    """The first few of a list, and how many more there are."""
+    """The first items of a list, and the number of the others."""
     rest = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""How other libraries encode text with the tokenizer of a directory. Exports are checked against these."""
+"""Encodes text with other libraries and the tokenizer of a directory, to check exports against them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,13 @@ import tokenizers
 
 
 class OtherEncoder(NamedTuple):
-    """Encodes as a server does.
+    """Encodes like a server.
 
     Attributes:
       name: Library and version.
-      text: Whole text to ids, with what the tokenizer puts in front.
-      chat: A user's message to the ids of the prompt that the directory's chat template makes; None if the library
-        knows no chat templates.
+      text: Encodes a whole text, including the tokens that the tokenizer adds before it.
+      chat: Encodes a user's message as a prompt of the directory's chat template; None if the library does not support
+        chat templates.
     """
 
     name: str
@@ -23,14 +23,14 @@ class OtherEncoder(NamedTuple):
 
 
 def encoder_of(directory: Path) -> OtherEncoder | None:
-    """That of transformers if it is installed, else of tokenizers; None if neither can read the directory."""
+    """The encoder of transformers if it is installed, or else of tokenizers; None if neither can read the directory."""
     try:
         import transformers
     except ImportError:
         return _of_tokenizers(directory)
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(str(directory))
-    except Exception:  # whatever keeps transformers from reading it keeps this check from being made
+    except Exception:  # if transformers cannot read it for any reason, there is no check
         return _of_tokenizers(directory)
 
     def chat(message: str) -> list[int]:

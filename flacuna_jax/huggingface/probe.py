@@ -1,11 +1,11 @@
-"""Logits and greedy continuations with some rows of one matrix in memory at a time.
+"""Computes logits and greedy continuations with only some rows of one matrix in memory at a time.
 
-So a written model, and what it was made from, can be asked on a machine much smaller than either. The layers are the
-model's own block, with its modules replaced by ones that read their weights when they are called. Everything is
-float32, whatever the weights are, on the CPU.
+Therefore a written model and its source can be evaluated on a machine with much less memory. The layers are the model's
+own block, with modules that read their weights when they are called. All computation is in float32 on the CPU,
+independent of the dtype of the weights.
 
-Two models can go side by side, such as a base with its adapter and what the two were merged into. Most of their
-matrices are the same; those are made float32 once, and multiplied once with the tokens of both.
+Two models can be evaluated side by side, such as a base with its adapter and the merged model. Most of their matrices
+are the same; those are converted to float32 once, and multiplied once with the tokens of both.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from flacuna_jax.model.rope import Rope
 from flacuna_jax.model.variables import path_of
 
 Weights = Callable[[str, int, slice], np.ndarray]
-"""(parameter path, layer, rows) → those rows, in any floating dtype; the layer is 0 for what exists once."""
+"""(parameter path, layer, rows) → those rows, in any floating dtype; the layer is 0 outside of the layers."""
 
 FLOAT = np.dtype(np.float32)
 
@@ -42,11 +42,11 @@ def stored_weights(reader: TensorReader, config: LlamaConfig) -> Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the models that go side by side.
+    """One of the models that are evaluated side by side.
 
     Attributes:
-      weights: where its weights come from.
-      adapter: added beside them, not merged into them.
+      weights: the source of its weights.
+      adapter: its adapter, which is added to products and not merged into the weights.
     """
 
     weights: Weights
@@ -77,10 +77,10 @@ def streamed_logits(weights: Weights, config: LlamaConfig, ids_t: np.ndarray, ad
     """Float32 logits [length, vocab] of one sequence.
 
     Args:
-      weights: where weights come from; each row is asked for once.
+      weights: the source of the weights; each row is read once.
       config: sizes.
       ids_t: int32 token ids.
-      adapter: added beside the base, not merged into it.
+      adapter: an adapter, which is added to products and not merged into the weights.
     """
     return StreamedModel([Side(weights, adapter)], config, batch=1, slots=len(ids_t)).extend(ids_t[None])[0]
 
@@ -88,10 +88,10 @@ def streamed_logits(weights: Weights, config: LlamaConfig, ids_t: np.ndarray, ad
 def streamed_greedy(
     weights: Weights, config: LlamaConfig, prompts: Sequence[Sequence[int]], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` likeliest next tokens of each prompt, one after another; every one costs one reading of the weights.
+    """The greedy continuation of each prompt by `count` tokens; each token reads the weights once.
 
     Returns:
-      ids int32 [prompts, count], and margins float32 [prompts, count]: by how much a token's logit exceeds the next.
+      ids int32 [prompts, count], and margins float32 [prompts, count]: the logit of the token minus the second largest.
     """
     longest = max(map(len, prompts))
     first_b = np.array([longest - len(prompt) for prompt in prompts])
@@ -108,13 +108,13 @@ def streamed_greedy(
 
 
 class StreamedModel:
-    """Networks whose weights are read anew for every call, with a cache of keys and values between calls.
+    """Networks that read their weights again in every call, with a cache of keys and values between calls.
 
     Args:
-      sides: the models; all of them get the same tokens, and their sequences follow each other in what comes out.
+      sides: the models; all of them get the same tokens, and their sequences are concatenated in the outputs.
       config: sizes.
-      batch: sequences of a side.
-      slots: tokens that a sequence can have.
+      batch: number of sequences per side.
+      slots: maximum number of tokens in a sequence.
       first_b: slot where each sequence begins, so that all end together; 0 by default.
     """
 
@@ -145,14 +145,15 @@ class StreamedModel:
                 setattr(self._block, name, functools.partial(self._read, f"layers/{name}", module))
 
     def extend(self, tokens_bt: np.ndarray, *, last_only: bool = False) -> np.ndarray:
-        """Adds tokens [batch, tokens]; float32 logits [sides · batch, tokens, vocab] of them, or of the last alone."""
+        """Adds tokens [batch, tokens]. Returns float32 logits [sides · batch, tokens, vocab] of all of them or of the
+        last."""
         self.begin(tokens_bt)
         for layer in range(self._config.num_layers):
             self.through(layer)
         return self.finish(last_only=last_only)
 
     def begin(self, tokens_bt: np.ndarray) -> None:
-        """`extend` in steps: first this, which reads the embedding, then `through` each layer, then `finish`."""
+        """The first part of `extend`, which reads the embedding; `through` each layer and `finish` follow."""
         self._slots_t = self._filled + np.arange(tokens_bt.shape[1])
         self._filled += len(self._slots_t)
         positions_bt = np.maximum(self._slots_t - self._first_b[:, None], 0)
@@ -167,13 +168,13 @@ class StreamedModel:
             self._x_btd = self._block(self._x_btd, self._rope, functools.partial(self._attend, layer, self._slots_t))
 
     def finish(self, *, last_only: bool = False) -> np.ndarray:
-        """Reads the head; the logits."""
+        """Reads the head and returns the logits."""
         with _in_float32():
             hidden_btd = self._norm(self._x_btd[:, -1:] if last_only else self._x_btd)
             return np.asarray(self._project(self._spec.head, hidden_btd))
 
     def _read(self, path: str, module: nnx.Module, x: jax.Array) -> jax.Array:
-        """A small module of the network, such as a norm, with the weights of each side."""
+        """Applies a small module of the network, such as a norm, with the weights of each side."""
         graph, abstract = nnx.split(module)
 
         def call(side: Side, x: jax.Array) -> jax.Array:
@@ -200,7 +201,7 @@ class StreamedModel:
         return jnp.concatenate([function(side, part) for side, part in zip(self._sides, parts, strict=True)])
 
     def _project(self, path: str, x_bti: jax.Array) -> jax.Array:
-        """x times a matrix, of each side; once where the sides have the same one."""
+        """x times a matrix of each side; computed once if the sides have the same matrix."""
         module, parameter = path.rpartition("/")[0], self._spec.base[path]
         layer, shape = self._layer if parameter.stacked else 0, parameter.layer_shape
         alike = not any(side.has_adapter(module, layer) for side in self._sides)
@@ -217,8 +218,8 @@ class StreamedModel:
         return jnp.asarray(y_bto)
 
     def _aligned(self, weight: np.ndarray, place: int) -> np.ndarray:
-        """The weight where XLA takes it as it is; it would copy others to fresh memory, which takes longer than their
-        product. Valid until the next call for the same place."""
+        """The weight at an aligned address, where XLA uses it directly; copying others to new memory would take longer
+        than their product. Valid until the next call for the same place."""
         if weight.ctypes.data % _ALIGNMENT == 0 and weight.flags.c_contiguous:
             return weight
         if len(self._scratch[place]) < weight.nbytes:
@@ -242,17 +243,17 @@ class StreamedModel:
 
 _ALIGNMENT = 64
 _HALF = 2
-"""Bytes of what most weights are stored as; products are cut into blocks as files are."""
+"""Bytes per element of most stored weights; products are split into the same blocks as files."""
 
 
 def _embed(weights: Weights, path: str, tokens_bt: np.ndarray) -> np.ndarray:
-    """Looks up one row at a time: no other part of the table is read."""
+    """Looks up one row at a time, so that no other part of the table is read."""
     rows = {i: weights(path, 0, slice(i, i + 1)) for i in np.unique(tokens_bt).tolist()}
     return np.stack([np.stack([cast(rows[i][0], FLOAT) for i in sequence]) for sequence in tokens_bt.tolist()])
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays hold the same bits; most are the same view of a file."""
+    """Whether two arrays have the same bits; most are the same view of a file."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     bits = f"u{a.dtype.itemsize}"
@@ -277,7 +278,7 @@ def _sum_of_products(x_bti: jax.Array, weight_oi: jax.Array, a_ri: jax.Array, b_
 
 @jax.jit
 def _attention(q_bthn: jax.Array, k_bskn: jax.Array, v_bskn: jax.Array, visible_bts: jax.Array) -> jax.Array:
-    """Softmax attention over the visible slots; a token of the padding, which sees none, gets anything."""
+    """Softmax attention over the visible slots; the result for padding tokens, which see no slot, is arbitrary."""
     batch, length, _, size = q_bthn.shape
     q_btkgn = q_bthn.reshape(batch, length, k_bskn.shape[2], -1, size)
     scores = jnp.einsum("btkgn,bskn->bkgts", q_btkgn, k_bskn) * size**-0.5

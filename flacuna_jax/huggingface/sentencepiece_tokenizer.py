@@ -1,5 +1,5 @@
-"""A tokenizer.model, by SentencePiece itself, which is how LLaMA and Vicuna were trained ("legacy" in transformers:
-every text behind a special token gets its own leading space)."""
+"""Loads a tokenizer.model with SentencePiece, as in the training of LLaMA and Vicuna ("legacy" in transformers: every
+text after a special token gets a leading space)."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ FILE = "tokenizer.model"
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model and the tokens that were added to it. Control pieces and special tokens in texts are
-    spelled out, never recognised; other added tokens are, as in transformers."""
+    """A SentencePiece model and the tokens that were added to it. Control pieces and special tokens in a text are
+    encoded as plain text; other added tokens are recognised, as in transformers."""
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         try:
@@ -41,12 +41,12 @@ class SentencePieceTokenizer:
         self._newline = len(self._model.encode("\n"))
 
     def _is_added(self, token: AddedToken, settings: TokenizerSettings) -> bool:
-        """Whether a token is not a piece of the model. Raises UserError where its id is that of another piece."""
+        """Whether a token is not a piece of the model. Raises UserError if its id is that of another piece."""
         if token.id < self._model.vocab_size():
             piece = self._model.id_to_piece(token.id)
             if piece == token.content and token.special and token.id in self._model.encode(piece):
                 raise UserError(
-                    f"{settings.directory}: {token.content!r} is special, but {FILE} finds it in every text; load the "
+                    f"{settings.directory}: {token.content!r} is special, but {FILE} encodes it in any text; load the "
                     f"tokenizer with transformers and save it as tokenizer.json"
                 )
             return piece != token.content and token.content != self._model.decode([token.id])
@@ -65,19 +65,19 @@ class SentencePieceTokenizer:
         bos = self._spelling("bos", self._model.bos_id(), tokens, settings)
         eos = self._spelling("eos", self._model.eos_id(), tokens, settings)
         if eos is None:
-            raise UserError(f"{path} has no EOS token, and tokenizer_config.json names none")
+            raise UserError(f"{path} has no EOS token, and neither has tokenizer_config.json")
         for spelling in (bos, eos):
             if spelling is not None and spelling not in tokens:
                 number = self._id(spelling)
                 if number is None:
                     raise UserError(
-                        f"{settings.directory}: tokenizer_config.json names {spelling!r}, which {FILE} lacks"
+                        f"{settings.directory}: tokenizer_config.json has {spelling!r}, which is not in {FILE}"
                     )
                 tokens[spelling] = Special(number)
         return SpecialTokens(tokens, bos, eos, settings.variables)
 
     def _spelling(self, name: str, number: int, tokens: dict[str, Special], settings: TokenizerSettings) -> str | None:
-        """As the settings say; else the model's own."""
+        """The spelling in the settings, or else that of the model."""
         if settings.denies(name):
             return None
         spelled = settings.spelled(name)
@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
             return [self._in_sections(text, begin) for text, begin in zip(texts, begins, strict=True)]
 
     def _in_sections(self, text: str, first: bool) -> list[int]:
-        """Cuts at added tokens, as transformers does."""
+        """Splits the text at added tokens, as transformers does, and encodes each part."""
         ids: list[int] = []
         for section, token in self._sections(text):
             if token is not None:
@@ -134,7 +134,7 @@ class SentencePieceTokenizer:
         return re.compile("|".join(re.escape(content) for content in sorted(self._plain, key=len, reverse=True)))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens have none, nor do ids outside the vocabulary (padding of the embedding)."""
+        """The text of ids, without special tokens and ids outside of the vocabulary (padding of the embedding)."""
         skipped = self.special.ids
         kept = [int(i) for i in ids if i not in skipped]
         if not self._contents:

@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint directory, as training needs it: text to ids, and no text can spell a special token.
+"""Loads the tokenizer of a checkpoint directory for training: it encodes text, which never becomes a special token.
 
-A pure LLaMA vocabulary (tokenizer.model) goes through SentencePiece, as LLaMA and Vicuna were trained. Everything else
-goes through tokenizer.json, which is what transformers and most servers read; where both are there, they must agree.
+A pure LLaMA vocabulary (tokenizer.model) is used with SentencePiece, as in the training of LLaMA and Vicuna. All others
+are used with tokenizer.json, which transformers and most servers read. If both files exist, they must agree.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ AnyTokenizer = SentencePieceTokenizer | FastTokenizer
 
 
 def load_tokenizer(directory: str | Path) -> AnyTokenizer:
-    """The tokenizer of a checkpoint directory.
+    """Loads the tokenizer of a checkpoint directory.
 
-    tokenizer.model if it is a SentencePiece model and no tokens were added to it; else tokenizer.json, or
-    vocab.json and merges.txt (which needs transformers); else tokenizer.model with the tokens that were added to it.
+    The first of these is used: tokenizer.model if it is a SentencePiece model without added tokens; tokenizer.json;
+    vocab.json and merges.txt (which need transformers); tokenizer.model with added tokens.
 
     Raises:
       UserError: There is no tokenizer, it is damaged or lacks EOS, or two of the files disagree.
@@ -44,12 +44,12 @@ def load_tokenizer(directory: str | Path) -> AnyTokenizer:
         return _from_merges(directory, settings)
     if (directory / SENTENCEPIECE).is_file():
         raise UserError(
-            f"{directory}: {SENTENCEPIECE} is a tiktoken file, as Meta's releases of Llama 3 have it; copy {FAST} of "
-            f"the Hugging Face release there"
+            f"{directory}: {SENTENCEPIECE} is a tiktoken file, as in Meta's releases of Llama 3; copy {FAST} of the "
+            f"Hugging Face release to this directory"
         )
     raise UserError(
-        f"{directory} has no tokenizer ({SENTENCEPIECE}, {FAST}, or {VOCABULARY} and {MERGES}); copy it there from the "
-        f"base model, or name its directory in model.tokenizer"
+        f"{directory} has no tokenizer ({SENTENCEPIECE}, {FAST}, or {VOCABULARY} and {MERGES}); copy it from the base "
+        f"model, or set model.tokenizer to its directory"
     )
 
 
@@ -62,26 +62,27 @@ def _with_sentencepiece(directory: Path, settings: TokenizerSettings, has_fast: 
         return fast
     slow = SentencePieceTokenizer(directory / SENTENCEPIECE, settings)
     _check_agreement(directory, slow, fast)
-    # Settings that do not mention `legacy` are of LLaMA's first generation, which put a space before every text.
+    # Settings without `legacy` are from LLaMA's first generation, which added a space before every text.
     same_inside = all(slow.encode(text, first=False) == fast.encode(text, first=False) for text in _PROBES)
     is_plain = not slow.added and fast.special.ids <= slow.special.ids
     return slow if is_plain and (same_inside or "legacy" not in settings.raw) else fast
 
 
 def _is_tiktoken(directory: Path) -> bool:
-    """A tiktoken file has lines of a token in base64 and its rank."""
+    """Whether a file is of tiktoken, whose lines have a token in base64 and its rank."""
     with open(directory / SENTENCEPIECE, "rb") as file:
         parts = file.readline(1024).split()
     return len(parts) == 2 and parts[1].isdigit()
 
 
 def _from_merges(directory: Path, settings: TokenizerSettings) -> FastTokenizer:
-    """Which words a byte-pair vocabulary is applied to depends on the tokenizer's class, which transformers knows."""
+    """Uses transformers, because splitting text into words for a byte-pair vocabulary depends on the tokenizer's
+    class."""
     try:
         from transformers import AutoTokenizer
     except ImportError:
         raise UserError(
-            f"{directory}: {VOCABULARY} and {MERGES} are read by transformers (pip install transformers), or save the "
+            f"{directory}: {VOCABULARY} and {MERGES} need transformers (pip install transformers); or save the "
             f"tokenizer as {FAST}"
         ) from None
     try:
@@ -99,17 +100,20 @@ _PROBES = (
     "<s> [INST] </s> <unk>",
     "1234567890 €5,000.00",
 )
-"""Texts on which two tokenizers of one vocabulary differ if their settings do. None begins with a space: transformers 5
-takes that space for SentencePiece's own in LLaMA's tokenizer.model, and no template begins so."""
+"""Texts on which two tokenizers of one vocabulary differ if their settings differ. No text begins with a space, because
+transformers 5 treats it as the space that SentencePiece adds for LLaMA's tokenizer.model; no template begins with
+one."""
 
 
 def _check_agreement(directory: Path, slow: SentencePieceTokenizer, fast: FastTokenizer) -> None:
-    """Both files must give the same ids, since servers read either."""
-    advice = f"remove the one that does not belong to the model (without {FAST}, transformers makes its own)"
+    """Raises UserError if the two files give different ids, since servers may read either."""
+    advice = f"remove the one that does not belong to the model (without {FAST}, transformers makes one)"
     for name in ("bos", "eos"):
         ours, theirs = getattr(slow, f"{name}_id"), getattr(fast, f"{name}_id")
         if ours != theirs:
-            raise UserError(f"{directory}: {name.upper()} is {ours} in {SENTENCEPIECE}, {theirs} in {FAST}; {advice}")
+            raise UserError(
+                f"{directory}: {name.upper()} is {ours} in {SENTENCEPIECE} but {theirs} in {FAST}; {advice}"
+            )
     for text in _PROBES:
         ours, theirs = slow.encode(text), fast.encode(text)
         if ours != theirs:
@@ -121,21 +125,21 @@ def _check_agreement(directory: Path, slow: SentencePieceTokenizer, fast: FastTo
 
 
 def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int, directory: str | Path) -> None:
-    """Raises `UserError` where the tokenizer can produce ids that the embedding has no row for."""
+    """Raises `UserError` if the tokenizer can produce ids without a row in the embedding."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab_size} "
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding {vocab_size} "
             f"rows; they do not belong together"
         )
 
 
 def tokenizer_files(directory: str | Path) -> list[Path]:
-    """The files that travel with a model, those of them that exist."""
+    """The existing tokenizer files, which are copied with a model."""
     return [Path(directory) / name for name in FILES if (Path(directory) / name).is_file()]
 
 
 def tokenizer_fingerprint(directory: str | Path) -> str:
-    """sha256 of what decides ids: the vocabulary's file, and the special tokens where the settings change them."""
+    """SHA-256 of everything that token ids depend on: the vocabulary file, and special tokens changed by settings."""
     directory = Path(directory)
     for names in ((SENTENCEPIECE,), (FAST,), (VOCABULARY, MERGES)):
         if all((directory / name).is_file() for name in names):

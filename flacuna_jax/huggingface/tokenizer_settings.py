@@ -1,7 +1,7 @@
-"""What the JSON files beside a tokenizer say: how special tokens are spelled, which tokens were added, where BOS goes.
+"""Settings in a tokenizer's JSON files: spellings of special tokens, added tokens, and whether BOS is added.
 
-transformers reads tokenizer_config.json, special_tokens_map.json and added_tokens.json; config.json has the ids of BOS
-and EOS for checkpoints that have none of these.
+The files are those of transformers: tokenizer_config.json, special_tokens_map.json and added_tokens.json. config.json
+has the ids of BOS and EOS for checkpoints without these files.
 """
 
 import functools
@@ -16,7 +16,7 @@ from flacuna_jax.huggingface.files.json_file import read_json
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "chat_control_tokens")
-"""Settings that list further special tokens."""
+"""Settings that list additional special tokens."""
 
 
 class AddedToken(NamedTuple):
@@ -34,10 +34,10 @@ class TokenizerSettings:
     """The settings of one directory.
 
     Attributes:
-      directory: Where they were read.
-      raw: The keys of tokenizer_config.json over those of special_tokens_map.json.
-      model: config.json, {} if there is none.
-      added: Tokens that added_tokens.json and tokenizer_config.json add, by content.
+      directory: The directory of the files.
+      raw: The merged keys of special_tokens_map.json and tokenizer_config.json; the latter takes precedence.
+      model: The content of config.json; {} if the file does not exist.
+      added: Tokens added by added_tokens.json and tokenizer_config.json, by content.
     """
 
     directory: Path
@@ -46,11 +46,11 @@ class TokenizerSettings:
     added: Mapping[str, AddedToken]
 
     def spelled(self, name: str) -> str | None:
-        """How "bos", "eos", "unk" or "pad" is spelled; None if no file says so."""
+        """The spelling of "bos", "eos", "unk" or "pad"; None if it is in no file."""
         return _content(self.raw.get(f"{name}_token"))
 
     def denies(self, name: str) -> bool:
-        """Whether tokenizer_config.json says that there is no such token."""
+        """Whether tokenizer_config.json sets the token to null."""
         return f"{name}_token" in self.raw and self.raw[f"{name}_token"] is None
 
     def id_in_model(self, name: str) -> int | None:
@@ -62,12 +62,12 @@ class TokenizerSettings:
 
     @property
     def special(self) -> frozenset[str]:
-        """Contents that a setting calls special."""
+        """Contents of tokens that a setting marks as special."""
         return _special(self.raw) | {token.content for token in self.added.values() if token.special}
 
     @functools.cached_property
     def variables(self) -> dict[str, str]:
-        """The special tokens by name (bos_token, pad_token, ...), as transformers passes them to chat templates."""
+        """The special tokens by name (bos_token, pad_token, ...), which transformers passes to chat templates."""
         named = {
             key: content for key, value in self.raw.items() if key.endswith("_token") and (content := _content(value))
         }
@@ -78,12 +78,12 @@ class TokenizerSettings:
 
     @property
     def puts_bos(self) -> bool:
-        """Whether BOS goes in front of a text that tokenizer.model encodes: unless add_bos_token is false."""
+        """Whether tokenizer.model adds BOS to a text: true unless add_bos_token is false."""
         return self.raw.get("add_bos_token") is not False
 
 
 def _special(raw: Mapping[str, Any]) -> frozenset[str]:
-    """What is named (eos_token, ...) or listed as a special token."""
+    """Tokens that have a name (eos_token, ...) or are listed as special."""
     entries = [value for key, value in raw.items() if key.endswith("_token")]
     for key in _LISTS:
         value = raw.get(key)
@@ -97,7 +97,7 @@ def _content(entry: Any) -> str | None:
 
 
 def read_tokenizer_settings(directory: Path) -> TokenizerSettings:
-    """Raises UserError for a file that is not JSON, or an added token without a content or an id."""
+    """Reads the settings. Raises UserError for a file that is not JSON, or an added token without content or id."""
     raw: dict[str, Any] = {}
     for file in (MAP, CONFIG):
         if (directory / file).is_file():
@@ -112,7 +112,7 @@ def _added(directory: Path, raw: Mapping[str, Any]) -> dict[str, AddedToken]:
     if (directory / ADDED).is_file():
         for content, number in read_json(directory / ADDED).items():
             if type(number) is not int or not content:
-                raise UserError(f"{directory / ADDED}: {content!r} has the id {number!r}, where a whole number belongs")
+                raise UserError(f"{directory / ADDED}: {content!r} has the id {number!r}, which is not a whole number")
             added[content] = AddedToken(number, content, content in special)
     decoder = raw.get("added_tokens_decoder") or {}
     for number, entry in decoder.items():

@@ -1,4 +1,4 @@
-"""Re-opens what was written and compares it with what was meant, before a directory gets its final name."""
+"""Reads written files again and compares them with the intended content, before a directory gets its final name."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,8 @@ LOGIT_TOLERANCE = 1e-4
 
 
 class VerificationError(RuntimeError):
-    """What lies on the disk is not what was meant to; says in what it differs. Never the user's mistake."""
+    """The files on disk differ from the intended content; the message names the difference. Never a mistake of the
+    user."""
 
 
 def verify_adapter(
@@ -33,23 +34,23 @@ def verify_adapter(
     dtype: np.dtype,
     logits: Callable[[Adapter], np.ndarray] | None,
 ) -> float | None:
-    """Checks an adapter directory against the run's adapter and returns the largest logit difference, if asked for.
+    """Checks an adapter directory against the run's adapter and returns the largest logit difference, if requested.
 
     Raises:
       VerificationError: settings, names, shapes, values (after rounding to `dtype`) or logits differ, a value is not
-        finite, or a trained adapter has a B that is zero throughout.
+        finite, or a trained adapter has a B of only zeros.
     """
     found = read_adapter(directory, config)
     if found.lora != meant.lora or found.base_name != meant.base_name:
-        raise VerificationError(f"{directory}: settings read back are {found.lora}, meant were {meant.lora}")
+        raise VerificationError(f"{directory}: the settings read back are {found.lora} instead of {meant.lora}")
     if set(found.params) != set(meant.params):
-        raise VerificationError(f"{directory}: holds {sorted(found.params)}, meant were {sorted(meant.params)}")
+        raise VerificationError(f"{directory}: contains {sorted(found.params)} instead of {sorted(meant.params)}")
     rounded = {path: cast(cast(value, dtype), np.dtype(np.float32)) for path, value in meant.params.items()}
     for path, value in rounded.items():
         if not np.array_equal(found.params[path], value):
             raise VerificationError(f"{directory}: {path} read back differs from what was written")
         if trained and meant.spec.adapters[path].kind == "lora_b" and not np.any(value):
-            raise VerificationError(f"{directory}: {path} is zero throughout after training; nothing was learned in it")
+            raise VerificationError(f"{directory}: {path} is still all zeros after training")
     if logits is None:
         return None
     return compare_logits(directory, logits(dataclasses.replace(meant, params=rounded)), logits(found))
@@ -59,16 +60,16 @@ def compare_logits(directory: Path, meant: np.ndarray, found: np.ndarray) -> flo
     """The largest difference between two sets of logits; `VerificationError` above `LOGIT_TOLERANCE`."""
     difference = float(np.max(np.abs(meant - found)))
     if not difference <= LOGIT_TOLERANCE:
-        raise VerificationError(f"{directory}: logits differ by {difference:.2e}, allowed are {LOGIT_TOLERANCE:.0e}")
+        raise VerificationError(f"{directory}: logits differ by {difference:.2e}, more than {LOGIT_TOLERANCE:.0e}")
     return difference
 
 
 def verify_merge(directory: Path, meant: np.ndarray, found: np.ndarray, dtype: np.dtype) -> float:
     """The largest shift of a logit that merging caused.
 
-    Rounding every weight of a deep network once to `dtype` moves its logits by about a hundred units of roundoff,
-    relative to their spread; a wrong scale or a transposed or misplaced factor moves them by their own size. The bound
-    lies between, and never above a quarter of their standard deviation.
+    Rounding every weight of a deep network once to `dtype` changes its logits by about a hundred units of roundoff,
+    relative to their standard deviation; a wrong scale or a transposed or misplaced factor changes them by their own
+    size. The bound is between the two, and at most a quarter of their standard deviation.
 
     Raises:
       VerificationError: the shift is beyond rounding.
@@ -76,13 +77,15 @@ def verify_merge(directory: Path, meant: np.ndarray, found: np.ndarray, dtype: n
     shift = float(np.max(np.abs(meant - found)))
     bound = float(np.std(meant) * np.clip(128 * float(ml_dtypes.finfo(dtype).eps), 1e-3, 0.25))
     if not shift <= bound:
-        raise VerificationError(f"{directory}: merging shifted logits by {shift:.2e}, rounding explains {bound:.2e}")
+        raise VerificationError(
+            f"{directory}: merging shifted logits by {shift:.2e}, more than the {bound:.2e} that rounding explains"
+        )
     return shift
 
 
 def verify_model(directory: Path, config: LlamaConfig, meant: Sequence[PendingTensor]) -> None:
-    """Checks a written model by its settings and headers: architecture, key set, shapes, dtypes, and that tensors lie
-    in the order in which they were written, so that each name has the values that were meant for it.
+    """Checks settings and headers of a written model: architecture, key set, shapes, dtypes, and that the tensors are
+    in the order in which they were written, so that each name has its intended values.
 
     Raises:
       VerificationError: something differs.
@@ -94,7 +97,7 @@ def verify_model(directory: Path, config: LlamaConfig, meant: Sequence[PendingTe
     found = {name: (reader.shape(name), reader.dtype(name)) for name in reader}
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise VerificationError(f"{directory}: presence, shape or dtype differ for {names.some(differing)}")
+        raise VerificationError(f"{directory}: existence, shape or dtype differ for {names.some(differing)}")
     held = [read_header(file)[0] for file in sorted(directory.glob("*.safetensors"))]
     lying = [name for tensors in held for name in _in_file_order(tensors)]
     misplaced = [name for name, tensor in zip(lying, meant, strict=True) if name != tensor.name]
@@ -113,4 +116,4 @@ def verify_digest(path: Path, digest: str) -> None:
       VerificationError: they differ.
     """
     if file_digest(path) != digest:
-        raise VerificationError(f"{path}: its bytes are not those that were written; check the disk")
+        raise VerificationError(f"{path}: its bytes differ from the written ones; check the disk")

@@ -1,4 +1,4 @@
-"""What vLLM asks of a LoRA adapter, applied to a directory without vLLM (its lora/peft_helper.py and lora/utils.py)."""
+"""vLLM's requirements for a LoRA adapter (its lora/peft_helper.py and lora/utils.py), checked without vLLM."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embe
 
 
 def vllm_violations(directory: Path) -> list[str]:
-    """Why vLLM would not load an adapter directory, or would compute something else with it; empty if it serves it.
+    """Reasons why vLLM would not load an adapter directory, or would compute something else; empty if there are none.
 
     Raises:
       UserError: a file cannot be read.
@@ -30,7 +30,7 @@ def vllm_violations(directory: Path) -> list[str]:
 
 
 def vllm_options(directory: Path) -> str:
-    """What to start vLLM with for an adapter that it can serve."""
+    """Command-line options of vLLM for an adapter that it can serve."""
     rank = read_json(directory / CONFIG_FILE)["r"]
     enough = next(allowed for allowed in _RANKS if allowed >= rank)
     return "--enable-lora" + (f" --max-lora-rank {enough}" if rank > _DEFAULT_RANK else "")
@@ -67,11 +67,11 @@ def _tensor_violations(tensors: Mapping[str, StoredTensor], settings: Mapping[st
     for name, tensor in sorted(tensors.items()):
         ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
         if ending is None or not name.startswith("base_model.model."):
-            yield f"{name} is no LoRA weight by its name"
+            yield f"{name} is not the name of a LoRA weight"
             continue
         module = name.removesuffix(ending).rsplit(".", 1)[-1]
         if module not in _MODULES:
-            yield f"{name}: {module} is no module that can have an adapter"
+            yield f"{name}: {module} is not a module that can have an adapter"
         rank = tensor.shape[0 if ending[6] == "A" else -1] if len(tensor.shape) == 2 else None
         if ending.endswith(".weight") and rank != settings.get("r"):
-            yield f"{name} has shape {list(tensor.shape)}, which is not of rank {settings.get('r')}"
+            yield f"{name} has shape {list(tensor.shape)}, which does not have rank {settings.get('r')}"

@@ -1,11 +1,11 @@
-"""The one entry to attention: checks, choice of backend and tiles, partition over the mesh, and what remat may save.
+"""The entry point of attention: checks, choice of backend and tiles, partitioning over the mesh, and names for remat.
 
 A backend is a pair of functions behind one `custom_vjp`:
 
     forward(q, k, v, mask, scale=..., ...) -> o [B, T, H, D], lse [B, H, T]
     backward(q, k, v, mask, o, lse, do, scale=..., ...) -> dq, dk, dv
 
-lse is float32, log2 of the sum of exp2(log2(e) scale q·k) over the visible keys, 0 where there are none.
+lse is float32: log2 of the sum of exp2(log2(e) scale q·k) over the visible keys, 0 if there are none.
 """
 
 import importlib
@@ -30,14 +30,14 @@ from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, 
 Backend = Literal["auto", "xla", "pallas_gpu", "pallas_tpu", "cudnn", "tokamax"]
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
-NO_TRITON = ": this jax has no Triton lowering of Pallas"
+NO_TRITON = ": the installed jax has no Triton lowering of Pallas"
 SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
 """For `jax.checkpoint_policies.save_only_these_names`: with both saved, the forward kernel runs once per step."""
 _logger = logging.getLogger(__name__)
 
 
 def _gpu_module() -> ModuleType | None:
-    """The one module that needs the Triton lowering of Pallas, which JAX has announced to remove. All else goes on."""
+    """The only module that needs the Triton lowering of Pallas, whose removal JAX has announced; None without it."""
     try:
         return importlib.import_module("flacuna_jax.kernels.attention_gpu")
     except ImportError:
@@ -70,17 +70,17 @@ def attention(
     key head h // (H / Hkv). `scale` > 0 defaults to D ** -0.5. Returns q's shape and dtype; padding rows are exactly
     0 and receive no gradient. Softmax and sums are float32.
 
-    Under a mesh (`jax.set_mesh`) with axes of type Auto, rows are computed where `data` and `fsdp` put them and heads
-    where `tensor` does.
+    Under a mesh (`jax.set_mesh`) with axes of type Auto, rows are split over `data` and `fsdp`, and heads over
+    `tensor`.
 
-    `backend` "auto" takes the kernels of the platform that is compiled for, which need not be the one that traces.
-    `tiles` overrides the table of `kernels.tiles`, for the tuner. `interpret` runs Pallas kernels without their
-    hardware, slowly, for tests. "cudnn" is for rows of one document each, which the mask must promise, on GPUs; "auto"
-    does not take it (`attention_cudnn` says why). "tokamax" is for Hopper and Blackwell; "auto" takes it where there
-    are no Pallas-Triton kernels, or where a measurement in `tiles_measured.json` says that it is faster.
+    `backend` "auto" selects the kernels of the target platform, which may differ from the platform that traces. `tiles`
+    overrides the table of `kernels.tiles`, for the tuner. `interpret` runs Pallas kernels without their hardware,
+    slowly, for tests. "cudnn" is for GPUs and rows of one document each, which the mask must promise; "auto" never
+    selects it (see `attention_cudnn`). "tokamax" is for Hopper and Blackwell; "auto" selects it if there are no
+    Pallas-Triton kernels, or if it is faster by the measurements in `tiles_measured.json`.
 
-    Raises ValueError where shapes, dtypes or options do not fit together, UserError where "cudnn" or "tokamax" is not
-    for them.
+    Raises ValueError if shapes, dtypes or options are inconsistent, and UserError if "cudnn" or "tokamax" does not
+    support them.
     """
     _check_arrays(q_bthd, k_bthd, v_bthd, mask)
     _check_options(backend, scale, tiles)
@@ -100,7 +100,8 @@ def attention(
 def require_backend(
     backend: Backend, dim: int, dtype: DTypeLike, platform: str, device_kind: str | None, one_document: bool
 ) -> None:
-    """Raises UserError where `attention` would, before there are arrays: "cudnn" or "tokamax" on the wrong machine."""
+    """Raises the UserError of `attention` before there are arrays: for "cudnn" or "tokamax" on an unsupported
+    machine."""
     if backend == "cudnn":
         attention_cudnn.check(dim, dtype, one_document, platform)
     elif backend == "tokamax":
@@ -109,7 +110,7 @@ def require_backend(
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is decided before tracing."""
+    """All choices made before tracing."""
 
     backend: Backend
     device_kind: str | None
@@ -174,10 +175,10 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
 
 
 def _ambient_device() -> tuple[str | None, str | None]:
-    """(device kind, platform) of what is compiled for, as far as that is known while tracing.
+    """(device kind, platform) of the target, as far as they are known while tracing.
 
-    The ambient mesh says it even where its devices are absent. Without one the kind is this process's, which only
-    decides tile sizes; the platform then remains open until lowering.
+    The ambient mesh has both, even if its devices are absent. Without a mesh, the kind is that of this process, which
+    only affects tile sizes, and the platform is not known until lowering.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
@@ -186,13 +187,13 @@ def _ambient_device() -> tuple[str | None, str | None]:
 
 
 def _gpu_backend(device_kind: str | None, dim: int, dtype: DTypeLike) -> tuple[Backend, str]:
-    """The fastest backend known for an NVIDIA GPU, and what there is to say about the choice."""
+    """The fastest known backend for an NVIDIA GPU, and a remark about the choice for the log."""
     has_triton = _MODULES["pallas_gpu"] is not None and gpu_holds(dim, dtype)
     misfit = attention_tokamax.misfit(dim, dtype, "gpu", device_kind)
     measured = measured_seconds(device_kind, dim, dtype)
     tokamax_is_faster = "tokamax" in measured and min(measured, key=lambda name: measured[name]) == "tokamax"
     if not has_triton:
-        why = " and there are no kernels of our own for them" + (NO_TRITON if _MODULES["pallas_gpu"] is None else "")
+        why = " and this package has no kernels for them" + (NO_TRITON if _MODULES["pallas_gpu"] is None else "")
         return ("xla", f"{why}; tokamax {misfit}") if misfit else ("tokamax", why)
     if not tokamax_is_faster:
         return "pallas_gpu", ""
@@ -213,7 +214,7 @@ def _resolve(
     if backend != "auto":
         return backend
     if platform is None:
-        _log_once("attention: no ambient mesh, the backend follows the platform that is lowered for")
+        _log_once("attention: no ambient mesh, the backend depends on the platform at lowering")
         return "auto"
     chosen: Backend = "xla"
     more = ""
@@ -224,13 +225,13 @@ def _resolve(
     elif platform != "cpu":
         more = " and there are no kernels for them"
     if chosen == "pallas_gpu" and one_document:
-        more += "; cudnn could serve these rows, but is not measured to be faster, nor repeatable to the bit"
-    _log_once(f"attention: backend {chosen}, because the mesh is of {platform} devices ({device_kind}){more}")
+        more += "; cudnn supports these rows, but is neither measured to be faster nor bit-identical between runs"
+    _log_once(f"attention: backend {chosen}, because the mesh has {platform} devices ({device_kind}){more}")
     return chosen
 
 
 def _auto_axes() -> dict[str, int]:
-    """Axes of the ambient mesh that are this module's to partition; none inside of a shard_map or on one device."""
+    """Axes of the ambient mesh that this module partitions over; none inside of a shard_map or on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return {}
@@ -244,7 +245,7 @@ def _auto_axes() -> dict[str, int]:
 def _partition(
     axes: dict[str, int], batch: int, heads: int, kv_heads: int
 ) -> tuple[tuple[str, ...] | None, str | None]:
-    """Mesh axes of rows and of heads. What an axis does not divide is computed whole on each of its devices."""
+    """Mesh axes of rows and of heads. A dimension that an axis does not divide is computed whole on each device."""
     rows: tuple[str, ...] = ()
     for name in BATCH_AXES:
         taken = axes.get(name, 1)
@@ -282,11 +283,11 @@ def _check_arrays(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask:
 
 def _check_options(backend: str, scale: float | None, tiles: GpuTiles | TpuTiles | None) -> None:
     if backend not in get_args(Backend):
-        raise ValueError(f"backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend != "auto" and _MODULES[backend] is None:
-        raise ValueError(f"backend {backend} is not there{NO_TRITON}; use auto")
+        raise ValueError(f"backend {backend} is not available{NO_TRITON}; use auto")
     if scale is not None and scale <= 0:
         raise ValueError(f"scale is {scale}, but must be above 0")
     kinds: dict[str, type] = {"pallas_gpu": GpuTiles, "pallas_tpu": TpuTiles}
     if tiles is not None and not (backend in kinds and isinstance(tiles, kinds[backend])):
-        raise ValueError(f"{type(tiles).__name__} given with backend {backend}; tiles belong to one kernel's backend")
+        raise ValueError(f"{type(tiles).__name__} given with backend {backend}, which has other tiles")

@@ -1,10 +1,10 @@
-"""Attention of rows that hold one document each, by cuDNN through JAX's public function.
+"""Attention for rows of one document each, by cuDNN through JAX's public function.
 
-That function knows causal rows with a length each, and a sliding window. It knows nothing of documents within a row:
-packed rows would have to become a dense mask, which computes every other document, or go through a private interface
-that exists for Hopper only and whose numbers nobody has checked here. So packed rows are refused, and `auto` never
-comes here: there is no measurement yet that this is faster than our own kernels, whose results are bit-identical from
-run to run, which cuDNN does not promise.
+That function supports causal rows with individual lengths, and a sliding window, but not several documents in a row:
+packed rows would need a dense mask, which computes all pairs of documents, or a private interface that exists only for
+Hopper and whose results have not been checked here. Therefore packed rows are an error, and `auto` never selects this
+backend: no measurement shows that it is faster than our own kernels, whose results are bit-identical from run to run,
+which cuDNN does not promise.
 """
 
 import math
@@ -20,31 +20,31 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.packed_mask import PackedMask
 
 LARGEST_HEAD = 128
-"""Of what cuDNN takes on every GPU since Ampere."""
+"""The largest head_dim that cuDNN supports on every GPU since Ampere."""
 LOG2_E = math.log2(math.e)
 
 
 def check(dim: int, dtype: DTypeLike, one_document: bool, platform: str) -> None:
-    """Raises UserError, by name, for what this backend is not for."""
+    """Raises UserError with the reason if this backend does not support the arguments."""
     if platform not in ("gpu", "cuda"):
         raise UserError(f"attention backend cudnn runs on NVIDIA GPUs, not on {platform}; use auto")
     if not one_document:
         raise UserError(
-            "attention backend cudnn takes rows of one document each (make_packed_mask(..., one_document=True)), and "
+            "attention backend cudnn needs rows of one document each (make_packed_mask(..., one_document=True)), but "
             "these rows may be packed; use auto"
         )
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        raise UserError(f"attention backend cudnn takes bfloat16 and float16, not {jnp.dtype(dtype).name}; use auto")
+        raise UserError(f"attention backend cudnn supports bfloat16 and float16, not {jnp.dtype(dtype).name}; use auto")
     if dim % 8 or dim > LARGEST_HEAD:
         raise UserError(
-            f"attention backend cudnn takes a head_dim up to {LARGEST_HEAD} that 8 divides, not {dim}; use auto"
+            f"attention backend cudnn supports head_dim up to {LARGEST_HEAD} in multiples of 8, not {dim}; use auto"
         )
 
 
 def forward(
     q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask: PackedMask, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """o [B, T, H, D] and lse [B, H, T] float32, both 0 at padding; o is NaN in a row that is not one document."""
+    """o [B, T, H, D] and lse [B, H, T] float32, both 0 at padding; o is NaN in rows of more than one document."""
     length_b, is_one_document_b = row_lengths(mask)
     o_bthd, pull = _run(_attend(mask, scale, length_b), q_bthd, k_bthd, v_bthd)
     (lse_bht,) = [leaf for leaf in jax.tree.leaves(pull) if _is_statistic(leaf, q_bthd)]
@@ -67,8 +67,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the shapes and dtypes of q, k, v, 0 at padding.
 
-    cuDNN's backward pass is reached by differentiating the forward one, whose results are then replaced by those that
-    are at hand. So the forward pass that is traced here is dead code, and never runs.
+    JAX exposes cuDNN's backward pass only as the derivative of the forward pass. The results of that forward pass are
+    replaced by the saved ones, so the forward pass traced here is dead code and never runs.
     """
     length_b, _ = row_lengths(mask)
     live_bt11 = (jnp.arange(q_bthd.shape[1]) < length_b[:, None])[..., None, None]
@@ -83,7 +83,7 @@ def backward(
 
 
 def row_lengths(mask: PackedMask) -> tuple[jax.Array, jax.Array]:
-    """Tokens of each row, int32 [B], and whether they are one document at the row's beginning, bool [B]."""
+    """Number of tokens of each row, int32 [B], and whether they are one document at the row's beginning, bool [B]."""
     length = mask.start_bt.shape[1]
     position_t = jnp.arange(length, dtype=jnp.int32)
     length_b = jnp.sum(mask.start_bt < length, axis=1, dtype=jnp.int32)
@@ -112,6 +112,6 @@ def _run(attend: Callable[..., jax.Array], *qkv: jax.Array) -> tuple[jax.Array, 
 
 
 def _is_statistic(leaf: jax.Array, q_bthd: jax.Array) -> bool:
-    """Whether this is what cuDNN keeps of the forward pass beside its result: a logarithm for each query."""
+    """Whether this is the statistic that cuDNN saves in the forward pass in addition to o: a logarithm per query."""
     batch, length, heads, _ = q_bthd.shape
     return leaf.dtype == jnp.float32 and leaf.shape == (batch, heads, length)

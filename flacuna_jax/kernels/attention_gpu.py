@@ -1,10 +1,10 @@
 """Packed causal attention on NVIDIA GPUs: Pallas kernels through Triton.
 
-The algorithm is FlashAttention-2 (Dao, 2023): scores exist one tile at a time, the forward pass keeps o and a
-log-sum-exp per query, the backward pass computes the scores again. Two things are particular. Each program derives
-from the mask's intervals which tiles of the other axis it needs, so tiles of other documents are never loaded; and
-the backward pass is two kernels, one whose programs own queries (dq) and one whose programs own keys (dk, dv), so
-that nothing is accumulated through memory and results are bit-identical from run to run.
+The algorithm is FlashAttention-2 (Dao, 2023): scores exist one tile at a time, the forward pass saves o and a
+log-sum-exp per query, and the backward pass recomputes the scores. There are two differences. Each program derives from
+the mask's intervals which tiles of the other axis it needs, so tiles of other documents are never loaded. And the
+backward pass has two kernels, one with programs for queries (dq) and one with programs for keys (dk, dv), so that
+nothing is accumulated through memory and results are bit-identical from run to run.
 
 This is the only module that depends on the Triton lowering of Pallas.
 """
@@ -120,7 +120,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a kernel is compiled for."""
+    """The static arguments of a kernel."""
 
     tile: GpuTile
     length: int
@@ -130,7 +130,7 @@ class _Plan:
 
     @property
     def padded_dim(self) -> int:
-        """Triton wants powers of two, and 16 at least in a product."""
+        """Triton needs powers of two, and at least 16 in a product."""
         return max(16, pl.next_power_of_2(self.dim))
 
     @property
@@ -162,7 +162,7 @@ class _Plan:
         plgpu.store(ref.at[pl.ds(first, size)], x_t, mask=self._inside_row(first, size))
 
     def _inside_row(self, first: Index, size: int) -> jax.Array | None:
-        """Guards are not free, so there are none where the tiles divide the row."""
+        """The guard for positions inside of the row; None if the tiles divide the row, because guards cost time."""
         ragged = self.length % self.tile.queries or self.length % self.tile.keys
         return first + jnp.arange(size) < self.length if ragged else None
 
@@ -178,8 +178,8 @@ class _Plan:
     def dot(self, a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
         """Product of two tiles over the given axes, in float32.
 
-        float32 operands are split into three TF32 products, which keeps float32's precision and runs on tensor cores;
-        plain float32 products do not fit into the registers. The interpreter does the plain ones.
+        float32 operands are split into three TF32 products, which have float32's precision and run on tensor cores;
+        plain float32 products do not fit into the registers. The interpreter uses plain products.
         """
         precision: Any = None
         if a.dtype == jnp.float32:
@@ -193,7 +193,7 @@ def _load(ref: Ref, inside: jax.Array | None, other: float) -> jax.Array:
 
 
 class _Specs:
-    """What a program (tile, batch row, head) is shown: whole rows of its head, of which it reads the tiles it needs."""
+    """Block specifications for a program (tile, batch row, head): whole rows of its head, from which it loads tiles."""
 
     def __init__(self, plan: _Plan) -> None:
         self.length, self.dim = plan.padded_length, plan.padded_dim
@@ -245,7 +245,7 @@ def packed_attention_forward(
             visible_qk = (start_q[:, None] <= key_k[None, :]) & (key_k[None, :] <= query_q[:, None])
             score_qk = jnp.where(visible_qk, score_qk, -jnp.inf)
         new_top_q = jnp.maximum(top_q, jnp.max(score_qk, axis=1))
-        # A row that has seen no key yet has a top of -inf, and inf - inf is no number: let it weigh against 0.
+        # A row without a visible key so far has a maximum of -inf, and inf - inf is NaN; use 0 instead.
         against_q = jnp.where(new_top_q == -jnp.inf, 0.0, new_top_q)
         weight_qk = jnp.exp2(score_qk * log2_scale - (against_q * log2_scale)[:, None])
         shrink_q = jnp.exp2((top_q - against_q) * log2_scale)
@@ -278,7 +278,7 @@ def packed_attention_dq(
     *,
     plan: _Plan,
 ) -> None:
-    """Program (i, b, h): dq of query tile i, and delta = Σ_d o·do, which the kernel of keys needs too."""
+    """Program (i, b, h): dq of query tile i, and delta = Σ_d o·do, which the kernel for keys also needs."""
     tile, log2_scale = plan.tile, plan.log2_scale
     first_query = pl.program_id(0) * tile.queries
     query_q = first_query + jnp.arange(tile.queries)
@@ -358,7 +358,7 @@ def packed_attention_dkv(
 
 
 def _walk(tiles: TileRange, visit: Callable[..., Any], carry: Any) -> Any:
-    """Visits the tiles in order; only those at the edges of what is visible pay for the mask."""
+    """Visits the tiles in order; only partly visible tiles apply the mask."""
     carry = lax.fori_loop(tiles.first, tiles.full_first, partial(visit, masked=True), carry)
     carry = lax.fori_loop(tiles.full_first, tiles.full_stop, partial(visit, masked=False), carry)
     return lax.fori_loop(tiles.full_stop, tiles.stop, partial(visit, masked=True), carry)

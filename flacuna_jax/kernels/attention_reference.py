@@ -1,4 +1,4 @@
-"""Attention in plain jax.numpy: the definition that the kernels are tested against."""
+"""Attention in plain jax.numpy: the reference for tests of the kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from flacuna_jax.kernels.packed_mask import PackedMask
 
 MASKED_SCORE = -1e30
-"""Finite, so that a row without any visible key gives no NaN, in the forward pass or in the gradients."""
+"""Finite, so that a row without a visible key gives no NaN in the forward pass or in the gradients."""
 
 
 def visible_bqk(mask: PackedMask) -> jax.Array:
-    """bool [B, T, T]: whether query q sees key k."""
+    """bool [B, T, T]: whether key k is visible to query q."""
     position_t = jnp.arange(mask.start_bt.shape[-1], dtype=jnp.int32)
     not_before_bqk = mask.start_bt[:, :, None] <= position_t
     return not_before_bqk & (position_t <= position_t[:, None])

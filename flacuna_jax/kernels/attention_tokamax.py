@@ -1,13 +1,13 @@
-"""Packed causal attention of Hopper and Blackwell data-center GPUs, by tokamax's Mosaic GPU kernels.
+"""Packed causal attention on Hopper and Blackwell data-center GPUs with tokamax's Mosaic GPU kernels.
 
 tokamax's public function takes a dense mask or a window. Its kernels also take the first visible key of each query,
-which is `PackedMask.start_bt`. They are not part of tokamax's public interface, so one release of it is used, the one
-that the tests here have checked. The forward kernel skips keys before the earliest document of its queries. The
-backward kernels skip only the future, and mask other documents.
+which is `PackedMask.start_bt`. They are not part of tokamax's public interface, so only the release is supported that
+the tests have checked. The forward kernel skips keys before the earliest document of its queries. The backward kernels
+skip only the future, and mask other documents.
 
-A padding query sees no key. Of single ones the forward kernels make 0, but a whole tile of them (128 queries) stops the
-kernel for sm_90: the threads that compute begin their loop before the first key that is loaded, and wait forever. So
-here a padding position sees itself, and what comes of it is replaced by zeros.
+No key is visible to a padding query. The forward kernels give 0 for a single padding query, but a whole tile of them
+(128 queries) hangs the kernel for sm_90: the computing threads start their loop before the first loaded key, and wait
+forever. Therefore each padding position sees itself, and its results are replaced by zeros.
 
 The kernels use no atomic operations: results are bit-identical from run to run.
 """
@@ -28,17 +28,17 @@ from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.tiles import gpu_architecture
 
 VERSION = "0.0.17"
-"""Of tokamax, whose kernels are private to it and change between releases."""
+"""The supported release of tokamax, whose kernels are private and change between releases."""
 LARGEST_HEAD = 128
 TILE = 128
-"""Rows are padded to a multiple of it: neither kernel then meets a tile that reaches past the end of the row."""
+"""Rows are padded to a multiple of this, so that no tile of a kernel extends past the end of the row."""
 LOG2_E = math.log2(math.e)
 NO_WEIGHT = 1e30
-"""The logarithm of a padding query's sum in the backward pass: its weights are exactly 0, whatever it holds."""
+"""The logarithm of a padding query's sum in the backward pass, which makes its weights exactly 0."""
 
 
 def installed() -> str | None:
-    """The version of tokamax that is installed, if any. Imports nothing."""
+    """The installed version of tokamax, if any. Imports nothing."""
     try:
         return metadata.version("tokamax")
     except metadata.PackageNotFoundError:
@@ -46,25 +46,25 @@ def installed() -> str | None:
 
 
 def misfit(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None) -> str | None:
-    """Why this backend cannot be used for heads of `dim` on such a device; None if it can."""
+    """The reason why this backend does not support heads of `dim` on such a device; None if it does."""
     if platform not in ("gpu", "cuda"):
         return f"runs on NVIDIA GPUs, not on {platform}"
     if gpu_architecture(device_kind) not in _CONFIGS:
         return f"has kernels for Hopper (sm_90) and Blackwell (sm_100) data-center GPUs, not for {device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+        return f"supports bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if dim > LARGEST_HEAD:
-        return f"takes a head_dim up to {LARGEST_HEAD}, not {dim}"
+        return f"supports head_dim up to {LARGEST_HEAD}, not {dim}"
     found = installed()
     if found is None:
         return f"needs tokamax {VERSION}, which is not installed: pip install 'flacuna-jax[tokamax]' (Python 3.12)"
     if found != VERSION:
-        return f"needs tokamax {VERSION}, and {found} is installed: pip install 'tokamax=={VERSION}'"
+        return f"needs tokamax {VERSION}, but {found} is installed: pip install 'tokamax=={VERSION}'"
     return None
 
 
 def check(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None) -> None:
-    """Raises UserError, by name, for what this backend is not for."""
+    """Raises UserError with the reason if this backend does not support the arguments."""
     if reason := misfit(dim, dtype, platform, device_kind):
         raise UserError(f"attention backend tokamax {reason}; or use auto")
 
@@ -148,8 +148,8 @@ def _whole_tiles(x_bthd: jax.Array) -> jax.Array:
 
 
 def _visible_to_themselves(mask: PackedMask) -> tuple[jax.Array, jax.Array]:
-    """First visible key of each query of a row padded to whole tiles, where padding sees itself; and which queries of
-    the row as given see anything, bool [B, T]."""
+    """The first visible key of each query in rows padded to whole tiles, in which padding sees itself; and whether each
+    query of the original rows sees any key, bool [B, T]."""
     length = mask.start_bt.shape[1]
     position_t = jnp.arange(length + -length % TILE, dtype=jnp.int32)
     start_bt = jnp.pad(mask.start_bt, ((0, 0), (0, -length % TILE)), constant_values=position_t.size)
@@ -181,7 +181,8 @@ class _Kernels:
 
 @cache
 def _kernels(architecture: str | None) -> _Kernels:
-    """tokamax's kernels for one row and their tiles. Called directly: what is around them asks the default device."""
+    """tokamax's kernels for one row, and their tiles. They are called directly, because the functions around them query
+    the default device."""
     assert architecture is not None
     modules = "tokamax._src.ops.attention.pallas_mosaic_gpu"
     forward = importlib.import_module(f"{modules}_kernel_{architecture}")

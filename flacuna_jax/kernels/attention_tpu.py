@@ -1,11 +1,11 @@
 """Packed causal attention on TPUs: Pallas kernels with scalar prefetch, behind the interface in `attention`.
 
-A TPU runs the grid in order and copies each step's blocks while the step before computes. The ranges of needed tiles
-are therefore read before the kernels start: they steer which block is copied next. Steps outside a range ask for the
-block that is already there, which copies nothing, and compute nothing. Sums over the innermost axes stay in scratch.
+A TPU runs the grid in order and copies each step's blocks while the previous step computes. The ranges of needed tiles
+are therefore computed before the kernels start, and select the block to copy next. Steps outside of a range request the
+block that is already loaded, which copies nothing, and compute nothing. Sums over the innermost axes stay in scratch.
 
-Blocks are cut out of [B, T, H x D], which is how projections leave their results, so no head is transposed; it wants D
-in multiples of the 128 lanes, and other sizes are padded with zeros (the hardware would do so as well).
+Blocks are slices of [B, T, H x D], the layout of the projections' outputs, so no head is transposed. D must be a
+multiple of the 128 lanes; other sizes are padded with zeros (the hardware would do the same).
 """
 
 import math
@@ -188,7 +188,7 @@ def packed_attention_forward(
     sizes: Sizes,
     scale: float,
 ) -> None:
-    """Step (b, h, i, step): one key tile's part in the output of query tile i of head h."""
+    """Step (b, h, i, step): the contribution of one key tile to the output of query tile i of head h."""
     tile, log2_scale = sizes.tile, scale * LOG2_E
     i, step = pl.program_id(2), pl.program_id(3)
     needed = read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
@@ -207,7 +207,7 @@ def packed_attention_forward(
             key_1k = _positions(j * tile.keys, (1, tile.keys), axis=1)
             score_qk = jnp.where((_column(start_ref) <= key_1k) & (key_1k <= query_q1), score_qk, -jnp.inf)
         top_q1 = jnp.maximum(top_ref[...], jnp.max(score_qk, axis=1, keepdims=True))
-        # A row that has seen no key yet has a top of -inf, and inf - inf is no number: let it weigh against 0.
+        # A row without a visible key so far has a maximum of -inf, and inf - inf is NaN; use 0 instead.
         against_q1 = jnp.where(top_q1 == -jnp.inf, 0.0, top_q1)
         weight_qk = jnp.exp2(score_qk * log2_scale - against_q1 * log2_scale)
         shrink_q1 = jnp.exp2((top_ref[...] - against_q1) * log2_scale)
@@ -241,7 +241,7 @@ def packed_attention_dq(
     sizes: Sizes,
     scale: float,
 ) -> None:
-    """Step (b, h, i, step): one key tile's part in dq of query tile i of head h."""
+    """Step (b, h, i, step): the contribution of one key tile to dq of query tile i of head h."""
     tile = sizes.tile
     i, step = pl.program_id(2), pl.program_id(3)
     needed = read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
@@ -287,7 +287,7 @@ def packed_attention_dkv(
     sizes: Sizes,
     scale: float,
 ) -> None:
-    """Step (b, n, j, g, step): one query tile's part in dk and dv of key tile j of key head n."""
+    """Step (b, n, j, g, step): the contribution of one query tile to dk and dv of key tile j of key head n."""
     tile = sizes.tile
     j, g, step = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     needed = read_range(ranges_ref, pl.program_id(0) * sizes.key_tiles + j)
@@ -319,7 +319,7 @@ def packed_attention_dkv(
 
 
 def _visit(tile: jax.Array, needed: TileRange, visit: Any) -> None:
-    """Computes a needed tile, with the mask where it is not full."""
+    """Computes a needed tile, with the mask if it is only partly visible."""
     is_needed = tile < needed.stop
     is_full = (needed.full_first <= tile) & (tile < needed.full_stop)
     pl.when(is_needed & is_full)(partial(visit, masked=False))
@@ -331,7 +331,7 @@ def _positions(first: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array
 
 
 def _column(row_ref: Ref) -> jax.Array:
-    """A [1, n] block as [n, 1]. By way of a whole-tile transpose, which every generation has; v4 has no other."""
+    """A [1, n] block as [n, 1], by a transpose of whole tiles, which every TPU generation supports; v4 has no other."""
     return jnp.broadcast_to(row_ref[...], (LANES, row_ref.shape[1])).T[:, :1]
 
 

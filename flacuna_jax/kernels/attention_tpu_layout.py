@@ -1,4 +1,4 @@
-"""How attention lies on a TPU: padding, blocks, and which block each step of the grid asks for."""
+"""The layout of attention on a TPU: padding, blocks, and the block of each step of the grid."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ Ref = Any
 
 
 class Sizes(NamedTuple):
-    """Sizes of one call, in elements and in tiles, and the way to and from the padded layout."""
+    """Sizes of one call, in elements and in tiles, and conversions to and from the padded layout."""
 
     batch: int
     length: int
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(q_bthd: jax.Array, k_bthd: jax.Array, tile: TpuTile, window: int | None) -> "Sizes":
-        """Tiles that do not divide the row, rounded up to lanes, are halved until they do."""
+        """Halves tiles until they divide the row, rounded up to lanes."""
         batch, length, heads, dim = q_bthd.shape
         padded = pl.cdiv(length, LANES) * LANES
         fitted = TpuTile(math.gcd(tile.queries, padded), math.gcd(tile.keys, padded))
@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
         return jax.ShapeDtypeStruct((self.batch, self.heads, 1, self.padded_length), jnp.float32)
 
     def pad(self, x_bthd: jax.Array) -> jax.Array:
-        """[B, T, H, D] to [B, padded T, H x padded D]; no copy where nothing is padded."""
+        """[B, T, H, D] to [B, padded T, H x padded D]; without a copy if nothing is padded."""
         tail, lanes = self.padded_length - self.length, self.padded_dim - self.dim
         padded = jnp.pad(x_bthd, ((0, 0), (0, tail), (0, 0), (0, lanes)))
         return padded.reshape(self.batch, self.padded_length, -1)
@@ -118,7 +118,7 @@ def read_range(ranges_ref: Ref, index: jax.Array) -> TileRange:
 
 
 def tile_at(ranges_ref: Ref, index: jax.Array, step: jax.Array) -> jax.Array:
-    """The tile of a step of a range; after its end the last one stays."""
+    """The tile of a step of a range; steps after its end keep the last tile."""
     tiles = read_range(ranges_ref, index)
     return jnp.minimum(tiles.first + step, jnp.maximum(tiles.stop - 1, 0))
 

@@ -1,12 +1,12 @@
-"""Packed causal attention in plain XLA, tile by tile: what CPUs run, with the interface of a backend (see `attention`).
+"""Packed causal attention in plain XLA, tile by tile: the backend for CPUs (see `attention` for its interface).
 
-Loops over the tiles that a tile of queries needs, with trip counts from the mask, so that neither other documents nor
-the future are computed and no [T, T] array exists. On two CPU cores at [2, 1280, 8, 64] float32 and documents of 200
-tokens, forward and backward take 12 and 44 ms where the dense definition takes 777 and 1,835 (one document per row: 27
-and 97 against 248 and 803 for a single row).
+It loops over the key tiles that a tile of queries needs, with trip counts from the mask, so that neither other
+documents nor the future are computed and no [T, T] array exists. On two CPU cores at [2, 1280, 8, 64] float32 and
+documents of 200 tokens, forward and backward take 12 and 44 ms, while the dense definition takes 777 and 1,835 ms (with
+one document per row: 27 and 97 against 248 and 803 ms for a single row).
 
-The loops are serial. That suits a CPU, whose cores share each product, and leaves an accelerator mostly idle: there
-this is a way to check kernels, not one to train.
+The loops are serial. That suits a CPU, whose cores share each product, but leaves an accelerator mostly idle. There,
+this backend is for checking kernels, not for training.
 
 Suffixes: b rows, i query tiles, n key heads, r the queries of a tile times the query heads that share a key head,
 k the keys of a tile, d head_dim.
@@ -22,7 +22,8 @@ from jax import lax
 from flacuna_jax.kernels.packed_mask import PackedMask, key_tiles
 
 TILE = 64
-"""Queries and keys at a time. 64 and 128 are even for long documents; for short ones 64 takes 0.7 times as long."""
+"""Queries and keys per tile. 64 and 128 are equally fast for long documents; for short ones, 64 takes 0.7 times as
+long."""
 LN_2 = math.log(2)
 BEYOND = 2**30
 """Start of a query past the end of the row: no key is ever visible to it."""
@@ -121,7 +122,7 @@ def backward(
 
 
 class _Tiling(NamedTuple):
-    """Sizes of one call, and the way between [B, T, H, D] and tiles."""
+    """Sizes of one call, and conversions between [B, T, H, D] and tiles."""
 
     length: int
     kv_heads: int
@@ -139,7 +140,7 @@ class _Tiling(NamedTuple):
         return -(-self.length // self.tile)
 
     def pad(self, x: jax.Array, value: int = 0) -> jax.Array:
-        """The second axis, T, to whole tiles."""
+        """Pads the second axis, T, to whole tiles."""
         widths = [(0, 0)] * x.ndim
         widths[1] = (0, self.tiles * self.tile - self.length)
         return jnp.pad(x, widths, constant_values=value)
@@ -176,7 +177,7 @@ class _Tiling(NamedTuple):
 
 
 def _ranges(mask: PackedMask, tiling: _Tiling) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`start` by tile [B, i, tile], and the first and the stop of each query tile's key tiles [B, i]."""
+    """`start` by tile [B, i, tile], and the first and stop index of each query tile's key tiles [B, i]."""
     shape = (mask.start_bt.shape[0], tiling.tiles, tiling.tile)
     start_bit = tiling.pad(mask.start_bt, BEYOND).reshape(shape)
     query_it = jnp.arange(tiling.tiles * tiling.tile, dtype=jnp.int32).reshape(shape[1:])

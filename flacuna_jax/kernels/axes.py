@@ -1,6 +1,6 @@
-"""Names of the mesh axes that kernels partition themselves over; `model.sharding` has them all."""
+"""Names of the mesh axes over which kernels are partitioned; `model.sharding` has all axes."""
 
 BATCH_AXES = ("replica", "data", "fsdp")
-"""Rows of a batch are spread over these."""
+"""Rows of a batch are split over these."""
 TENSOR_AXIS = "tensor"
 """Heads, feed-forward and vocabulary are split over this."""

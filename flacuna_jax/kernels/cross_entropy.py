@@ -1,9 +1,10 @@
-"""Cross-entropy that never holds the logits: supervised positions first, then chunk by chunk through the head.
+"""Cross-entropy without storing all logits: sorts supervised positions to the front, then applies the head in chunks.
 
 In instruction tuning most positions carry no loss. On each device the supervised positions are moved to the front by a
-stable sort, and only ceil(count / chunk) chunks of them reach the head; the cost follows the number of supervised
-tokens. Statistics are float32. While the head is frozen, the gradient with respect to the activations is made together
-with the loss, so the backward pass multiplies two arrays; a head that trains repeats its logits there, chunk by chunk.
+stable sort, and only ceil(count / chunk) chunks of them go through the head, so the cost depends on the number of
+supervised tokens. Statistics are float32. If the head is frozen, the gradient with respect to the activations is
+computed together with the loss, so the backward pass only multiplies two arrays; for a trained head, the backward pass
+recomputes the logits, chunk by chunk.
 """
 
 import dataclasses
@@ -20,16 +21,17 @@ from jax.sharding import PartitionSpec as P
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 256
-"""Positions: 1024 × 32000 float32 logits are 131 MB, and already fill a large accelerator's matrix units. Below 256 a
-CPU, too, loses more by reading the head again for each chunk than by the waste in the last one."""
+"""Largest and smallest number of positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill the
+matrix units of a large accelerator. Below 256, even a CPU loses more by reading the head again for each chunk than by
+the unused part of the last chunk."""
 
 LOOP_SCOPE = "head_chunks"
 """Name of the loop over chunks in compiled programs and profiles."""
 
 
 def chunk_size(positions: int) -> int:
-    """Positions that meet the head at once, of so many on a device: a tenth, so that the last chunk, which is computed
-    whole, wastes at most that; 256 to 1024."""
+    """Number of positions per chunk, for a number of positions on a device: a tenth, so that the last chunk, which is
+    computed whole, wastes at most that; between 256 and 1024."""
     tenth = positions // 10 // SMALLEST_CHUNK * SMALLEST_CHUNK
     return min(positions, max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tenth)))
 
@@ -49,13 +51,13 @@ def token_losses(
       hidden_btd: final hidden states; the head's matmul runs in their dtype, accumulating float32.
       head_vd: language-model head [vocab, model].
       targets_bt: int32 target ids.
-      loss_mask_bt: bool, true where the target carries loss.
-      chunk: positions that meet the head at once; None: `chunk_size`.
-      trained_columns: how many of the head's last columns have a gradient, where it is differentiated; that of the
-        others is zero and not computed. None: all.
+      loss_mask_bt: bool, true if the target carries loss.
+      chunk: positions per chunk; None: `chunk_size`.
+      trained_columns: number of the head's last columns that have a gradient; the gradient of the others is zero and is
+        not computed. None: all.
 
-    On a mesh (`jax.set_mesh` with axes data, fsdp, tensor) rows are spread over data × fsdp and the vocabulary over
-    tensor where it divides.
+    On a mesh (`jax.set_mesh` with axes data, fsdp, tensor), rows are split over data × fsdp, and the vocabulary over
+    tensor if that divides it.
     """
     return _token_losses(hidden_btd, head_vd, targets_bt, loss_mask_bt, chunk, trained_columns)
 
@@ -68,9 +70,9 @@ def token_scores(
     *,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `token_losses` gives, and whether each supervised target is the most likely token, bool [b, t].
+    """The result of `token_losses`, and whether each supervised target is the most likely token, bool [b, t].
 
-    For measuring: it has no gradient.
+    For evaluation: it has no gradient.
     """
     return _on_mesh(_scores, chunk, head_vd, ("rows", "rows"))(hidden_btd, head_vd, targets_bt, loss_mask_bt)
 
@@ -113,16 +115,16 @@ _token_losses.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One device's share. Suffixes: n positions (supervised first, padded to whole chunks), c one chunk, v vocabulary.
+# The part of one device. Suffixes: n positions (supervised first, padded to whole chunks), c one chunk, v vocabulary.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     chunk: int
     vocab_axis: str | None = None
-    """Mesh axis that splits the head's rows; None where the head is whole."""
+    """Mesh axis that splits the head's rows; None if the head is whole."""
     row_axes: tuple[str, ...] = ()
-    """Mesh axes that spread the batch."""
+    """Mesh axes that split the batch."""
 
 
 class _Positions(NamedTuple):
@@ -130,7 +132,7 @@ class _Positions(NamedTuple):
     """Index into the flattened batch, supervised positions first; past the end for the padding of the last chunk."""
     targets_n: jax.Array
     supervised: jax.Array
-    """How many positions carry loss."""
+    """Number of positions with loss."""
 
     def at(self, index: jax.Array, chunk: int) -> "_Positions":
         order_c, targets_c = (
@@ -157,13 +159,13 @@ def _put(x_n: jax.Array, index: jax.Array, x_c: jax.Array) -> jax.Array:
 
 
 def _put_back(x_n: jax.Array, positions: _Positions, shape: tuple[int, ...]) -> jax.Array:
-    """From sorted order to the batch's own order and shape."""
+    """From sorted order to the batch's original order and shape."""
     rows = jnp.zeros((shape[0] * shape[1], *x_n.shape[1:]), x_n.dtype)
     return rows.at[positions.order_n].set(x_n, mode="drop", unique_indices=True).reshape(shape)
 
 
 class _ChunkStatistics(NamedTuple):
-    """Of one chunk; zero beyond its supervised positions."""
+    """Statistics of one chunk; zero beyond its supervised positions."""
 
     loss_c: jax.Array
     is_likeliest_c: jax.Array
@@ -226,7 +228,7 @@ def _scores(
 def _losses_and_gradients(
     hidden_btd: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, loss_mask_bt: jax.Array, *, layout: _Layout
 ) -> tuple[jax.Array, jax.Array]:
-    """Losses, and the gradient of each loss with respect to its own hidden state."""
+    """Losses, and the gradient of each loss with respect to its hidden state."""
     hidden_nd = hidden_btd.reshape(-1, hidden_btd.shape[-1])
     positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
 
@@ -254,7 +256,7 @@ def _all_gradients(
     columns: int,
     layout: _Layout,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of Σ cotangent · loss with respect to hidden states and head; of the head, its last `columns`."""
+    """Gradients of Σ cotangent · loss with respect to hidden states and the last `columns` of the head."""
     hidden_nd, cotangent_n = hidden_btd.reshape(-1, hidden_btd.shape[-1]), cotangent_bt.reshape(-1)
     positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
 
@@ -279,13 +281,13 @@ def _all_gradients(
     gradients_nd, head_gradient_vk = _loop(positions, layout, body, init)
     if layout.row_axes:
         head_gradient_vk = jax.lax.psum(head_gradient_vk, layout.row_axes)
-    # Where the zeros are only cut off again, as those of a frozen matrix beside its adapter, XLA never makes them.
+    # If the zeros are only sliced off again, as for a frozen matrix with an adapter, XLA never creates them.
     head_gradient_vd = jnp.pad(head_gradient_vk, ((0, 0), (head_vd.shape[1] - columns, 0)))
     return _put_back(gradients_nd, positions, hidden_btd.shape), head_gradient_vd.astype(head_vd.dtype)
 
 
 def _on_mesh(local: Callable, chunk: int | None, head_vd: jax.Array, outputs: Any) -> Callable:
-    """Runs `local` on every device's rows; `outputs` says per result whether it lies like "rows" or like the "head"."""
+    """Runs `local` on every device's rows; `outputs` gives the sharding of each result, like "rows" or the "head"."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     split_vocab = not mesh.empty and mesh.shape[TENSOR_AXIS] > 1 and head_vd.shape[0] % mesh.shape[TENSOR_AXIS] == 0

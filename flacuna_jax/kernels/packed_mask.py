@@ -1,8 +1,8 @@
-"""The visibility of packed rows, in two integers per token.
+"""The attention mask of packed rows, as two integers per token.
 
-A row holds documents one after another, then padding. Because documents are contiguous and attention is causal, a
-query sees one interval of keys and a key is seen by one interval of queries; a sliding window only shortens both.
-The kernels need nothing else: neither segment ids nor a [T, T] mask ever reaches them.
+A row contains documents one after another, then padding. Because documents are contiguous and attention is causal, a
+query sees one interval of keys and a key is seen by one interval of queries; a sliding window only shortens both. The
+kernels need nothing else, neither segment ids nor a [T, T] mask.
 """
 
 from dataclasses import dataclass
@@ -24,27 +24,28 @@ class PackedMask:
     """
 
     start_bt: jax.Array
-    """int32 [B, T]: first key that the query sees."""
+    """int32 [B, T]: first key visible to the query."""
     end_bt: jax.Array
     """int32 [B, T]: one past the last query that sees the key."""
     window: int | None = None
-    """Keys per query at most, itself included; None is the whole document. Already contained in both arrays."""
+    """Maximum number of visible keys, including the query itself; None is the whole document. Both arrays include
+    it."""
     one_document: bool = False
-    """Every row is one document and then padding: known before the rows are, for backends that take nothing else."""
+    """Whether every row is one document followed by padding; a static promise, for backends that need it."""
 
 
 def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None, *, one_document: bool = False) -> PackedMask:
     """Intervals of a batch of packed rows.
 
-    `segment_ids_bt` [B, T] integers: equal neighbours belong to one document, 0 is padding (wherever it stands). An
-    id that comes again after another one is a new document. `window` limits a query to its last `window` keys,
-    itself included (sliding window attention as Mistral defines it). `one_document` promises that no row holds more
-    than one document, at its beginning.
+    `segment_ids_bt` [B, T] integers: equal neighbours belong to one document, 0 is padding (at any position). An id
+    that returns after another one is a new document. `window` limits a query to its last `window` keys, including
+    itself (sliding window attention as in Mistral). `one_document` promises that every row has at most one document, at
+    its beginning.
 
     Raises ValueError for a window below 1.
     """
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}, but a query sees at least itself: use a window of 1 or more")
+        raise ValueError(f"window is {window}, but must be at least 1, because a query sees itself")
     length = segment_ids_bt.shape[-1]
     position_t = jnp.arange(length, dtype=jnp.int32)
     edge_b1 = jnp.ones_like(segment_ids_bt[:, :1], dtype=bool)
@@ -66,10 +67,10 @@ def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None, *, on
 
 
 class TileRange(NamedTuple):
-    """The tiles [first, stop) hold every visible pair; in [full_first, full_stop) every pair is visible.
+    """The tiles [first, stop) contain all visible pairs; in [full_first, full_stop) every pair is visible.
 
     first <= full_first <= full_stop <= stop. Tiles between first and full_first, and between full_stop and stop, need
-    the mask; with nothing visible all four are equal.
+    the mask. If nothing is visible, all four are equal.
     """
 
     first: jax.Array
@@ -82,8 +83,8 @@ def key_tiles(start: jax.Array, query: jax.Array, tile: int) -> TileRange:
     """Tiles of `tile` keys that a group of queries reads.
 
     `start` and `query` int32 [..., n]: `start_bt` at consecutive positions and those positions; one range per group
-    [...]. Queries without any key (start > query) are left out, so what a full tile gives them is meaningless.
-    Works on scalars of a kernel and on whole arrays alike.
+    [...]. Queries without any key (start > query) are ignored, so their results from a full tile are meaningless.
+    Works for scalars in a kernel and for whole arrays.
     """
     sees_any = start <= query
     earliest_start = jnp.min(jnp.where(sees_any, start, _FAR), axis=-1)
@@ -94,9 +95,9 @@ def key_tiles(start: jax.Array, query: jax.Array, tile: int) -> TileRange:
 
 
 def query_tiles(end: jax.Array, key: jax.Array, tile: int) -> TileRange:
-    """Tiles of `tile` queries that read a group of keys: `key_tiles` seen from the other side, with `end_bt`.
+    """Tiles of `tile` queries that read a group of keys: the counterpart of `key_tiles`, with `end_bt`.
 
-    Keys that no query sees (end <= key) are left out, so what a full tile gives them is meaningless.
+    Keys that no query sees (end <= key) are ignored, so their results from a full tile are meaningless.
     """
     seen = key < end
     first_key = jnp.min(jnp.where(seen, key, _FAR), axis=-1)
@@ -111,7 +112,7 @@ _FAR = 2**30
 
 
 def _tile_range(first: jax.Array, full_first: jax.Array, full_stop: jax.Array, stop: jax.Array, tile: int) -> TileRange:
-    """Positions to tiles: the outer range grows to whole tiles, the inner one shrinks to them."""
+    """Converts positions to tiles: the outer range grows to whole tiles, the inner one shrinks to them."""
     stop = lax.div(stop + (tile - 1), tile)
     first = jnp.minimum(lax.div(first, tile), stop)
     full_first = jnp.clip(lax.div(full_first + (tile - 1), tile), first, stop)

@@ -1,13 +1,14 @@
-"""Products of activations with a frozen matrix in 8 bits, int8 or fp8, on the matrix units that have them.
+"""Products of activations with a frozen matrix in 8 bits, int8 or fp8, on matrix units that support them.
 
-The matrix is quantised once, each output channel by its largest magnitude; activations as they come, each token by its
-own. So both scales are outside of the sum, and the product itself is one of 8-bit numbers:
+The matrix is quantised once, each output channel by its largest magnitude; activations are quantised in each call, each
+token by its largest magnitude. So both scales are outside of the sum, which is a product of 8-bit numbers:
 
     y[t, o] = (Σ_i x8[t, i] w8[o, i]) · scale_x[t] · scale_w[o]
 
-int8 sums in int32 exactly; fp8 (Micikevicius et al., 2022, arXiv:2209.05433: e4m3 forward, e5m2 for gradients) in
-float32. The gradient with respect to the activations is straight through: quantisation of x counts as the identity, and
-the product with the matrix is again one of 8 bits, of gradients scaled token by token. The matrix has no gradient.
+int8 products are summed exactly in int32, fp8 products (Micikevicius et al., 2022, arXiv:2209.05433: e4m3 forward, e5m2
+for gradients) in float32. The gradient with respect to the activations is straight-through: quantisation of x counts as
+the identity, and the product with the matrix is again in 8 bits, with gradients scaled token by token. The matrix has
+no gradient.
 """
 
 from functools import partial
@@ -26,16 +27,16 @@ BACKWARD: dict[str, DTypeLike] = {"int8": jnp.int8, "fp8": jnp.float8_e5m2}
 
 
 class Quantized(NamedTuple):
-    """Rows in 8 bits: values [..., rows, n] and a float32 scale per row [..., rows]; their product is what is meant."""
+    """Rows in 8 bits: values [..., rows, n] and a float32 scale per row [..., rows], which are multiplied."""
 
     values: jax.Array
     scale: jax.Array
 
 
 def quantize_rows(x: jax.Array, dtype: DTypeLike) -> Quantized:
-    """Each row [..., n] by its largest magnitude, which becomes the largest number of `dtype`; zeros stay zeros.
+    """Scales each row [..., n] so that its largest magnitude becomes the largest number of `dtype`; zeros stay zeros.
 
-    int8 is rounded to nearest (ties to even) in ±127; fp8 as its conversion does.
+    int8 is rounded to nearest (ties to even) in ±127; fp8 is rounded by its conversion.
     """
     x32 = x.astype(jnp.float32)
     magnitude = jnp.max(jnp.abs(x32), axis=-1)
@@ -69,11 +70,11 @@ def _forward(
 
 def _backward(fmt: Format, saved: tuple[jax.Array, ...], dy_bto: jax.Array) -> tuple[jax.Array | None, ...]:
     values_oi, scale_o = saved
-    # The channels' scales belong to the sum over channels, so they go into the gradient before it is quantised.
+    # The scales of channels are inside of the sum over channels, so they multiply the gradient before it is quantised.
     dy = quantize_rows(dy_bto.astype(jnp.float32) * scale_o, BACKWARD[fmt])
     if fmt == "int8":
-        # GPUs sum int8 along the fastest dimension only. Unless rows are held here, XLA turns the stack of all layers
-        # before the loop over them, and keeps that beside it; so each layer's matrix turns when it is due.
+        # GPUs sum int8 only along the fastest dimension. Without this constraint, XLA would transpose the stack of all
+        # layers before the loop over layers, and keep both; with it, each layer's matrix is transposed when it is used.
         values_oi = with_layout_constraint(values_oi, Layout((0, 1)))
     sums_bti = _dot(dy.values, values_oi, 0, dy_bto.dtype)
     return (sums_bti * dy.scale[..., None]).astype(dy_bto.dtype), None, None
@@ -85,8 +86,8 @@ quantized_matmul.defvjp(_forward, _backward)
 def _dot(x_btn: jax.Array, values_oi: jax.Array, contract: int, dtype: DTypeLike) -> jax.Array:
     """Sums over the last axis of x and the given one of the matrix, float32.
 
-    fp8's leave the matrix units in the compute dtype, half the memory traffic in bfloat16; rounded there or after the
-    scales is the same error, far below fp8's own.
+    fp8 products leave the matrix units in the compute dtype, which halves the memory traffic in bfloat16. Rounding
+    there or after the scales gives the same error, which is far below that of fp8.
     """
     numbers = (((2,), (contract,)), ((), ()))
     sums = jnp.int32 if values_oi.dtype == jnp.int8 else dtype

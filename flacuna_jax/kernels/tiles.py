@@ -1,9 +1,9 @@
-"""Tile sizes of the attention kernels, one table per architecture, with the evidence for them.
+"""Tile sizes of the attention kernels, one table per architecture, with the reasons for them.
 
-The evidence so far is what the real compilers say of each kernel at [4, 1280, 40, head_dim]: shared memory in bytes and
-registers (ptxas), no spills, within the limits of every card of the architecture. Smaller tiles visit less of other
-documents, larger ones load less per product; which wins is a matter of measurement: `benchmarks/tune_attention.py`
-writes what it finds on a device to `tiles_measured.json`, and an entry there is preferred to these.
+So far they are based on the reports of the real compilers for each kernel at [4, 1280, 40, head_dim]: shared memory in
+bytes and registers (ptxas), no spills, within the limits of every card of the architecture. Smaller tiles visit less of
+other documents, larger ones load less per product; only measurements show which is faster.
+`benchmarks/tune_attention.py` writes its results on a device to `tiles_measured.json`, whose entries take precedence.
 """
 
 import json
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 @dataclass(frozen=True)
 class GpuTile:
-    """One kernel's tile: `queries` x `keys` scores at a time, by `warps` x 32 threads, loads `stages` deep."""
+    """One kernel's tile: `queries` x `keys` scores at a time, `warps` x 32 threads, and `stages` of loads in flight."""
 
     queries: int
     keys: int
@@ -32,10 +32,10 @@ class GpuTiles:
     dq: GpuTile
     dkv: GpuTile
     dkv_ragged: GpuTile | None = None
-    """In place of `dkv` for rows that its tile does not divide, whose guards take registers."""
+    """Replaces `dkv` for rows that its tile does not divide, because their guards need registers."""
 
     def dkv_for(self, length: int) -> GpuTile:
-        """For rows of a length."""
+        """The tile of dkv for rows of a length."""
         ragged = length % self.dkv.queries or length % self.dkv.keys
         return self.dkv_ragged if ragged and self.dkv_ragged else self.dkv
 
@@ -75,13 +75,13 @@ _AMPERE_64 = GpuTiles(forward=GpuTile(128, 64, 8, 2), dq=GpuTile(64, 64, 8, 2), 
 #   dq      64x64 w4 s2: 98,304, 227    128x64 w8 s2: 131,072, 194
 #   dkv     32x64 w4 s2: 65,792, 255    64x64 w8 s2: 99,328, 247   32x128 w8 s2: 98,560, 230   (64x128 w8 spills)
 # Forward: registers allow one block per multiprocessor, so the third stage is free. dq, dkv: two blocks, each of one
-# warp group, run beside each other and hide one another's exponentials.
+# warp group, run concurrently and hide each other's exponentials.
 _HOPPER = GpuTiles(forward=GpuTile(128, 64, 8, 3), dq=GpuTile(64, 64, 4, 2), dkv=GpuTile(32, 64, 4, 2))
 
 # head_dim above 128, bfloat16, everywhere. At 256 on sm_86: 69,632, 214; 65,536, 128; 81,920, 168.
 _WIDE = GpuTiles(forward=GpuTile(64, 32, 8, 2), dq=GpuTile(32, 32, 8, 1), dkv=GpuTile(32, 32, 8, 1))
 
-# float32 is for parity runs, not for speed: each product is three TF32 ones, and registers are what is scarce. At
+# float32 is for parity runs, not for speed: each product is three TF32 products, and registers are scarce. At
 # head_dim 128 on sm_80: 49,152, 254; 40,960, 254; 49,152, 253 (dkv 32x16 w4 s1 spills there from jax 0.12 on).
 _FLOAT32 = GpuTiles(forward=GpuTile(32, 32, 4, 1), dq=GpuTile(16, 16, 4, 1), dkv=GpuTile(16, 16, 4, 1))
 
@@ -94,7 +94,7 @@ _ARCHITECTURES = {
 def gpu_architecture(device_kind: str | None) -> str | None:
     """ "sm90" or "sm100" for data-center GPUs of Hopper and Blackwell, by name; None for every other device.
 
-    By name, since an absent device that is compiled for has nothing else.
+    The name is used because an absent target device has nothing else.
     """
     kind = device_kind or ""
     return next((name for name, kinds in _ARCHITECTURES.items() if any(part in kind for part in kinds)), None)
@@ -106,14 +106,12 @@ def gpu_holds(dim: int, dtype: DTypeLike) -> bool:
 
 
 def gpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> GpuTiles:
-    """Tiles for a device (`jax.Device.device_kind`), head_dim and dtype; an unknown device gets what fits them all.
+    """Tiles for a device (`jax.Device.device_kind`), head_dim and dtype; an unknown device gets tiles that fit all.
 
-    Raises ValueError for what no GPU holds.
+    Raises ValueError if no GPU can hold them.
     """
     if not gpu_holds(dim, dtype):
-        raise ValueError(
-            f"head_dim {dim} in {jnp.dtype(dtype).name} is more than the GPU kernels hold; use backend xla"
-        )
+        raise ValueError(f"head_dim {dim} in {jnp.dtype(dtype).name} is too large for the GPU kernels; use backend xla")
     if measured := _measured(GpuTile, device_kind, dim, dtype):
         return GpuTiles(**measured)
     if jnp.dtype(dtype).itemsize > 2:
@@ -131,7 +129,8 @@ _TPU = TpuTiles(forward=TpuTile(256, 256), dq=TpuTile(256, 256), dkv=TpuTile(256
 
 
 def tpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> TpuTiles:
-    """Tiles for a TPU. Unless measured, one entry: v4, v5e, v5p and v6e all compile it, at every head_dim up to 256."""
+    """Tiles for a TPU. Without measurements there is one entry, which v4, v5e, v5p and v6e compile for every head_dim
+    up to 256."""
     if measured := _measured(TpuTile, device_kind, dim, dtype):
         return TpuTiles(**measured)
     return _TPU
@@ -140,15 +139,15 @@ def tpu_tiles(device_kind: str | None, dim: int, dtype: DTypeLike) -> TpuTiles:
 MEASURED = Path(__file__).with_name("tiles_measured.json")
 """{device kind: {head_dim: {kernel: tile, "seconds": {backend: seconds}}}}, bfloat16.
 
-An entry serves head_dims up to its own and above half of it. "seconds", where more than one backend has kernels for the
-device: forward and backward of each at the shape that the tuner uses.
+An entry applies to head_dims up to its own and above half of it. "seconds" exists if more than one backend has kernels
+for the device: forward and backward of each at the shape of the tuner.
 """
 
 Tile = TypeVar("Tile", GpuTile, TpuTile)
 
 
 def measured_seconds(device_kind: str | None, dim: int, dtype: DTypeLike) -> dict[str, float]:
-    """Seconds of every backend that was measured beside the others on this device; empty if none was."""
+    """Seconds of every backend that was compared on this device; empty if none was."""
     return _entry(device_kind, dim, dtype).get("seconds", {})
 
 

@@ -1,1 +1,1 @@
-"""The LLaMA network, its adapters and how both lie on a mesh."""
+"""The LLaMA network, its adapters, and their sharding on a mesh."""

@@ -1,11 +1,11 @@
-"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) and its family on one page: sizes, block, model.
+"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) and its family: sizes, block, model.
 
 Parameters keep Hugging Face's layout ([out, in] kernels, rotate-half rotary pairs), so nothing is transposed or
-permuted on the way in or out. The blocks are stacked along a leading `layers` axis and scanned: compile time does not
-grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/value heads, n head_dim, f feed-forward.
+permuted on reading or writing. The blocks are stacked along a leading `layers` axis and scanned, so compile time does
+not grow with depth. Shape suffixes: b batch, t length, d model, h heads, k key/value heads, n head_dim, f feed-forward.
 
-Each module says here what Hugging Face calls it and which logical axes it has; nothing else lists the modules. They are
-declared in the order in which a forward pass uses them, which is also their order in written files.
+Each module has its Hugging Face name and its logical axes here; modules are listed nowhere else. They are declared in
+the order in which a forward pass uses them, which is also their order in written files.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a LLaMA, or of what differs from it in details, as its checkpoint's config.json states them."""
+    """Sizes of a LLaMA or a similar model, from the config.json of its checkpoint."""
 
     vocab_size: int
     hidden_size: int
@@ -48,19 +48,19 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     family: Literal["llama", "mistral", "qwen2"] = "llama"
-    """What Hugging Face calls model_type; all that it means to the network is in the other fields."""
+    """Hugging Face's model_type; the network depends only on the other fields."""
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
-    """Keys that a query sees at most, itself included (Mistral)."""
+    """Maximum number of keys visible to a query, including itself (Mistral)."""
     biases: tuple[str, ...] = ()
-    """Projections that add a bias (Qwen2: q, k and v)."""
+    """Projections with a bias (Qwen2: q, k and v)."""
 
     @property
     def rope_frequencies(self) -> np.ndarray:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def stretched(self, kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: float) -> "LlamaConfig":
-        """Sizes for a context `factor` times as long. `ntk` changes `rope_theta`, so every program can load it."""
+        """Sizes for a context `factor` times as long. `ntk` only changes `rope_theta`, so every program can load it."""
         own = self.max_position_embeddings
         longer = dataclasses.replace(self, max_position_embeddings=math.ceil(own * factor))
         if kind == "ntk":
@@ -72,7 +72,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight, statistics in float32 whatever x is (Zhang & Sennrich, 2019)."""
+    """x / rms(x) · weight, with statistics in float32 for any dtype of x (Zhang & Sennrich, 2019)."""
 
     def __init__(self, name: ModuleName, size: int, eps: float, param_dtype: jnp.dtype) -> None:
         self.weight = BaseParam(jnp.ones((size,), param_dtype), info=ParamInfo(name, "weight", "norm", (None,)))
@@ -85,20 +85,20 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The table [vocab, model]; also the language-model head where that is tied to it."""
+    """The table [vocab, model], which is also the language-model head if the two are tied."""
 
     def __init__(self, name: ModuleName, vocab_size: int, size: int, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         table_vd = base_matrix(rngs.params(), (vocab_size, size), param_dtype)
         self.weight = BaseParam(table_vd, info=ParamInfo(name, "weight", "table", ("vocab", None)))
 
     def table(self, dtype: jnp.dtype) -> jax.Array:
-        # Not `gather_weight`: a lookup's gradient is best added up at home, and scattered as one table.
+        # Not `gather_weight`: it is best to sum the gradient of lookups locally, and scatter it as one table.
         return constrain(self.weight[...].astype(dtype), "vocab", None)
 
 
 class Block(nnx.Module):
-    """One decoder layer. Where keys and values come from is the caller's business: training attends within packed
-    rows, decoding to a cache."""
+    """One decoder layer. The caller provides attention to keys and values: within packed rows in training, to a cache
+    in decoding."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
-        # The numbers tell the dropout keys of the projections apart; another number is another random stream.
+        # The numbers distinguish the dropout keys of the projections; changing a number changes its random stream.
         self.input_layernorm = norm("input_layernorm", d)
         self.q_proj = project("self_attn.q_proj", d, q, ("heads", None), 0)
         self.k_proj = project("self_attn.k_proj", d, kv, ("kv_heads", None), 1)
@@ -152,7 +152,7 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """Args:
         x_btd: activations.
-        rope: of the positions of x.
+        rope: the rotary embedding for the positions of x.
         attend: (q_bthn, k_btkn, v_btkn) → o_bthn.
         row_keys_b: dropout keys, one per row; None evaluates.
         """
@@ -176,14 +176,14 @@ def _split_heads(x_bti: jax.Array, head_dim: int, axis: str) -> jax.Array:
 
 
 class Llama(nnx.Module):
-    """The decoder, from token ids to final hidden states; `head` gives the table that turns those into logits.
+    """The decoder, from token ids to final hidden states; `head` gives the table that converts those to logits.
 
     Args:
       config: sizes.
-      lora: adapters to create beside the base, or None.
+      lora: settings of adapters, or None.
       dtype: compute dtype.
       param_dtype: dtype of base weights (adapters are float32).
-      quantization: how the projections of the layers are held instead.
+      quantization: quantised form of the layers' projections, or None.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Llama(nnx.Module):
         Args:
           tokens_bt: int32 ids; padding may be any valid id.
           positions_bt: int32, restarting at 0 with each document.
-          mask: which keys each query sees, built once for all layers (`mask`).
+          mask: the visible keys of each query, built once for all layers (`mask`).
           row_keys_b: adapter-dropout keys, one per row; None evaluates.
           remat: a key of REMAT_POLICIES.
           attention_backend: see `kernels.attention`.
@@ -250,14 +250,14 @@ class Llama(nnx.Module):
         return self.norm(x_btd)
 
     def mask(self, segment_ids_bt: jax.Array, *, one_document: bool = False) -> PackedMask:
-        """Which keys each query of packed rows sees in this network; `one_document` as in `make_packed_mask`."""
+        """The visible keys of each query of packed rows in this network; `one_document` as in `make_packed_mask`."""
         return make_packed_mask(segment_ids_bt, self.config.sliding_window, one_document=one_document)
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:
         return constrain(jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0), "batch", None, None)
 
     def head(self) -> jax.Array:
-        """The language-model head [vocab, model] in the compute dtype, wider by the rank of its adapter if it has one.
+        """The language-model head [vocab, model] in the compute dtype; an adapter adds columns, as many as its rank.
 
         Logits are its product with `before_head` of the hidden states.
         """
@@ -265,10 +265,10 @@ class Llama(nnx.Module):
         return module.table(self.dtype)
 
     def before_head(self, hidden_btd: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
-        """Hidden states as wide as the head; `row_keys_b` as in a call."""
+        """Hidden states with the width of the head; `row_keys_b` as in a call."""
         return hidden_btd if self.config.tie_word_embeddings else self.lm_head.widen(hidden_btd, row_keys_b)
 
     def logits(self, hidden_btd: jax.Array) -> jax.Array:
-        """Float32 logits [batch, length, vocab]; for decoding and tests, training never holds them whole."""
+        """Float32 logits [batch, length, vocab], for decoding and tests; training never stores all of them."""
         wide_btd = self.before_head(hidden_btd)
         return jnp.einsum("btd,vd->btv", wide_btd, self.head(), preferred_element_type=jnp.float32)

@@ -1,9 +1,9 @@
 """LoRA as a partition of the parameters: `BaseParam` and `LoRAParam` are separate variable types of one module.
 
 Hu et al., 2021 (arXiv:2106.09685), with PEFT's conventions: y = W x + scale · B A dropout(x), A drawn from U(±1/√in),
-B zero. Layers are stacked, so a projection has one rank: the largest that any layer has. A layer of lower rank, or
-without an adapter, has zeros beyond its own in A and in B. Then neither has a gradient there, and no optimizer moves
-them: what is trained, counted and exported is exactly each layer's own.
+B zero. Layers are stacked, so a projection has one rank: the largest of all layers. A layer of lower rank, or without
+an adapter, has zeros beyond its rank in A and in B. There, neither has a gradient and no optimizer changes them, so
+exactly each layer's own rank is trained, counted and exported.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,23 +22,23 @@ from flacuna_jax.model.sharding import constrain, gather_weight
 from flacuna_jax.model.variables import Axes, BaseParam, Kind, LoRAParam, LoRAScale, ModuleName, ParamInfo
 
 OUTPUT_NAME = "projection"
-"""Of every projection's output, adapter included, for `jax.checkpoint_policies.save_only_these_names`."""
+"""Name of every projection's output, including the adapter, for `jax.checkpoint_policies.save_only_these_names`."""
 
 PEFT_LEAVES: dict[Kind, str] = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
 }
-"""Attribute of a projection, which is also the parameter's kind → PEFT's name of it behind the module's."""
+"""Attribute of a projection, which is also the parameter's kind → PEFT's name for it, after the module's name."""
 
 
 class Ranks(NamedTuple):
-    """The adapters of one module, layer by layer; a single entry for the head."""
+    """Rank and scale of a module's adapter in each layer; a single entry for the head."""
 
     ranks: np.ndarray
-    """int, 0 where there is none."""
+    """int, 0 in layers without an adapter."""
     scales: np.ndarray
-    """float32, 0 where there is none."""
+    """float32, 0 in layers without an adapter."""
 
     @property
     def largest(self) -> int:
@@ -46,7 +46,7 @@ class Ranks(NamedTuple):
 
 
 def adapter_ranks(lora: LoraConfig | None, name: ModuleName) -> Ranks | None:
-    """Rank and scale of a module's adapter in each layer; None where the module is no target.
+    """Rank and scale of a module's adapter in each layer; None if the module is not a target.
 
     Raises:
       UserError: the config selects a layer that the model does not have.
@@ -56,7 +56,7 @@ def adapter_ranks(lora: LoraConfig | None, name: ModuleName) -> Ranks | None:
     count, chosen = (1, None) if name.layers is None else (name.layers, lora.layers_to_transform)
     beyond = [layer for layer in chosen or () if layer >= count]
     if beyond:
-        raise UserError(f"lora.layers_to_transform: there is no layer {beyond[0]}, the model has {count} layers")
+        raise UserError(f"lora.layers_to_transform: layer {beyond[0]} does not exist; the model has {count} layers")
     ranks, scales = np.zeros(count, int), np.zeros(count, np.float32)
     for layer in range(count) if chosen is None else chosen:
         module = name.of_layer(layer)
@@ -65,16 +65,16 @@ def adapter_ranks(lora: LoraConfig | None, name: ModuleName) -> Ranks | None:
 
 
 def require_matches(lora: LoraConfig, modules: Iterable[ModuleName]) -> None:
-    """Raises UserError for a target or a pattern that is about no module of the model, which is a name mistyped.
+    """Raises UserError for a target or a pattern that matches no module of the model, which is probably mistyped.
 
-    `modules` are those that can have an adapter.
+    `modules` are the modules that can have an adapter.
     """
     found = {module.last: module for module in modules}
     absent = [target for target in lora.targets if target not in found]
     if absent == [HEAD]:
         raise UserError(f"lora.targets: {HEAD} of this model is its embedding table (tie_word_embeddings)")
     if absent:
-        raise UserError(f"lora.targets: the model has no {absent[0]}; it has {', '.join(found)}")
+        raise UserError(f"lora.targets: the model has no module {absent[0]}; it has {', '.join(found)}")
     names = [
         module.of_layer(int(layer))
         for module in map(found.__getitem__, lora.targets)
@@ -84,20 +84,22 @@ def require_matches(lora: LoraConfig, modules: Iterable[ModuleName]) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in getattr(lora, key):
             if not any(by_pattern(((pattern, value),), name, None) for name in names):
-                raise UserError(f"lora.{key}: {pattern!r} is the end of no adapter's name, such as {names[0]}")
+                raise UserError(
+                    f"lora.{key}: {pattern!r} matches the end of no adapter's name; an example of a name is {names[0]}"
+                )
 
 
 class LoRALinear(nnx.Module):
-    """A projection [out, in] with an optional low-rank adapter beside it.
+    """A projection [out, in] with an optional low-rank adapter.
 
     Args:
-      name: where it is in the network; its last component is what `lora.targets` calls it.
+      name: its name in the network, whose last component is its name in `lora.targets`.
       axes: logical axes (out, in) of the kernel, see `sharding.RULES`.
-      lora: settings of the adapters, of which it has one if it is among the targets.
-      layer: its number in the stack, for the rank and scale of this layer.
-      bias: whether the projection adds one; no adapter changes it.
-      quantization: how the kernel is held, None in `param_dtype`.
-      dropout_id: what the dropout keys are folded with: projections of a layer have different numbers.
+      lora: settings of the adapters; it has an adapter if it is among the targets.
+      layer: its index in the stack, for the rank and scale of this layer.
+      bias: whether the projection has a bias; adapters do not change it.
+      quantization: quantised form of the kernel; None stores it in `param_dtype`.
+      dropout_id: number that is folded into the dropout keys; the projections of a layer have different numbers.
     """
 
     def __init__(
@@ -143,10 +145,10 @@ class LoRALinear(nnx.Module):
             self.lora_magnitude = adapter("lora_magnitude", jnp.where(rank > 0, norms_o, 0), axes[0])
 
     def __call__(self, x_bti: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
-        """[batch, length, in] → [batch, length, out] in x's dtype; dropout only when there are keys."""
+        """[batch, length, in] → [batch, length, out] in x's dtype; dropout is applied only if there are keys."""
         weight_oi = self.kernel(x_bti.dtype)
         if isinstance(self.weight, Int8Product | Fp8Product):
-            y_bto = self.weight.product(x_bti, self.axes)  # only DoRA needs the dequantised kernel beside
+            y_bto = self.weight.product(x_bti, self.axes)  # only DoRA also needs the dequantised kernel
         else:
             y_bto = x_bti @ weight_oi.T
         if self.lora is not None:
@@ -159,13 +161,13 @@ class LoRALinear(nnx.Module):
         return y_bto + self.bias[...].astype(y_bto.dtype) if hasattr(self, "bias") else y_bto
 
     def kernel(self, dtype: jnp.dtype) -> jax.Array:
-        """[out, in] as the computation wants it: dequantised, whole along fsdp."""
+        """The kernel [out, in] for computation: dequantised, and gathered along fsdp."""
         if isinstance(self.weight, BaseParam):
             return gather_weight(self.weight[...].astype(dtype), *self.axes)
         return self.weight.dequantized(self.axes, dtype)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """A and scale · B in float32: no compute dtype rounds the scale."""
+        """A and scale · B in float32, so that the compute dtype does not round the scale."""
         return self.lora_a[...], self.lora_b[...] * self.lora_scale[...]
 
     def dropped(self, x_bti: jax.Array, row_keys_b: jax.Array | None) -> jax.Array:
@@ -177,8 +179,8 @@ class LoRALinear(nnx.Module):
     def _rescaled(self, y_bto: jax.Array, weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Array:
         """DoRA (Liu et al., 2024, arXiv:2402.09353): each output times magnitude / ‖row of W + scale · B A‖.
 
-        As in the paper's section 4.3 and in PEFT the norm has no gradient. PEFT's dropout also falls on the input of
-        magnitude · W x; here it falls on the input of B A alone, and no weight is multiplied twice.
+        As in the paper's section 4.3 and in PEFT, the norm has no gradient. PEFT also applies dropout to the input of
+        magnitude · W x; here it applies only to the input of B A, so that no weight is multiplied twice.
         """
         norm_o = jax.lax.stop_gradient(row_norms(weight_oi, a_ri, b_or))
         ratio_o = jnp.where(self.lora_scale[...] != 0, self.lora_magnitude[...] / norm_o, 1.0)
@@ -188,10 +190,10 @@ class LoRALinear(nnx.Module):
 
 
 class LoRAHead(LoRALinear):
-    """The language-model head [vocab, model]: used as a table, because the loss never holds its output whole.
+    """The language-model head [vocab, model]: used as a table, because the loss never stores its whole output.
 
-    An adapter makes table and hidden states wider by its rank, h W + (A h) (scale · B), so that no weight is rounded
-    after the adapter has been added to it.
+    An adapter adds columns to table and hidden states, as many as its rank, h W + (A h) (scale · B), so that no weight
+    is rounded after adding the adapter to it.
     """
 
     def table(self, dtype: jnp.dtype) -> jax.Array:
@@ -202,7 +204,7 @@ class LoRAHead(LoRALinear):
         return constrain(weight_vd, "vocab", None)
 
     def widen(self, hidden_btd: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
-        """Hidden states as `table` meets them."""
+        """Hidden states with the width of `table`."""
         if self.lora is None:
             return hidden_btd
         low_btr = self.dropped(hidden_btd, row_keys_b) @ self.factors()[0].astype(hidden_btd.dtype).T
@@ -210,9 +212,9 @@ class LoRAHead(LoRALinear):
 
 
 def row_norms(weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Array:
-    """‖W + B A‖ of each row, float32 [out], or [groups, out] for adapters [groups, ...], without making the sum.
+    """‖W + B A‖ of each row, float32 [out], or [groups, out] for adapters [groups, ...], without computing the sum.
 
-    ‖w + b A‖² = ‖w‖² + 2 b·(A w) + b·(A Aᵀ) b. At least 1e-30, so that a row of zeros is no division by zero.
+    ‖w + b A‖² = ‖w‖² + 2 b·(A w) + b·(A Aᵀ) b. At least 1e-30, so that a row of zeros causes no division by zero.
     """
     squares_o = jnp.sum(jnp.square(weight_oi.astype(jnp.float32)), axis=-1)
     products_or = jnp.einsum(
@@ -224,8 +226,8 @@ def row_norms(weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Arr
 
 
 def _by_group(x_bti: jax.Array, weight: jax.Array) -> jax.Array:
-    """x times the transpose of `weight`: one [out, in] for all rows, or [groups, out, in], one for each equal part of
-    the batch in its order."""
+    """x times the transpose of `weight`, which is [out, in] for all rows, or [groups, out, in] with one matrix for each
+    equal part of the batch, in order."""
     if weight.ndim == 2:
         return x_bti @ weight.T
     x_gbti = x_bti.reshape(weight.shape[0], -1, *x_bti.shape[1:])
@@ -233,10 +235,10 @@ def _by_group(x_bti: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def base_matrix(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """A fresh matrix [out, in] or table [vocab, model]: normal, variance 1 / last dimension.
+    """A random matrix [out, in] or table [vocab, model]: normal, with variance 1 / last dimension.
 
-    At LLaMA's widths that is Hugging Face's 0.02; a small model drawn with 0.02 stays on a plateau where attention is
-    uniform for most of its training.
+    At LLaMA's widths this equals Hugging Face's 0.02. A small model initialized with 0.02 would stay on a plateau with
+    uniform attention for most of its training.
     """
     return (shape[-1] ** -0.5 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
@@ -246,6 +248,7 @@ def fold_keys(keys_b: jax.Array, data: jax.Array | int) -> jax.Array:
 
 
 def dropout_rows(x_bti: jax.Array, keys_b: jax.Array, rate: float) -> jax.Array:
-    """Inverted dropout with one key per row, so that no partition of a batch over devices or steps changes it."""
+    """Inverted dropout with one key per row, so that it does not depend on the partition of a batch over devices or
+    steps."""
     keep_bti = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_bti.shape[1:]))(keys_b)
     return jnp.where(keep_bti, x_bti / (1 - rate), jnp.zeros((), x_bti.dtype))

@@ -1,6 +1,6 @@
-"""Parameters by path. The packages exchange them as flat dicts, `{"layers/q_proj/weight": array}`. `ModelSpec` turns
-such a dict into a `Llama`. It has a `Parameter` for each entry, collected from the abstract network: shape, dtype, and
-what `llama.py` says of it."""
+"""Parameters by path. The packages exchange them as flat dicts, `{"layers/q_proj/weight": array}`. `ModelSpec` converts
+such a dict to a `Llama`. It has a `Parameter` for each entry, collected from the abstract network: shape, dtype, and
+the `ParamInfo` in `llama.py`."""
 
 import dataclasses
 import functools
@@ -36,21 +36,21 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything static about a network: sizes, adapters, compute dtype, and how its base is held."""
+    """The static properties of a network: sizes, adapters, compute dtype, and the form of its base."""
 
     config: LlamaConfig
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
     quantization: Quantization | None = None
-    """Of the layers' projections; None holds them in `param_dtype`."""
+    """Quantised form of the layers' projections; None stores them in `param_dtype`."""
 
     @classmethod
     def of_run(cls, config: LlamaConfig, model: ModelConfig, lora: LoraConfig | None) -> "ModelSpec":
-        """LoRA: float32 adapters beside a base in compute dtype or quantised; without: float32 masters of it all.
+        """With LoRA: float32 adapters and a base in compute dtype or quantised; without: all weights in float32.
 
         Raises:
-          UserError: the adapters' settings select a layer that is not there, or have a pattern that matches nothing.
+          UserError: the adapters' settings select a layer that does not exist, or have a pattern that matches nothing.
         """
         if lora is not None:
             require_matches(lora, ModelSpec(config).linear.values())
@@ -72,12 +72,12 @@ class ModelSpec:
 
     @property
     def base(self) -> dict[str, Parameter]:
-        """The base's parameters by path, before any quantisation."""
+        """The base's parameters by path, before quantisation."""
         return base_parameters(self.config)
 
     @functools.cached_property
     def held(self) -> dict[str, Parameter]:
-        """What is in memory for the base: its parameters, or what quantisation makes of them."""
+        """The base's parameters in memory: unquantised, or their quantised parts."""
         return self._of_type(BaseParam, QuantParam)
 
     @functools.cached_property
@@ -90,7 +90,7 @@ class ModelSpec:
 
     @property
     def trainable(self) -> dict[str, Parameter]:
-        """What training moves: the adapters, or every weight in full fine-tuning. Float32 always."""
+        """The parameters that training updates: the adapters, or all weights in full fine-tuning. Always float32."""
         moved = self.base if self.lora is None else self.adapters
         return {path: dataclasses.replace(parameter, dtype=_FLOAT32) for path, parameter in moved.items()}
 
@@ -127,7 +127,7 @@ class ModelSpec:
 
     @property
     def trainable_count(self) -> int:
-        """Scalars that training moves: those of the adapters less the zeros beyond each layer's own rank."""
+        """Number of scalars that training updates, without the zeros of adapters beyond each layer's own rank."""
         if self.lora is None:
             return count(self.base_shapes)
         shapes, total = self.lora_shapes, 0
@@ -143,7 +143,7 @@ class ModelSpec:
         return {path: self.ranks[path.rpartition("/")[0]].scales.reshape(shape) for path, shape in shapes.items()}
 
     def merge(self, params: Mapping[str, jax.Array]) -> Llama:
-        """The network with the given base and adapter arrays; names must be exactly those of the spec."""
+        """The network with the given base and adapter arrays, whose names must be exactly those of the spec."""
         graph, state = self.abstract
         filled = []
         for keys, variable in nnx.to_flat_state(state):
@@ -163,20 +163,23 @@ def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def base_parameters(config: LlamaConfig) -> dict[str, Parameter]:
-    """The base's parameters by path: stacked [layers, ...], matrices [out, in]. Shared: do not change it."""
+    """The base's parameters by path: stacked [layers, ...], matrices [out, in]. The dict is cached; do not modify
+    it."""
     return ModelSpec(config).held
 
 
 @functools.lru_cache(maxsize=64)
 def tensors_in_order(config: LlamaConfig) -> tuple[tuple[str, int | None], ...]:
     """(path, layer) of every tensor of a checkpoint, in the order in which a forward pass uses them: the order of
-    declaration in `llama.py`. The layer is None for what exists once."""
+    declaration in `llama.py`. The layer is None for parameters outside of the layers."""
     paths: list[str] = []
 
     def declare() -> None:
         rngs = nnx.Rngs(0)
         network = Llama(config, rngs=rngs)
-        network.layers = Block(config, None, jnp.dtype("float32"), rngs)  # the stack has lost the order
+        network.layers = Block(
+            config, None, jnp.dtype("float32"), rngs
+        )  # the stacked module does not preserve the order
         paths.extend(_declared(network))
 
     jax.eval_shape(declare)
@@ -198,9 +201,9 @@ def _declared(module: nnx.Module, prefix: str = "") -> Iterator[str]:
 
 
 def init_params(spec: ModelSpec, parameters: Mapping[str, Parameter], seed: int, mesh: Mesh) -> Params:
-    """Freshly drawn values of the given parameters, born sharded; the same numbers on any mesh.
+    """Random initial values of the given parameters, created with their shardings; the same numbers on any mesh.
 
-    Only what is asked for is made: drawing the adapters of a 13B model allocates no base.
+    Only the given parameters are created: initializing the adapters of a 13B model allocates no base.
     """
 
     def draw(seed: jax.Array) -> Params:
@@ -243,7 +246,7 @@ def _row_norms(spec: ModelSpec, base: Params) -> Params:
 
 
 def quantize(spec: ModelSpec, mesh: Mesh, path: str, value: jax.Array) -> Params:
-    """What a spec holds of a parameter of the base: itself, or the parts of its quantised form."""
+    """The arrays of a spec for a parameter of the base: itself, or the parts of its quantised form."""
     if spec.quantization is None or path in spec.held:
         return {path: value}
     kernel = KERNELS[spec.quantization]

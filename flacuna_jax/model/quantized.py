@@ -1,12 +1,12 @@
-"""A frozen base in fewer bits: NF4 with double quantisation, and int8; dequantised where a layer is at work.
+"""A frozen base in fewer bits: NF4 with double quantisation, and int8. Each layer is dequantised when it is computed.
 
 NF4 (Dettmers et al., 2023, arXiv:2305.14314) in the layout of bitsandbytes: blocks of 64 weights of a row share their
-largest magnitude; of two neighbours the first is in the high half of a byte. The magnitudes less their mean are
+largest magnitude; the first of two neighbours is in the high half of a byte. The magnitudes minus their mean are
 themselves 8-bit codes, in blocks of 256: 4.127 bits per weight. int8 (Dettmers et al., 2022, arXiv:2208.07339): a row
-shares its largest magnitude; no inputs are quantised.
+shares its largest magnitude; inputs are not quantised.
 
-The modules here stand where a projection has its kernel. Codes are gathered over fsdp, not what they stand for, and
-`dequantized` is a primitive that no remat policy keeps: a backward pass dequantises again.
+The modules replace the kernel of a projection. Codes are gathered over fsdp before they are dequantised, and
+`dequantized` is a primitive that no remat policy saves: a backward pass dequantises again.
 """
 
 import functools
@@ -25,7 +25,7 @@ from flacuna_jax.model.variables import Axes, ModuleName, ParamInfo, QuantParam
 Quantization = Literal["nf4", "int8", "int8_product", "fp8_product"]
 
 BLOCK, GROUP = 64, 256
-"""Weights that share a magnitude; magnitudes that share theirs."""
+"""Number of weights that share a magnitude, and number of magnitudes that share a scale."""
 
 NF4_VALUES = np.array(
     [
@@ -41,7 +41,7 @@ NF4_VALUES = np.array(
 
 def _dynamic_values() -> np.ndarray:
     """The signed 8-bit table of the magnitudes (Dettmers, 2016, arXiv:1511.04561): each of seven decades below 1 has
-    twice as many values as the one before."""
+    twice as many values as the previous one."""
     found = [0.0, 1.0]
     for decade in range(7):
         edges = _evenly(np.float32(0.1), np.float32(1), 2**decade + 1)
@@ -51,7 +51,8 @@ def _dynamic_values() -> np.ndarray:
 
 
 def _evenly(start: np.float32, end: np.float32, count: int) -> np.ndarray:
-    """torch.linspace in float32, which counts from the nearer end in fused steps: the table has its roundings."""
+    """torch.linspace in float32, which counts from the nearer end with fused steps, because the table has its
+    rounding."""
     step, index = np.float64((end - start) / np.float32(count - 1)), np.arange(count)
     return np.where(index < count // 2, start + step * index, end - step * (count - 1 - index)).astype(np.float32)
 
@@ -64,21 +65,21 @@ def _between(values: np.ndarray) -> np.ndarray:
 
 
 UNNAMED = ParamInfo(ModuleName(""), "", "matrix", (None, None))
-"""Of a kernel [out, in] outside of a network."""
+"""Info for a kernel [out, in] outside of a network."""
 
 
 class NF4Kernel(nnx.Module):
     """A kernel [out, in] in four bits.
 
     codes uint8 [out, in / 2]; absmax uint8 [out, in / 64], codes of the blocks' magnitudes; absmax_scale float32
-    [⌈out · in / 64 / 256⌉] and absmax_offset float32 [], what turns those back.
+    [⌈out · in / 64 / 256⌉] and absmax_offset float32 [], which dequantise the magnitudes.
     """
 
     def __init__(self, kernel_oi: jax.Array, info: ParamInfo = UNNAMED) -> None:
         rows, columns = kernel_oi.shape
         if columns % BLOCK:
             raise UserError(
-                f"model.quantization: nf4 takes {BLOCK} weights of a row at a time, and a row has {columns}"
+                f"model.quantization: nf4 needs rows of a multiple of {BLOCK} weights, but a row has {columns}"
             )
         scaled, absmax = _by_magnitude(kernel_oi.astype(jnp.float32).reshape(-1, BLOCK))
         codes = _nearest(scaled, NF4_VALUES).reshape(rows, columns)
@@ -93,7 +94,7 @@ class NF4Kernel(nnx.Module):
         self.absmax_offset = QuantParam(offset, info=info.part("scale", ()))
 
     def dequantized(self, axes: Axes, dtype: jnp.dtype) -> jax.Array:
-        """The kernel [out, in] in `dtype`, whole along fsdp; float32 until the last rounding, as in bitsandbytes."""
+        """The kernel [out, in] in `dtype`, gathered along fsdp; float32 until the last rounding, as in bitsandbytes."""
         leaves = (self.codes[...], self.absmax[...], self.absmax_scale[...], self.absmax_offset[...])
         return _dequantize_nf4(axes, jnp.dtype(dtype), *leaves)
 
@@ -114,7 +115,7 @@ class Int8Kernel(nnx.Module):
 
 
 class Int8Product(Int8Kernel):
-    """A kernel held as `Int8Kernel` holds it, and multiplied as it is held: activations become int8, token by token."""
+    """A kernel stored like `Int8Kernel` and multiplied in int8: activations are quantised to int8, token by token."""
 
     def product(self, x_bti: jax.Array, axes: Axes) -> jax.Array:
         """[batch, length, out] in x's dtype, see `kernels.quantized_matmul`."""
@@ -123,7 +124,7 @@ class Int8Product(Int8Kernel):
 
 
 class Fp8Product(nnx.Module):
-    """As `Int8Product` in fp8: codes float8_e4m3fn [out, in] · row_absmax float32 [out] / 448."""
+    """Like `Int8Product`, in fp8: codes float8_e4m3fn [out, in] · row_absmax float32 [out] / 448."""
 
     def __init__(self, kernel_oi: jax.Array, info: ParamInfo = UNNAMED) -> None:
         codes, scale = quantize_rows(kernel_oi, jnp.float8_e4m3fn)
@@ -136,7 +137,7 @@ class Fp8Product(nnx.Module):
         return (constrain(self.codes[...], *axes).astype(jnp.float32) * scale_o[:, None]).astype(dtype)
 
     def product(self, x_bti: jax.Array, axes: Axes) -> jax.Array:
-        """As that of `Int8Product`."""
+        """See `Int8Product.product`."""
         scale_o = constrain(self.row_absmax[...], axes[0]) / FP8_LARGEST
         return quantized_matmul(x_bti, constrain(self.codes[...], *axes), scale_o, "fp8")
 
@@ -153,14 +154,14 @@ KERNELS: dict[Quantization, type[Kernel]] = {
 
 
 def _by_magnitude(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of blocks as fractions of their largest magnitude, and those magnitudes."""
+    """Blocks divided by their largest magnitude, and these magnitudes."""
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    reciprocal = 1.0 / jnp.maximum(absmax, 2e-38)  # a normal number: of zeros, zeros
+    reciprocal = 1.0 / jnp.maximum(absmax, 2e-38)  # a normal number, so that blocks of zeros stay zeros
     return jnp.clip(blocks * reciprocal[:, None], -1.0, 1.0), absmax
 
 
 def _nearest(values: jax.Array, table: np.ndarray) -> jax.Array:
-    """Index of the nearest entry of a sorted table, the lower one halfway between two; uint8."""
+    """uint8 index of the nearest entry of a sorted table; halfway between two, the lower one."""
     return jnp.searchsorted(jnp.asarray(_between(table)), values, side="left").astype(jnp.uint8)
 
 
@@ -186,6 +187,6 @@ def _no_gradient(*_: object) -> tuple[jax.Array, None]:
     raise TypeError("a quantised base is frozen; it has no gradient")
 
 
-# Made into functions with derivatives of their own for the remat policies' sake, which see one primitive.
+# Functions with custom derivatives, so that remat policies see a single primitive.
 _dequantize_nf4.defvjp(_no_gradient, _no_gradient)
 _dequantize_int8.defvjp(_no_gradient, _no_gradient)

@@ -1,14 +1,14 @@
-"""What a layer's forward pass leaves behind for its backward pass, by name: memory against arithmetic.
+"""Remat policies by name: the results that a layer's forward pass saves for its backward pass.
 
-A frozen weight has no gradient, so its product leaves nothing behind but what an adapter beside it needs; what remains
-is the policy's choice. In memory, most first:
+They trade memory for arithmetic. A frozen weight has no gradient, so its product needs no saved input, except for an
+adapter's. The policy decides about the rest; ordered by memory, most first:
 
-- `none`: everything, except what is only moved (gathered, transposed or converted weights).
-- `dots`: the results of projections and of attention. No weight is multiplied twice.
-- `attention`: the results of attention. Projections are multiplied again, attention is not.
-- `full`: only the layer's input. Everything is computed again.
-- `offload`: as `dots`, but the results of projections wait in the host's memory. As fast as `dots` where the link to
-  the host carries them in the time that a layer takes.
+- `none`: saves everything, except weights that are only gathered, transposed or converted.
+- `dots`: saves the results of projections and of attention. No product with a weight is recomputed.
+- `attention`: saves the results of attention. Projections are recomputed, attention is not.
+- `full`: saves only the layer's input. Everything is recomputed.
+- `offload`: like `dots`, but the results of projections are kept in host memory. As fast as `dots` if the link to the
+  host transfers them in the time of a layer.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from flacuna_jax.model.lora import OUTPUT_NAME as PROJECTION
 
 
 def _all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a result is worth keeping: gathered, transposed or converted weights are not.
+    """Whether to save a result: true unless it is a gathered, transposed or converted weight.
 
-    Kept for every layer, gathered weights alone would be as large as a whole model on each device.
+    Gathered weights of all layers would need the memory of a whole model on each device.
     """
     return primitive.name not in ("sharding_constraint", "custom_vjp_call", "transpose", "convert_element_type")
 
 
-# Of projections the sums of base and adapter products are kept, not the products: nothing for the adapters' sake alone.
+# For projections, the sums of base and adapter products are saved, so adapters need no additional memory.
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "none": _all_but_moves,
     "dots": checkpoint_policies.save_only_these_names(PROJECTION, *ATTENTION),

@@ -1,8 +1,8 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), and how it is stretched to longer inputs.
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), and its scaling to longer inputs.
 
-Every scaling here gives each frequency one value, whatever the length of the input: in a packed row, documents of all
-lengths share their frequencies. (What transformers calls dynamic depends on the length. With the factor of the longest
-input it is NTK scaling, a larger `rope_theta`; `ntk_theta` computes it.)
+With every scaling here, the frequencies do not depend on the length of the input, because the documents of a packed row
+share them. (The scaling that transformers calls dynamic depends on the length. With the factor of the longest input, it
+is NTK scaling, a larger `rope_theta`; `ntk_theta` computes it.)
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are changed, with the names of transformers' config.json."""
+    """The scaling of frequencies, with the names of transformers' config.json."""
 
     kind: Literal["linear", "llama3"]
     factor: float
-    """Of the context's length."""
+    """Ratio of the extended context length to the original one."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """llama3 only, as the two before: which wavelengths are stretched, counted against the context of pre-training."""
+    """The context length of pre-training. llama3 only, like the two factors, which select the wavelengths to scale."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians per position of each pair, float32 [head_dim / 2].
 
-    linear (Chen et al., 2023, arXiv:2306.15595) divides all by the factor. llama3 (Dubey et al., 2024,
-    arXiv:2407.21783) divides those whose wavelength exceeds original / low_freq_factor, leaves those below original /
-    high_freq_factor alone, and goes smoothly from one to the other.
+    linear (Chen et al., 2023, arXiv:2306.15595) divides all frequencies by the factor. llama3 (Dubey et al., 2024,
+    arXiv:2407.21783) divides frequencies with a wavelength above original / low_freq_factor, keeps those with a
+    wavelength below original / high_freq_factor, and interpolates smoothly in between.
     """
     frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None and scaling.kind == "linear":
@@ -46,7 +46,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def ntk_theta(theta: float, head_dim: int, factor: float) -> float:
-    """The base under which the slowest pair turns `factor` times slower and the fastest as before."""
+    """The base with which the slowest pair rotates `factor` times slower and the fastest pair as before."""
     return theta * factor ** (head_dim / (head_dim - 2))
 
 

@@ -1,12 +1,12 @@
-"""How the network lies on a mesh: `RULES` maps logical axes, which each parameter has, to mesh axes.
+"""Sharding of the network on a mesh: `RULES` maps the logical axes of parameters and activations to mesh axes.
 
 The mesh has four axes, from the slowest network to the fastest. `replica` repeats the rest once per TPU slice or
 host, `data` replicates the weights, `fsdp` splits them and gathers one layer at a time, `tensor` splits heads,
-feed-forward and vocabulary. Rows of a batch are spread over replica × data × fsdp.
+feed-forward and vocabulary. Rows of a batch are split over replica × data × fsdp.
 
-`fsdp` splits a matrix along its first dimension, the one that varies slowest in memory: a gather then lays whole
-blocks one after the other. Split along the other, XLA:GPU first copies every stack of layers into a transposed layout
-that gathers well and keeps the copies through the step (4.6 GB per device for 13B on four).
+`fsdp` splits a matrix along its first dimension, which varies slowest in memory, so that a gather concatenates whole
+blocks. If it split the other dimension, XLA:GPU would first copy every stack of layers into a transposed layout for the
+gathers, and keep the copies during the step (4.6 GB per device for 13B on four).
 """
 
 import functools
@@ -35,13 +35,14 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "rank": None,
     None: None,
 }
-"""Logical axis → mesh axis, of activations and of weights as the computation wants them (see `stored_spec`)."""
+"""Logical axis → mesh axis, for activations and for weights in computation (for stored weights, see `stored_spec`)."""
 
 
 def partition_spec(
     axes: Axes, shape: Sequence[int] | None = None, mesh: Mesh | AbstractMesh | None = None
 ) -> PartitionSpec:
-    """Mesh axes for logical axes. With a shape and mesh, a dimension that its mesh axis does not divide stays whole."""
+    """Mesh axes for logical axes. With a shape and mesh, a dimension that its mesh axis does not divide is not
+    split."""
     resolved = [RULES[axis] for axis in axes]
     if shape is not None and mesh is not None:
         resolved = [to if _divides(mesh, to, size) else None for to, size in zip(resolved, shape, strict=True)]
@@ -54,14 +55,14 @@ def _divides(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None, size
 
 
 def stored_spec(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How a parameter lies between its uses: split over tensor and, if it is a matrix or a table of the base, over fsdp
-    as well. Adapters are replicated over fsdp: they are tiny, and a second set of gathers per layer is not."""
+    """The sharding of a stored parameter: split over tensor and, for a matrix or a table of the base, also over fsdp.
+    Adapters are replicated over fsdp: they are tiny, but a second set of gathers per layer would be slow."""
     spec = _matrix_spec if parameter.kind in ("matrix", "table") else partition_spec
     return spec(parameter.axes, parameter.shape, mesh)
 
 
 def _matrix_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """fsdp takes the first dimension of the matrix that it divides together with what is there already."""
+    """fsdp splits the first dimension of the matrix that it divides together with the axis that already splits it."""
     spec = partition_spec(axes, shape, mesh)
     for dim in (len(axes) - 2, len(axes) - 1):
         both = (spec[dim], "fsdp") if isinstance(spec[dim], str) else ("fsdp",)
@@ -87,13 +88,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """How many parts a mesh, by default the ambient one, cuts the rows of a batch into; 1 without a mesh."""
+    """Number of parts into which a mesh, by default the ambient one, splits the rows of a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to its layout on the ambient mesh (`jax.set_mesh`); without one, nothing."""
+    """Constrains an activation to its sharding on the ambient mesh (`jax.set_mesh`); does nothing without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -101,10 +102,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
-    """A stored matrix as the computation wants it: whole along fsdp, still split over tensor.
+    """Gathers a stored matrix for computation along fsdp; it stays split over tensor.
 
-    Said explicitly, so that the compiler cannot choose to move activations instead. Its gradient goes straight back to
-    where the matrix is stored: summed and scattered, never whole on every device.
+    The gather is explicit, so that the compiler cannot choose to move activations instead. The gradient is
+    reduce-scattered to the stored sharding and is never whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -114,7 +115,7 @@ def gather_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _relay(x: jax.Array, forward: PartitionSpec, backward: PartitionSpec) -> jax.Array:
-    """x, laid out one way; its gradient, laid out another."""
+    """x with one sharding, and its gradient with another."""
     return jax.lax.with_sharding_constraint(x, forward)
 
 
@@ -132,12 +133,12 @@ _relay.defvjp(_relay_forward, _relay_backward)
 def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the (replica, data, fsdp, tensor) mesh; `auto` splits the weights over every device of a slice.
 
-    Axes are laid out so that replicas are whole slices, or whole hosts where devices come in no slices; within, the
-    torus of a TPU is heeded.
+    Axes are arranged so that replicas are whole slices, or whole hosts if there are no slices; within them, the torus
+    of a TPU is taken into account.
 
     Raises:
-      UserError: the config asks for more devices than there are, leaves some out where several hosts run together, or
-        lets fsdp or tensor cross the slow network between TPU slices.
+      UserError: the config needs more devices than there are, does not use all devices of several hosts, or lets fsdp
+        or tensor cross the slow network between TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     if not isinstance(config, MeshConfig):
@@ -146,15 +147,15 @@ def make_mesh(config: MeshConfig | str, devices: Sequence[jax.Device] | None = N
     if wanted > len(devices):
         asked = " × ".join(f"{axis} {getattr(config, axis)}" for axis in MESH_AXES)
         raise UserError(
-            f"mesh: {asked} needs {wanted} devices, {len(devices)} are here; lower an axis or say mesh: auto"
+            f"mesh: {asked} needs {wanted} devices, but there are {len(devices)}; lower an axis or set mesh: auto"
         )
     if wanted < len(devices) and jax.process_count() > 1:
-        raise UserError(f"mesh: names {wanted} of {len(devices)} devices; with several hosts all must be used")
+        raise UserError(f"mesh: uses {wanted} of {len(devices)} devices; several hosts must use all")
     return Mesh(_device_grid(config, devices[:wanted]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def split_everywhere(devices: Sequence[jax.Device]) -> MeshConfig:
-    """Weights split as far as they can be: over all devices, or all of a TPU slice."""
+    """The mesh that splits weights as far as possible: over all devices, or over all of a TPU slice."""
     slices = tpu_slices(devices)
     return MeshConfig(replica=slices, fsdp=len(devices) // slices)
 
@@ -164,8 +165,8 @@ def _device_grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarra
     copies = config.replica * config.data
     if copies % slices:
         raise UserError(
-            f"mesh: {slices} TPU slices, but replica {config.replica} × data {config.data} is not a multiple of them; "
-            f"say replica: {slices}, so that fsdp and tensor stay within a slice"
+            f"mesh: replica {config.replica} × data {config.data} is not a multiple of the {slices} TPU slices; "
+            f"set replica: {slices}, so that fsdp and tensor stay within a slice"
         )
     shape = (copies // slices, config.fsdp, config.tensor)
     in_order = sorted(devices, key=lambda device: (_slice_index(device), device.process_index, device.id))
@@ -176,7 +177,7 @@ def _device_grid(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarra
 
 
 def tpu_slices(devices: Sequence[jax.Device]) -> int:
-    """TPU slices; GPUs and CPUs make one, in which hosts follow each other."""
+    """Number of TPU slices; GPUs and CPUs count as one slice, with the hosts one after another."""
     return len({_slice_index(device) for device in devices})
 
 
@@ -185,17 +186,17 @@ def _slice_index(device: jax.Device) -> int:
 
 
 def idle_devices(used: int, present: int) -> list[str]:
-    """What is said where a mesh leaves devices out."""
+    """A warning if a mesh does not use all devices."""
     return [f"mesh uses {used} of {present} devices; mesh: auto uses all"] if used < present else []
 
 
 def check_mesh(mesh: Mesh, num_heads: int, num_kv_heads: int, intermediate_size: int) -> None:
-    """`check_tensor_parallelism` of a mesh."""
+    """`check_tensor_parallelism` for a mesh."""
     check_tensor_parallelism(mesh.shape["tensor"], num_heads, num_kv_heads, intermediate_size)
 
 
 def check_tensor_parallelism(tensor: int, num_heads: int, num_kv_heads: int, intermediate_size: int) -> None:
-    """Raises `UserError` where tensor parallelism would cut through a head or leave the feed-forward uneven."""
+    """Raises `UserError` if tensor parallelism would split a head, or split the feed-forward network unevenly."""
     for what, size in (
         ("attention heads", num_heads),
         ("key/value heads", num_kv_heads),

@@ -1,7 +1,7 @@
-"""Variables of the network, and what each of them is: `ParamInfo`, given where `llama.py` makes the variable.
+"""Variables of the network with their descriptions, `ParamInfo`, which `llama.py` gives when it creates them.
 
-Everything that treats parameters differently reads it there: sharding, file names, weight decay, adapters,
-quantisation, merging, and the planner. `ModelSpec` collects it from the abstract network as `Parameter`s by path.
+All code that distinguishes parameters uses it: sharding, file names, weight decay, adapters, quantisation, merging, and
+the planner. `ModelSpec` collects the descriptions from the abstract network as `Parameter`s by path.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ Axes = tuple[str | None, ...]
 
 Kind = Literal["matrix", "table", "norm", "bias", "scale", "lora_a", "lora_b", "lora_magnitude"]
 """matrix: multiplied with activations, [out, in]. table: looked up by token. norm: weight of a norm. bias: added.
-scale: turns the codes of a quantised matrix into numbers. The rest are the parts of an adapter."""
+scale: dequantises the codes of a quantised matrix. The others are the parts of an adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ModuleName:
     """Name of a module in Hugging Face's layout.
 
     Attributes:
-      pattern: the name; `{}` stands for the number of the layer.
-      layers: number of layers that the module is stacked over; None where it exists once.
+      pattern: the name, with `{}` for the number of the layer.
+      layers: number of layers over which the module is stacked; None outside of the layers.
     """
 
     pattern: str
@@ -34,7 +34,7 @@ class ModuleName:
         return ModuleName(f"{self.pattern}.{child}", self.layers)
 
     def of_layer(self, layer: int | None = None) -> str:
-        """The name in one layer, "model.layers.3.self_attn.q_proj"; `layer` is ignored where the module exists once."""
+        """The name in one layer, "model.layers.3.self_attn.q_proj"; `layer` is ignored outside of the layers."""
         return self.pattern.format(layer)
 
     @property
@@ -45,13 +45,13 @@ class ModuleName:
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """What a parameter is.
+    """The description of a parameter.
 
     Attributes:
       module: the module that it belongs to.
-      leaf: its name in files, behind the module's; empty for what no file holds.
-      kind: what it does.
-      layer_axes: logical axes of one layer of it.
+      leaf: its name in files, after the module's name; empty for parameters that are in no file.
+      kind: its role.
+      layer_axes: logical axes of one of its layers.
     """
 
     module: ModuleName
@@ -70,7 +70,7 @@ class ParamInfo:
 
     @property
     def layers(self) -> tuple[int | None, ...]:
-        """The layers that it has a tensor in; (None,) where it exists once."""
+        """The layers in which it has a tensor; (None,) outside of the layers."""
         return (None,) if self.module.layers is None else tuple(range(self.module.layers))
 
     def tensor(self, layer: int | None = None) -> str:
@@ -83,7 +83,7 @@ class ParamInfo:
         return tuple(map(self.tensor, self.layers))
 
     def part(self, kind: Kind, axes: Axes) -> "ParamInfo":
-        """Of a variable that stands for part of this one and is in no file."""
+        """The description of a variable that represents a part of this one and is in no file."""
         return dataclasses.replace(self, leaf="", kind=kind, layer_axes=axes)
 
 
@@ -105,11 +105,11 @@ class Parameter(ParamInfo):
 
 
 class BaseParam(nnx.Variable):
-    """A weight of the base: frozen in compute dtype beside adapters, float32 when it is itself trained."""
+    """A weight of the base: frozen in compute dtype if adapters are trained, float32 if it is trained itself."""
 
 
 class QuantParam(nnx.Variable):
-    """Part of a frozen quantised kernel: codes, or the magnitudes that belong to them."""
+    """Part of a frozen quantised kernel: its codes or their magnitudes."""
 
 
 class LoRAParam(nnx.Variable):
@@ -117,7 +117,7 @@ class LoRAParam(nnx.Variable):
 
 
 class LoRAScale(nnx.Variable):
-    """What B A is multiplied by, float32, 0 where a layer has no adapter. Follows from the config; never stored."""
+    """The factor of B A, float32, 0 in layers without an adapter. It is computed from the config and never stored."""
 
 
 def of_type(state: nnx.State, *types: type[nnx.Variable]) -> dict[str, Any]:

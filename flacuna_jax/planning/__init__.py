@@ -1,1 +1,1 @@
-"""What a run would need, from the real compiler: for hardware that is here, and for hardware that is not."""
+"""Predicts the requirements of a run with the real compiler, for present and absent hardware."""

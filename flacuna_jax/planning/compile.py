@@ -1,4 +1,4 @@
-"""Compiles the real train step, for devices that are here or not, with no array allocated, and reads the result."""
+"""Compiles the real train step for present or absent devices, without allocating arrays, and reads the result."""
 
 import logging
 import re
@@ -28,33 +28,33 @@ _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "KiB": 2**10, "MiB": 2**20
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The step as the compiler of the hardware made it. Bytes per device."""
+    """The step compiled by the compiler of the hardware. Sizes are in bytes per device."""
 
     arguments: int
     temporaries: int
     peak: int
     work: Work
     seconds: float
-    """To trace and compile."""
+    """Time to trace and compile."""
     program: Program
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The compiler refused: it says itself that the program does not fit."""
+    """The compiler failed because the program does not fit into memory."""
 
     peak: int | None
-    """Bytes that it would have taken, if the compiler told."""
+    """Bytes that the program needs, if the compiler reported them."""
     message: str
     seconds: float
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The step could not be compiled, or what came out could not be read, for a reason other than memory."""
+    """The step could not be compiled, or the result could not be read, for a reason other than memory."""
 
     reason: str
-    """In one line."""
+    """The reason in one line."""
     seconds: float
 
 
@@ -84,14 +84,14 @@ def _batch(objective: Objective, workload: Workload, layout: Layout, mesh: Mesh)
 def compile_step(
     workload: Workload, layout: Layout, devices: Sequence[jax.Device]
 ) -> CompiledStep | OutOfMemory | Refused:
-    """Compiles the step. Nothing that JAX or the compiler raises gets past this; a `UserError` does."""
+    """Compiles the step. Catches all exceptions of JAX and the compiler, but not a `UserError`."""
     started = time.monotonic()
     try:
         return _compiled(workload, layout, devices, started)
     except UserError:
         raise
     except Exception as error:
-        # Compilers for absent devices change with every release, and a plan can do without them.
+        # Compilers for absent devices change with every release, and a plan works without them.
         seconds, first_line = time.monotonic() - started, str(error).partition("\n")[0]
         if "RESOURCE_EXHAUSTED" in str(error) and "shared memory" not in str(error).lower():
             return OutOfMemory(_stated_bytes(str(error)), first_line, seconds)
@@ -100,16 +100,16 @@ def compile_step(
 
 
 def _compiled(workload: Workload, layout: Layout, devices: Sequence[jax.Device], started: float) -> CompiledStep:
-    options: Any = quick_options(devices[0])  # numbers, too, which older releases of jax do not declare
+    options: Any = quick_options(devices[0])  # also numbers, which the types of older jax releases do not include
     compiled = lower_step(workload, layout, devices).compile(options or None)
     program = Program(compiled.as_text() or "", lambda op_name: _loop_trips(op_name, workload, layout))
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     collectives = program.collectives
     if devices[0].platform == "tpu":
-        # The full search for speed, left out here, is what lets exchanges and arithmetic overlap on a TPU.
+        # Only the full optimization effort, which is not used here, overlaps communication and arithmetic on a TPU.
         collectives = [replace(collective, overlapped=True) for collective in collectives]
-    # On CPUs attention is plain products, counted with the others; elsewhere a kernel, in which nothing is.
+    # On CPUs attention consists of plain products, which are already counted; elsewhere it is a kernel, which is not.
     attention = 0.0 if devices[0].platform == "cpu" else attention_flops(workload, layout)
     fresh_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return CompiledStep(
@@ -123,7 +123,7 @@ def _compiled(workload: Workload, layout: Layout, devices: Sequence[jax.Device],
 
 
 def _loop_trips(op_name: str, workload: Workload, layout: Layout) -> float:
-    """Times that a loop runs which the compiler has no count for, told by where it is from."""
+    """Trip count of a loop whose count the compiler does not know, from the origin of the loop."""
     if LOOP_SCOPE in op_name:
         return head_chunks(workload, layout)
     if op_name.count("while") > 1:

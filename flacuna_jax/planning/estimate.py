@@ -1,7 +1,7 @@
-"""Memory, arithmetic and communication of a step from the sizes alone, for ranking and where no compiler is at hand.
+"""Estimates memory, arithmetic and communication of a step from the sizes, for ranking and without a compiler.
 
-Weights, state and exchanges follow exactly from the shardings; what activations keep follows from what each remat
-policy saves, with constants fitted to compiled programs (docs/scaling.md); memory traffic is a rough count.
+Weights, state and communication follow exactly from the shardings. Saved activations follow from the remat policies,
+with constants fitted to compiled programs (docs/scaling.md). Memory traffic is a rough count.
 """
 
 import math
@@ -24,12 +24,12 @@ from flacuna_jax.planning.workload import Layout, Workload
 from flacuna_jax.training.state import StateLayout
 
 MULTIPLYING_AGAIN = ("attention", "full")
-"""Remat policies under which the backward pass repeats the projections."""
+"""Remat policies with which the backward pass recomputes the projections."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one optimizer step does on each device."""
+    """The work of one optimizer step on each device."""
 
     matrix_flops: float
     attention_flops: float
@@ -43,7 +43,7 @@ class Work:
 
 
 def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
-    """Bytes per device of what the step is given, by kind."""
+    """Bytes per device of the step's arguments, by kind."""
     spec, mesh = workload.spec, layout.mesh
     rows = workload.micro_batches(layout) * layout.micro_batch
     batch = rows * workload.length * (4 * 4 + 1)  # tokens, targets, segments, positions; one mask
@@ -70,11 +70,11 @@ def _bytes_per_device(arrays: Any) -> int:
 
 
 def temporary_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes per device that the step takes beyond its arguments."""
+    """Bytes per device that the step needs in addition to its arguments."""
     spec, config, size, tensor = workload.spec, workload.spec.config, workload.compute_bytes, layout.mesh.tensor
     d, f = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    # Per token and layer: the layer's input; results of products and attention; what lies between them.
+    # Per token and layer: the layer's input; results of products and attention; intermediate results.
     kept: float = d
     if layout.remat != "full":
         kept += q / tensor + 4 * config.num_heads / tensor / size
@@ -85,7 +85,7 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
         if spec.lora is not None:
             dropout = spec.lora.dropout > 0
             kept += len(spec.lora.targets) * d * (1.5 if dropout else 0)
-    within_layer = 4 * d + (3 * q + 3 * kv + 4 * f) / tensor  # of the one layer that is at work
+    within_layer = 4 * d + (3 * q + 3 * kv + 4 * f) / tensor  # of the layer that is being computed
     activations = workload.tokens_per_pass(layout) * size * (config.num_layers * kept + within_layer)
     head = config.vocab_size * d // tensor * size
     largest = max(math.prod(parameter.layer_shape) for parameter in spec.base.values() if parameter.stacked)
@@ -93,23 +93,24 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
     chunk = chunk_size(workload.tokens_per_pass(layout)) * config.vocab_size // tensor * (4 + size)
     if spec.lora is None:
         gradients = _stored(spec.trainable, layout.mesh)
-        # The sums of the micro-batches, each micro-batch's own, and the head's, which is whole on every device.
+        # Gradients: the sums over micro-batches, those of a micro-batch, and the head's, which is whole on every
+        # device.
         return int(activations + gathered + chunk + 2 * gradients + 4 * head // size * (layout.mesh.fsdp > 1))
-    # Kernels in compute dtype: where none are gathered, a whole-layer recomputation has the three of a feed-forward
-    # part at once, and 4-bit codes become numbers on the way to each product.
+    # Kernels in compute dtype: if none are gathered, recomputing a whole layer needs the three kernels of a
+    # feed-forward network at once, and 4-bit codes are dequantised for each product.
     copies = 3 * (layout.remat == "full") + (spec.quantization == "nf4") if layout.mesh.fsdp == 1 else 0
     kernels = copies * largest // tensor * size
     return int(activations + gathered + kernels + chunk + 3 * _stored(spec.trainable, layout.mesh))
 
 
 def _projections(spec: ModelSpec) -> list[Parameter]:
-    """The frozen projections of all layers, as they are held."""
+    """The frozen projections of all layers in their stored form."""
     return [part for part in spec.held.values() if part.stacked and part.kind in ("matrix", "scale")]
 
 
 def attention_flops(workload: Workload, layout: Layout) -> float:
-    """Operations per device and step of the attention kernels: two products forward, five backward, on what is
-    visible: half of each document, in whole tiles."""
+    """Operations per device and step of the attention kernels: two products forward and five backward, on the visible
+    half of each document, in whole tiles."""
     config, statistics = workload.spec.config, workload.statistics
     visible = min(workload.length, statistics.document_length + 128) / 2
     width = config.num_heads * config.head_dim / layout.mesh.tensor
@@ -118,12 +119,12 @@ def attention_flops(workload: Workload, layout: Layout) -> float:
 
 
 def _tokens(workload: Workload, layout: Layout) -> int:
-    """Positions that one device computes in a step."""
+    """Number of positions that one device computes in a step."""
     return workload.micro_batches(layout) * workload.tokens_per_pass(layout)
 
 
 def head_chunks(workload: Workload, layout: Layout) -> float:
-    """How many chunks of supervised positions meet the head in one micro-batch."""
+    """Number of chunks of supervised positions that go through the head in one micro-batch."""
     statistics = workload.statistics
     tokens = workload.tokens_per_pass(layout)
     return math.ceil(tokens * statistics.fill * statistics.supervised / chunk_size(tokens))
@@ -145,13 +146,13 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     traffic = micro_batches * passes * weights / tensor * size * (2 if layout.mesh.fsdp > 1 else 1)
     if spec.quantization is not None:
         codes = sum(math.prod(part.shape) * part.dtype.itemsize for part in _projections(spec))
-        traffic += micro_batches * passes * codes / tensor  # the kernels are made of them
+        traffic += micro_batches * passes * codes / tensor  # the kernels are dequantised from them
     traffic += tokens * config.num_layers * per_token * size * (2 + recomputed)
     return Work(matrix_flops, attention_flops(workload, layout), traffic, tuple(_collectives(workload, layout)))
 
 
 def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
-    """The exchanges that the layout makes necessary; a compiled program has just these (a test says so)."""
+    """The collectives that the layout needs; a test verifies that a compiled program has exactly these."""
     spec, mesh, size = workload.spec, layout.mesh, workload.compute_bytes
     micro_batches = workload.micro_batches(layout)
     layers = spec.config.num_layers
@@ -191,6 +192,6 @@ def _collectives(workload: Workload, layout: Layout) -> list[Collective]:
 
 
 def mesh_group(mesh: MeshConfig, *axes: str) -> tuple[int, ...]:
-    """Positions in the mesh of the devices that differ from the first along the given axes only."""
+    """Positions in the mesh of the devices that differ from the first only along the given axes."""
     grid = np.arange(mesh.devices).reshape([getattr(mesh, axis) for axis in MESH_AXES])
     return tuple(int(i) for i in grid[tuple(slice(None) if axis in axes else 0 for axis in MESH_AXES)].ravel())

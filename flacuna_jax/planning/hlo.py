@@ -1,6 +1,6 @@
-"""Reads an optimised XLA program: how often each instruction runs, what it multiplies, moves and sends.
+"""Reads an optimised XLA program: how often each instruction runs, and its products, memory traffic and communication.
 
-XLA's own cost analysis counts the body of a loop once and is absent for GPUs compiled for from afar, so this walks the
+XLA's own cost analysis counts the body of a loop once, and does not exist for absent GPUs. Therefore this walks the
 text of the program: computations, called from loops with trip counts, down to the instructions of fusions.
 """
 
@@ -45,7 +45,7 @@ class Instruction:
 
     @property
     def stored_bytes(self) -> int:
-        """Of what lies in device memory; a TPU program keeps some arrays in on-chip memory, S(1)."""
+        """Bytes in device memory; a TPU program keeps some arrays in on-chip memory, S(1)."""
         arrays = _ARRAY_WITH_LAYOUT.findall(self.shape)
         return sum(_nbytes(*_arrays(array)[0]) for array, layout in arrays if "S(" not in layout)
 
@@ -54,7 +54,7 @@ class Instruction:
         return math.prod(self.arrays[0][1]) if self.arrays else 0
 
     def is_number(self, number: int) -> bool:
-        """Whether this is that parameter of its computation."""
+        """Whether this is parameter `number` of its computation."""
         return self.opcode == "parameter" and self.attributes.startswith(f"({number})")
 
     def attribute(self, pattern: str) -> str | None:
@@ -66,7 +66,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it is from, as in jit(step)/while/body/dot_general."""
+        """Its origin in the traced function, for example jit(step)/while/body/dot_general."""
         return self.attribute(r'op_name="([^"]*)"') or ""
 
 
@@ -85,7 +85,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Use:
-    """An instruction, where it stands, and how often it runs."""
+    """An instruction, its computation, and how often it runs."""
 
     instruction: Instruction
     computation: Computation
@@ -95,21 +95,21 @@ class Use:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange between devices, per device and run of the program."""
+    """One kind of collective operation, per device and run of the program."""
 
     kind: str
     nbytes: int
-    """Of the whole array: what a gather ends with, what a reduction starts with."""
+    """Bytes of the whole array: the result of a gather, the operand of a reduction."""
     group: tuple[int, ...]
     """Positions in the mesh of the first group of partners."""
     times: float
     overlapped: bool
-    """Whether the compiler lets other work go on meanwhile."""
+    """Whether the compiler overlaps it with other work."""
     op_name: str
 
     @property
     def received(self) -> float:
-        """Bytes that a device receives in one exchange, by ring algorithms."""
+        """Bytes that a device receives in one run, with ring algorithms."""
         share = (len(self.group) - 1) / len(self.group)
         return self.nbytes * share * (2 if self.kind == "all-reduce" else 1)
 
@@ -119,7 +119,7 @@ class Program:
 
     Args:
       text: the module.
-      loop_trips: times that a loop runs whose count the compiler does not know, by its `op_name`.
+      loop_trips: trip count of a loop whose count the compiler does not know, from its `op_name`.
     """
 
     def __init__(self, text: str, loop_trips: Callable[[str], float] = lambda _: 1.0) -> None:
@@ -128,7 +128,7 @@ class Program:
 
     @cached_property
     def uses(self) -> list[Use]:
-        """Every instruction that runs, of loops, calls and fusions too."""
+        """Every instruction that runs, including those in loops, calls and fusions."""
         return list(self._walk(self._entry, 1.0, False))
 
     def _walk(self, name: str, times: float, fused: bool) -> Iterator[Use]:
@@ -150,7 +150,7 @@ class Program:
                     yield from self._walk(called, times, fused or instruction.opcode == "fusion")
 
     def _trips(self, loop: Instruction) -> float:
-        """How often a loop runs: as noted, else the constant that its condition counts up to, else `loop_trips`."""
+        """Trip count of a loop: the known count, or else the constant in its condition, or else `loop_trips`."""
         if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known)
         condition = self.computations.get(loop.called("condition") or "")
@@ -162,13 +162,13 @@ class Program:
 
     @cached_property
     def matrix_flops(self) -> float:
-        """Floating-point operations of matrix products, kernels of our own not among them."""
+        """Floating-point operations of matrix products, without those in our own kernels."""
         return sum(flops * use.times for use, flops in self.matrix_products())
 
     def matrix_products(self) -> Iterator[tuple[Use, float]]:
         """Every matrix product and the operations of one run of it.
 
-        |lhs| · |rhs| · |out| is b³ (m k n)², however a product is spelled: that gives 2 b m k n without its layout.
+        |lhs| · |rhs| · |out| is b³ (m k n)² for every form of a product, which gives 2 b m k n without its layout.
         """
         for use in self.uses:
             instruction = use.instruction
@@ -202,7 +202,7 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            # A TPU program spreads one exchange over several fusions; its channel says which belong together.
+            # A TPU program splits one collective over several fusions, which have the same channel.
             channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
             if channel in found:
                 continue
@@ -216,7 +216,7 @@ class Program:
             elif kind == "collective-permute":
                 total = total // 2 if in_and_out else total
             elif kind == "all-reduce" and len(instruction.arrays) == 2 * len(instruction.operands):
-                total //= 2  # its start has operands and results since jax 0.12, before that results alone
+                total //= 2  # its start has operands and results since jax 0.12, before that only results
             overlapped = (
                 '"is_sync":false' in instruction.attributes
                 or "async_collective" in instruction.attributes
@@ -228,7 +228,7 @@ class Program:
 
     @cached_property
     def memory_traffic(self) -> float:
-        """Bytes read and written in device memory: results and operands of whatever is not inside of a fusion."""
+        """Bytes read and written in device memory: results and operands of instructions outside of fusions."""
         return sum(use.times * self._traffic(use) for use in self.uses if not use.fused)
 
     def _traffic(self, use: Use) -> float:
@@ -250,7 +250,7 @@ class Program:
         return self._written(fused, fused.root) + sum(read)
 
     def _written(self, fused: Computation, result: Instruction) -> float:
-        """Bytes that a fusion writes for a result: of an update in place, only the part that changes."""
+        """Bytes that a fusion writes for a result; for an in-place update, only the part that changes."""
         scope = fused.instructions
         while result.opcode == "bitcast" and result.operands[0] in scope:
             result = scope[result.operands[0]]
@@ -262,8 +262,8 @@ class Program:
         return min(self._written(inner, inner.root), result.stored_bytes) if inner else result.stored_bytes
 
     def _read(self, fused: Computation, number: int, nbytes: float) -> float:
-        """Bytes that a fusion reads of its operand: of stacked layers that it slices one from, or writes one into,
-        only that; through fusions within."""
+        """Bytes that a fusion reads of its operand; if it slices one of several stacked layers, or updates one, only
+        that layer. Follows nested fusions."""
         total = 0.0
         pending = [i.name for i in fused.instructions.values() if i.is_number(number)]
         while pending:
@@ -282,9 +282,9 @@ class Program:
 
 
 def _between_slices(instruction: Instruction) -> tuple[str, tuple[int, ...]] | None:
-    """What a TPU program sends to other slices: the kind of exchange, and the first device of each slice in it.
+    """A collective between slices of a TPU program: its kind, and the first device of each participating slice.
 
-    After an exchange within the slice, every device hands its share to the runtime of the network between slices.
+    After a collective within the slice, every device passes its share to the runtime for the network between slices.
     """
     kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
     target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}"', instruction.attributes)
@@ -295,7 +295,7 @@ def _between_slices(instruction: Instruction) -> tuple[str, tuple[int, ...]] | N
 
 
 def replica_group(attributes: str) -> tuple[int, ...]:
-    """The first group of partners, as positions in the mesh, from any of the forms that XLA writes."""
+    """The first group of partners, as positions in the mesh, from any form in XLA's text."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))?\s*\{([^}]*)\}", attributes):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         taken = re.findall(r"'(\w+)'", found[3])
@@ -313,7 +313,7 @@ def replica_group(attributes: str) -> tuple[int, ...]:
 
 
 def _positions(order: str | None, count: int) -> np.ndarray:
-    """0, 1, 2, ... in the order written as `[16,8]T(1,0)` (reshaped, transposed), as a list, or not at all."""
+    """0, 1, 2, ... in an order given as `[16,8]T(1,0)` (reshaped, transposed), as a list, or not at all."""
     if not order:
         return np.arange(count)
     if found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\)?)?", order):
@@ -364,7 +364,7 @@ def _parse_instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Index behind the parenthesis that closes the one at `opening`."""
+    """Index after the parenthesis that closes the one at `opening`."""
     depth = 0
     for index in range(opening, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")

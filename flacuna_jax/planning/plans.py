@@ -1,4 +1,4 @@
-"""A plan: one layout on one machine, compiled or estimated, with what it takes, how long, and whether it fits."""
+"""A plan: memory and time of one layout on one machine, compiled or estimated, and whether it fits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from flacuna_jax.planning.workload import Layout, Workload
 
 @dataclass(frozen=True)
 class Plan:
-    """What one layout of a workload means on a machine. Bytes, FLOPs and seconds are per device and optimizer step."""
+    """One layout of a workload on a machine. Bytes, FLOPs and seconds are per device and optimizer step."""
 
     layout: Layout
     machine: Machine
@@ -28,10 +28,10 @@ class Plan:
     work: Work
     time: StepTime
     compiled: bool
-    """False: estimated from the sizes, no compiler had a say."""
+    """False: estimated from the sizes, without a compiler."""
     compile_seconds: float = 0.0
     refused: str = ""
-    """Why the compiler did not compile it; "" where it did, or was not asked."""
+    """Why the compiler failed; "" if it succeeded or was not used."""
 
     @property
     def name(self) -> str:
@@ -40,11 +40,11 @@ class Plan:
 
     @property
     def source(self) -> str:
-        """Where the numbers are from, in words."""
+        """The origin of the numbers, as text."""
         if self.compiled:
             return "compiled"
         if self.refused:
-            return "ESTIMATED from the sizes, because the compiler refused"
+            return "ESTIMATED from the sizes, because the compiler failed"
         return "ESTIMATED from the sizes, not compiled"
 
     @property
@@ -61,12 +61,12 @@ class Plan:
         return None if steps is None else steps * self.time.step / 3600
 
     def cost(self, price: float | None) -> float | None:
-        """Of the run, at `price` per device and hour."""
+        """Cost of the run, at `price` per device and hour."""
         return None if price is None or self.hours is None else self.hours * self.machine.devices * price
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens, padding left out, of the whole machine."""
+        """Tokens per second of the whole machine, without padding."""
         statistics = self.workload.statistics
         return statistics.rows_per_step * self.workload.length * statistics.fill / self.time.step
 
@@ -119,7 +119,7 @@ class Plan:
 
 
 def estimated_plan(workload: Workload, layout: Layout, machine: Machine) -> Plan:
-    """From the sizes alone, in milliseconds."""
+    """A plan estimated from the sizes, which takes milliseconds."""
     arguments, temporaries = argument_bytes(workload, layout), temporary_bytes(workload, layout)
     work = estimate_work(workload, layout)
     return Plan(
@@ -136,10 +136,10 @@ def estimated_plan(workload: Workload, layout: Layout, machine: Machine) -> Plan
 
 
 def compiled_plan(workload: Workload, layout: Layout, machine: Machine, devices: Sequence[jax.Device]) -> Plan:
-    """By the compiler of the hardware.
+    """A plan from the compiler of the hardware.
 
-    Where it refuses for lack of memory, its message is all that is known of memory. Where it refuses for another
-    reason, the plan is the estimate, with that reason.
+    If the compiler runs out of memory, the plan's memory is taken from its message. If it fails for another reason, the
+    plan is the estimate, with that reason.
     """
     estimated = estimated_plan(workload, layout, machine)
     result = compile_step(workload, layout, devices)
@@ -164,13 +164,13 @@ def compiled_plan(workload: Workload, layout: Layout, machine: Machine, devices:
 
 
 def _with_the_rest(kinds: dict[str, int], total: int) -> dict[str, int]:
-    """Kinds add up to what the compiler counts: counters, padding of layouts."""
+    """Adds the difference to the compiler's total (counters, padding of layouts), so that the kinds sum up to it."""
     rest = total - sum(kinds.values())
     return {**kinds, "other": rest} if rest > 0 else kinds
 
 
 def default_layout(mesh: MeshConfig | str, remat: str, micro_batch: int, machine: Machine) -> Layout:
-    """What the config says; `auto` as the trainer takes it where nothing was searched."""
+    """The layout of the config; `auto` is resolved as in the trainer without a search."""
     if not isinstance(mesh, MeshConfig):
         replica = machine.hosts if machine.target.platform == "tpu" else 1
         mesh = MeshConfig(replica=replica, fsdp=machine.devices // replica)

@@ -1,4 +1,4 @@
-"""Plans for people: tables for a terminal, and one HTML file with the memory of each layout as a picture."""
+"""Formats plans: tables for a terminal, and an HTML file with a chart of the memory of each layout."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _COLOURS = {
 
 
 def plan_table(plan: Plan, price: float | None) -> RenderableType:
-    """Everything about one plan."""
+    """A table of one plan."""
     statistics, time, workload = plan.workload.statistics, plan.time, plan.workload
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
@@ -50,7 +50,7 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
     )
     exchanges = [
         f"{r['count']:,.0f} × {r['kind']} over {r['link']}: {_size(r['bytes'])} received, {r['seconds']:.2f} s, "
-        f"{r['exposed_seconds']:.2f} s of it with nothing else going on"
+        f"{r['exposed_seconds']:.2f} s of it not overlapped"
         for r in summarise(plan.work.collectives, plan.machine)
     ]
     row("exchanges", *(exchanges or ["none"]))
@@ -58,7 +58,7 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
     row("time", f"{time.step:.2f} s per step: arithmetic {time.compute:.2f} s, memory {time.memory:.2f} s{links}")
     row("bound by", time.bound)
     row("speed", f"{plan.tokens_per_second:,.0f} tokens/s on all devices")
-    assumed = "ASSUMED, the data are not here: " if statistics.assumed else ""
+    assumed = "ASSUMED, the data are not on this machine: " if statistics.assumed else ""
     row(
         "data",
         f"{assumed}{statistics.rows_per_step} rows and {statistics.examples_per_step:.0f} examples per step, "
@@ -70,7 +70,7 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
 
 def _run_length(plan: Plan, price: float | None) -> str:
     if plan.hours is None:
-        return "number of steps unknown without the data: say --examples N"
+        return "number of steps unknown without the data; give --examples N"
     text = f"{plan.workload.statistics.steps:,} steps, {_time(plan.hours)}"
     cost = plan.cost(price)
     return text if cost is None else f"{text}, {cost:,.0f} at {price:g} per device and hour"
@@ -94,7 +94,7 @@ def _size(nbytes: float | str) -> str:
 
 
 def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
-    """A line per plan, the best first."""
+    """A table with one plan per row, the best first."""
     machine = plans[0].machine
     title = Text(f"{machine.description}, {machine.usable_memory / GB:.1f} GB usable per device", style="bold")
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -120,19 +120,21 @@ def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
     sources = {plan.source for plan in plans}
     note = (
         f"all {' and '.join(sorted(sources))}; {_assumption(plans[0])}; rows: per device and pass; exposed: seconds of "
-        "exchanges with nothing else going on"
+        "communication that is not overlapped"
     )
     return Group(title, table, Text(note, style="dim"), Text())
 
 
 def _assumption(plan: Plan) -> str:
-    return "data ASSUMED, they are not here" if plan.workload.statistics.assumed else "statistics from the data"
+    return (
+        "data ASSUMED, they are not on this machine" if plan.workload.statistics.assumed else "statistics from the data"
+    )
 
 
 def write_html(path: Path, plans: Sequence[Plan]) -> None:
-    """Memory by kind against what is usable, and seconds per step, a line per plan, as one self-contained file.
+    """Writes a self-contained file with a chart of memory by kind, usable memory and seconds per step of each plan.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     machine, best = plans[0].machine, plans[0]
     kinds = _worth_showing(plans)
@@ -163,7 +165,7 @@ def write_html(path: Path, plans: Sequence[Plan]) -> None:
         parts.append(f'<rect x="{x}" y="{bottom + 14}" width="12" height="12" fill="{_COLOURS[kind]}"/>')
         parts.append(_text(x + 18, bottom + 24, kind))
     how = "compiled" if all(plan.compiled for plan in plans) else "not all compiled"
-    note = f"{how}; {_assumption(best)}; seconds by roofline; grey does not fit; kinds below 1 % are left out"
+    note = f"{how}; {_assumption(best)}; seconds by roofline; grey does not fit; kinds below 1 % are not shown"
     document = (
         f"<!doctype html><meta charset=utf-8><title>Plan for {html.escape(machine.description)}</title>"
         "<style>body{font:14px system-ui,sans-serif;margin:2em}text{font-size:13px}</style>"
@@ -178,7 +180,7 @@ def write_html(path: Path, plans: Sequence[Plan]) -> None:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Bars from `left` on, `width` pixels for the largest value."""
+    """An axis of bars that start at `left`, with `width` pixels for the largest value."""
 
     left: int
     width: int
@@ -195,7 +197,7 @@ class _Axis:
 
 
 def _worth_showing(plans: Sequence[Plan]) -> Callable[[Plan], dict[str, float]]:
-    """Bytes by kind; what never reaches a hundredth of the largest peak is left out."""
+    """Bytes by kind, without kinds that are always below a hundredth of the largest peak."""
     least = max(plan.peak for plan in plans) / 100
 
     def every(plan: Plan) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""How long a step takes: arithmetic, memory traffic and exchanges, each at the rate of its part of the hardware.
+"""Estimates the time of a step: arithmetic, memory traffic and communication, each at the rate of the hardware.
 
-Peaks are scaled by what well-made programs reach of them. These shares are assumptions until a device is measured
-(docs/performance.md says where one was).
+Peak rates are scaled by the fraction that good programs reach. These fractions are assumptions until a device is
+measured (docs/performance.md lists measured devices).
 """
 
 from collections import Counter
@@ -13,12 +13,12 @@ from flacuna_jax.planning.hlo import Collective
 from flacuna_jax.planning.targets import Machine
 
 MATRIX_SHARE = {"cuda": 0.62, "tpu": 0.75, "cpu": 0.75}
-"""Of the dense bfloat16 peak, in large matrix products. 0.62 of an A6000 is 95 TFLOP/s."""
+"""Fraction of the dense bfloat16 peak in large matrix products. 0.62 of an A6000 is 95 TFLOP/s."""
 MEMORY_SHARE = 0.8
 LINK_SHARE = {"PCIe 4": 0.62, "NVLink 3": 0.75, "NVLink 4": 0.75, "ICI": 0.8, "memory": 0.5}
 NETWORK_SHARE = 0.75
 LATENCY = 20e-6
-"""Seconds before the first byte of an exchange arrives."""
+"""Latency of a collective in seconds."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class StepTime:
     compute: float
     memory: float
     links: dict[str, float]
-    """By link, overlapped or not."""
+    """Seconds of communication by link, overlapped or not."""
     exposed: float
-    """Exchanges during which nothing else happens."""
+    """Seconds of communication that is not overlapped."""
     step: float
     bound: str
-    """What the step spends most of its time on."""
+    """The part that takes most of the step's time."""
 
 
 def step_time(work: Work, machine: Machine) -> StepTime:
@@ -61,7 +61,8 @@ def step_time(work: Work, machine: Machine) -> StepTime:
 
 
 def exchange_time(collective: Collective, machine: Machine) -> tuple[str, float]:
-    """(link that limits it, seconds of all its repetitions). Rings: what crosses hosts is shared by a host's ports."""
+    """(link that limits it, seconds of all its runs). With rings, the ports of a host share the traffic to other
+    hosts."""
     target = machine.target
     local = collective.received / (target.link_bandwidth * LINK_SHARE[target.link])
     hosts = Counter(position // machine.devices_per_host for position in collective.group)
@@ -74,7 +75,7 @@ def exchange_time(collective: Collective, machine: Machine) -> tuple[str, float]
 
 
 def summarise(collectives: Sequence[Collective], machine: Machine) -> list[dict[str, str | float]]:
-    """Collectives of a step by kind and link: how many, bytes received per device, seconds."""
+    """Collectives of a step by kind and link: number, bytes received per device, seconds."""
     rows: dict[tuple[str, str], dict[str, str | float]] = {}
     for collective in collectives:
         link, seconds = exchange_time(collective, machine)

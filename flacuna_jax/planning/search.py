@@ -1,4 +1,4 @@
-"""Looks for the best layout: all that are possible are estimated, a few compiled, and those that fit ranked."""
+"""Searches for the best layout: estimates all possible layouts, compiles a few, and ranks those that fit."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "nf4")
 Choice = tuple[Workload, Layout]
 SHORTLIST = 8
 TRAINER_SHORTLIST = 4
-# An estimate this far above what there is may still turn out to fit once compiled.
+# A plan whose estimate exceeds the memory by this factor may still fit when it is compiled.
 DOUBT = 1.15
 
 
@@ -41,7 +41,7 @@ def candidates(
     remats: Sequence[str] = REMATS,
     micro_batches: Sequence[int] = MICRO_BATCHES,
 ) -> Iterator[Layout]:
-    """Every layout on all devices of the machine that the network and the batch admit."""
+    """Every layout on all devices of the machine that is valid for the network and the batch."""
     for mesh, remat, micro_batch in product(meshes or _meshes(workload.spec, machine), remats, micro_batches):
         layout = Layout(mesh, remat, micro_batch)
         rows = micro_batch * layout.shards
@@ -70,7 +70,7 @@ def _meshes(spec: ModelSpec, machine: Machine) -> list[MeshConfig]:
 
 
 def choices(workload: Workload, machine: Machine, micro_batches: Sequence[int] = MICRO_BATCHES) -> Iterator[Choice]:
-    """Every layout; beside adapters, also with the frozen base in fewer bits, unless it already is."""
+    """Every layout; with adapters, also with a quantised base, unless it is already quantised."""
     forms = [workload]
     if workload.spec.lora is not None and workload.spec.quantization is None:
         forms += [workload.with_spec(replace(workload.spec, quantization=bits)) for bits in QUANTIZATIONS]
@@ -80,7 +80,7 @@ def choices(workload: Workload, machine: Machine, micro_batches: Sequence[int] =
 
 
 def shortlist(among: Iterable[Choice], machine: Machine, length: int) -> list[Plan]:
-    """The fastest by estimate of those that fit or nearly fit; if none does, the smallest."""
+    """The fastest plans by estimate among those that fit or almost fit; if there are none, the smallest."""
     plans = [estimated_plan(workload, layout, machine) for workload, layout in among]
     hopeful = [plan for plan in plans if plan.peak <= DOUBT * machine.usable_memory]
     if hopeful:
@@ -89,7 +89,7 @@ def shortlist(among: Iterable[Choice], machine: Machine, length: int) -> list[Pl
 
 
 def _rank(plan: Plan) -> tuple[bool, float, bool, int]:
-    """Those that fit first, then by time; of equally fast ones those whose base is not rounded, then by memory."""
+    """Sort key: plans that fit first, then by time, then plans without a quantised base, then by memory."""
     return not plan.fits, float(f"{plan.time.step:.2e}"), plan.workload.spec.quantization is not None, plan.peak
 
 
@@ -100,7 +100,7 @@ def search(
     length: int = SHORTLIST,
     notify: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
-    """Plans ranked by time, those that fit first; compiled where there is a compiler (`devices` is not None)."""
+    """Plans ranked by time, those that fit first; compiled if there is a compiler (`devices` is not None)."""
     plans = shortlist(among, machine, length)
     if devices is not None:
         compiled = []
@@ -108,19 +108,19 @@ def search(
             notify(f"compiling {number} of {len(plans)}: {plan.name}")
             compiled.append(compiled_plan(plan.workload, plan.layout, machine, devices))
             if refused := compiled[-1].refused:
-                notify(f"the compiler refused {plan.name}, which is estimated instead: {refused}")
+                notify(f"the compiler failed for {plan.name}, which is estimated instead: {refused}")
         plans = compiled
     return sorted(plans, key=_rank)
 
 
 def nearest_fit(plan: Plan, devices: Sequence[jax.Device] | None) -> Plan | None:
-    """The plan that fits and changes least, the fastest of those; None if the machine is too small."""
+    """The fastest plan that fits with the fewest changes; None if the machine is too small."""
     workload, machine, given = plan.workload, plan.machine, plan.layout
-    # Estimates are scaled by how far the one at hand was off.
+    # Estimates are scaled by the error of the estimate for the given plan.
     correction = plan.peak / estimated_plan(workload, given, machine).peak
 
     def changes(other: Plan) -> int:
-        # A base in fewer bits is the largest change, it changes the result; then another mesh, with other links.
+        # A quantised base is the largest change, because it changes the result; then another mesh, with other links.
         layout, quantised = other.layout, other.workload.spec.quantization != workload.spec.quantization
         small = (layout.remat != given.remat) + (layout.micro_batch != given.micro_batch)
         return 8 * quantised + 2 * (layout.mesh != given.mesh) + small
@@ -144,15 +144,16 @@ def nearest_fit(plan: Plan, devices: Sequence[jax.Device] | None) -> Plan | None
 def choose_layout(config: RunConfig, spec: ModelSpec, devices: Sequence[jax.Device]) -> tuple[MeshConfig, str]:
     """What `mesh: auto` and `remat: auto` of a config mean on the devices that are here.
 
-    What the config says is kept. At most four candidates, the fastest by estimate, are compiled; the answer is
-    remembered for the same network, settings, devices and versions (`data.store_cache.default_directory`). On CPUs
-    nothing is compiled: weights are split over all devices, products and attention are kept. Where the compiler refuses
-    the candidates for a reason other than memory, the estimate decides, a warning says so, and nothing is remembered.
+    Other settings are kept. At most four candidates, the fastest by estimate, are compiled; the result is cached for
+    the same network, settings, devices and versions (`data.store_cache.default_directory`). On CPUs nothing is
+    compiled: weights are split over all devices, and the results of products and attention are saved. If the compiler
+    fails for the candidates for a reason other than memory, the estimate decides, with a warning, and the result is not
+    cached.
 
     Returns the mesh and the remat policy, to be written to the resolved config.
 
     Raises:
-      UserError: nothing that the config allows fits; the message says what would come nearest.
+      UserError: no layout that the config permits fits; the message names the nearest one.
     """
     auto_mesh, auto_remat = not isinstance(config.mesh, MeshConfig), config.training.remat == "auto"
     mesh = config.mesh if isinstance(config.mesh, MeshConfig) else split_everywhere(devices)
@@ -180,7 +181,7 @@ def choose_layout(config: RunConfig, spec: ModelSpec, devices: Sequence[jax.Devi
             "or see `flacuna plan --search`"
         )
     if best.refused:
-        _logger.warning("mesh and remat are chosen by the estimate: the compiler refused the step (%s)", best.refused)
+        _logger.warning("mesh and remat are chosen by the estimate, because the compiler failed (%s)", best.refused)
         return best.layout.mesh, best.layout.remat
     answer = {"mesh": best.layout.mesh.model_dump(), "remat": best.layout.remat}
     write_atomically(cache, json.dumps(answer))

@@ -1,10 +1,10 @@
-"""Accelerators by name: what the compiler and the roofline need to know, and devices to compile for without having any.
+"""Accelerators by name: facts for the compiler and the roofline, and absent devices to compile for.
 
 Sources. GPUs: NVIDIA's datasheets and architecture whitepapers (GA100, GA102, AD102, GH100) for cores, clocks, L2,
 bandwidths and dense bfloat16 rates with float32 accumulation; the CUDA C++ Programming Guide, table "Technical
-Specifications per Compute Capability", for shared memory and threads; memory as the CUDA driver reports it (less than
-the name of the card says). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip. Networks
-between hosts: what vendors' reference systems have (DGX A100: a 200 Gb/s port per GPU, DGX H100/H200: 400 Gb/s), and
+Specifications per Compute Capability", for shared memory and threads; memory as reported by the CUDA driver (less than
+in the name of the card). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip. Networks
+between hosts: those of vendors' reference systems (DGX A100: a 200 Gb/s port per GPU, DGX H100/H200: 400 Gb/s), and
 one 100 Gb/s port shared by four cards for workstation and PCIe servers; between TPU slices the data-center bandwidth
 that those pages give per pod (v5e 6.4, v6e 25.6 Tb/s for 256 chips), for v4 and v5p a 200 Gb/s port per four chips.
 """
@@ -29,7 +29,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What XLA's GPU compiler reads from the driver when there is one."""
+    """Facts that XLA's GPU compiler reads from the driver if there is one."""
 
     compute_capability: tuple[int, int]
     cores: int
@@ -40,7 +40,7 @@ class GpuFacts:
     l2_bytes: int
     shared_memory_per_core: int
     shared_memory_per_block: int
-    """The most one kernel may ask for: the limit on tile sizes. Bytes."""
+    """Maximum shared memory of a kernel in bytes, which limits tile sizes."""
     threads_per_core: int
 
 
@@ -49,17 +49,18 @@ class Target:
     """One kind of accelerator. Bytes, bytes per second and FLOP per second, per JAX device."""
 
     device_kind: str
-    """As `jax.Device.device_kind` says it."""
+    """The value of `jax.Device.device_kind`."""
     platform: Literal["cuda", "tpu", "cpu"]
     memory: int
     memory_bandwidth: float
     bf16_flops: float
     """Dense peak."""
     link_bandwidth: float
-    """To the other devices of its host (a TPU: of its slice), received, all links together."""
+    """Received from the other devices of its host (for a TPU: of its slice), all links together."""
     link: Literal["PCIe 4", "NVLink 3", "NVLink 4", "ICI", "memory"]
     network_bandwidth: float = 0.0
-    """A device's share of what its host (a TPU: its slice, whose torus spans the hosts) receives from others."""
+    """A device's share of the bandwidth that its host (for a TPU: its slice, whose torus spans the hosts) has for
+    receiving from others."""
     gpu: GpuFacts | None = None
     tpu_topology: str = ""
     """libtpu's name of the generation."""
@@ -120,11 +121,11 @@ _ALIASES = {"rtxa6000": "a6000", "rtx3090": "3090", "rtx4090": "4090", "a100": "
 
 @dataclass(frozen=True)
 class Machine:
-    """Accelerators of one kind, and how they hang together."""
+    """Accelerators of one kind, and their connections."""
 
     target: Target
     hosts: int = 1
-    """Of a TPU: slices, since a torus does not care for hosts."""
+    """Number of hosts; for a TPU, of slices, because a torus spans hosts."""
     devices_per_host: int = 1
     torus: tuple[int, ...] = ()
     """Sides of a TPU slice, if the user named them."""
@@ -141,10 +142,10 @@ class Machine:
 
     @property
     def usable_memory(self) -> int:
-        """Bytes per device that a compiled program may take. The rest is the runtime's.
+        """Bytes per device that a compiled program may use. The runtime needs the rest.
 
-        CUDA: context, NCCL's buffers and libraries' workspaces, about 1 GiB, and 3 % for what the allocator cannot
-        place; and never more than the allocator is given. TPU: what libtpu keeps for itself.
+        CUDA: about 1 GiB for the context, NCCL's buffers and libraries' workspaces, and 3 % for fragmentation; never
+        more than the memory of the allocator. TPU: the part that libtpu reserves.
         """
         memory = self.target.memory
         if self.target.platform != "cuda":
@@ -155,7 +156,7 @@ class Machine:
 def parse_target(text: str) -> Machine:
     """`4xA6000`, `16x8xH100` (hosts × devices each × kind), `v5p:4x4x8` (a slice), `2xv5e:16x16` (two), `v5e` (a chip).
 
-    Raises UserError for a kind that is not in `TARGETS`, a count below 1, or sides that make no torus.
+    Raises UserError for a kind that is not in `TARGETS`, a count below 1, or sides that are not a torus.
     """
     found = re.fullmatch(r"(?:(\d+)[x×*])?(?:(\d+)[x×*])?([^:\s]+?)(?::(\d+(?:x\d+)*))?", text.lower().replace(" ", ""))
     name = found[3] if found else text
@@ -163,7 +164,7 @@ def parse_target(text: str) -> Machine:
     counts = [int(count) for count in found.groups()[:2] if count] if found else []
     if not found or name not in TARGETS or 0 in counts:
         raise UserError(
-            f"target {text!r}: say COUNTxKIND (4xA6000), HOSTSxCOUNTxKIND (16x8xH100), a TPU slice (v5p:4x4x8) or "
+            f"target {text!r}: write COUNTxKIND (4xA6000), HOSTSxCOUNTxKIND (16x8xH100), a TPU slice (v5p:4x4x8) or "
             f"several (2xv5e:16x16); kinds: {', '.join(TARGETS)}"
         )
     target = TARGETS[name]
@@ -171,23 +172,23 @@ def parse_target(text: str) -> Machine:
         hosts, each = (1, *counts)[-2:] if counts else (1, 1)
         return Machine(target, 1, hosts * each) if target.platform == "tpu" else Machine(target, hosts, each)
     torus = tuple(int(side) for side in found[4].split("x"))
-    # v4 and v5p are named by three sides, the others by two.
+    # v4 and v5p have three sides, the others two.
     if target.platform != "tpu" or len(counts) > 1 or len(torus) != target.tpu_dimensions or 0 in torus:
         sides = "x".join("4" * target.tpu_dimensions)
         example = f"{name}:{sides}" if target.platform == "tpu" else f"4x{name}"
-        raise UserError(f"target {text!r}: this kind is named as in {example}")
+        raise UserError(f"target {text!r}: write this kind like {example}")
     return Machine(target, counts[0] if counts else 1, math.prod(torus), torus)
 
 
 def known_target(device: jax.Device) -> Target | None:
-    """The facts of a device's kind, if any are kept."""
+    """The facts of a device's kind; None if it is unknown."""
     return next((target for target in TARGETS.values() if target.device_kind == device.device_kind), None)
 
 
 def present_machine(devices: Sequence[jax.Device]) -> Machine:
-    """The machine that the given devices make, by their kind.
+    """The machine of the given devices, by their kind.
 
-    CPU devices are described by round numbers, 160 GFLOP/s a core; they share their host's memory and cores.
+    CPU devices have approximate facts, 160 GFLOP/s per core; they share their host's memory and cores.
 
     Raises UserError for an accelerator that is not in `TARGETS`.
     """
@@ -200,14 +201,15 @@ def present_machine(devices: Sequence[jax.Device]) -> Machine:
     else:
         known = known_target(first)
         if known is None:
-            raise UserError(f"no facts are known of {first.device_kind!r}; it can be added in planning/targets.py")
+            raise UserError(f"unknown device {first.device_kind!r}; it can be added in planning/targets.py")
         target = known
     if target.platform == "tpu":
         hosts = tpu_slices(devices)
     return Machine(target, hosts, len(devices) // hosts)
 
 
-# libtpu otherwise asks a metadata server that only TPU hosts have, looks for fellow hosts, and lets in one process.
+# Without these, libtpu queries a metadata server that exists only on TPU hosts, searches other hosts, and permits only
+# one process.
 _COMPILE_ONLY_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -218,7 +220,7 @@ _COMPILE_ONLY_TPU = {
 
 
 class CompilerUnusable(UserError):
-    """Nothing can be compiled for a machine here; its plans are estimates."""
+    """No compiler for a machine is usable here, so its plans are estimates."""
 
 
 class CompilerMissing(CompilerUnusable):
@@ -226,19 +228,19 @@ class CompilerMissing(CompilerUnusable):
 
 
 def absent_devices(machine: Machine) -> list[jax.Device]:
-    """The devices of a machine that need not be present: build a Mesh of them, lower with shardings on it, compile.
+    """The devices of a machine that may be absent: build a Mesh of them, lower with shardings on it, and compile.
 
-    The real compilers run, so memory_analysis(), the optimised program and resource limits are those of the hardware;
-    nothing can be executed. Lower within `deviceless.lowering_for(mesh)`, so that kernels are chosen for it.
-    Where there is no such hardware, JAX must run on the CPU (`jax_platforms`): plugins look for devices otherwise.
+    The real compilers run, so memory_analysis(), the optimised program and resource limits are those of the hardware,
+    but nothing can be executed. Lower within `deviceless.lowering_for(mesh)`, so that kernels are selected for it.
+    Without such hardware, JAX must run on the CPU (`jax_platforms`), because plugins would search for devices.
 
-    Raises CompilerMissing where the compiler for the platform is not installed, CompilerUnusable where it describes no
-    such machine, and a plain UserError where it refuses the sides of a slice that the user named.
+    Raises CompilerMissing if the compiler for the platform is not installed, CompilerUnusable if it does not support
+    the machine, and a plain UserError if it rejects the sides of a slice that the user gave.
     """
     target = machine.target
     names: dict[str, Any]
     plugins: tuple[str, ...]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # plugins report at length that there is no device
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # plugins print long messages about missing devices
     if target.gpu is not None:
         shape = f"1x{machine.hosts}x{machine.devices_per_host}"
         names = {"platform": "cuda", "topology": shape, "target_config": gpu_target_config(target)}
@@ -292,11 +294,11 @@ device_description_str: "{target.device_kind}"
 
 
 def _torus(count: int, dimensions: int) -> tuple[int, ...]:
-    """The smallest slice with at least `count` chips."""
+    """The sides of the smallest slice with at least `count` chips."""
     for sides in _TPU_SLICES[dimensions]:
         if math.prod(sides) >= count:
             return sides
-    raise UserError(f"{count} TPU chips are more than one slice that can be planned for ({math.prod(sides)})")
+    raise UserError(f"{count} TPU chips are more than the largest slice that can be planned ({math.prod(sides)})")
 
 
 _TPU_SLICES = {

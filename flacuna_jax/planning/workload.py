@@ -1,4 +1,4 @@
-"""What is to be planned: a network, a run's statistics, and one way to lay the step out on devices."""
+"""The input of a plan: a network, the statistics of a run, and a layout of the step on devices."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 FLAN_MINI_EXAMPLES = 1_340_153
 """Ghosal et al., 2023 (arXiv:2307.02053), table 1."""
 ASSUMED_TOKENS, ASSUMED_SUPERVISED, ASSUMED_FILL = 256, 0.3, 0.98
-"""Of an example; share of tokens that carry loss; share of a packed row that is tokens."""
+"""Mean tokens of an example; fraction of tokens with loss; fraction of a packed row that is tokens."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the data make of a config, the same on every mesh."""
+    """Statistics of the data of a config, which are the same on every mesh."""
 
     rows_per_step: int
     steps: int | None
-    """None where the data are absent and nothing says how many examples there are."""
+    """Number of steps; None if the data are absent and the number of examples is unknown."""
     examples_per_step: float
     fill: float
-    """Share of the rows that is tokens and not padding."""
+    """Fraction of the rows that is tokens, not padding."""
     supervised: float
-    """Share of the tokens that carries loss."""
+    """Fraction of the tokens that carries loss."""
     document_length: float
-    """Mean, in tokens: how far attention reaches."""
+    """Mean length of a document in tokens, which limits attention."""
     assumed: bool
-    """Not from the data, which are not here."""
+    """Whether the statistics are assumed, because the data are not on this machine."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one optimizer step is cut up."""
+    """The layout of one optimizer step."""
 
     mesh: MeshConfig
     remat: str
@@ -59,7 +59,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Workload:
-    """A run, apart from its layout."""
+    """A run without its layout."""
 
     step: StepConfig
     """The settings of the trainer's step. A layout replaces its remat policy."""
@@ -86,19 +86,19 @@ class Workload:
 
     @property
     def compute_bytes(self) -> int:
-        """Of one number in compute dtype."""
+        """Bytes of one number in compute dtype."""
         return 2 if self.spec.dtype == "bfloat16" else 4
 
     def micro_batches(self, layout: Layout) -> int:
         return -(-self.statistics.rows_per_step // (layout.micro_batch * layout.shards))
 
     def tokens_per_pass(self, layout: Layout) -> int:
-        """Positions, padding included, that one device computes in one forward pass."""
+        """Number of positions, including padding, that one device computes in one forward pass."""
         return layout.micro_batch * self.length
 
 
 def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
-    """From the tokenised data themselves."""
+    """The statistics of the tokenised data."""
     tokens = int(store.lengths.sum())
     return Statistics(
         rows_per_step=plan.rows_per_step,
@@ -114,7 +114,8 @@ def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
 def assumed_statistics(data: DataConfig, training: TrainingConfig, examples: int | None = None) -> Statistics:
     """Where the data are not here: examples of `ASSUMED_TOKENS`, packed nearly full.
 
-    Their number is `examples`, or what `max_examples` says of every source, or the published size of FLAN-mini.
+    The number of examples is `examples`, or the sum of `max_examples` if every source has it, or the published size of
+    FLAN-mini.
     """
     if examples is None and any(source.format == "flan_mini" for source in data.sources):
         examples = FLAN_MINI_EXAMPLES

@@ -1,9 +1,9 @@
 """A run whose output_dir is a bucket, gs://BUCKET/PATH.
 
-A bucket takes whole objects; it has no appending, no renaming and no locks. So a run's small files are written in a
-working directory on this machine, with all that a file system promises, and copied to the bucket every few seconds and
-before each checkpoint. Checkpoints go straight there (storage/checkpoint.py). A start believes the bucket alone, and
-continues there on any machine.
+A bucket stores whole objects and does not support appending, renaming or locks. Therefore a run's small files are
+written in a working directory on this machine, with the guarantees of a file system, and copied to the bucket every few
+seconds and before each checkpoint. Checkpoints are written directly to the bucket (storage/checkpoint.py). On a start,
+only the content of the bucket counts, so a run continues on any machine.
 
 Instead of a lock there is an object, run.lock, that a run writes again every few seconds. It tells a run that lives
 from one that was killed without comparing clocks: what does not change for a while belongs to nobody.
@@ -38,16 +38,17 @@ from flacuna_jax.user_cache import user_cache
 
 LEASE = "run.lock"
 BEAT_SECONDS = 20.0
-"""How often a run shows that it lives, and copies what has changed."""
+"""Seconds between two heartbeats, in which a run rewrites run.lock and copies changed files."""
 PATIENCE = 3
-"""A run.lock that stays the same for so many beats is that of a dead run."""
+"""Number of heartbeats without a change of run.lock after which its run is considered dead."""
 SETTLE_SECONDS = 2.0
-"""Two that start at once both find no lock and write theirs; after this long one of them finds the other's."""
+"""Seconds to wait after writing run.lock: of two runs that start at the same time and find no lock, one then finds the
+lock of the other."""
 
 _URL = re.compile(r"([a-z][a-z0-9]+):/{1,2}")
 _OWNER = ".owner"
 _NEEDED = ("config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "wandb")
-"""What a run that is continued goes on with."""
+"""Files that a resumed run continues with."""
 _MIRRORED = (*_NEEDED, "report.html", "bad_steps", "adapter", "model", "profile")
 
 
@@ -56,24 +57,24 @@ def is_bucket(output_dir: str | os.PathLike[str]) -> bool:
 
 
 def bucket_path(output_dir: str) -> epath.Path:
-    """A run in a bucket, as a path; also one on a file system."""
-    # Listings that are kept would show the world as it was before another run, or another host, changed it.
+    """The path of a run in a bucket or on a file system."""
+    # Cached listings would not show changes by another run or another host.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    # Where they may not ask for a bucket's type they warn at every access; what fails reaches us as an exception.
+    # Without permission to query the bucket's type, they warn at every access; errors raise exceptions anyway.
     for name in ("gcsfs", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return epath.Path(output_dir)
 
 
 def require_supported(output_dir: str) -> None:
-    """Raises `UserError` for a bucket that a run cannot be in, or that cannot be reached from here."""
+    """Raises `UserError` for a bucket that is not supported, or that cannot be reached from this machine."""
     found = _URL.match(output_dir)
     if found is None:
         return
     if found[1] != "gs":
         raise UserError(
-            f"{output_dir}: runs are in directories and in gs:// buckets, because Orbax writes arrays to no other; "
-            "take a local directory or a mounted bucket, and copy it with the bucket's own tool"
+            f"{output_dir}: a run must be in a directory or a gs:// bucket, because Orbax writes arrays to no others; "
+            "use a local directory or a mounted bucket, and copy it with the bucket's own tool"
         )
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+(/[^/]+)+/?", output_dir) or "/../" in f"{output_dir}/":
         raise UserError(f"{output_dir} is not of the form gs://BUCKET/PATH")
@@ -82,7 +83,7 @@ def require_supported(output_dir: str) -> None:
 
 
 def read_text(output_dir: str, name: str) -> str | None:
-    """A small file of a run directory, wherever it lies; None if it is not there. Raises UserError."""
+    """Reads a small file of a run, on disk or in a bucket; None if it does not exist. Raises UserError."""
     path = bucket_path(output_dir) / name
     with talking_to(output_dir):
         try:
@@ -99,10 +100,10 @@ def open_output(
     primary: bool = True,
     say: Callable[[str], None] = print,
 ) -> Iterator[RunDirectory]:
-    """`open_run_directory`, where `output_dir` may also be a bucket.
+    """Like `open_run_directory`, but `output_dir` may also be a bucket.
 
     Raises:
-      UserError: as there; or the bucket cannot be written, or another run writes there.
+      UserError: as in `open_run_directory`; or the bucket cannot be written, or another run writes there.
     """
     if not is_bucket(output_dir):
         with open_run_directory(Path(output_dir), resume=resume, primary=primary) as directory:
@@ -123,7 +124,7 @@ def open_output(
 
 
 class Mirror:
-    """Keeps the copy of a working directory in a bucket true, and the bucket this run's own.
+    """Copies a working directory to a bucket, and makes sure that only this run writes to the bucket.
 
     Args:
       directory: the working directory; locked by this process.
@@ -139,17 +140,17 @@ class Mirror:
         self._beats = 0
         self._taken_by: str | None = None
         self._answers = True
-        """Whether the bucket did the last time; each attempt takes a minute where it does not."""
+        """Whether the bucket answered the last time; otherwise each attempt takes a minute."""
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """For the block the bucket is this run's; at its beginning the working directory holds what the bucket does.
+        """Reserves the bucket for this run during the block; first makes the working directory equal to the bucket.
 
         Raises:
-          UserError: another run lives there, or the bucket does not answer.
+          UserError: another run uses the bucket, or it does not answer.
         """
         self._take(say)
-        # Two, because copying a whole model takes longer than a run may seem dead.
+        # Two threads, because copying a whole model takes longer than the time after which a run is considered dead.
         beating = [
             threading.Thread(target=self._on_each_beat, args=(do,), daemon=True) for do in (self._renew, self.push)
         ]
@@ -161,11 +162,11 @@ class Mirror:
                 yield
             except BaseException:
                 if self._answers:
-                    with contextlib.suppress(UserError):  # the first reason counts
+                    with contextlib.suppress(UserError):  # report only the first error
                         self.push()
                 raise
             self.push()
-            say(f"{self._name} holds the run")
+            say(f"{self._name} has the complete run")
         finally:
             self._over.set()
             for thread in beating:
@@ -176,10 +177,10 @@ class Mirror:
                     (self._bucket / LEASE).unlink()
 
     def push(self) -> None:
-        """Copies what has changed since the last time.
+        """Copies the files that changed since the last call.
 
         Raises:
-          UserError: the bucket cannot be written, or has become another run's.
+          UserError: the bucket cannot be written, or another run has taken it over.
         """
         self._renew()
         with self._busy, talking_to(self._name):
@@ -188,7 +189,7 @@ class Mirror:
                     self._copy(path)
 
     def _renew(self) -> None:
-        """Raises UserError if the bucket has become another run's, or does not answer."""
+        """Rewrites run.lock. Raises UserError if another run has taken over the bucket, or if it does not answer."""
         with self._renewing, talking_to(self._name):
             self._answers = False
             lease = self._lease()
@@ -213,11 +214,12 @@ class Mirror:
         except FileNotFoundError:
             if path.exists():
                 raise
-            return  # replaced while we looked
+            return  # the file was replaced in the meantime
         self._pushed[path] = stamp
 
     def _on_each_beat(self, do: Callable[[], None]) -> None:
-        """Until the block ends. What fails here fails again in the `push` before the next checkpoint."""
+        """Calls `do` on each heartbeat until the block ends. Errors are ignored, because the `push` before the next
+        checkpoint raises them again."""
         while not self._over.wait(BEAT_SECONDS):
             with contextlib.suppress(UserError):
                 do()
@@ -227,7 +229,7 @@ class Mirror:
             found = self._lease()
             if found is not None and not self._is_own(found):
                 seconds = PATIENCE * BEAT_SECONDS
-                say(f"{self._name} is that of {_describe(found)}; taken over if that shows no life for {seconds:.0f} s")
+                say(f"{self._name} is in use by {_describe(found)}; taking over if it is silent for {seconds:.0f} s")
                 for _ in range(PATIENCE):
                     time.sleep(BEAT_SECONDS)
                     if (now := self._lease()) != found and now is not None:
@@ -241,7 +243,7 @@ class Mirror:
                 raise UserError(f"output_dir {self._name} is in use by another run ({_describe(now)})")
 
     def _fetch(self) -> None:
-        """Makes the working directory what the bucket says, whatever an earlier run has left in it."""
+        """Makes the working directory equal to the bucket, and removes files of earlier runs."""
         for path in self._directory.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -267,7 +269,7 @@ class Mirror:
                 found = json.loads((self._bucket / LEASE).read_text())
             except FileNotFoundError:
                 return None
-            except ValueError:  # size and content are asked for one after the other, and it was written in between
+            except ValueError:  # size and content are read separately, and the object was written in between
                 time.sleep(0.2)
             else:
                 return found if isinstance(found, dict) else {}
@@ -275,7 +277,7 @@ class Mirror:
 
     def _write_lease(self) -> None:
         self._beats += 1
-        # Of one length, so that whoever reads it meanwhile reads a whole one.
+        # The length is constant, so that a concurrent reader always gets a complete object.
         beat = f"{self._beats:012}"
         lease = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": beat}
         (self._bucket / LEASE).write_text(json.dumps(lease))
@@ -289,7 +291,8 @@ def _describe(lease: dict[str, Any] | None) -> str:
 
 
 def _owner(directory: Path) -> str:
-    """Who writes from this working directory. Its lock is held, so an earlier process of the same name is dead."""
+    """Identifies the writer from this working directory. Its lock is held, so an earlier process with the same name is
+    dead."""
     path = directory / _OWNER
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
@@ -308,8 +311,7 @@ def _working_directory(output_dir: str) -> Path:
 
 @contextlib.contextmanager
 def talking_to(output_dir: str) -> Iterator[None]:
-    """Raises `UserError` for whatever goes wrong: the libraries below retry for a while, and what is left over has
-    many types."""
+    """Converts all errors to `UserError`: the libraries retry for a while, and then raise exceptions of many types."""
     try:
         yield
     except UserError:

@@ -1,10 +1,10 @@
 """Checkpoints of a run: trained weights, optimizer state and a JSON of everything else, written as one atomic whole.
 
-A checkpoint is a directory `checkpoints/<step>/` with the items `trainable`, `optimizer` and `meta`. It appears by a
-rename when it is complete; in a bucket it counts from the moment that its last object, commit_success.txt, is there.
-Beside the caller's own values `meta` records each array's shape, dtype and a checksum that
-does not depend on the layout over devices, so that a torn or flipped byte is found out and the checkpoint before is
-taken instead. Base weights are never saved with adapters.
+A checkpoint is a directory `checkpoints/<step>/` with the items `trainable`, `optimizer` and `meta`. A rename makes it
+visible when it is complete; in a bucket it is complete when its last object, commit_success.txt, exists. In addition to
+the caller's values, `meta` records the shape and dtype of each array, and a checksum that does not depend on the
+sharding, so that damaged bytes are detected and the previous checkpoint is used instead. Base weights are never saved
+with adapters.
 """
 
 import hashlib
@@ -56,11 +56,11 @@ class Checkpointer:
     """Saves and restores the checkpoints of one run directory; a context manager that finishes pending writes.
 
     Args:
-      run_dir: the run's output directory, or a bucket's name.
-      keep: how many checkpoints stay, the last by step number, besides those that `save` is told are the best. An old
-        one is deleted only after the new one is on the disk.
-      asynchronous: `save` returns once the arrays are copied off the devices. Worth it for full tuning; adapters are
-        small.
+      run_dir: the run's output directory, or the name of a bucket.
+      keep: number of most recent checkpoints to keep, in addition to the `best` ones given to `save`. An old checkpoint
+        is deleted only after the new one is on the disk.
+      asynchronous: `save` returns when the arrays are copied from the devices. Useful for full fine-tuning; adapters
+        are small.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], *, keep: int, asynchronous: bool) -> None:
@@ -84,7 +84,7 @@ class Checkpointer:
         try:
             self.close()
         except UserError:
-            if failure is None:  # else the first reason counts
+            if failure is None:  # otherwise report only the first error
                 raise
 
     def steps(self) -> list[int]:
@@ -94,9 +94,9 @@ class Checkpointer:
     def save(
         self, step: int, trainable: dict[str, jax.Array], opt_state: Any, meta: Meta, best: Collection[int] = ()
     ) -> None:
-        """Writes the state after `step` updates; a step that is already there is left as it is.
+        """Writes the state after `step` updates; does nothing if there is already a checkpoint of this step.
 
-        The arrays may be donated as soon as this returns. Checkpoints of the steps `best` are not deleted this time.
+        The arrays may be donated as soon as this returns. This call does not delete checkpoints of the steps `best`.
 
         Raises:
           UserError: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
@@ -118,7 +118,7 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when what was saved is complete and on the disk, and older checkpoints beyond `keep` are gone."""
+        """Waits until saved checkpoints are complete and on the disk, and older ones beyond `keep` are deleted."""
         step, self._unsettled = self._unsettled, None
         if step is None:
             return
@@ -130,14 +130,15 @@ class Checkpointer:
                     self._delete(old)
 
     def _delete(self, step: int) -> None:
-        """What a kill leaves of it is no checkpoint any more, though its files go one after another."""
+        """Renames the directory before it deletes the files, so an interrupted deletion never leaves a directory that
+        looks like a checkpoint."""
         if jax.process_index() == 0:
             if is_bucket(self._directory):
                 (self._directory / str(step) / _COMMITTED).unlink(missing_ok=True)
             else:
                 doomed = self._directory / f"{step}{_TEMPORARY}"
                 (self._directory / str(step)).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)  # what is left is removed by the next start
+                shutil.rmtree(doomed, ignore_errors=True)  # the next start removes remaining files
         self._manager.delete(step)
 
     def close(self) -> None:
@@ -155,17 +156,17 @@ class Checkpointer:
         check: Callable[[Meta], None],
         notify: Callable[[str], None],
     ) -> Restored | None:
-        """Restores the newest checkpoint that is intact, onto any number of devices; None if there is no checkpoint.
+        """Restores the newest intact checkpoint onto any number of devices; None if there is no checkpoint.
 
         Args:
-          trainable: abstract arrays with the shardings wanted now.
-          opt_state: the abstract optimizer state likewise.
-          check: sees each candidate's meta before its arrays are read; raises `UserError` to refuse the run.
-          notify: told of every checkpoint that had to be passed over. Those are moved to `unreadable_checkpoints/`
-            once an intact one is loaded, so that the run can save those steps again.
+          trainable: abstract arrays with the target shardings.
+          opt_state: the abstract optimizer state with the target shardings.
+          check: called with each candidate's meta before its arrays are read; raises `UserError` to reject the run.
+          notify: called for every damaged checkpoint. Damaged ones are moved to `unreadable_checkpoints/` when an
+            intact one is loaded, so that the run can save those steps again.
 
         Raises:
-          UserError: no checkpoint is intact, or one holds other parameters than this run has.
+          UserError: no checkpoint is intact, or its parameters are not those of this run.
         """
         targets = {"trainable": trainable, "optimizer": opt_state}
         unreadable: list[int] = []
@@ -173,7 +174,7 @@ class Checkpointer:
             try:
                 restored = _read(self._manager, step, targets, check)
             except UnreadableCheckpoint as error:
-                notify(f"checkpoint {self._directory / str(step)} is damaged and passed over: {error}")
+                notify(f"checkpoint {self._directory / str(step)} is damaged and was skipped: {error}")
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable)
@@ -181,12 +182,12 @@ class Checkpointer:
         if unreadable:
             raise UserError(
                 f"none of the {len(unreadable)} checkpoints in {self._directory} is intact; "
-                "move that directory away to begin again, or choose another output_dir"
+                "move that directory away to start again, or choose another output_dir"
             )
         return None
 
     def read_trainable(self, step: int, trainable: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The trained arrays of one checkpoint, with the shardings wanted. Raises UserError if it is damaged."""
+        """The trained arrays of one checkpoint, with the target shardings. Raises UserError if it is damaged."""
         self.wait()
         try:
             restored = _read(self._manager, step, {"trainable": trainable}, check=lambda _: None)
@@ -212,7 +213,7 @@ class Checkpointer:
 
 
 def checksum(arrays: Mapping[str, jax.Array]) -> str:
-    """Of every byte of all of them; the same for every layout over devices."""
+    """A checksum of all bytes of all arrays; the same for every sharding."""
     return _sha256(_describe("base", dict(arrays)))[:32]
 
 
@@ -229,20 +230,22 @@ def restore_adapters(run_dir: str | os.PathLike[str], step: int | None = None) -
 
     Args:
       run_dir: a training output directory.
-      step: which checkpoint; the newest if None.
+      step: the step of the checkpoint; None selects the newest.
 
     Returns:
       The flat dict of trained arrays (adapters, or every weight after full tuning) and the meta given to `save`.
 
     Raises:
-      UserError: there is no such checkpoint, or it is damaged.
+      UserError: the checkpoint does not exist, or it is damaged.
     """
     steps = list_checkpoints(run_dir)
     if not steps:
-        raise UserError(f"{run_dir} has no checkpoint yet: it is not a training output directory, or saved nothing")
+        raise UserError(
+            f"{run_dir} has no checkpoint: it is not a training output directory, or the run has not saved one yet"
+        )
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; available steps are {', '.join(map(str, steps))}")
     directory = _checkpoints_of(run_dir)
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     on_host = jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -268,7 +271,7 @@ def _checkpoints_of(run_dir: str | os.PathLike[str]) -> epath.Path:
 
 
 def _open_manager(directory: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    # Every failure reaches us as an exception; the library also logs it from each of its threads, with tracebacks.
+    # Every failure raises an exception here; the library also logs it from each of its threads, with tracebacks.
     logging.getLogger("absl").addFilter(_not_from_orbax)
     return ocp.CheckpointManager(directory, options=options, item_names=_ITEMS)
 
@@ -294,7 +297,7 @@ def _read(
     for name in targets:
         for leaf_name, leaf in _describe(name, items[name]).items():
             if leaf != sealed["leaves"][leaf_name]:
-                raise UnreadableCheckpoint(f"the bytes of {leaf_name} are not those that were saved")
+                raise UnreadableCheckpoint(f"the bytes of {leaf_name} differ from the saved ones")
     return {**{name: items[name] for name in targets}, "meta": sealed["meta"]}
 
 
@@ -304,12 +307,12 @@ def _read_sealed(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         body = stored["body"]
         intact = stored["sha256"] == _sha256(body) and body["step"] == step
     if not intact:
-        raise UnreadableCheckpoint("its meta is not what was saved")
+        raise UnreadableCheckpoint("its meta differs from the saved one")
     return body
 
 
 def _same_arrays(leaves: Mapping[str, Any], targets: Mapping[str, Any], where: str) -> None:
-    """Refuses a restore into other shapes or dtypes; the library would cast or pad without a word."""
+    """Raises UserError for a restore into other shapes or dtypes, which the library would silently cast or pad."""
     wanted = {
         leaf_name: f"{leaf.dtype}{list(leaf.shape)}"
         for name, target in targets.items()
@@ -323,8 +326,8 @@ def _same_arrays(leaves: Mapping[str, Any], targets: Mapping[str, Any], where: s
     for leaf_name in sorted(wanted.keys() | saved.keys()):
         if wanted.get(leaf_name) != saved.get(leaf_name):
             raise UserError(
-                f"{where} holds {leaf_name} as {saved.get(leaf_name, 'nothing')}, "
-                f"this run has {wanted.get(leaf_name, 'nothing')}: it belongs to another model or other lora settings"
+                f"{where} has {leaf_name} as {saved.get(leaf_name, 'nothing')}, but this run has "
+                f"{wanted.get(leaf_name, 'nothing')}: it belongs to another model or other lora settings"
             )
 
 
@@ -343,7 +346,7 @@ def _describe(name: str, tree: Any) -> dict[str, Any]:
 
 
 def _sealed(body: dict[str, Any]) -> dict[str, Any]:
-    body = json.loads(json.dumps(body))  # what will be read back: lists for tuples, text for integer keys
+    body = json.loads(json.dumps(body))  # as it will be read back: lists for tuples, text for integer keys
     return {"body": body, "sha256": _sha256(body)}
 
 

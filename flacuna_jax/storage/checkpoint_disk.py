@@ -1,4 +1,4 @@
-"""What goes wrong between a checkpoint and its disk or bucket, told apart: not to be read, full, gone, or damaged."""
+"""Distinguishes errors between a checkpoint and its disk or bucket: not readable, full, missing, or damaged."""
 
 import contextlib
 import errno
@@ -18,17 +18,17 @@ from flacuna_jax.storage.bucket import is_bucket
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 _GONE = (errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
-"""What the mounts of a network say when their server went away."""
+"""Error numbers of network mounts whose server is unavailable."""
 
 
 class UnreadableCheckpoint(Exception):
-    """A checkpoint that exists but is torn, or whose bytes are not those that were saved."""
+    """A checkpoint that exists but is torn, or whose bytes differ from the saved ones."""
 
 
 @contextlib.contextmanager
 def read_errors(directory: epath.Path) -> Iterator[None]:
-    """A torn checkpoint shows itself as many kinds of exception; want of memory, of permission or of file descriptors
-    is none of them, nor is a bucket that does not answer."""
+    """Converts exceptions of many kinds to UnreadableCheckpoint. Exceptions for a lack of memory, permission or file
+    descriptors, and of a bucket that does not answer, do not mean that a checkpoint is damaged."""
     failure: Exception | None = None
     try:
         yield
@@ -50,7 +50,7 @@ def read_errors(directory: epath.Path) -> Iterator[None]:
 
 
 def _collect_abandoned_reads() -> None:
-    """Drops the reads that a failed restore leaves half done; each would print a traceback when it is finalised."""
+    """Discards the unfinished reads of a failed restore, each of which would print a traceback when it is finalised."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -60,10 +60,10 @@ def _collect_abandoned_reads() -> None:
 
 
 def ignore_late_callbacks() -> None:
-    """From now on, nothing is printed for writes that complete after the save that they belong to has failed.
+    """Suppresses output for writes that complete after their save has failed.
 
-    TensorStore's threads then call into an event loop that is closed, once for each array, and Python would print a
-    traceback each time, before and after the message that tells why the save failed.
+    TensorStore's threads then call into a closed event loop, once for each array, and Python would print a traceback
+    each time, around the message with the reason of the failure.
     """
     hook = sys.unraisablehook
     if getattr(hook, "ignores_late_callbacks", False):
@@ -78,7 +78,7 @@ def ignore_late_callbacks() -> None:
 
 
 def _is_outage(error: Exception) -> bool:
-    """Whether a bucket failed to answer, or to let us in; an object that is not there is something else."""
+    """Whether a bucket did not answer or denied access; a missing object is a different error."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return True
     words = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "HttpError")
@@ -97,8 +97,8 @@ def write_errors(path: epath.Path) -> Iterator[None]:
 
 
 def _system_reason(error: Exception, *numbers: int) -> str | None:
-    """The system's word for it, if it is one of these: TensorStore reports them as ValueErrors that carry it, and too
-    many open files as exhausted resources."""
+    """The system's message for an error, if it has one of these numbers. TensorStore reports such errors as ValueErrors
+    that contain the message, and too many open files as exhausted resources."""
     return next((reason for reason in map(os.strerror, numbers) if reason in str(error)), None)
 
 

@@ -1,4 +1,4 @@
-"""Checksums of arrays where they are, however they lie over devices."""
+"""Checksums of arrays on their devices, independent of their sharding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ import numpy as np
 
 
 def checksums(arrays: Sequence[Any]) -> list[int]:
-    """Sum of bits × (2 × position + 1) modulo 2³² of each: exact integers, so it is the same for every layout over
-    devices. The odd weights make any change of one element visible."""
+    """Sum of bits × (2 × position + 1) modulo 2³² of each array: exact integers, so it is the same for every sharding.
+    Because the weights are odd, any change of one element changes the sum."""
     sums = jax.device_get([_partial_sums(array) for array in arrays])
     return [sum(map(int, parts)) % 2**32 for parts in sums]
 
 
 def _partial_sums(array: Any) -> list[jax.Array]:
-    """Stacked arrays are taken a layer at a time: a CPU holds what it sums, at four bytes an element."""
+    """Processes stacked arrays one layer at a time, because a CPU needs four bytes per element for the sum."""
     array = jnp.asarray(array)
     if array.ndim < 3:
         return [_weighted_sum(array, np.uint32(0))]
@@ -30,7 +30,7 @@ def _weighted_sum_of_layer(array: jax.Array, layer: jax.Array) -> jax.Array:
 
 @jax.jit
 def _weighted_sum(array: jax.Array, position: jax.Array) -> jax.Array:
-    """Of an array that is number `position` in a larger one."""
+    """The weighted sum of an array that is element `position` of a larger one."""
     if array.dtype.itemsize < 4:
         bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
     else:

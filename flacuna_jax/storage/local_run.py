@@ -1,4 +1,4 @@
-"""A run for those who read it: where it lies, or a copy of it where it lies in a bucket."""
+"""Local access to a run: its directory, or a copy of a run in a bucket."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ _WORTH_TELLING = 1 << 30
 
 
 def local_run(run: str) -> Path:
-    """A run, or the `adapter` or `model` in one, as a directory on this machine.
+    """A run, or the `adapter` or `model` of a run, as a directory on this machine.
 
-    What is in a bucket is copied below the user's cache, all but checkpoints; the next time, only what has changed.
+    A run in a bucket is copied to the user's cache, without its checkpoints; later calls copy only changed files.
 
     Raises:
       UserError: there is no run in the bucket, or it does not answer.
@@ -29,13 +29,13 @@ def local_run(run: str) -> Path:
         return Path(run)
     parent, _, product = run.rstrip("/").rpartition("/")
     if product in _DELIVERED:
-        return local_run(parent) / product  # the settings beside it say on which base it goes
+        return local_run(parent) / product  # the settings of the run name its base
     require_supported(run)
     source, target = bucket_path(run), user_cache() / "copies" / run.replace("://", "/").rstrip("/")
     with talking_to(run):
         if not (source / "config.yaml").exists():
             raise UserError(
-                f"{run} holds no run (config.yaml); copy what else is in a bucket first, as with gcloud storage cp"
+                f"{run} has no run (config.yaml); copy other files first, for example with gcloud storage cp"
             )
         for name in _COPIED:
             _copy(source / name, target / name)

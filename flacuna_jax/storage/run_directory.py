@@ -1,4 +1,4 @@
-"""A run's output directory: locked by one run at a time, its files written whole or not at all.
+"""A run's output directory: locked by one run at a time, with files that are written atomically.
 
 config.yaml  metrics.jsonl  samples.jsonl  checkpoints/  bad_steps/  adapter/ or model/  report.html  TensorBoard events
 """
@@ -17,15 +17,15 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.whole_files import write_atomically
 
 LOCK = ".lock"
-# What a run leaves behind; any of these makes a directory a used one.
+# Files of a run; a directory with any of these counts as used.
 PRODUCTS = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "report.html")
 DELIVERED = ("adapter", "model")
 
 
 @dataclass(frozen=True)
 class CutBack:
-    """What `RunDirectory.cut_back` did to metrics.jsonl: records kept, removed as later, and lines removed
-    as unreadable."""
+    """Result of `RunDirectory.cut_back` for metrics.jsonl: number of kept records, of removed later records, and of
+    removed unreadable lines."""
 
     kept: int
     later: int
@@ -34,12 +34,12 @@ class CutBack:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of a run and the writing of its small files; made by `open_run_directory`.
+    """Paths of a run, and methods that write its small files; created by `open_run_directory`.
 
     Args:
-      path: where small files are written; the working directory if output_dir is a bucket.
-      output: what the run's user calls it, and where its checkpoints are.
-      publish: makes the small files seen where `output` is; called before each checkpoint.
+      path: the directory of small files; the working directory if output_dir is a bucket.
+      output: the run's name for its user, which is also the location of its checkpoints.
+      publish: copies the small files to `output`; called before each checkpoint.
     """
 
     path: Path
@@ -64,12 +64,12 @@ class RunDirectory:
         return self.path / "report.html"
 
     def require_undelivered(self) -> None:
-        """Raises `UserError` if there is a result, which a run from the first step on would write over."""
+        """Raises `UserError` if there is a result, which a run from the first step would overwrite."""
         found = [name for name in DELIVERED if (self.path / name).exists()]
         if found:
             raise UserError(
-                f"output_dir {self.output} holds {' and '.join(found)} of a run whose checkpoints are gone: it would "
-                "begin again, and write over that at its end; move it away, or choose another output_dir"
+                f"output_dir {self.output} contains {' and '.join(found)} of a run without checkpoints: the run would "
+                "start again, and overwrite that at its end; move it away, or choose another output_dir"
             )
 
     def write_config(self, text: str) -> None:
@@ -81,14 +81,16 @@ class RunDirectory:
         write_atomically(self.config, text)
 
     def cut_back(self, step: int, measure_again: bool = False) -> CutBack:
-        """Leaves in metrics.jsonl and samples.jsonl what was known at the checkpoint of `step`; at step 0, nothing.
+        """Removes records from metrics.jsonl and samples.jsonl that are later than the checkpoint of `step`; at step 0,
+        all records.
 
-        A run killed after a checkpoint has logged steps that the resumed run will log again, and with `measure_again`
-        perhaps the evaluation after that very step, of which the checkpoint does not know. Records without a step
-        stay. Lines that are no JSON object (the torn last one, or what a power cut made of it) are removed.
+        A run that was killed after a checkpoint has logged steps that the resumed run will log again, and with
+        `measure_again` possibly the evaluation after the step of the checkpoint, which the checkpoint does not include.
+        Records without a step are kept. Lines that are not a JSON object (because of a kill or a power cut) are
+        removed.
 
         Returns:
-          What became of metrics.jsonl.
+          The changes to metrics.jsonl.
 
         Raises:
           UserError: a file cannot be read or written.
@@ -119,12 +121,11 @@ def open_run_directory(
 ) -> Iterator[RunDirectory]:
     """Creates and locks a run directory for the duration of a `with` block.
 
-    The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so there is no stale
-    lock to clean up.
+    The lock is the kernel's (flock): it ends with the process that holds it, so there are no stale locks.
 
     Args:
       path: the output directory, on a file system; parents are created.
-      resume: `never` refuses a directory that a run has used.
+      resume: with `never`, a directory that a run has used is an error.
       primary: whether this host is the one that writes; the others of a multi-host run share the directory unlocked.
 
     Raises:
@@ -151,16 +152,17 @@ def open_run_directory(
 
 
 def refuse_used(output_dir: str, used: Sequence[str]) -> None:
-    """Raises `UserError` if there are products of a run in a directory that must be new."""
+    """Raises `UserError` if a directory that must be new contains files of a run."""
     if used:
         raise UserError(
-            f"output_dir {output_dir} holds a run already ({', '.join(used)}) and checkpoint.resume is never; "
-            "choose another output_dir, or checkpoint.resume: auto to continue that run"
+            f"output_dir {output_dir} already contains a run ({', '.join(used)}) and checkpoint.resume is never; "
+            "choose another output_dir, or set checkpoint.resume: auto to continue that run"
         )
 
 
 def _remove_if_unused(path: Path) -> None:
-    """A run whose input proves wrong leaves no trace: its lock, still held here, and the directory if that was all."""
+    """Removes the lock, which is still held, and the directory if it is empty then, so that a run with invalid input
+    leaves nothing behind."""
     with contextlib.suppress(OSError):
         if [entry.name for entry in path.iterdir()] == [LOCK]:
             (path / LOCK).unlink()
@@ -168,7 +170,7 @@ def _remove_if_unused(path: Path) -> None:
 
 
 def _open_locked(path: Path) -> int:
-    """Descriptor of the held lock. A run that leaves may remove its lock file between our opening and locking it."""
+    """Descriptor of the held lock. An ending run may remove its lock file between our opening and locking it."""
     while True:
         with _as_user_error(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -186,8 +188,8 @@ def _open_locked(path: Path) -> int:
 
 
 def _lock_itself(path: Path) -> int | None:
-    """Descriptor of a lock on the directory, which holds though somebody takes the file for a stale one and removes it.
-    None where directories cannot be locked, as on NFS."""
+    """Descriptor of a lock on the directory, which stays valid if someone removes the lock file. None if directories
+    cannot be locked, as on NFS."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,17 +212,17 @@ def _lock(path: Path, descriptor: int) -> None:
         raise UserError(f"output_dir {path} is in use by another run ({owner}); wait for it or stop it") from None
     except OSError as error:
         raise UserError(
-            f"output_dir {path} cannot be locked ({error.strerror}), so that a second run there would not be noticed; "
+            f"output_dir {path} cannot be locked ({error.strerror}), so a second run in it would not be detected; "
             "choose one on another file system"
         ) from None
-    # Only a courtesy to the next reader: without room for it the lock holds all the same.
+    # For information only: the lock is valid even if the disk is full.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl or samples.jsonl; None for what is none."""
+    """Parses a line of metrics.jsonl or samples.jsonl; None if it is not a JSON object."""
     try:
         record = json.loads(line.decode())
     except ValueError:

@@ -101,4 +101,4 @@ def test_options_that_are_not_numbers(option: str, capsys: pytest.CaptureFixture
 
 def test_missing_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate("--model", tmp_path / "no", "--data", data, "--tasks", "crass", "--output", tmp_path / "o") == 2
-    assert "is not a directory; a checkpoint directory is expected" in capsys.readouterr().err
+    assert "is not a directory; give a checkpoint directory" in capsys.readouterr().err

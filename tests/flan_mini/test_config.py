@@ -30,10 +30,10 @@ def test_the_shipped_config_is_the_papers_mixture() -> None:
         ("--sources.0.kind=flanrows", "did you mean 'flan_rows'?"),
         (
             "--sources.3.max_solutions=3",
-            "max_solutions is not for kind chain_of_thought; it is for apps, code_contests",
+            "max_solutions does not apply to kind chain_of_thought, only to apps, code_contests",
         ),
-        ("--sources.3.shares={zs_opt: 1.0}", "'zs_opt' is none of direct, inverse"),
-        ("--sources.1.name=flan2021", "two sources are called 'flan2021'"),
+        ("--sources.3.shares={zs_opt: 1.0}", "'zs_opt' is not one of direct, inverse"),
+        ("--sources.1.name=flan2021", "two sources have the name 'flan2021'"),
         ("--sources.0.few_shot=2.0", "less than or equal to 1"),
         ("--scale=0", "greater than 0"),
         ("--template=vicuna", "did you mean 'vicuna_v"),

@@ -94,5 +94,5 @@ def test_wrong_paths_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"leakage\.files"):
             list(read_items(path))
     (tmp_path / "x.bin").write_text("x")
-    with pytest.raises(UserError, match="not a kind of file"):
+    with pytest.raises(UserError, match="cannot be read from this kind of file"):
         list(read_items(tmp_path / "x.bin"))

@@ -55,7 +55,7 @@ def test_builds_reports_and_finds_again(collection: Path, capsys: pytest.Capture
     assert run_verb(main, ["--config", str(collection), "--show", "1"]) == 0
     said = capsys.readouterr().out
     out = collection.parent / "out"
-    assert "miss: building, nothing has been built there yet" in said
+    assert "miss: building, nothing has been built yet" in said
     assert "⟦ It is" in said  # what carries loss is marked
     assert "130 records" in said
     report = (out / "report.md").read_text()

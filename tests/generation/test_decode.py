@@ -1,4 +1,4 @@
-"""How tokens are chosen, against transformers' filters and against the distribution."""
+"""Choice of tokens, against transformers' filters and against the distribution."""
 
 from types import ModuleType
 
@@ -56,6 +56,6 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
         {"top_p": 1.5},
     ],
 )
-def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
+def test_invalid_sampling_settings_are_errors(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)

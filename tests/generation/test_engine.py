@@ -34,7 +34,7 @@ def reference(story_llama: Path) -> "transformers.LlamaForCausalLM":
 
 
 def _requests(seed: int, header: int, vocab: int = 2048) -> list[ScoreRequest]:
-    """Two subjects with a header each, and requests of their own kind beside them."""
+    """Two subjects with a header each, and other requests."""
     rng = np.random.default_rng(seed)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def _reference_score(model: "transformers.LlamaForCausalLM", request: ScoreReque
 
 
 def test_scores_equal_transformers(story_llama: Path, reference: "transformers.LlamaForCausalLM") -> None:
-    """On four devices, with two prefixes, and requests that share none."""
+    """On four devices, with two prefixes, and requests without a shared prefix."""
     requests = _requests(0, 150)
     model = story_model(story_llama, devices=4, row_length=256, row_tokens=1024)
     scores = model.loglikelihood(requests)
@@ -70,7 +70,7 @@ def test_scores_equal_transformers(story_llama: Path, reference: "transformers.L
         assert score.is_greedy == is_greedy
 
 
-def test_greedy_continuation_is_recognised(story_llama: Path) -> None:
+def test_greedy_continuations_are_detected(story_llama: Path) -> None:
     model = story_model(story_llama)
     prompt = (1, *model.tokenizer.encode("Once upon a time"))
     scores = model.loglikelihood([ScoreRequest(prompt, (token,)) for token in range(2048)])
@@ -79,7 +79,7 @@ def test_greedy_continuation_is_recognised(story_llama: Path) -> None:
     assert np.exp([score.log_probability for score in scores]).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_generations_equal_transformers_whatever_runs_beside_them(
+def test_generations_equal_transformers_independent_of_other_requests(
     story_llama: Path, reference: "transformers.LlamaForCausalLM"
 ) -> None:
     """Twelve requests through four rows, one per device: rows are refilled as answers end."""
@@ -105,7 +105,7 @@ def test_generations_equal_transformers_whatever_runs_beside_them(
 
 
 class _Numbers:
-    """Text is the ids themselves, so that generations tell their tokens."""
+    """Text is the ids themselves, so that generations show their tokens."""
 
     bos_id, eos_id, unk_id, vocab_size = 1, SMALL.vocab_size, None, SMALL.vocab_size + 1
     special, prefix_ids = SpecialTokens({"<s>": Special(1), "</s>": Special(SMALL.vocab_size)}, "<s>", "</s>"), (1,)
@@ -121,7 +121,7 @@ class _Numbers:
 
 
 def _small(spec: ModelSpec, mesh: MeshConfig | None = None, **placement: int) -> LlamaLanguageModel:
-    """Random weights; its EOS is no token, so that nothing ends early."""
+    """Random weights; its EOS is not a valid token, so that nothing ends early."""
     params = random_params(spec.base_shapes | spec.lora_shapes, 0.2)
     mesh = make_mesh(mesh or MeshConfig())
     params = jax.device_put(params, parameter_shardings(spec.base | spec.adapters, mesh))
@@ -129,7 +129,7 @@ def _small(spec: ModelSpec, mesh: MeshConfig | None = None, **placement: int) ->
 
 
 def _is_greedy(model: LlamaLanguageModel, prompt: Sequence[int], new: list[int]) -> bool:
-    """Whether each new token is the most likely one when the whole sequence is run at once, without a cache."""
+    """Whether each new token is the most likely one if the whole sequence is run at once, without a cache."""
     ids = jnp.array([[*prompt, *new]])
     network = model.spec.merge(model.params)
     logits_btv = network.logits(network(ids, jnp.arange(ids.shape[1])[None], network.mask(jnp.ones_like(ids))))
@@ -144,10 +144,10 @@ def _prompts(lengths: Sequence[int]) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("kv_heads", "small_stack"), [(1, continuation.SMALL_STACK), (4, continuation.SMALL_STACK), (1, 0)]
 )
-def test_the_cache_equals_running_everything_again(
+def test_the_cache_gives_the_same_as_recomputing_everything(
     kv_heads: int, small_stack: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With layers apart and in a stack; the last prompt and its answer reach over all blocks of the cache."""
+    """With separate and stacked layers; the last prompt and its answer extend over all blocks of the cache."""
     monkeypatch.setattr(continuation, "SMALL_STACK", small_stack)
     config = dataclasses.replace(SMALL, num_kv_heads=kv_heads)
     model = _small(ModelSpec(config, None, "float32", "float32"))
@@ -159,8 +159,8 @@ def test_the_cache_equals_running_everything_again(
 
 
 def test_a_sliding_window_moves_over_prefix_cache_and_new_tokens() -> None:
-    """The window of 24 lies in the shared prefix, across its end, or wholly behind it, and moves on while 20 tokens are
-    made; a score behind the prefix equals that of the text alone."""
+    """The window of 24 is in the shared prefix, across its end, or completely after it, and moves while 20 tokens are
+    generated; a score after the prefix equals that of the whole text."""
     model = _small(ModelSpec(dataclasses.replace(SMALL, sliding_window=24), None, "float32", "float32"))
     header, *rests = _prompts([300, 1, 18, 90])
     prompts = [header + rest for rest in rests]
@@ -172,7 +172,7 @@ def test_a_sliding_window_moves_over_prefix_cache_and_new_tokens() -> None:
     assert model.loglikelihood(requests)[1].log_probability == pytest.approx(alone.log_probability, abs=TOLERANCE)
 
 
-def test_the_ends_of_what_can_be_asked_for() -> None:
+def test_requests_at_the_limits() -> None:
     """One token more; a prompt as long as the context; fewer prompts than rows; the same prompt several times."""
     config = dataclasses.replace(SMALL, max_position_embeddings=64)
     model = _small(ModelSpec(config, None, "float32", "float32"), rows=8)
@@ -188,8 +188,10 @@ def test_the_ends_of_what_can_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize("small_stack", [continuation.SMALL_STACK, 0])
-def test_heads_and_rows_split_over_devices_answer_alike(small_stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows over two devices, heads and caches over two: no token differs from one device's."""
+def test_heads_and_rows_split_over_devices_give_the_same_answers(
+    small_stack: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows over two devices, heads and caches over two: every token equals that of one device."""
     monkeypatch.setattr(continuation, "SMALL_STACK", small_stack)
     spec = ModelSpec(SMALL, None, "float32", "float32")
     requests = [GenerationRequest(prompt, 9) for prompt in _prompts([3, 40, 12, 21, 7])]
@@ -199,7 +201,7 @@ def test_heads_and_rows_split_over_devices_answer_alike(small_stack: int, monkey
     assert split.generate(requests) == _small(spec).generate(requests)
 
 
-def test_adapters_take_part() -> None:
+def test_adapters_are_applied() -> None:
     lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     model = _small(ModelSpec(SMALL, lora, "float32", "float32"))
     (prompt,) = _prompts([7])
@@ -212,7 +214,7 @@ def test_adapters_take_part() -> None:
 
 
 def test_bfloat16_follows_float32() -> None:
-    """Scores behind a shared prefix and alone, within what 8 bits of mantissa leave; generation runs."""
+    """Scores with a shared prefix and without, within the error of 8 bits of mantissa; generation runs."""
     models = [_small(ModelSpec(SMALL, None, dtype, dtype)) for dtype in ("float32", "bfloat16")]
     (header, *prompts) = _prompts([300, 4, 9, 2])
     requests = [ScoreRequest(header + prompt, prompt) for prompt in prompts] + [ScoreRequest(p, p) for p in prompts]
@@ -222,7 +224,7 @@ def test_bfloat16_follows_float32() -> None:
     assert all(answer.tokens == 6 for answer in models[1].generate(asked))
 
 
-def test_similar_lengths_need_no_further_compilation() -> None:
+def test_similar_lengths_need_no_other_compilation() -> None:
     model = _small(ModelSpec(SMALL, None, "float32", "float32"), rows=2)
     model.generate([GenerationRequest(p, 4) for p in _prompts([3, 9, 20, 31, 7])])
     before = continuation.begin._cache_size(), continuation.advance._cache_size()
@@ -239,8 +241,8 @@ def test_stop_strings_cut_and_free_their_row(story_llama: Path) -> None:
     assert (cut.text, cut.finish) == (whole[: whole.index(stop)], "stop")
 
 
-def test_stops_are_found_as_if_looked_for_after_every_token() -> None:
-    """Text is the ids with spaces between: a stop of three tokens' parts, and one that a longer one begins before."""
+def test_stops_are_found_as_if_checked_after_every_token() -> None:
+    """Text is the ids with spaces between: a stop of parts of three tokens, and a stop within a longer one."""
     model = _small(ModelSpec(SMALL, None, "float32", "float32"))
     (prompt,) = _prompts([5])
     ids = model.tokenizer.encode(model.generate([GenerationRequest(prompt, 40)])[0].text)
@@ -250,12 +252,12 @@ def test_stops_are_found_as_if_looked_for_after_every_token() -> None:
     at = text.index(parts[1:])
     assert (across.text, across.finish) == (text[:at], "stop")
     assert across.tokens == len(text[: at + len(parts[1:])].split())
-    long = f"{ids[0]} {' '.join(map(str, ids[1:30]))}"  # begins first, ends long after the other
+    long = f"{ids[0]} {' '.join(map(str, ids[1:30]))}"  # begins before the other, ends long after it
     assert model.generate([GenerationRequest(prompt, 40, (long, f" {ids[1]}"))])[0].tokens == 2
     assert "".join(model.stream(GenerationRequest(prompt, 40, (parts[1:],)))) == across.text
 
 
-def test_sampling_depends_on_seed_and_prompt_alone(story_llama: Path) -> None:
+def test_sampling_depends_only_on_seed_and_prompt(story_llama: Path) -> None:
     model = story_model(story_llama, rows=4)
     prompts = [
         (1, *model.tokenizer.encode(text)) for text in ("One day", "The big dog", "A girl", "In the park he", "x")
@@ -267,7 +269,7 @@ def test_sampling_depends_on_seed_and_prompt_alone(story_llama: Path) -> None:
     assert other != together[0]
 
 
-def test_requests_that_do_not_fit_are_refused(story_llama: Path) -> None:
+def test_requests_that_do_not_fit_are_errors(story_llama: Path) -> None:
     model = story_model(story_llama)
     with pytest.raises(UserError, match=r"prompt 1 has 513 tokens, the model's context 512"):
         model.generate([GenerationRequest((5,) * 513, 3)])
@@ -277,7 +279,7 @@ def test_requests_that_do_not_fit_are_refused(story_llama: Path) -> None:
         model.loglikelihood([ScoreRequest((1,), ())])
 
 
-def test_prefixes_group_what_shares_and_cover_everything() -> None:
+def test_prefixes_group_sequences_that_share_and_cover_all() -> None:
     a, b = list(range(1000, 1400)), list(range(2000, 2600))
     sequences = [a + [i] for i in range(5)] + [b + [i, i] for i in range(5)] + [[7, 8, 9]]
     groups = plan_prefixes(sequences, [len(s) - 1 for s in sequences])

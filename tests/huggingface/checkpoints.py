@@ -1,4 +1,4 @@
-"""Small checkpoints in every layout that people have on disk, written by the real libraries."""
+"""Small checkpoints in every layout in use, written by the real libraries."""
 
 import dataclasses
 import json

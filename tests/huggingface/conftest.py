@@ -1,4 +1,4 @@
-"""Fixtures of the Hugging Face room; checkpoints are made where torch is present."""
+"""Fixtures of the Hugging Face tests; checkpoints are made if torch is installed."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,6 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> "Written":
-    """The plain architecture in half precision, as Vicuna is."""
+    """The plain architecture in half precision, like Vicuna."""
     checkpoints = pytest.importorskip("tests.huggingface.checkpoints", reason="checkpoints are written by torch")
     return checkpoints.write(checkpoints.SMALL, tmp_path_factory.mktemp("half"), half=True)

@@ -1,4 +1,4 @@
-"""Meta's layout, made from transformers' models: rows of q and k in pairs, matrices cut over files."""
+"""Meta's layout, made from transformers' models: rows of q and k in pairs, matrices split over files."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def cut(name: str, tensor: torch.Tensor, ranks: int, embedding_axis: int) -> lis
 def write_meta(
     model: transformers.LlamaForCausalLM, path: Path, params: dict, *, ranks: int = 1, embedding_axis: int = 1
 ) -> None:
-    """Writes `model` as Meta would, `ranks` files, and params.json as given."""
+    """Writes `model` in Meta's layout, with `ranks` files and the given params.json."""
     path.mkdir(parents=True, exist_ok=True)
     config = model.config
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]

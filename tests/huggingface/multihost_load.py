@@ -1,7 +1,7 @@
 """One host of two that loads a checkpoint split over both; run by test_multihost_load.py.
 
-Arguments: port, process id, directory. Prints a JSON object: bytes of the slices that were taken from tensors, bytes of
-the files that the process has touched (RssFile), and for each parameter a sum over its own shards.
+Arguments: port, process id, directory. Prints a JSON object: bytes of the slices that were read from tensors, bytes of
+the files that the process has mapped in memory (RssFile), and for each parameter a sum over its own shards.
 """
 
 import json

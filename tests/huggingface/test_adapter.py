@@ -1,4 +1,4 @@
-"""Adapters out, loaded by PEFT without a warning; adapters in, written by PEFT in all its variants."""
+"""Written adapters are loaded by PEFT without a warning; adapters of PEFT are read in all variants."""
 
 import dataclasses
 import functools
@@ -92,7 +92,7 @@ LORAS = {
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
 def test_peft_computes_our_logits(lora: LoraConfig, written: Written, tmp_path: Path) -> None:
     if "lm_head" in lora.targets and written.config.tie_word_embeddings:
-        pytest.skip("a tied head has no adapter of its own")
+        pytest.skip("a tied head cannot have an adapter")
     adapter = random_adapter(written.config, lora, "some/base")
     report = write_adapter(
         tmp_path / "adapter", adapter, written.config, trained=True, logits=lambda a: our_logits(written, a)
@@ -109,7 +109,7 @@ def test_peft_computes_our_logits(lora: LoraConfig, written: Written, tmp_path: 
 
 
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-def test_merging_gives_pefts_weights(lora: LoraConfig, tmp_path: Path) -> None:
+def test_merging_gives_the_weights_of_peft(lora: LoraConfig, tmp_path: Path) -> None:
     adapter = random_adapter(SMALL, lora)
     write_adapter(tmp_path / "a", adapter, SMALL, trained=True)
     merged = peft.PeftModel.from_pretrained(torch_llama(SMALL), tmp_path / "a").merge_and_unload().state_dict()
@@ -155,7 +155,7 @@ def safetensors_open(path: Path):
 
 
 @pytest.mark.parametrize("config", [SMALL, GROUPED], ids=["plain", "grouped"])
-def test_what_is_written_reads_back_bit_for_bit(config: LlamaConfig, tmp_path: Path) -> None:
+def test_written_adapters_read_back_bit_for_bit(config: LlamaConfig, tmp_path: Path) -> None:
     adapter = random_adapter(config, LoraConfig(rank=5, alpha=11.0, targets=PROJECTIONS), "base")
     write_adapter(tmp_path / "a", adapter, config, trained=True)
     found = read_adapter(tmp_path / "a", config)
@@ -164,7 +164,7 @@ def test_what_is_written_reads_back_bit_for_bit(config: LlamaConfig, tmp_path: P
         np.testing.assert_array_equal(found.params[path], value)
 
 
-def test_bfloat16_files_hold_the_rounded_values(tmp_path: Path) -> None:
+def test_bfloat16_files_have_the_rounded_values(tmp_path: Path) -> None:
     adapter = random_adapter(SMALL, LoraConfig())
     write_adapter(tmp_path / "a", adapter, SMALL, trained=True, dtype="bfloat16")
     found = read_adapter(tmp_path / "a", SMALL)
@@ -173,11 +173,11 @@ def test_bfloat16_files_hold_the_rounded_values(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.params[path], rounded)
 
 
-def test_an_untrained_adapter_is_a_failure_only_after_training(tmp_path: Path) -> None:
+def test_an_untrained_adapter_is_an_error_only_after_training(tmp_path: Path) -> None:
     adapter = random_adapter(SMALL, LoraConfig())
     adapter.params["layers/q_proj/lora_b"][:] = 0
     write_adapter(tmp_path / "untrained", adapter, SMALL, trained=False)
-    with pytest.raises(VerificationError, match="zero throughout"):
+    with pytest.raises(VerificationError, match="still all zeros"):
         write_adapter(tmp_path / "trained", adapter, SMALL, trained=True)
     assert [path.name for path in tmp_path.iterdir()] == ["untrained"]
 
@@ -199,7 +199,7 @@ def test_different_logits_leave_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_in_the_way_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+def test_an_existing_target_is_kept_unless_replace_is_set(tmp_path: Path) -> None:
     adapter = random_adapter(SMALL, LoraConfig())
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").touch()
@@ -240,7 +240,7 @@ def by_peft(path: Path, config: LlamaConfig, **settings: object) -> None:
 
 
 @pytest.mark.parametrize("variant", PEFT_VARIANTS.values(), ids=PEFT_VARIANTS)
-def test_adapters_by_peft_give_pefts_logits(variant: dict, tmp_path: Path) -> None:
+def test_adapters_of_peft_give_its_logits(variant: dict, tmp_path: Path) -> None:
     by_peft(tmp_path, GROUPED, **variant)
     written = Written(tmp_path, torch_llama(GROUPED), GROUPED)
     adapter = read_adapter(tmp_path, GROUPED)
@@ -249,14 +249,14 @@ def test_adapters_by_peft_give_pefts_logits(variant: dict, tmp_path: Path) -> No
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_patterns_that_are_about_no_module_are_left_out_as_by_peft(tmp_path: Path) -> None:
+def test_patterns_without_a_matching_module_are_ignored_like_in_peft(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="did not match"):
         by_peft(tmp_path, SMALL, rank_pattern={"zzz": 2, "v_proj": 3}, alpha_pattern={"k_proj": 5})
     found = read_adapter(tmp_path, SMALL).lora
     assert (found.rank_pattern, found.alpha_pattern) == ((("v_proj", 3.0),), ())
 
 
-def test_a_legacy_bin_adapter_with_default_infix_reads_alike(tmp_path: Path) -> None:
+def test_a_legacy_bin_adapter_with_default_infix(tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     expected = read_adapter(tmp_path, SMALL).params
     state = files.load_file(tmp_path / "adapter_model.safetensors")
@@ -277,7 +277,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_what_cannot_be_represented_is_refused_by_name(key: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_named(key: str, tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL, **REFUSED[key])
     with pytest.raises(UserError, match=key):
         read_adapter(tmp_path, SMALL)
@@ -289,7 +289,7 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
     path = tmp_path / "adapter_model.safetensors"
     larger = torch.zeros(SMALL.vocab_size + 8, SMALL.hidden_size)
     files.save_file(files.load_file(path) | {f"base_model.model.{name}.weight": larger}, path)
-    with pytest.raises(UserError, match=r"where the base has .*: the adapter was trained with a resized vocabulary"):
+    with pytest.raises(UserError, match=r"but the base has .*: the adapter was trained with a resized vocabulary"):
         read_adapter(tmp_path, SMALL)
 
 
@@ -297,7 +297,7 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"r": 5}, "rank 5, its tensors have rank 4"),
+        ({"r": 5}, "rank 5, but its tensors have rank 4"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
         ({"lora_alpha": 1e300}, "lora_alpha is 1e+300"),
@@ -312,7 +312,7 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
         ({"alpha_pattern": {"q_proj": "x"}}, "gives 'x'"),
     ],
 )
-def test_settings_that_disagree_with_the_tensors(change: dict, says: str, tmp_path: Path) -> None:
+def test_settings_that_do_not_match_the_tensors(change: dict, says: str, tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -321,17 +321,17 @@ def test_settings_that_disagree_with_the_tensors(change: dict, says: str, tmp_pa
     assert says in str(raised.value)
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     with pytest.raises(UserError, match="belongs to another model"):
         read_adapter(tmp_path, GROUPED)
     shallow = dataclasses.replace(SMALL, num_layers=2)
-    with pytest.raises(UserError, match="adapter in layer 2; the base has 2 layers"):
+    with pytest.raises(UserError, match="adapter in layer 2, but the base has 2 layers"):
         read_adapter(tmp_path, shallow)
 
 
 @pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
-def test_a_lost_factor_is_named(lost: str, tmp_path: Path) -> None:
+def test_a_missing_factor_is_named(lost: str, tmp_path: Path) -> None:
     by_peft(tmp_path, SMALL)
     state = files.load_file(tmp_path / "adapter_model.safetensors")
     files.save_file(

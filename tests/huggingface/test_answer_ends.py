@@ -1,4 +1,4 @@
-"""Where an answer ends: the template's mark, EOS, generation_config.json; and what an export writes of it."""
+"""The end of an answer: the template's marker, EOS, generation_config.json; and how exports write it."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def chat_model(tmp_path: Path) -> Path:
 
 
 def test_all_three_end_an_answer(chat_model: Path) -> None:
-    """As in Llama 3, SmolLM2 and Qwen: config.json, generation_config.json and the tokenizer name different tokens."""
+    """In Llama 3, SmolLM2 and Qwen, config.json, generation_config.json and the tokenizer have different tokens."""
     tokenizer = load_tokenizer(chat_model)
     (chat_model / "config.json").write_text(json.dumps({"eos_token_id": 335}))
     assert checkpoint_ends(chat_model) == (335,)
@@ -38,7 +38,7 @@ def test_all_three_end_an_answer(chat_model: Path) -> None:
         checkpoint_ends(chat_model)
 
 
-def test_the_templates_mark_becomes_eos_unless_the_template_writes_eos(chat_model: Path, tmp_path: Path) -> None:
+def test_the_end_marker_becomes_eos_unless_the_template_writes_eos(chat_model: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(chat_model)
     turns = (Turn("user", "Hi"), Turn("assistant", "Yes"))
@@ -52,11 +52,11 @@ def test_the_templates_mark_becomes_eos_unless_the_template_writes_eos(chat_mode
         assert theirs.eos_token == eos
         ids = tokenize(Conversation("", "", turns), template, tokenizer).ids.tolist()
         assert theirs.apply_chat_template(messages, return_dict=False) == ids
-        # What was exported is recognised as the format that it came from.
+        # The exported template is recognised as its original format.
         assert choose_template("auto", out, load_tokenizer(out)).name == name
 
 
-def test_a_directory_is_copied_as_it_is_where_nothing_changes(chat_model: Path, tmp_path: Path) -> None:
+def test_a_directory_without_changes_is_copied_unchanged(chat_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     copy_tokenizer(chat_model, out, None, EOS)

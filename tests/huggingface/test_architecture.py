@@ -1,4 +1,4 @@
-"""config.json in every spelling, against what transformers makes of it."""
+"""config.json in every form, against transformers."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ VICUNA = {
 QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 40, "use_sliding_window": True}
 
 
-def test_windows_that_are_not_used() -> None:
+def test_unused_windows() -> None:
     qwen2 = {**VICUNA, **QWEN2, "sliding_window": 9}
     assert parse_architecture({**qwen2, "use_sliding_window": False}, "x").sliding_window is None
     assert parse_architecture({**qwen2, "max_window_layers": 40}, "x").sliding_window is None
@@ -72,7 +72,9 @@ def test_what_transformers_writes_reads_back(written: Written) -> None:
 
 @pytest.mark.parametrize("layout", ["transformers 4", "transformers 5"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_our_config_means_the_same_to_both_layouts_of_transformers(name: str, layout: str, tmp_path: Path) -> None:
+def test_our_config_is_the_same_network_for_both_layouts_of_transformers(
+    name: str, layout: str, tmp_path: Path
+) -> None:
     config = ARCHITECTURES[name]
     raw = hugging_face_config(config, np.dtype(ml_dtypes.bfloat16), bos_token_id=1, eos_token_id=2)
     for key in {"transformers 4": ("rope_parameters", "dtype"), "transformers 5": ("rope_theta", "torch_dtype")}[
@@ -90,13 +92,13 @@ def test_our_config_means_the_same_to_both_layouts_of_transformers(name: str, la
     assert str(theirs.dtype) == "torch.bfloat16"
 
 
-def test_what_the_base_says_beyond_the_network_is_kept() -> None:
+def test_settings_of_the_base_outside_of_the_network_are_kept() -> None:
     config = parse_architecture(VICUNA, "config.json")
     raw = hugging_face_config(config, np.dtype(np.float16), VICUNA, bos_token_id=7)
     assert {**raw, **VICUNA} == raw
 
 
-def test_missing_sizes_follow_the_conventions() -> None:
+def test_missing_sizes_get_the_conventional_defaults() -> None:
     raw = {key: VICUNA[key] for key in ("model_type", "hidden_size", "intermediate_size", "num_attention_heads")}
     raw |= {"num_hidden_layers": 2, "vocab_size": 10, "max_sequence_length": 512, "num_key_value_heads": None}
     config = parse_architecture(raw, "config.json")
@@ -140,7 +142,7 @@ def test_missing_sizes_follow_the_conventions() -> None:
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     ],
 )
-def test_what_cannot_be_represented_is_refused_by_name(change: dict, says: str) -> None:
+def test_unsupported_settings_are_named(change: dict, says: str) -> None:
     with pytest.raises(UserError, match=r"somewhere/config\.json") as raised:
         parse_architecture({**VICUNA, **change}, "somewhere/config.json")
     assert says in str(raised.value)
@@ -158,7 +160,7 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
         read_architecture(tmp_path)
 
 
-def test_generation_config_holds_no_sampling_fields() -> None:
+def test_generation_config_has_no_sampling_fields() -> None:
     assert generation_config(VICUNA) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert generation_config({**VICUNA, "pad_token_id": -1, "temperature": 0.9}) == {
         "bos_token_id": 1,

@@ -1,4 +1,5 @@
-"""Whole models out: bit-identical round trips, merges that transformers loads, and nothing left where a check fails."""
+"""Whole models: bit-identical round trips, merges that transformers loads, and nothing left behind by a failed
+check."""
 
 import dataclasses
 import itertools
@@ -107,7 +108,7 @@ def test_conversion_to_another_dtype_rounds_once(plain: Written, companions: Com
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=3, alpha=5.0, targets=PROJECTIONS)], ids=["qv", "all"])
-def test_merged_models_give_pefts_logits(
+def test_merged_models_give_the_logits_of_peft(
     lora: LoraConfig, written: Written, companions: Companions, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
@@ -136,7 +137,7 @@ def test_merged_weights_are_rounded_once(dtype: str, companions: Companions, tmp
     exact = model.model.layers[2].self_attn.v_proj.weight.double() + 1.5 * b @ a
     found = merged.model.layers[2].self_attn.v_proj.weight
     assert found.dtype == getattr(torch, dtype)
-    # One rounding of the exact sum; float32 arithmetic may tip a value lying between two neighbours.
+    # One rounding of the exact sum; float32 arithmetic may change the rounding of a value halfway between two numbers.
     assert (found == exact.to(found.dtype)).float().mean() > 0.995
     assert torch.equal(merged.model.layers[2].mlp.up_proj.weight, model.model.layers[2].mlp.up_proj.weight)
     assert report.logit_shift > 0
@@ -148,7 +149,7 @@ def test_streamed_logits_equal_transformers(written: Written) -> None:
     np.testing.assert_allclose(ours, their_logits(written.path, written.config), atol=1e-4)
 
 
-def test_everything_beside_the_weights(plain: Written, companions: Companions, tmp_path: Path) -> None:
+def test_the_files_other_than_weights(plain: Written, companions: Companions, tmp_path: Path) -> None:
     adapter = random_adapter(SMALL, LoraConfig())
     out = tmp_path / "merged"
     write_merged(out, open_checkpoint(plain.path), SMALL, adapter, companions, shard_bytes=30_000)
@@ -207,7 +208,7 @@ def test_non_finite_weights_are_named_and_leave_nothing(companions: Companions, 
         lambda: write_merged(tmp_path / "out", reader, SMALL, None, companions),
         lambda: convert(tmp_path / "out", reader, SMALL, tokenizer_source=companions.tokenizer),
     ):
-        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight holds infinities"):
+        with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight contains infinities"):
             write()
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -225,7 +226,7 @@ def test_a_failed_check_leaves_nothing_that_looks_finished(
             yield file, digest
 
     monkeypatch.setattr(deliver, "write_shards", flip_a_bit)
-    with pytest.raises(VerificationError, match=r"model\.safetensors: its bytes are not those"):
+    with pytest.raises(VerificationError, match=r"model\.safetensors: its bytes differ from the written"):
         write_merged(tmp_path / "out", open_checkpoint(plain.path), SMALL, None, companions)
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +234,7 @@ def test_a_failed_check_leaves_nothing_that_looks_finished(
 def test_a_header_that_swaps_two_tensors_leaves_nothing(
     plain: Written, companions: Companions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are those that went through the network, and names, shapes and dtypes those that were meant."""
+    """The bytes went through the network, and names, shapes and dtypes are the intended ones."""
     original = safetensors_file.make_header
     q_proj, o_proj = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qo")
     other = {q_proj: o_proj, o_proj: q_proj}
@@ -248,7 +249,7 @@ def test_a_header_that_swaps_two_tensors_leaves_nothing(
 
 
 def test_logits_do_not_depend_on_how_values_arrive(plain: Written) -> None:
-    """In blocks of uneven sizes, mixed within a layer, and with the head first, as files are sorted."""
+    """Values come in blocks of uneven sizes, mixed within a layer, and with the head first, as files are sorted."""
     reader = open_checkpoint(plain.path)
     weights = stored_weights(reader, SMALL)
     rng = np.random.default_rng(0)
@@ -262,11 +263,11 @@ def test_logits_do_not_depend_on_how_values_arrive(plain: Written) -> None:
             alongside.see(tensor.name, rows, tensor.make(rows))
         meant, found = alongside.both(weights)
     np.testing.assert_array_equal(meant, found)
-    # float32 in another order of sums: both sides are multiplied together here, one alone there.
+    # float32 with another summation order: one of the two computes both sides in one product.
     np.testing.assert_allclose(found, streamed_logits(weights, SMALL, probe_ids(SMALL), None), atol=1e-5)
 
 
-def test_values_that_were_not_seen_are_missed(plain: Written) -> None:
+def test_missing_values_are_an_error(plain: Written) -> None:
     reader = open_checkpoint(plain.path)
     weights = stored_weights(reader, SMALL)
     with LogitsAlongside(SMALL, Side(weights)) as alongside:
@@ -278,7 +279,7 @@ def test_values_that_were_not_seen_are_missed(plain: Written) -> None:
 
 
 @pytest.mark.parametrize("fault", ["scale", "transposed layers", "forgotten"])
-def test_a_wrong_merge_is_found_by_its_logits(
+def test_a_wrong_merge_is_detected_by_its_logits(
     fault: str, plain: Written, companions: Companions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = random_adapter(SMALL, LoraConfig(targets=PROJECTIONS))
@@ -313,15 +314,15 @@ def rename_parameter(path: Path) -> None:
             lambda path: (path / MANIFEST).write_text('{"format": "other"}'),
             "expected 'flacuna_jax checkpoint' version 2",
         ),
-        (damage_shape, "is not what flacuna.json says"),
-        (rename_parameter, "which a LLaMA does not have"),
+        (damage_shape, "does not match flacuna.json"),
+        (rename_parameter, "which does not exist in a LLaMA"),
         (lambda path: (path / "params" / "norm.weight.safetensors").unlink(), "cannot be read"),
         (lambda path: (path / "params" / "norm.weight.safetensors").write_bytes(b"12345678"), "torn"),
-        (lambda path: (path / MANIFEST).unlink(), "holds no checkpoint"),
+        (lambda path: (path / MANIFEST).unlink(), "contains no checkpoint"),
     ],
     ids=["torn manifest", "other format", "shape", "unknown", "lost file", "torn file", "unfinished"],
 )
-def test_a_damaged_converted_checkpoint_is_refused(
+def test_a_damaged_converted_checkpoint_is_an_error(
     damage: object, says: str, plain: Written, companions: Companions, tmp_path: Path
 ) -> None:
     convert(tmp_path / "native", open_checkpoint(plain.path), SMALL, tokenizer_source=companions.tokenizer)
@@ -354,7 +355,7 @@ def peak_of(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
-def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path: Path, tiny_sentencepiece: Path) -> None:
+def test_memory_is_that_of_one_layer(tmp_path: Path, tiny_sentencepiece: Path) -> None:
     """160 MB in 24 layers; the largest stacked parameter has 35 MB, one layer of it 1.4 MB."""
     sizes = {"num_layers": 24, "hidden_size": 512, "intermediate_size": 1408, "head_dim": 64}
     config = dataclasses.replace(SMALL, num_heads=8, num_kv_heads=8, **sizes)
@@ -376,5 +377,5 @@ def test_memory_is_that_of_one_layer_not_of_the_model(tmp_path: Path, tiny_sente
         write_merged(tmp_path / f"merged {name}", reader, config, adapter, companions)
 
     run("warm-up, which compiles")
-    # One layer in float32, its pieces in half precision and the allocator's slack.
+    # One layer in float32, its pieces in half precision and the overhead of the allocator.
     assert peak_of(lambda: run("measured")) < 50_000_000 < total / 3

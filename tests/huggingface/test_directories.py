@@ -36,7 +36,7 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").exists()
 
 
-def test_what_is_in_the_way_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_an_existing_target_is_an_error_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a directory"), whole_directory(tmp_path / "file"):
         pytest.fail("the block must not run")
@@ -56,18 +56,18 @@ def test_a_failed_replacement_keeps_the_old(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
-def test_what_killed_attempts_left_goes_with_the_next_one_that_may_replace(tmp_path: Path) -> None:
+def test_remains_of_killed_writers_are_removed_if_replace_is_set(tmp_path: Path) -> None:
     for left in ("out.partial-0123abcd", "out.retired-0123abcd", "other.partial-0123abcd"):
         (tmp_path / left).mkdir()
     with whole_directory(tmp_path / "first"):
         pass
-    assert len(list(tmp_path.iterdir())) == 4, "somebody else may be writing"
+    assert len(list(tmp_path.iterdir())) == 4, "another process may be writing"
     with whole_directory(tmp_path / "out", replace=True) as partial:
         (partial / "file").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "other.partial-0123abcd", "out"]
 
 
-def test_a_full_disk_is_one_message_and_a_source_that_cannot_be_read_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_message_and_differs_from_an_unreadable_source(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
         pytest.raises(UserError, match="out cannot be written: No space left"),

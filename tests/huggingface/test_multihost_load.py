@@ -1,4 +1,4 @@
-"""Two processes on loopback load one checkpoint: each reads its own slices and no more, from every form of it."""
+"""Two processes on loopback load one checkpoint in every format: each reads only its own slices."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def test_each_host_reads_only_its_slices(form: str, tmp_path: Path) -> None:
     for host in hosts:
         # Half of every matrix; norms are whole on each of the two devices of a host.
         assert matrices / 2 <= host["taken"] <= matrices / 2 + 2 * (total - matrices)
-        # The kernel maps a few pages around each that is touched.
+        # The kernel maps a few pages around each accessed one.
         assert host["touched"] < 0.65 * total
     seen = {name: {} for name in params}
     for host in hosts:

@@ -11,7 +11,7 @@ from tests.torch_models import torch_llama
 peft = pytest.importorskip("peft")
 
 
-def test_every_base_tensor_of_transformers_has_its_place_and_back() -> None:
+def test_names_of_base_tensors_map_both_ways() -> None:
     state = torch_llama(SMALL).state_dict()
     base = ModelSpec(SMALL).base
     assert {name for parameter in base.values() for name in parameter.tensors} == set(state)
@@ -20,7 +20,7 @@ def test_every_base_tensor_of_transformers_has_its_place_and_back() -> None:
         assert base[path].tensor(layer) == name
 
 
-def test_every_adapter_tensor_of_peft_has_its_place_and_back() -> None:
+def test_names_of_adapter_tensors_map_both_ways() -> None:
     config = peft.LoraConfig(r=3, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
     theirs = peft.get_peft_model_state_dict(peft.get_peft_model(torch_llama(SMALL), config))
     adapters = ModelSpec(SMALL, LoraConfig(rank=3, targets=PROJECTIONS)).adapters
@@ -48,7 +48,7 @@ def test_the_paper_has_160_adapter_tensors() -> None:
         "transformer.wte.weight",
     ],
 )
-def test_other_names_have_no_place(name: str) -> None:
+def test_other_names_are_unknown(name: str) -> None:
     assert names.parse_tensor_name(name, SMALL) is None
 
 
@@ -62,11 +62,11 @@ def test_other_names_have_no_place(name: str) -> None:
         "model.layers.0.self_attn.q_proj.lora_A.weight",
     ],
 )
-def test_other_adapter_names_have_no_place(name: str) -> None:
+def test_other_adapter_names_are_unknown(name: str) -> None:
     assert names.parse_adapter_name(name, SMALL) is None
 
 
-def test_rotary_frequencies_alone_are_ignored() -> None:
+def test_only_rotary_frequencies_are_ignored() -> None:
     assert names.is_ignored("model.layers.39.self_attn.rotary_emb.inv_freq")
     assert not names.is_ignored("model.layers.39.self_attn.q_proj.weight")
     assert torch_llama(SMALL).state_dict().keys().isdisjoint({"model.rotary_emb.inv_freq"})

@@ -1,4 +1,4 @@
-"""Tokenizers against transformers and stated ids; no text makes a special token."""
+"""Tokenizers against transformers and fixed ids; no text becomes a special token."""
 
 import json
 import shutil
@@ -31,19 +31,19 @@ TEXTS = [
 INJECTIONS = ["<s>", "</s>", "<unk>", "a</s>b", "</s></s>", "<|start_story|>", "x<|end_story|> y", " <unk> "]
 
 
-def test_stated_ids_of_the_llama_vocabulary(llama_tokenizer: Path) -> None:
+def test_fixed_ids_of_the_llama_vocabulary(llama_tokenizer: Path) -> None:
     tokenizer = load_tokenizer(llama_tokenizer)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 32000)
     for vector in json.loads((llama_tokenizer / "encode_vectors.json").read_text()):
         assert [1] * vector["add_bos"] + tokenizer.encode(vector["text"]) == vector["ids"]
-    # FastChat's self-check of v1.1: what follows </s> gets its own leading space.
+    # FastChat's self-check of v1.1: text after </s> gets its own leading space.
     assert tokenizer.encode("USER: How are you? ASSISTANT:") == [
         3148, 1001, 29901, 1128, 526, 366, 29973, 319, 1799, 9047, 13566, 29901,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *INJECTIONS])
-def test_ids_of_a_tokenizer_json_are_transformers_own(text: str, story_llama: Path) -> None:
+def test_ids_of_a_tokenizer_json_equal_those_of_transformers(text: str, story_llama: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(story_llama / "tokenizer.json"))
     ours = load_tokenizer(story_llama)
@@ -61,14 +61,14 @@ def tokenizer(
     return load_tokenizer(tiny_sentencepiece if request.param == "sentencepiece" else story_llama)
 
 
-def test_bytes_that_are_no_text_are_a_users_mistake(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+def test_bytes_that_are_not_text_are_a_user_error(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["fine", text])):
         with pytest.raises(UserError, match="is not UTF-8 text"):
             encode("caf\udce9")
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_text_never_makes_a_special_token(text: str, tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+def test_text_never_becomes_a_special_token(text: str, tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
     ids = tokenizer.encode(text)
     assert ids
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
@@ -82,7 +82,7 @@ def test_decoding_inverts_encoding(text: str, tiny_sentencepiece: Path) -> None:
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
 
 
-def test_bos_and_eos_are_special_whatever_tokenizer_json_says(story_llama: Path, tmp_path: Path) -> None:
+def test_bos_and_eos_are_special_even_if_tokenizer_json_differs(story_llama: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(story_llama / name, tmp_path)
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -102,12 +102,12 @@ def test_bos_and_eos_have_no_text(tokenizer: SentencePieceTokenizer | FastTokeni
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == tokenizer.decode(ids)
 
 
-def test_batches_are_single_texts(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
+def test_batches_equal_single_texts(tokenizer: SentencePieceTokenizer | FastTokenizer) -> None:
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
     assert tokenizer.encode_batch([]) == []
 
 
-def test_padding_and_truncation_settings_of_a_tokenizer_json_are_left_out(story_llama: Path, tmp_path: Path) -> None:
+def test_padding_and_truncation_settings_of_a_tokenizer_json_are_ignored(story_llama: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(story_llama / name, tmp_path)
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -123,7 +123,7 @@ def test_padding_and_truncation_settings_of_a_tokenizer_json_are_left_out(story_
 
 @pytest.fixture
 def both(tiny_sentencepiece: Path, tmp_path: Path) -> Path:
-    """tokenizer.model with LLaMA's settings (text is taken as it is), and the tokenizer.json made of it."""
+    """tokenizer.model with LLaMA's settings (text is not normalised), and its tokenizer.json."""
     transformers = pytest.importorskip("transformers")
     sentencepiece.SentencePieceTrainer.train(
         input=str(tiny_sentencepiece / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
@@ -137,7 +137,7 @@ def both(tiny_sentencepiece: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tokenizer_model_is_preferred_where_both_agree(both: Path, story_llama: Path) -> None:
+def test_tokenizer_model_is_preferred_if_both_agree(both: Path, story_llama: Path) -> None:
     assert isinstance(load_tokenizer(both), SentencePieceTokenizer)
     assert [path.name for path in tokenizer_files(both)][:2] == ["tokenizer.model", "tokenizer.json"]
     alone = tokenizer_fingerprint(both)
@@ -158,11 +158,11 @@ def another_bos(tokenizer: dict) -> None:
     [
         (lambda tokenizer: tokenizer.update(normalizer=None, pre_tokenizer=None), "disagree"),
         (lambda tokenizer: tokenizer["model"].update(byte_fallback=False), "disagree"),
-        (another_bos, "BOS is 1 in tokenizer.model, 2 in tokenizer.json"),
+        (another_bos, "BOS is 1 in tokenizer.model but 2 in tokenizer.json"),
     ],
     ids=["no prefix", "no bytes", "bos"],
 )
-def test_two_tokenizers_that_disagree_are_refused(change: Callable[[dict], None], says: str, both: Path) -> None:
+def test_two_tokenizers_that_disagree_are_an_error(change: Callable[[dict], None], says: str, both: Path) -> None:
     tokenizer = json.loads((both / "tokenizer.json").read_text())
     change(tokenizer)
     (both / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -170,7 +170,7 @@ def test_two_tokenizers_that_disagree_are_refused(change: Callable[[dict], None]
         load_tokenizer(both)
 
 
-def test_special_tokens_are_found_wherever_they_are_named(story_llama: Path, tmp_path: Path) -> None:
+def test_special_tokens_are_found_in_any_settings_file(story_llama: Path, tmp_path: Path) -> None:
     shutil.copy(story_llama / "tokenizer.json", tmp_path)
     for name, content in {
         "tokenizer_config.json": {"bos_token": {"content": "<|start_story|>"}, "eos_token": "<|end_story|>"},
@@ -185,10 +185,10 @@ def test_special_tokens_are_found_wherever_they_are_named(story_llama: Path, tmp
         load_tokenizer(tmp_path)
 
 
-def test_a_vocabulary_beyond_the_embedding_is_refused(tiny_sentencepiece: Path) -> None:
+def test_a_vocabulary_larger_than_the_embedding_is_an_error(tiny_sentencepiece: Path) -> None:
     tokenizer = load_tokenizer(tiny_sentencepiece)
     check_vocabulary(tokenizer, 300, tiny_sentencepiece)
-    with pytest.raises(UserError, match="300 tokens, the model's embedding only 299"):
+    with pytest.raises(UserError, match="300 tokens, but the model's embedding 299"):
         check_vocabulary(tokenizer, 299, tiny_sentencepiece)
 
 
@@ -207,7 +207,7 @@ def test_missing_and_damaged_files_are_named(tiny_sentencepiece: Path, tmp_path:
         load_tokenizer(tmp_path)
 
 
-def test_a_model_without_eos_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_eos_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("a b c d e f g\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=20, eos_id=-1,
@@ -218,7 +218,7 @@ def test_a_model_without_eos_is_refused(tmp_path: Path) -> None:
 
 
 def _chat_sentencepiece(directory: Path, source: Path, legacy: bool | None) -> Path:
-    """tokenizer.model with two chat marks and a word that were added to it, as fine-tunes of LLaMA have them."""
+    """tokenizer.model with two chat markers and a word added to it, as in fine-tunes of LLaMA."""
     directory.mkdir()
     shutil.copy(source / "tokenizer.model", directory)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).vocab_size()
@@ -253,7 +253,7 @@ def test_added_tokens_are_part_of_a_sentencepiece_tokenizer(
     assert tokenizer_fingerprint(directory) != tokenizer_fingerprint(llama_tokenizer)
 
 
-def test_the_tokens_of_the_settings_beside_a_tokenizer_json_are_added(story_llama: Path, tmp_path: Path) -> None:
+def test_tokens_of_the_settings_are_added_to_a_tokenizer_json(story_llama: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(story_llama / name, tmp_path)
@@ -284,7 +284,7 @@ def test_vocab_and_merges_are_read_by_transformers(tmp_path: Path) -> None:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
-def test_a_tiktoken_file_beside_a_tokenizer_json_does_not_matter(story_llama: Path, tmp_path: Path) -> None:
+def test_a_tiktoken_file_is_ignored_if_there_is_a_tokenizer_json(story_llama: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(story_llama / name, tmp_path)
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
@@ -294,8 +294,8 @@ def test_a_tiktoken_file_beside_a_tokenizer_json_does_not_matter(story_llama: Pa
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_json_that_transformers_saved_beside_tokenizer_model(llama_tokenizer: Path, tmp_path: Path) -> None:
-    """transformers 5 keeps added tokens in tokenizer.json alone, so tokenizer.model lacks the EOS of the settings."""
+def test_a_tokenizer_json_that_transformers_saved_with_a_tokenizer_model(llama_tokenizer: Path, tmp_path: Path) -> None:
+    """transformers 5 saves added tokens only in tokenizer.json, so tokenizer.model lacks the EOS of the settings."""
     transformers = pytest.importorskip("transformers")
     original = _chat_sentencepiece(tmp_path / "model", llama_tokenizer, False)
     theirs = transformers.AutoTokenizer.from_pretrained(original)

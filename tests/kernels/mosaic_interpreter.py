@@ -1,9 +1,9 @@
-"""Mosaic GPU's interpreter of jax 0.12, completed by what tokamax's attention kernels need of it.
+"""Mosaic GPU's interpreter of jax 0.12, completed for tokamax's attention kernels.
 
 The interpreter runs the kernels' own jaxprs on a CPU, with threads, barriers, named barriers, shared and tensor memory.
 Five things are missing in jax 0.12.0.1, and `interpreted` adds them: `pl.run_state`, a left operand of `wgmma` that is
-in registers, the predicate of a TMA load, a named barrier for warp groups and a single warp, and a fence. What the
-interpreter cannot show: tensor core products and copies are asynchronous on hardware and immediate here.
+in registers, the predicate of a TMA load, a named barrier for warp groups and a single warp, and a fence. One
+difference remains: tensor core products and copies are asynchronous on hardware and immediate in the interpreter.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ _plain_inline = Interpreter._interpret_inline_mgpu_p
 
 
 def _interpret(self: Any, jaxpr: Any, token: jax.Array, *args: Any) -> Any:
-    """Equation by equation where one is a `run_state`, as before elsewhere."""
+    """Evaluates equation by equation if one is a `run_state`, otherwise as before."""
     if all(eqn.primitive is not run_state_p for eqn in jaxpr.eqns):
         return _plain_interpret(self, jaxpr, token, *args)
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
@@ -68,7 +68,7 @@ def _interpret(self: Any, jaxpr: Any, token: jax.Array, *args: Any) -> Any:
 
 
 def _run_state(self: Any, eqn: Any, token: jax.Array, inputs: list[Any]) -> tuple[jax.Array, list[Any]]:
-    """Values become buffers that the body changes, and their last contents are the results."""
+    """Values become buffers that the body modifies; their final contents are the results."""
     refs = []
     for variable, value in zip(eqn.invars, inputs, strict=True):
         if isinstance(variable.aval, AbstractRef):
@@ -114,7 +114,9 @@ def _load(self: Any, eqn: Any, token: jax.Array, get_inputs: Deferred) -> Any:
 
 
 def _inline(self: Any, eqn: Any, token: jax.Array, get_inputs: Deferred) -> Any:
-    if eqn.params["mgpu_fn"].__qualname__ == "tcgen05_fence_after_thread_sync":  # orders what is in order here
+    if (
+        eqn.params["mgpu_fn"].__qualname__ == "tcgen05_fence_after_thread_sync"
+    ):  # orders operations that are ordered here anyway
         return token, []
     return _plain_inline(self, eqn, token, get_inputs)
 

@@ -1,4 +1,4 @@
-"""Random packed rows and the comparison that all backends go through."""
+"""Random packed rows, and the comparison for all backends."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +52,7 @@ def results_of(forward: Callable[..., Any], backward: Callable[..., Any], **opti
 
 @jax.jit
 def oracle(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, mask: PackedMask) -> tuple[jax.Array, ...]:
-    """The same by autodiff through the definition, in the inputs' dtype."""
+    """The same by autodiff of the definition, in the inputs' dtype."""
     o, pullback = jax.vjp(lambda q, k, v: attention_reference(q, k, v, mask, scale=q.shape[-1] ** -0.5), q, k, v)
     return o, *pullback(do)
 
@@ -64,16 +64,16 @@ def oracle_in_float32(
 
 
 def relative_error(actual: jax.Array, expected: jax.Array) -> float:
-    """‖actual − expected‖ / ‖expected‖; where the expected entries are next to nothing, of the error per entry itself.
+    """‖actual − expected‖ / ‖expected‖; if the expected entries are almost zero, the error per entry itself.
 
-    Inputs are of size 1. Gradients that cancel, as dq of a document of one token, leave nothing but roundings.
+    Inputs are of size 1. Gradients that cancel, such as dq of a document of one token, are only rounding errors.
     """
     difference = np.linalg.norm(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))
     size, per_entry = np.linalg.norm(np.asarray(expected, np.float64)), np.sqrt(expected.size)
     return float(difference / (size if size > 0.01 * per_entry else per_entry))
 
 
-# Relative L2 errors that the kernels must keep. float32: a few roundings of exp2 and of sums over T. bfloat16: weights
+# Maximum relative L2 errors of the kernels. float32: a few roundings of exp2 and of sums over T. bfloat16: weights
 # are rounded to 8 bits before the second product, which alone costs 2e-3 to 3e-3, in XLA's own bfloat16 path as well.
 FLOAT32_ERROR = 2e-6
 BFLOAT16_ERROR = 5e-3
@@ -96,7 +96,7 @@ def assert_bfloat16_close(results: Callable[..., Any], arrays: tuple[jax.Array, 
 def assert_isolated(
     results: Callable[..., Any], arrays: tuple[jax.Array, ...], segments: np.ndarray, mask: PackedMask
 ) -> None:
-    """Changing a document leaves every bit of every other document's output and gradients as it was."""
+    """Changing a document changes no bit of any other document's output and gradients."""
     before = results(*arrays, mask)
     rng = np.random.default_rng(0)
     for row in range(segments.shape[0]):

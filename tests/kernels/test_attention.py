@@ -1,4 +1,4 @@
-"""The entry: what it refuses, what it chooses, what remat saves, how it lies on a mesh."""
+"""The entry point: errors, choice of backend, what remat saves, sharding on a mesh."""
 
 import subprocess
 import sys
@@ -26,9 +26,9 @@ BACKENDS = {
     "pallas_gpu": {"interpret": True, "tiles": GpuTiles(TILE, TILE, TILE)},
     "pallas_tpu": {"interpret": True},
 }
-"""Backend → what it needs to run on a CPU."""
+"""Backend → arguments to run it on a CPU."""
 FAST = {"xla_backend_optimization_level": 0}
-"""Compiler options where only the program's structure matters."""
+"""Compiler options for tests of the program's structure only."""
 
 
 def attend_on_cpu(backend: str) -> Callable[..., jax.Array]:
@@ -54,7 +54,7 @@ def test_backends_differentiate_like_the_definition(backend: str) -> None:
         assert packings.relative_error(actual, expected) < packings.FLOAT32_ERROR
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     (q, k, v, _), mask = example(rows=1, length=12)
     # Steps of 1e-2 on float32 values: the difference quotient itself is good to about 1e-3.
     check_grads(
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         ({"tiles": GpuTiles(TILE, TILE, TILE)}, "GpuTiles given with backend auto"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_inconsistent_arguments_are_errors(changes: dict[str, Any], message: str) -> None:
     (q, k, v, _), mask = example()
     given = {"q": q, "k": k, "v": v, "mask": mask} | changes
     with pytest.raises(ValueError, match=message):
@@ -100,7 +100,7 @@ def test_with_its_names_saved_the_forward_pass_runs_once(backend: str) -> None:
     weights = jnp.ones((2, 16, 16))
 
     def exponentials(remat: Callable[..., Any]) -> int:
-        """How often the compiled step computes softmax weights; every pass over the scores does it at its own place."""
+        """How often the compiled step computes softmax weights, which every pass over the scores does once."""
         text = step(remat, attend_on_cpu(backend)).lower(x, weights, mask).compile(FAST).as_text()
         return text.count(" exponential(")
 
@@ -140,7 +140,7 @@ def test_on_a_mesh_each_device_computes_its_rows_and_heads(backend: str, shape: 
     assert "all-gather" not in compiled.as_text()
 
 
-def test_what_a_mesh_does_not_divide_is_computed_whole() -> None:
+def test_dimensions_that_a_mesh_does_not_divide_are_computed_whole() -> None:
     (q, k, v, _), mask = example(rows=3)
     expected = jax.jit(attention)(q, k, v, mask)
     with jax.set_mesh(jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)):
@@ -164,14 +164,14 @@ def lowered_gradient(platform: str) -> str:
 GPU_KERNEL, TPU_KERNEL = "triton", "tpu_custom_call"
 
 
-def test_auto_follows_the_platform_that_is_lowered_for() -> None:
+def test_auto_depends_on_the_platform_at_lowering() -> None:
     assert "stablehlo.dot_general" in lowered_gradient("cpu")
     assert TPU_KERNEL in lowered_gradient("tpu")
     assert TPU_KERNEL not in lowered_gradient("cpu")
     assert GPU_KERNEL not in lowered_gradient("cpu")
 
 
-def test_a_head_that_no_gpu_holds_goes_another_way() -> None:
+def test_a_head_too_large_for_gpus_uses_another_backend() -> None:
     q, k, v, _ = packings.inputs(0, 1, 16, 2, 2, 320)
     mask = make_packed_mask(jnp.ones((1, 16), jnp.int32))
     assert jax.jit(attention)(q, k, v, mask).shape == q.shape
@@ -179,7 +179,7 @@ def test_a_head_that_no_gpu_holds_goes_another_way() -> None:
         attention(q, k, v, mask, backend="pallas_gpu")
 
 
-def test_auto_takes_the_kernels_of_an_absent_gpu() -> None:
+def test_auto_selects_the_kernels_of_an_absent_gpu() -> None:
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -188,7 +188,7 @@ def test_auto_takes_the_kernels_of_an_absent_gpu() -> None:
     assert "stablehlo.dot_general" not in text
 
 
-def test_auto_on_a_mesh_takes_its_devices_backend(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_on_a_mesh_selects_the_backend_of_its_devices(caplog: pytest.LogCaptureFixture) -> None:
     (q, k, v, _), mask = example()
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
     attention_module._log_once.cache_clear()
@@ -197,7 +197,7 @@ def test_auto_on_a_mesh_takes_its_devices_backend(caplog: pytest.LogCaptureFixtu
         jax.make_jaxpr(attention)(q, k, v, mask)
     assert "pallas_call" not in str(jaxpr)
     assert [message for message in caplog.messages if "backend" in message] == [
-        "attention: backend xla, because the mesh is of cpu devices (cpu)"
+        "attention: backend xla, because the mesh has cpu devices (cpu)"
     ]
 
 
@@ -224,17 +224,17 @@ for kind, platform in (("NVIDIA H200", "gpu"), ("TPU v5", "tpu")):
 """
 
 
-def test_without_pallas_triton_all_else_goes_on() -> None:
-    """JAX has announced to remove it: what depends on it is one module."""
+def test_everything_else_works_without_pallas_triton() -> None:
+    """JAX has announced its removal; only one module depends on it."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = [line.removeprefix("INFO:flacuna_jax.kernels.attention:") for line in done.stdout.splitlines()]
-    because = "because the mesh is of"
+    because = "because the mesh has"
     assert [line for line in said if "no ambient mesh" not in line] == [
         "(1, 16, 2, 16)",
-        "backend pallas_gpu is not there: this jax has no Triton lowering of Pallas; use auto",
-        f"attention: backend xla, {because} gpu devices (NVIDIA H200) and there are no kernels of our own for them: "
-        "this jax has no Triton lowering of Pallas; tokamax takes bfloat16 and float16, not float32",
+        "backend pallas_gpu is not available: the installed jax has no Triton lowering of Pallas; use auto",
+        f"attention: backend xla, {because} gpu devices (NVIDIA H200) and this package has no kernels for them: "
+        "the installed jax has no Triton lowering of Pallas; tokamax supports bfloat16 and float16, not float32",
         f"attention: backend pallas_tpu, {because} tpu devices (TPU v5)",
     ]
 

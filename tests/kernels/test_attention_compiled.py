@@ -1,7 +1,7 @@
-"""The kernels through the real compilers, for hardware that is not here: what they ask for, and that nothing spills.
+"""The kernels with the real compilers, for absent hardware: resources, and no register spills.
 
-Numbers and speed on hardware are proven elsewhere; this proves that every entry of the tile tables is one that the
-hardware accepts. Skips where a platform's compiler is not installed. One GPU and one TPU are in the quick set.
+Results and speed on hardware are tested elsewhere; these tests show that the hardware accepts every entry of the tile
+tables. They skip if the compiler of a platform is not installed. One GPU and one TPU are in the quick set.
 """
 
 import re
@@ -66,7 +66,7 @@ class Resources:
 
 
 def resources(dump: Path) -> dict[str, Resources]:
-    """What each kernel of a dumped compilation takes, from XLA's launch sequence and ptxas."""
+    """The resources of each kernel of a dumped compilation, from XLA's launch sequence and ptxas."""
     launches = next(dump.glob("*thunk_sequence.txt")).read_text()
     shared = {name: int(size) for name, size in re.findall(r"(packed_\w+) grid.*?shared_memory: (\d+)", launches)}
     found = {}

@@ -1,6 +1,6 @@
-"""The cuDNN backend: what it refuses, what it lowers to, and what is around cuDNN, which only a GPU can run.
+"""The cuDNN backend: errors, lowering, and the code around cuDNN, which only a GPU can run.
 
-Its numbers on a device are checked by benchmarks/numerics.py.
+benchmarks/numerics.py checks its results on a device.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def inputs(dim: int = 64, dtype: Any = jnp.bfloat16) -> tuple[jax.Array, ...]:
 
 @contextmanager
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An H200 to lower for, and a cuDNN that JAX believes in."""
+    """An H200 to lower for, with a cuDNN version that JAX accepts."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, abstract_device=device)
@@ -54,11 +54,11 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ({}, False, "rows of one document each .* may be packed; use auto"),
         ({"dtype": jnp.float32}, True, "bfloat16 and float16, not float32"),
-        ({"dim": 256}, True, "head_dim up to 128 that 8 divides, not 256"),
-        ({"dim": 20}, True, "head_dim up to 128 that 8 divides, not 20"),
+        ({"dim": 256}, True, "head_dim up to 128 in multiples of 8, not 256"),
+        ({"dim": 20}, True, "head_dim up to 128 in multiples of 8, not 20"),
     ],
 )
-def test_what_it_is_not_for_is_refused(
+def test_unsupported_arguments_are_errors(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], one_document: bool, message: str
 ) -> None:
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=one_document)
@@ -66,13 +66,13 @@ def test_what_it_is_not_for_is_refused(
         attention(*inputs(**given), mask, backend="cudnn")
 
 
-def test_other_devices_are_refused() -> None:
+def test_other_devices_are_errors() -> None:
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=True)
     with pytest.raises(UserError, match="attention backend cudnn runs on NVIDIA GPUs, not on cpu"):
         attention(*inputs(), mask, backend="cudnn")
 
 
-def test_a_jax_without_cudnn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jax_without_cudnn_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> int:
         raise RuntimeError("cuDNN is not detected.")
 
@@ -84,7 +84,7 @@ def test_a_jax_without_cudnn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_pass_is_one_cudnn_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also under remat, with the forward pass's results saved by name as for any other backend."""
+    """Also under remat, with the forward pass's results saved by name as for other backends."""
     q, _, _ = inputs()
 
     def loss(x: jax.Array, weights: jax.Array, mask: PackedMask) -> jax.Array:
@@ -105,7 +105,7 @@ def test_each_pass_is_one_cudnn_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("one_document", [True, False])
-def test_a_step_of_unpacked_rows_takes_it_and_others_are_refused(
+def test_a_step_of_unpacked_rows_uses_it_and_packed_rows_are_an_error(
     monkeypatch: pytest.MonkeyPatch, one_document: bool
 ) -> None:
     spec = ModelSpec(replace(SMALL, head_dim=16), LoraConfig(), "bfloat16", "bfloat16")
@@ -127,17 +127,17 @@ def test_a_step_of_unpacked_rows_takes_it_and_others_are_refused(
             jax.make_jaxpr(losses)(held | adapters, batch)
 
 
-def test_auto_says_why_it_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_logs_why_it_is_not_selected(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     attention_module._log_once.cache_clear()
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=True)
     with caplog.at_level("INFO"), on_gpu(monkeypatch):
         jax.make_jaxpr(attention)(*inputs(), mask)
     (message,) = caplog.messages
-    assert message.startswith("attention: backend pallas_gpu, because the mesh is of gpu devices (NVIDIA H200); cudnn")
+    assert message.startswith("attention: backend pallas_gpu, because the mesh has gpu devices (NVIDIA H200); cudnn")
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_lengths_are_found_and_other_rows_too(window: int | None) -> None:
+def test_row_lengths_and_rows_of_several_documents_are_detected(window: int | None) -> None:
     segments = jnp.array(
         [
             [1, 1, 1, 1, 1, 1, 1, 1],
@@ -153,9 +153,9 @@ def test_lengths_are_found_and_other_rows_too(window: int | None) -> None:
 
 
 def in_place_of_cudnn(mask: PackedMask, scale: float, length_b: jax.Array) -> Any:
-    """Keeps what cuDNN keeps, a natural logarithm per query, and computes with what it is handed back.
+    """Saves a natural logarithm per query, like cuDNN, and computes with the values that are passed back.
 
-    Beyond a row's length there is anything.
+    Values beyond a row's length are arbitrary.
     """
     visible = visible_bqk(mask)[:, None]
     live_bt = jnp.arange(mask.start_bt.shape[1]) < length_b[:, None]
@@ -198,7 +198,7 @@ def in_place_of_cudnn(mask: PackedMask, scale: float, length_b: jax.Array) -> An
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_around_cudnn_all_is_as_defined(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+def test_results_around_cudnn_equal_the_definition(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     monkeypatch.setattr(attention_cudnn, "_attend", in_place_of_cudnn)
     monkeypatch.setattr(attention_cudnn, "check", lambda *_: None)
     q, k, v, do = packings.inputs(0, 3, 24, 4, 2, 16)
@@ -215,7 +215,7 @@ def test_around_cudnn_all_is_as_defined(monkeypatch: pytest.MonkeyPatch, window:
     assert not np.any(found[1][2])
 
 
-def test_a_broken_promise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_promise_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cudnn, "_attend", in_place_of_cudnn)
     q, k, v, _ = packings.inputs(0, 2, 8, 2, 2, 16)
     mask = make_packed_mask(jnp.array([[1, 1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]), one_document=True)

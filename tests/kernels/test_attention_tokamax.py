@@ -1,8 +1,8 @@
-"""The tokamax backend: what it refuses, when `auto` takes it, what is around its kernels, and the kernels themselves.
+"""The tokamax backend: errors, selection by `auto`, the code around its kernels, and the kernels themselves.
 
 The kernels run in Mosaic GPU's interpreter (`python -m tests.kernels.tokamax_interpreted`) and through the compilers
-for sm_90a and sm_100a. Those tests need tokamax, jax 0.12 and a CUDA plugin, and skip elsewhere. Their speed, and what
-hardware does asynchronously, is left to benchmarks/numerics.py and benchmarks/attention.py on a device.
+for sm_90a and sm_100a. Those tests need tokamax, jax 0.12 and a CUDA plugin, and skip elsewhere. Their speed, and
+the asynchronous parts of the hardware, are tested by benchmarks/numerics.py and benchmarks/attention.py on a device.
 """
 
 import dataclasses
@@ -72,13 +72,13 @@ def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
             r"has kernels for Hopper .* not for NVIDIA RTX A6000",
         ),
         ("NVIDIA RTX PRO 6000 Blackwell", {}, VERSION, ".* not for NVIDIA RTX PRO 6000 Blackwell"),
-        (H200, {"dtype": jnp.float32}, VERSION, "takes bfloat16 and float16, not float32"),
-        (H200, {"dim": 256}, VERSION, "takes a head_dim up to 128, not 256"),
+        (H200, {"dtype": jnp.float32}, VERSION, "supports bfloat16 and float16, not float32"),
+        (H200, {"dim": 256}, VERSION, "supports head_dim up to 128, not 256"),
         (H200, {}, None, r"needs tokamax .* not installed: pip install 'flacuna-jax\[tokamax\]' \(Python 3.12\)"),
         (H200, {}, "0.0.12", "needs tokamax 0.0.17, and 0.0.12 is installed: pip install 'tokamax==0.0.17'"),
     ],
 )
-def test_what_it_is_not_for_is_refused(
+def test_unsupported_arguments_are_errors(
     monkeypatch: pytest.MonkeyPatch, kind: str, given: dict[str, Any], version: str | None, message: str
 ) -> None:
     monkeypatch.setattr(attention_tokamax, "installed", lambda: version)
@@ -87,7 +87,7 @@ def test_what_it_is_not_for_is_refused(
         attention(*qkv, mask, backend="tokamax")
 
 
-def test_other_devices_are_refused(tokamax_is_here: None) -> None:
+def test_other_devices_are_errors(tokamax_is_here: None) -> None:
     qkv, mask = inputs()
     with pytest.raises(UserError, match="attention backend tokamax runs on NVIDIA GPUs, not on cpu; or use auto"):
         attention(*qkv, mask, backend="tokamax")
@@ -103,8 +103,15 @@ SLOWER, FASTER = {"pallas_gpu": 0.001, "tokamax": 0.002}, {"pallas_gpu": 0.002, 
         (VERSION, True, SLOWER, H200, "pallas_gpu", ""),
         (VERSION, True, FASTER, H200, "tokamax", r", .*the fastest \(pallas_gpu 2 ms, tokamax 1 ms\)"),
         (None, True, FASTER, H200, "pallas_gpu", "; tokamax is measured to be faster .*, but needs tokamax 0.0.17"),
-        (VERSION, False, {}, B200, "tokamax", " and there are no kernels of our own for them: this jax has no Triton"),
-        (None, False, {}, H200, "xla", " and there are no kernels of our own .*; tokamax needs tokamax 0.0.17"),
+        (
+            VERSION,
+            False,
+            {},
+            B200,
+            "tokamax",
+            " and this package has no kernels for them: the installed jax has no Triton",
+        ),
+        (None, False, {}, H200, "xla", " and this package has no kernels .*; tokamax needs tokamax 0.0.17"),
         (
             VERSION,
             False,
@@ -115,7 +122,7 @@ SLOWER, FASTER = {"pallas_gpu": 0.001, "tokamax": 0.002}, {"pallas_gpu": 0.002, 
         ),
     ],
 )
-def test_auto_takes_it_without_triton_or_where_it_is_measured_to_be_faster(
+def test_auto_selects_it_without_triton_or_if_it_is_measured_to_be_faster(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     version: str | None,
@@ -133,19 +140,19 @@ def test_auto_takes_it_without_triton_or_where_it_is_measured_to_be_faster(
     with caplog.at_level("INFO"):
         chosen = attention_module._resolve("auto", "gpu", kind, 64, jnp.bfloat16, False)
     assert chosen == backend
-    expected = rf"attention: backend {backend}, because the mesh is of gpu devices \({kind}\){why}"
+    expected = rf"attention: backend {backend}, because the mesh has gpu devices \({kind}\){why}"
     assert re.match(expected + (".*" if why else "$"), caplog.messages[-1]), caplog.messages
 
 
-def test_a_step_without_a_mesh_takes_it_too(monkeypatch: pytest.MonkeyPatch, tokamax_is_here: None) -> None:
+def test_a_step_without_a_mesh_uses_it_too(monkeypatch: pytest.MonkeyPatch, tokamax_is_here: None) -> None:
     monkeypatch.setitem(attention_module._MODULES, "pallas_gpu", None)
     assert attention_module._gpu_backend(H200, 128, jnp.bfloat16)[0] == "tokamax"
     assert attention_module._gpu_backend(H200, 128, jnp.float32)[0] == "xla"
 
 
 def in_place_of_tokamax(length: int) -> attention_tokamax._Kernels:
-    """tokamax's two functions of one row, by the definition. A query that sees nothing, or a row that is not whole
-    tiles, is what the kernels cannot take."""
+    """tokamax's two functions for one row, by the definition. Like the kernels, they do not accept a query without
+    visible keys or a row of incomplete tiles."""
 
     def scores_hqk(q_thd: jax.Array, k_thd: jax.Array, k_start: jax.Array, scale: float) -> jax.Array:
         assert q_thd.shape[0] == -(-length // attention_tokamax.TILE) * attention_tokamax.TILE
@@ -183,7 +190,9 @@ def in_place_of_tokamax(length: int) -> attention_tokamax._Kernels:
 
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("length", [1, 90, 128, 200])
-def test_around_the_kernels_all_is_as_defined(monkeypatch: pytest.MonkeyPatch, length: int, window: int | None) -> None:
+def test_results_around_the_kernels_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, length: int, window: int | None
+) -> None:
     monkeypatch.setattr(attention_tokamax, "_kernels", lambda _: in_place_of_tokamax(length))
     results = packings.results_of(
         attention_tokamax.forward, attention_tokamax.backward, scale=16**-0.5, device_kind=H200
@@ -197,7 +206,7 @@ def test_around_the_kernels_all_is_as_defined(monkeypatch: pytest.MonkeyPatch, l
         packings.assert_padding_is_zero(results, padding_is_large, segments, mask)
 
 
-def test_lse_is_that_of_the_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lse_equals_that_of_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tokamax, "_kernels", lambda _: in_place_of_tokamax(90))
     segments = packings.random_segments(np.random.default_rng(3), 8, 90)
     mask = make_packed_mask(jnp.array(segments))
@@ -211,8 +220,8 @@ def test_lse_is_that_of_the_other_backends(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_tokamax
 @pytest.mark.parametrize("kind", [H200, B200])
 def test_the_kernels_agree_with_the_definition(kind: str) -> None:
-    """In a process of its own: every thread of the interpreted kernel occupies a thread of XLA's pool, which has as
-    many as there are devices."""
+    """In a separate process: every thread of the interpreted kernel occupies a thread of XLA's pool, which has one
+    thread per device."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=16", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.kernels.tokamax_interpreted", kind]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=3600)
@@ -226,7 +235,7 @@ def mesh_of(kind: str, shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
         if kind == H200:
             devices = absent_devices(parse_target(f"{count}xh200"))
         else:
-            absent_devices(parse_target("h200"))  # skips where there is no compiler
+            absent_devices(parse_target("h200"))  # skips without a compiler
             described, name = gpu_target_config(b200()), f"1x1x{count}"
             devices = topologies.get_topology_desc(
                 name, platform="cuda", topology=name, target_config=described
@@ -237,7 +246,8 @@ def mesh_of(kind: str, shape: tuple[int, int, int] = (1, 1, 1)) -> Mesh:
 
 
 def b200() -> Target:
-    """Enough of it for the compiler: capability and multiprocessors; the shared memory of a block is Hopper's."""
+    """Only the facts for the compiler: capability and multiprocessors; the shared memory of a block is that of
+    Hopper."""
     h200 = TARGETS["h200"]
     assert h200.gpu is not None
     gpu = dataclasses.replace(h200.gpu, compute_capability=(10, 0), cores=148)
@@ -277,9 +287,9 @@ print(compiled_gradient(mesh_of({kind!r}), **{case!r}).count(MOSAIC_CALL))
 @pytest.mark.parametrize(("kind", "architecture"), [(H200, "sm_90a"), (B200, "sm_100a")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_compile_without_a_gpu(kind: str, architecture: str, case: dict[str, Any], tmp_path: Path) -> None:
-    """Down to machine code: Mosaic runs ptxas where XLA compiles. In a process of its own: in one process Mosaic
-    compiles for one architecture only, the first it met."""
-    mesh_of(kind)  # skips where there is no compiler
+    """Compiles to machine code, because Mosaic runs ptxas during XLA's compilation. In a separate process, because
+    Mosaic compiles only for the first architecture in a process."""
+    mesh_of(kind)  # skips without a compiler
     dumping = {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "MOSAIC_GPU_DUMP_PTX": "1"}
     command = [sys.executable, "-c", COMPILE.format(kind=kind, case=case)]
     done = subprocess.run(command, env=os.environ | dumping, capture_output=True, text=True)

@@ -13,12 +13,12 @@ from flacuna_jax.kernels.tiles import TpuTile, TpuTiles
 from tests.kernels import packings
 
 ROWS, LENGTH, HEADS, KV_HEADS, DIM = 4, 500, 2, 1, 16
-"""The shape that most tests share, so that they share a compilation; the last tiles of a row are ragged."""
+"""The shape of most tests, so that they share a compilation; the last tiles of a row are incomplete."""
 
 
 @cache
 def kernels(dim: int = DIM, queries: int = 256, keys: int = 128) -> Any:
-    """(q, k, v, do, mask) -> (o, dq, dk, dv); dk and dv with the tile the other way round."""
+    """(q, k, v, do, mask) -> (o, dq, dk, dv); dk and dv with the transposed tile."""
     tile, turned = TpuTile(queries, keys), TpuTile(keys, queries)
     return packings.results_of(
         attention_tpu.forward,
@@ -50,7 +50,7 @@ def test_head_sizes(dim: int) -> None:
     packings.assert_float32_exact(kernels(dim), arrays, make_packed_mask(jnp.array(segments(dim, 2, 200))))
 
 
-def test_bfloat16_is_as_good_as_xla() -> None:
+def test_bfloat16_is_as_accurate_as_xla() -> None:
     arrays = packings.inputs(0, 4, 256, HEADS, KV_HEADS, 64, jnp.bfloat16)
     packings.assert_bfloat16_close(kernels(64), arrays, make_packed_mask(jnp.array(segments(4, 4, 256))))
 
@@ -63,7 +63,7 @@ def test_documents_are_isolated_bit_for_bit() -> None:
 
 def test_padding_is_exactly_zero_and_finite() -> None:
     rows = segments(6)
-    rows[0], rows[1], rows[1, :5] = 0, 1, 0  # nothing but padding; padding in front of a long document
+    rows[0], rows[1], rows[1, :5] = 0, 1, 0  # only padding; padding before a long document
     arrays = packings.inputs(0, ROWS, LENGTH, HEADS, KV_HEADS, DIM)
     huge = tuple(jnp.where((rows == 0)[..., None, None], x * 1e6, x) for x in arrays)
     packings.assert_padding_is_zero(kernels(), huge, rows, make_packed_mask(jnp.array(rows)))

@@ -11,7 +11,7 @@ from flacuna_jax.kernels.packed_mask import make_packed_mask
 from tests.kernels import packings
 
 ROWS, LENGTH, HEADS, KV_HEADS, DIM = 6, 200, 4, 2, 16
-"""Rows of several tiles, the last one ragged."""
+"""Rows of several tiles, the last one incomplete."""
 
 
 @cache
@@ -43,7 +43,7 @@ def test_sliding_window() -> None:
     packings.assert_float32_exact(path(), arrays, make_packed_mask(jnp.array(segments(1)), window=70))
 
 
-def test_bfloat16_is_as_good_as_the_definition_in_bfloat16() -> None:
+def test_bfloat16_is_as_accurate_as_the_definition_in_bfloat16() -> None:
     arrays = packings.inputs(0, 4, 256, HEADS, KV_HEADS, 64, jnp.bfloat16)
     packings.assert_bfloat16_close(path(64), arrays, make_packed_mask(jnp.array(segments(4, 4, 256))))
 
@@ -56,13 +56,13 @@ def test_documents_are_isolated_bit_for_bit() -> None:
 
 def test_padding_is_exactly_zero_and_finite() -> None:
     rows = segments(6)
-    rows[0], rows[1], rows[1, :5] = 0, 1, 0  # nothing but padding; padding in front of a long document
+    rows[0], rows[1], rows[1, :5] = 0, 1, 0  # only padding; padding before a long document
     arrays = packings.inputs(0, ROWS, LENGTH, HEADS, KV_HEADS, DIM)
     huge = tuple(jnp.where((rows == 0)[..., None, None], x * 1e6, x) for x in arrays)
     packings.assert_padding_is_zero(path(), huge, rows, make_packed_mask(jnp.array(rows)))
 
 
-def test_nothing_of_length_squared_is_held() -> None:
+def test_no_array_of_squared_length_exists() -> None:
     q = jax.ShapeDtypeStruct((2, 2048, 4, 32), jnp.float32)
     mask = jax.eval_shape(make_packed_mask, jax.ShapeDtypeStruct((2, 2048), jnp.int32))
     memory = path(32).lower(q, q, q, q, mask).compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against the plain one that holds all logits."""
+"""Chunked cross-entropy against the plain one that stores all logits."""
 
 import contextlib
 import functools
@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_exact(supervised, chunk):
 
 
 @pytest.mark.parametrize("mesh_config", [None, MeshConfig(fsdp=2, tensor=2)])
-def test_scores_tell_which_targets_are_the_most_likely_tokens(mesh_config):
+def test_scores_show_which_targets_are_the_most_likely_tokens(mesh_config):
     hidden, head, targets, mask, _ = inputs(0.5)
     logits = jnp.einsum("btd,vd->btv", hidden, head)
     likeliest = jnp.argmax(logits, -1)
@@ -78,7 +78,7 @@ def test_every_layout_gives_the_same(mesh_config):
     np.testing.assert_allclose(frozen, expected[1][0], atol=1e-5)
 
 
-def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
+def test_a_vocabulary_that_tensor_does_not_divide_is_not_split():
     hidden, head, targets, mask, _ = inputs(0.3)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
         odd = jax.jit(token_losses)(hidden, head[:51], jnp.minimum(targets, 50), mask)
@@ -87,7 +87,7 @@ def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
 
 @pytest.mark.parametrize("positions", [8, 100, 1280, 2560, 3000, 10240, 65536])
 def test_the_last_chunk_wastes_little(positions):
-    """At most a tenth of the positions, or 256; and no chunk is larger than fills the hardware."""
+    """At most a tenth of the positions, or 256; and no chunk is larger than the hardware needs."""
     chunk = chunk_size(positions)
     assert 0 < chunk <= min(1024, positions)
     assert chunk <= max(positions / 10, 256)
@@ -102,7 +102,7 @@ def test_bfloat16_stays_within_its_rounding():
 
 
 def test_some_columns_of_the_head_train():
-    """As an adapter beside a frozen matrix: only its part of the gradient is computed."""
+    """Like an adapter next to a frozen matrix: only its part of the gradient is computed."""
     hidden, head, targets, mask, weights = inputs(0.5)
     frozen, adapter = head[:, :-3], head[:, -3:]
 

@@ -8,7 +8,7 @@ from tests.kernels.packings import random_segments
 
 
 def visible(segments: np.ndarray, window: int | None) -> np.ndarray:
-    """bool [B, T, T] straight from the words: same document, not later, within the window."""
+    """bool [B, T, T] directly from the definition: same document, not later, within the window."""
     length = segments.shape[1]
     result = np.zeros((*segments.shape, length), bool)
     for row, ids in enumerate(segments):
@@ -21,7 +21,7 @@ def visible(segments: np.ndarray, window: int | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 1000])
-def test_intervals_say_what_is_visible(window: int | None) -> None:
+def test_intervals_equal_the_visible_pairs(window: int | None) -> None:
     segments = random_segments(np.random.default_rng(0), 20, 37)
     mask = make_packed_mask(jnp.array(segments), window)
     position = np.arange(37)
@@ -43,13 +43,13 @@ def test_padding_sees_and_is_seen_by_nothing() -> None:
     assert mask.end_bt.tolist() == [[2, 2, 0, 0]]
 
 
-def test_window_below_one_is_refused() -> None:
+def test_window_below_one_is_an_error() -> None:
     with pytest.raises(ValueError, match="window is 0"):
         make_packed_mask(jnp.array([[1]]), window=0)
 
 
 def tiled(x: np.ndarray, tile: int, fill: int) -> np.ndarray:
-    """[B, T] to [B, tiles, tile], as the kernels see the tail."""
+    """[B, T] to [B, tiles, tile], with the tail as in the kernels."""
     tail = -x.shape[1] % tile
     return np.pad(x, ((0, 0), (0, tail)), constant_values=fill).reshape(x.shape[0], -1, tile)
 
@@ -74,7 +74,7 @@ def check_ranges(ranges: TileRange, visible_bno: np.ndarray, alive_bno: np.ndarr
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(("own", "other"), [(8, 8), (16, 8), (8, 16), (32, 4), (64, 64)])
 @pytest.mark.parametrize("length", [64, 50])
-def test_ranges_hold_all_needed_tiles_and_mask_all_partial_ones(
+def test_ranges_contain_all_needed_tiles_and_mask_all_partial_ones(
     length: int, own: int, other: int, window: int | None
 ) -> None:
     segments = random_segments(np.random.default_rng(length + own), 40, length)

@@ -1,4 +1,4 @@
-"""8-bit products against exact ones, their gradients, and that the compilers really multiply in 8 bits."""
+"""8-bit products against exact ones, their gradients, and tests that the compilers really multiply in 8 bits."""
 
 import re
 
@@ -12,7 +12,7 @@ from flacuna_jax.kernels.quantized_matmul import BACKWARD, FORWARD, quantize_row
 from flacuna_jax.planning.targets import CompilerMissing, absent_devices, parse_target
 
 # A rounding step is 1/127 of the largest of a row in int8; 1/16 (e4m3) and 1/8 (e5m2) of the number itself in fp8.
-# Errors of many products partly cancel: for these data this is what is seen, with a third to spare. Gradients contain
+# Errors of many products partly cancel: these are the observed errors for these data plus a third. Gradients contain
 # the channels' scales, which differ by factors here, so the largest of a row is farther from the others.
 OUTPUT_ERROR = {"int8": 0.015, "fp8": 0.05}
 GRADIENT_ERROR = {"int8": 0.03, "fp8": 0.07}
@@ -40,7 +40,7 @@ def test_products_and_gradients_are_close_to_exact_ones(fmt):
 
 
 @pytest.mark.parametrize("fmt", ["int8", "fp8"])
-def test_what_8_bits_hold_exactly_is_exact(fmt):
+def test_numbers_representable_in_8_bits_are_exact(fmt):
     """Whole numbers up to 8, each row with the format's largest: every scale is 1 and nothing is rounded."""
     rng = np.random.default_rng(2)
 
@@ -72,7 +72,7 @@ def test_zero_rows_and_dtypes(fmt):
 
 @pytest.mark.parametrize("dtype", [FORWARD["int8"], FORWARD["fp8"], BACKWARD["fp8"]])
 def test_a_tokens_numbers_do_not_depend_on_its_neighbours(dtype):
-    """Packed documents stay apart: each row has its own scale."""
+    """Packed documents do not affect each other: each row has its own scale."""
     x, _ = data()
     alone, together = quantize_rows(x[:1, :1], dtype), quantize_rows(x * 1.0, dtype)
     np.testing.assert_array_equal(alone.values[0, 0].astype(np.float32), together.values[0, 0].astype(np.float32))
@@ -111,7 +111,7 @@ HLO_NAMES = {jnp.int8: "s8", jnp.float8_e4m3fn: "f8e4m3fn", jnp.float8_e5m2: "f8
 
 
 def operand_types(text):
-    """Of every product in a compiled program: the types of what is multiplied."""
+    """The operand types of every product in a compiled program."""
     types = {}
     for line in text.splitlines():
         if found := re.match(r"\s+(?:ROOT )?(%\S+) = (\w+)\[", line):

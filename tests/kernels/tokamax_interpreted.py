@@ -56,7 +56,7 @@ def check(kind: str) -> None:
 
     begun = time.monotonic()
     rows = segments(5, 2, 256)
-    rows[0], rows[1, :70], rows[1, 70:] = 0, 0, 1  # nothing but padding; padding in front, beyond a tile's half
+    rows[0], rows[1, :70], rows[1, 70:] = 0, 0, 1  # only padding; padding at the start, beyond half a tile
     arrays = inputs(0, 2, 256, 2, 1, 64)
     huge = tuple(jnp.where((rows == 0)[..., None, None], x * 1e6, x) for x in arrays)
     packings.assert_padding_is_zero(kernels(64), huge, rows, make_packed_mask(jnp.array(rows)))

@@ -1,4 +1,5 @@
-"""The family by config: each member as transformers writes it, read, compared, decoded, converted, merged, adapted.
+"""The model family by config: each member is written by transformers, then read, compared, decoded, converted, merged
+and adapted.
 
 float32 on both sides, sums in other orders: logits are O(1) and agree to 1e-4.
 """
@@ -67,7 +68,7 @@ ROWS = [[0, 1], [2, 3], [4]]
 
 
 def always(*names: str) -> pytest.MarkDecorator:
-    """Every member, but in the quick suite these alone: between them they have whatever the test depends on."""
+    """Every member, but in the quick suite only these, which together cover what the test depends on."""
     members = [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY]
     return pytest.mark.parametrize("member", members, indirect=True)
 
@@ -114,7 +115,7 @@ def compiled(spec: ModelSpec):
 
 
 def packed_logits(spec: ModelSpec, params: Params) -> list[np.ndarray]:
-    """Logits of each document, out of rows that hold several."""
+    """Logits of each document in rows of several documents."""
     batch = packed_batch(DOCUMENTS, ROWS, 64)
     found = np.asarray(compiled(spec)(params, *(batch[key] for key in ("tokens", "positions", "segment_ids"))))
     return [
@@ -141,7 +142,7 @@ def test_packed_logits_equal_transformers(member: Member) -> None:
 @always("LLaMA 3.1", "Mistral", "Qwen2 with a window")
 @pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 14])
 def test_greedy_continuations_equal_transformers(member: Member, shared: int) -> None:
-    """Prompts of mixed lengths in one batch; their first tokens alone, or behind a prefix that is computed once."""
+    """Prompts of mixed lengths in one batch, with or without a prefix that is computed once."""
     prompts = [DOCUMENTS[1][:shared] + DOCUMENTS[index] for index in (2, 0, 3)]
     for prompt, new in zip(prompts, continuations(member, prompts, shared, 24), strict=True):
         inputs = torch.tensor([prompt])
@@ -184,8 +185,8 @@ def test_converted_and_back(member: Member, tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, member.params[name], err_msg=name)
 
 
-def test_tensors_are_written_in_the_order_in_which_a_forward_pass_asks_for_them(member: Member) -> None:
-    """Otherwise a model that is checked while it is written waits in memory (huggingface/alongside.py)."""
+def test_tensors_are_written_in_the_order_of_a_forward_pass(member: Member) -> None:
+    """Otherwise values would wait in memory when a model is checked during writing (huggingface/alongside.py)."""
     stored, asked = stored_weights(open_checkpoint(member.path), member.config), []
 
     def weights(path: str, layer: int, rows: slice) -> np.ndarray:
@@ -199,7 +200,7 @@ def test_tensors_are_written_in_the_order_in_which_a_forward_pass_asks_for_them(
 
 
 @always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2")
-def test_adapters_and_merges_are_pefts(member: Member, tmp_path: Path) -> None:
+def test_adapters_and_merges_equal_those_of_peft(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)
     shapes = ModelSpec(member.config, lora).lora_shapes

@@ -62,8 +62,8 @@ def test_remat_changes_nothing(remat):
     )
 
 
-def test_trained_story_model_continues_as_it_should(story_llama):
-    """Ids stated by the sample's own documentation (a float64 reference)."""
+def test_trained_story_model_continues_as_documented(story_llama):
+    """Ids from the documentation of the sample (a float64 reference)."""
     reference = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32)
     config = config_of(reference)
     params = from_torch(reference, config)

@@ -52,7 +52,7 @@ def spec_of(lora: LoraConfig) -> ModelSpec:
 
 
 def by_peft(lora: LoraConfig) -> Any:
-    """PEFT's model of the same settings, its adapters moved away from where they start."""
+    """PEFT's model with the same settings, its adapters changed from their initial values."""
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -75,7 +75,7 @@ def by_peft(lora: LoraConfig) -> Any:
 
 
 def adapters_of(model: Any, spec: ModelSpec, gradients: bool = False) -> Params:
-    """PEFT's tensors in our layout: stacked, with zeros where a layer has a lower rank or no adapter."""
+    """PEFT's tensors in our layout: stacked, with zeros for layers of lower rank or without an adapter."""
     params = {path: np.zeros(shape, np.float32) for path, shape in spec.lora_shapes.items()}
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
@@ -105,7 +105,7 @@ def our_gradients(spec: ModelSpec, adapters: Params, base: Params, mesh: MeshCon
 
 
 @pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
-def test_loss_gradients_and_count_equal_pefts(lora: LoraConfig) -> None:
+def test_loss_gradients_and_count_equal_those_of_peft(lora: LoraConfig) -> None:
     reference, spec = by_peft(lora), spec_of(lora)
     base = from_torch(torch_llama(SMALL), SMALL)
     expected = torch_loss(reference)
@@ -114,7 +114,7 @@ def test_loss_gradients_and_count_equal_pefts(lora: LoraConfig) -> None:
 
     assert float(loss) == pytest.approx(expected.item(), abs=1e-5)
     for path, value in adapters_of(reference, spec, gradients=True).items():
-        # Padding included: where PEFT has no parameter, the gradient is exactly zero.
+        # Including padding: without a parameter in PEFT, the gradient is exactly zero.
         assert np.all(np.asarray(gradients[path])[np.asarray(value) == 0] == 0), path
         error = np.linalg.norm(gradients[path] - value) / np.linalg.norm(value)
         assert error < 1e-4, (path, error)  # float32 sums in another order
@@ -123,7 +123,7 @@ def test_loss_gradients_and_count_equal_pefts(lora: LoraConfig) -> None:
 
 
 @pytest.mark.slow
-def test_steps_with_everything_together_equal_pefts() -> None:
+def test_steps_with_all_options_equal_those_of_peft() -> None:
     """DoRA, patterns, rank-stabilised, some layers, LoRA+ rates, decay, clipping: three AdamW steps on both sides."""
     lora = VARIANTS["DoRA, patterns, rank-stabilised, some layers"]
     reference, spec, mesh = by_peft(lora), spec_of(lora), make_mesh(MeshConfig())
@@ -149,11 +149,11 @@ def test_steps_with_everything_together_equal_pefts() -> None:
         optimizer.step()
         assert float(metrics.loss) == pytest.approx(expected.item(), abs=3e-5)
     for path, value in adapters_of(reference, spec).items():
-        # AdamW divides by gradients: where these are near zero, float32's last bits are seen.
+        # AdamW divides by gradients, so the last bits of float32 matter for those near zero.
         np.testing.assert_allclose(trainable[path], value, atol=5e-4, err_msg=path)
 
 
-def test_dora_begins_as_the_base_itself() -> None:
+def test_dora_initially_equals_the_base() -> None:
     spec = spec_of(LoraConfig(rank=4, use_dora=True, layers_to_transform=(0, 2)))
     mesh = make_mesh(MeshConfig())
     base = from_torch(torch_llama(SMALL), SMALL)
@@ -174,7 +174,7 @@ def _zeros(spec: ModelSpec) -> Params:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_training_never_moves_what_lies_beyond_a_layers_rank(decay: float) -> None:
+def test_training_never_changes_elements_beyond_a_layers_rank(decay: float) -> None:
     spec = spec_of(VARIANTS["DoRA, patterns, rank-stabilised, some layers"])
     mesh = make_mesh(MeshConfig())
     layout = StateLayout(
@@ -191,8 +191,8 @@ def test_training_never_moves_what_lies_beyond_a_layers_rank(decay: float) -> No
     assert live == spec.trainable_count < count(spec.lora_shapes)
 
 
-def test_what_a_config_may_name_is_what_the_network_has() -> None:
-    """`lora.targets` is checked before a model is opened, against a list that is checked here."""
+def test_valid_targets_of_a_config_are_the_modules_of_the_network() -> None:
+    """`lora.targets` is checked before a model is opened, against a list that this test checks."""
     linear = [module.last for module in ModelSpec(SMALL).linear.values()]
     assert sorted(linear) == sorted((*PROJECTIONS, HEAD))
 
@@ -203,27 +203,27 @@ def test_a_target_that_the_network_does_not_have_is_named() -> None:
         require_matches(LoraConfig(targets=("gate_proj",)), modules)
 
 
-def test_row_norms_are_those_of_the_sum() -> None:
+def test_row_norms_equal_those_of_the_sum() -> None:
     rng = np.random.default_rng(0)
     w, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 12), (3, 12), (7, 3)))
     np.testing.assert_allclose(row_norms(w, a, b), np.linalg.norm(w + b @ a, axis=-1), rtol=1e-5)
 
 
-def test_a_layer_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match="there is no layer 3, the model has 3 layers"):
+def test_a_layer_that_does_not_exist_is_named() -> None:
+    with pytest.raises(UserError, match="layer 3 does not exist; the model has 3 layers"):
         ModelSpec.of_run(SMALL, ModelConfig(path="x"), LoraConfig(layers_to_transform=(1, 3)))
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", ["q_prj", "layers", r"layers\.1\..*", "k_proj"])
-def test_a_pattern_that_is_about_no_adapter_is_named(key: str, pattern: str) -> None:
+def test_a_pattern_without_a_matching_adapter_is_named(key: str, pattern: str) -> None:
     lora = LoraConfig(targets=("q_proj", "v_proj"), layers_to_transform=(0, 2), **{key: {"v_proj": 3, pattern: 4}})
     with pytest.raises(UserError, match=rf"lora\.{key}: .* such as model\.layers\.0\.self_attn\.q_proj"):
         ModelSpec.of_run(SMALL, ModelConfig(path="x"), lora)
-    assert ModelSpec(SMALL, lora).ranks, "an adapter that others made may have such a one"
+    assert ModelSpec(SMALL, lora).ranks, "other adapters may have such a pattern"
 
 
-def test_dropout_reaches_the_heads_adapter() -> None:
+def test_dropout_applies_to_the_adapter_of_the_head() -> None:
     spec = ModelSpec(SMALL, LoraConfig(rank=3, dropout=0.5, targets=("lm_head",)), "float32", "float32")
     reference = by_peft(spec.lora)
     base = from_torch(torch_llama(SMALL), SMALL)
@@ -236,7 +236,7 @@ def test_dropout_reaches_the_heads_adapter() -> None:
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_a_tied_head_is_no_target() -> None:
+def test_a_tied_head_cannot_be_a_target() -> None:
     tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
     with pytest.raises(UserError, match=r"lm_head of this model is its embedding table \(tie_word_embeddings\)"):
         ModelSpec.of_run(tied, ModelConfig(path="x"), LoraConfig(targets=("q_proj", "lm_head")))

@@ -1,4 +1,4 @@
-"""Quantised bases: bit for bit with bitsandbytes where it is installed, and as parts of the network everywhere."""
+"""Quantised bases: bit for bit like bitsandbytes if it is installed, and as parts of the network."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ def weights(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 
 @with_bitsandbytes
-def test_tables_are_those_of_bitsandbytes() -> None:
+def test_tables_equal_those_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     np.testing.assert_array_equal(NF4_VALUES, functional.get_4bit_type("nf4", device="cpu").numpy())
     np.testing.assert_array_equal(DYNAMIC_VALUES, functional.create_dynamic_map(signed=True).numpy())
@@ -63,10 +63,10 @@ def test_nf4_quantises_as_bitsandbytes(shape: tuple[int, int]) -> None:
     ours = NF4Kernel(jnp.asarray(kernel.float().numpy()))
 
     np.testing.assert_array_equal(np.asarray(ours.codes[...]).reshape(-1, 1), packed.numpy())
-    # Means of thousands of magnitudes, added up in another order: the last bits of the offset.
+    # Means of thousands of magnitudes, summed in another order: the last bits of the offset differ.
     np.testing.assert_allclose(ours.absmax_offset[...], state.offset.numpy(), rtol=1e-6)
     np.testing.assert_allclose(ours.absmax_scale[...], state.state2.absmax.numpy(), rtol=1e-5)
-    # Ours are the nearest entries of the table; their CPU kernel takes the next one in some 1.5 % of the cases.
+    # Ours are the nearest entries of the table; their CPU kernel chooses a neighbour in about 1.5 % of the cases.
     steps = np.asarray(ours.absmax[...], int).reshape(-1) - state.absmax.numpy()
     assert np.mean(steps == 0) > 0.97
     assert np.abs(steps).max() == 1
@@ -74,7 +74,7 @@ def test_nf4_quantises_as_bitsandbytes(shape: tuple[int, int]) -> None:
 
 @with_bitsandbytes
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_bitsandbytes_has_packed_dequantises_to_the_same_bits(dtype: str) -> None:
+def test_codes_of_bitsandbytes_dequantise_to_the_same_bits(dtype: str) -> None:
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
     kernel = torch.from_numpy(weights((256, 320))).to(getattr(torch, dtype))
@@ -92,22 +92,22 @@ def test_what_bitsandbytes_has_packed_dequantises_to_the_same_bits(dtype: str) -
 
 
 @with_bitsandbytes
-def test_int8_is_that_of_bitsandbytes() -> None:
+def test_int8_equals_that_of_bitsandbytes() -> None:
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
     kernel = torch.from_numpy(weights((40, 128))).half()
     codes, absmax, _ = functional.int8_vectorwise_quant(kernel.clone())
     ours = Int8Kernel(jnp.asarray(kernel.float().numpy()))
     np.testing.assert_array_equal(ours.row_absmax[...], absmax.numpy())
-    # They multiply in float16, which rounds some to the other side of a half.
+    # They multiply in float16, which rounds some values near a half to the other side.
     difference = np.asarray(ours.codes[...], int) - codes.numpy()
     assert np.abs(difference).max() <= 1
     assert np.mean(difference == 0) > 0.9
 
 
 @pytest.mark.parametrize(("kind", "worst"), [("nf4", 0.16), ("int8", 0.5 / 127)])
-def test_dequantised_is_near(kind: str, worst: float) -> None:
-    """No further than half the widest gap of the table, and for nf4 what rounding of the magnitudes adds."""
+def test_dequantised_weights_are_close(kind: str, worst: float) -> None:
+    """At most half the widest gap of the table, plus for nf4 the rounding of the magnitudes."""
     kernel = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
     found = np.asarray(KERNELS[kind](jnp.asarray(kernel)).dequantized(AXES, jnp.float32))
     largest = np.abs(kernel.reshape(64, 2, 64) if kind == "nf4" else kernel[:, None, :]).max(-1, keepdims=True)
@@ -116,7 +116,7 @@ def test_dequantised_is_near(kind: str, worst: float) -> None:
 
 
 def test_nf4_needs_whole_blocks() -> None:
-    with pytest.raises(UserError, match="nf4 takes 64 weights of a row at a time, and a row has 48"):
+    with pytest.raises(UserError, match="nf4 needs rows of a multiple of 64 weights, but a row has 48"):
         ModelSpec(SMALL, LORA, quantization="nf4").held  # noqa: B018
 
 
@@ -129,7 +129,7 @@ def held_params(spec: ModelSpec, base: Params, mesh: jax.sharding.Mesh) -> Param
 
 
 def dequantised_params(spec: ModelSpec, held: Params) -> Params:
-    """The base that a quantised one stands for, as plain float32 parameters."""
+    """The dequantised base as plain float32 parameters."""
     found = {}
     for name in spec.base_shapes:
         parts = {part.removeprefix(f"{name}/"): leaf for part, leaf in held.items() if part.startswith(f"{name}/")}
@@ -153,7 +153,7 @@ BATCH = to_device(
 
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(fsdp=2, tensor=2)], ids=["one", "split"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_training_sees_the_dequantised_base(kind: str, mesh_config: MeshConfig) -> None:
+def test_training_uses_the_dequantised_base(kind: str, mesh_config: MeshConfig) -> None:
     spec, plain, mesh = spec_of(kind), spec_of(None), make_mesh(mesh_config)
     base = jax.device_put(random_params(spec.base_shapes, 0.2), parameter_shardings(spec.base, mesh))
     adapters = random_params(spec.lora_shapes, 0.1)
@@ -175,8 +175,8 @@ def test_training_sees_the_dequantised_base(kind: str, mesh_config: MeshConfig) 
         np.testing.assert_allclose(gradient, expected_gradients[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES.keys() - {"offload"}))  # dots, in another memory
-def test_no_dequantised_weight_is_kept_for_the_backward_pass(remat: str) -> None:
+@pytest.mark.parametrize("remat", sorted(REMAT_POLICIES.keys() - {"offload"}))  # like dots, in another memory
+def test_no_dequantised_weight_is_saved_for_the_backward_pass(remat: str) -> None:
     spec = spec_of("nf4", targets=("q_proj", "v_proj"))
     mesh = make_mesh(MeshConfig())
     base = init_params(spec, spec.held, 0, mesh)
@@ -195,7 +195,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(remat: str) -> None
     assert not [shape for shape in kept if (shape[0], *shape[:0:-1]) in kernels]
 
 
-def test_dora_measures_the_base_that_it_will_meet() -> None:
+def test_dora_magnitudes_are_those_of_the_quantised_base() -> None:
     spec = spec_of("nf4", use_dora=True, targets=("up_proj",))
     mesh = make_mesh(MeshConfig(fsdp=2))
     base = jax.device_put(random_params(spec.base_shapes, 0.2), parameter_shardings(spec.base, mesh))

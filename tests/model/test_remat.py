@@ -1,4 +1,4 @@
-"""What a layer leaves behind for its backward pass: exactly what its policy and its adapters need."""
+"""The results that a layer saves for its backward pass: exactly those that its policy and its adapters need."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.tiny import in_steps, packed_batch, random_params, to_device
 
-# Every width is its own, so that a shape tells what an array is.
+# All widths differ, so that the shape identifies an array.
 NETWORK = LlamaConfig(
     vocab_size=101, hidden_size=24, intermediate_size=56, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=10
 )
@@ -54,17 +54,17 @@ def kept_by_layers(spec, remat):
     return found
 
 
-def test_full_keeps_the_layers_input_alone():
+def test_full_saves_only_the_input_of_a_layer():
     assert kept_by_layers(spec_for(), "full") == {MODEL: 1}
 
 
-def test_attention_keeps_its_output_beside():
+def test_attention_also_saves_its_output():
     assert kept_by_layers(spec_for(), "attention") == {MODEL: 1, QUERIES: 1}
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "down_proj")])
-def test_dots_keeps_each_projections_sum_and_attention(targets):
-    """Nothing of rank 5, whatever is adapted: adapters' own products are small and multiplied again."""
+def test_dots_saves_the_sum_of_each_projection_and_attention(targets):
+    """Nothing of rank 5, for any targets: the products of adapters are small and recomputed."""
     # Model: the layer's input and o_proj's sum; down_proj's is the next layer's input. Then q and attention's output, k
     # and v, gate and up.
     assert kept_by_layers(spec_for(*targets), "dots") == {MODEL: 2, QUERIES: 2, KEYS: 2, FEED_FORWARD: 2}
@@ -74,8 +74,8 @@ def test_dots_keeps_each_projections_sum_and_attention(targets):
     ("module", "width"),
     [("o_proj", QUERIES), ("gate_proj", MODEL), ("up_proj", MODEL), ("down_proj", FEED_FORWARD)],
 )
-def test_a_frozen_product_keeps_no_input_but_for_its_adapter(module, width):
-    """Even where everything is kept: without an adapter on it, a projection's input is not among it."""
+def test_a_frozen_product_saves_its_input_only_for_an_adapter(module, width):
+    """Even if everything is saved, the input of a projection without an adapter is not."""
     without, beside = kept_by_layers(spec_for("k_proj"), "none"), kept_by_layers(spec_for("k_proj", module), "none")
     more = Counter(beside)
     more.subtract(without)
@@ -84,8 +84,8 @@ def test_a_frozen_product_keeps_no_input_but_for_its_adapter(module, width):
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
-def test_policies_change_no_gradient(remat):
-    """The same arithmetic in another order of rounding at most: 1e-5 of a gradient's norm in float32."""
+def test_policies_do_not_change_gradients(remat):
+    """At most the order of rounding differs: 1e-5 of a gradient's norm in float32."""
     spec = spec_for("q_proj", "down_proj")
     base, adapters = random_params(spec.base_shapes, 0.1), random_params(spec.lora_shapes, 0.1)
     batch = to_device(in_steps(BATCH, ROWS))

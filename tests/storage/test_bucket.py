@@ -33,7 +33,7 @@ from tests.test_multihost import finish, start_hosts
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 REFUSED = {
-    "s3": ("s3://bucket/run", "runs are in directories and in gs:// buckets"),
+    "s3": ("s3://bucket/run", "a run must be in a directory or a gs:// bucket"),
     "no path": ("gs://bucket", "is not of the form gs://BUCKET/PATH"),
     "out of it": ("gs://bucket/../other", "is not of the form gs://BUCKET/PATH"),
     "one slash": ("gs:/bucket/run", "is not of the form gs://BUCKET/PATH"),
@@ -141,9 +141,9 @@ def test_a_run_in_a_bucket_is_the_run_it_would_be_elsewhere(undisturbed, machine
         "report.html",
     ]
     assert list_checkpoints(out) == [12, 14]
-    assert "gs://runs/whole holds the run" in capsys.readouterr().out
+    assert "gs://runs/whole has the complete run" in capsys.readouterr().out
     assert run(undisturbed / "config.yaml", f"--output_dir={out}", "--checkpoint.resume=never") == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
 def test_killed_it_goes_on_elsewhere_from_the_bucket_alone(undisturbed, machine, tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_killed_it_goes_on_elsewhere_from_the_bucket_alone(undisturbed, machine,
     machine("second machine")
     assert run(undisturbed / "config.yaml", out) == 0
     said = capsys.readouterr().out
-    assert "taken over if that shows no life" in said
+    assert "taking over if it is silent" in said
     assert "resuming after step" in said
     assert_same_run(name, undisturbed / "run", tmp_path)
 
@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(undisturbed, machine,
     process = start(undisturbed / "config.yaml", f"--output_dir={name}")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    assert f"{newest} is damaged and passed over" in said
+    assert f"{newest} is damaged and was skipped" in said
     found = assert_same_run(name, undisturbed / "run", tmp_path)
     assert (found / "unreadable_checkpoints" / f"{newest}.0" / "meta").is_dir()
 
@@ -289,7 +289,7 @@ def test_a_copy_follows_the_bucket(finished, story_llama, capsys):
     assert weights.read_bytes() == bytes(before.st_size)
     assert sorted(path.name for path in weights.parent.iterdir()) == ["adapter_config.json", weights.name]
     assert run_verb(generate.main, ["--run", "gs://runs/none", "Why?"]) == 2
-    assert "gs://runs/none holds no run" in capsys.readouterr().err
+    assert "gs://runs/none has no run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -287,7 +287,7 @@ def test_restore_adapters_needs_no_optimizer_and_takes_any_step(tmp_path):
 
 
 def test_restore_adapters_explains_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="has no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint: it is not"):
         restore_adapters(tmp_path)
     save_steps(tmp_path, [10, 20])
     with pytest.raises(UserError, match="no checkpoint of step 15; there are 10, 20"):

@@ -86,7 +86,7 @@ def test_resume_never_refuses_a_used_directory(tmp_path, product):
         pass
     (tmp_path / product).mkdir()
     with (
-        pytest.raises(UserError, match=rf"holds a run already \({product}\)"),
+        pytest.raises(UserError, match=rf"already contains a run \({product}\)"),
         open_run_directory(tmp_path, resume="never"),
     ):
         pass
@@ -167,7 +167,7 @@ def test_a_result_without_checkpoints_is_not_written_over(tmp_path, product):
     run = RunDirectory(tmp_path, str(tmp_path))
     run.require_undelivered()
     (tmp_path / product).mkdir()
-    with pytest.raises(UserError, match=f"holds {product} of a run whose checkpoints are gone"):
+    with pytest.raises(UserError, match=f"contains {product} of a run without checkpoints"):
         run.require_undelivered()
 
 

@@ -1,4 +1,4 @@
-"""Readers of the sources, each in the layout its publisher gave it. One reader per kind; all of them yield items."""
+"""Readers of the sources in their published layouts. There is one reader per kind; all of them yield items."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

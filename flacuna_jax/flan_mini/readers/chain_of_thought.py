@@ -1,4 +1,4 @@
-r"""FLAN's chain-of-thought sets: TSV files without header, question, answer, rationale; "\n" spelled out is a newline.
+r"""FLAN's chain-of-thought sets: TSV files without header, with question, answer, rationale; "\n" stands for a newline.
 
 Every row gives a direct item (question → rationale and answer) and three inverse ones (FLAN's input inversion): the
 question from answer and rationale, the rationale from question and answer, question and answer from the rationale.
@@ -16,7 +16,7 @@ from flacuna_jax.flan_mini.items import Item
 from flacuna_jax.flan_mini.readers.common import Items, Reader, attempt, filled
 
 _STREAMS = {"aqua": "stream_aqua", "qed": "stream_qed"}
-"""Two sets whose tasks FLAN-mini calls by another prefix than cot_."""
+"""Two sets whose tasks have another prefix than cot_ in FLAN-mini."""
 _INVERSE = ("cot_to_question", "cot_to_rationale", "cot_to_both")
 
 
@@ -26,7 +26,7 @@ def _find(source: MixtureSource) -> DataFiles:
         return DataFiles((root,), ())
     files = tuple(sorted(root.rglob("*.tsv")))
     if not files:
-        raise UserError(f"{root}: no .tsv file of question, answer and rationale there")
+        raise UserError(f"{root}: there is no .tsv file with question, answer and rationale")
     training = tuple(file for file in files if "train" in file.stem.split("_"))
     return DataFiles(training or files, tuple(f.name for f in files if training and f not in training))
 
@@ -59,7 +59,9 @@ def _fields(raw: bytes) -> dict[str, str]:
         raise BadRecord("not UTF-8", f"not UTF-8: {error.reason}") from None
     columns = text.rstrip("\r\n").split("\t")
     if len(columns) != 3:
-        raise BadRecord("wrong number of columns", f"{len(columns)} columns; question, answer, rationale are wanted")
+        raise BadRecord(
+            "wrong number of columns", f"{len(columns)} columns; there must be question, answer and rationale"
+        )
     question, answer, rationale = (column.replace("\\n", "\n") for column in columns)
     return {
         "question": filled(question, "question"),

@@ -1,6 +1,6 @@
 """Code: functions with documentation (CodeSearchNet), programming problems with solutions (APPS, CodeContests).
 
-Every pair gives a direct item (text → code) and an inverse one (code → text); the source's `shares` weigh them.
+Every pair gives a direct item (text → code) and an inverse one (code → text); the source's `shares` weight them.
 """
 
 import inspect
@@ -30,7 +30,7 @@ LANGUAGE_NAMES = {
     "ruby": "Ruby",
 }
 
-# CodeSearchNet: the original jsonl, and the names that the hub's version gives the same fields.
+# CodeSearchNet: the names of the original jsonl, and those of the version on the Hub.
 _CSN_CODE = ("code", "whole_func_string", "func_code_string", "original_string")
 _CSN_DOC = ("docstring", "func_documentation_string")
 _CSN_SPLIT = ("partition", "split_name")
@@ -60,7 +60,7 @@ def _function(source: MixtureSource, _: Place, record: Mapping[str, Any]) -> Ite
 
 
 def without_docstring(code: str, docstring: str) -> str:
-    """A Python function without its docstring, so that neither direction of the pair gives the answer away."""
+    """A Python function without its docstring, so that neither direction of the pair reveals the answer."""
     for quotes in ('"""', "'''"):
         pattern = rf"\n[ \t]*[rRuU]?{quotes}\s*{re.escape(docstring.strip())}\s*{quotes}[ \t]*(?=\n|$)"
         stripped, count = re.subn(pattern, "", code, count=1)
@@ -76,7 +76,7 @@ def _wanted(source: MixtureSource, language: str) -> bool:
 def _problem_items(
     source: MixtureSource, task: str, problem: Mapping[str, str], solutions: Sequence[tuple[str, str]]
 ) -> Iterator[Item]:
-    """Items of one problem with its (language, code) solutions; which ones are taken is decided by their content."""
+    """Items of one problem with its (language, code) solutions; the choice of solutions depends on their content."""
     distinct = {(language, code.strip()) for language, code in solutions if code.strip() and _wanted(source, language)}
     chosen = sorted(distinct, key=lambda pair: hash64(*pair))[: source.max_solutions]
     family = "program_synthesis_with_starter" if problem["starter"] else "program_synthesis"
@@ -90,14 +90,14 @@ _APPS_COLUMNS = ("problem_id", "question", "solutions", "starter_code", "difficu
 
 
 def _find_apps(source: MixtureSource) -> DataFiles:
-    """question.txt files where the source is in APPS' directory layout, else its jsonl or parquet."""
+    """The question.txt files of a source in APPS' directory layout, or else its jsonl or parquet files."""
     root = Path(source.path)
     questions = tuple(sorted(root.rglob("question.txt"))) if root.is_dir() else ()
     training = tuple(file for file in questions if "test" not in file.relative_to(root).parts)
     if not questions:
         return find_training(source)
     if not training:
-        raise UserError(f"{root}: only test problems there")
+        raise UserError(f"{root}: there are only test problems")
     return DataFiles(training, tuple(str(f.relative_to(root)) for f in questions if f not in set(training)))
 
 
@@ -115,7 +115,7 @@ def _read_apps_directory(source: MixtureSource, directory: Path, policy: BadReco
 
 
 def _apps_files(directory: Path) -> dict[str, str]:
-    """A problem's files as the fields of a row; raises BadRecord where one cannot be read."""
+    """A problem's files as the fields of a row; raises BadRecord if one cannot be read."""
     record = {}
     names = {"question": "question.txt", "solutions": "solutions.json", "starter_code": "starter_code.py"}
     for field, name in names.items():
@@ -157,13 +157,15 @@ def _contest(source: MixtureSource, _: Place, record: Mapping[str, Any]) -> Iter
     if isinstance(solutions, Mapping):
         languages, programs = solutions.get("language"), solutions.get("solution")
         if not isinstance(languages, list) or not isinstance(programs, list) or len(languages) != len(programs):
-            raise BadRecord("unreadable solutions", "'solutions' must hold lists language and solution of one length")
+            raise BadRecord(
+                "unreadable solutions", "'solutions' must have lists language and solution of the same length"
+            )
         pairs = list(zip(languages, programs, strict=True))
     elif isinstance(solutions, list) and all(isinstance(entry, Mapping) for entry in solutions):
         pairs = [(entry.get("language"), entry.get("solution")) for entry in solutions]
     else:
         raise BadRecord("unreadable solutions", "'solutions' must be an object of lists, or a list of objects")
-    # Programs in an unknown language (0) cannot be asked for by name.
+    # A prompt cannot name an unknown language (0).
     known = [(_CONTEST_LANGUAGES.get(language), code) for language, code in pairs if isinstance(code, str)]
     problem = {"problem": filled(text_of(record, "description"), "description"), "starter": ""}
     solved = [(language, code) for language, code in known if language]

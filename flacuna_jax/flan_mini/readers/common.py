@@ -1,4 +1,4 @@
-"""What the readers share: finding files, taking text out of records."""
+"""Common functions of the readers: finding files, extracting text from records."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Items = Iterator[tuple[Place, Item]]
 
 
 class Unusable(Exception):
-    """A record that is whole and has nothing to learn from: counted under `reason`, never an error."""
+    """A valid record without anything to learn: it is counted under `reason` and is never an error."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -30,7 +30,7 @@ class Reader:
     """`find` lists a source's files; `read` yields the items of one of them.
 
     `read` counts every raw record in `policy.report.read` and every one it cannot use in the policy; a record may give
-    several items (a programming problem one per solution).
+    several items (a programming problem gives one per solution).
     """
 
     find: Callable[[MixtureSource], DataFiles]
@@ -38,12 +38,12 @@ class Reader:
 
 
 def find_all(source: MixtureSource) -> DataFiles:
-    """Every data file of the source that is not a table of text, which only `task_rows` reads."""
+    """Every data file of the source except CSV and TSV files, which only `task_rows` reads."""
     root = Path(source.path)
     found = find_files(root, f"sources.{source.name}")
     files = tuple(file for file in found.files if file == root or not _is_text_table(file))
     if not files:
-        raise UserError(f"{root}: the directory holds CSV and TSV files alone (sources.{source.name})")
+        raise UserError(f"{root}: the directory has only CSV and TSV files (sources.{source.name})")
     tables = (str(file.relative_to(root)) for file in found.files if file not in set(files))
     return DataFiles(files, (*found.ignored, *tables))
 
@@ -54,21 +54,21 @@ def _is_text_table(path: Path) -> bool:
 
 
 def find_training(source: MixtureSource) -> DataFiles:
-    """The data files of the source that are not of a held-out split by name ("x_valid_0.jsonl", "test/..."); those
-    are listed as ignored."""
+    """The data files of the source without those of held-out splits by name ("x_valid_0.jsonl", "test/..."), which are
+    listed as ignored."""
     root = Path(source.path)
     found = find_all(source)
     training = tuple(
         file for file in found.files if file == root or split_of(file.relative_to(root)) in (None, "train")
     )
     if not training:
-        raise UserError(f"{root}: all of its data files are of held-out splits by name (valid, test, ...)")
+        raise UserError(f"{root}: by their names, all of its data files are of held-out splits (valid, test, ...)")
     others = (str(file.relative_to(root)) for file in found.files if file not in set(training))
     return DataFiles(training, (*found.ignored, *others))
 
 
 def raw_records(path: Path, columns: tuple[str, ...], policy: BadRecordPolicy) -> Iterator[RawRecord]:
-    """The records of a file that are objects; each is counted as read, and rejected if it is something else."""
+    """The records of a file that are objects; every record is counted as read, and rejected if it is not an object."""
     for raw in read_records(path, columns, policy):
         policy.report.read += 1
         if isinstance(raw.value, dict):
@@ -83,9 +83,9 @@ def each(
     policy: BadRecordPolicy,
     convert: Callable[[Place, Mapping[str, Any]], Iterator[Item]],
 ) -> Items:
-    """The items that `convert` makes of every record; BadRecord and Unusable go to the policy, with the record's place.
+    """The items of every record by `convert`; BadRecord and Unusable go to the policy, with the record's place.
 
-    A record counts as a whole: what was made of it before the error is not passed on.
+    After an error, no items of the record are used, including those before the error.
     """
     for place, record, _ in raw_records(path, columns, policy):
         for item in attempt(policy, place, lambda: list(convert(place, record))):  # noqa: B023, called at once
@@ -93,7 +93,7 @@ def each(
 
 
 def attempt(policy: BadRecordPolicy, where: object, make: Callable[[], list[Item]]) -> list[Item]:
-    """What `make` makes of a record; [] and counted, by reason, where it makes nothing that can be used."""
+    """The items of a record by `make`; if there are none that can be used, [], which is counted by reason."""
     try:
         items = make()
     except BadRecord as bad:
@@ -105,13 +105,14 @@ def attempt(policy: BadRecordPolicy, where: object, make: Callable[[], list[Item
     if not items:
         policy.report.drop("nothing to use in the record", where)
     if any(bad_unicode(item.fields) or bad_unicode(item.task) for item in items):
-        policy.reject("invalid Unicode", where, "the text holds half a surrogate pair")
+        policy.reject("invalid Unicode", where, "the text contains half a surrogate pair")
         return []
     return items
 
 
 def text_of(record: Mapping[str, Any], *names: str) -> str:
-    """The text under the first of `names` that the record has; raises BadRecord if there is none, or no text."""
+    """The text under the first of `names` that the record has; raises BadRecord if there is none, or if it is not
+    text."""
     value = optional(record, *names)
     if value is None:
         has = ", ".join(list(record)[:10]) or "none"
@@ -120,7 +121,7 @@ def text_of(record: Mapping[str, Any], *names: str) -> str:
 
 
 def optional(record: Mapping[str, Any], *names: str) -> str | None:
-    """Like `text_of`, but None where the record has none of the fields."""
+    """Like `text_of`, but None if the record has none of the fields."""
     for name in names:
         value = record.get(name)
         if isinstance(value, bytes):
@@ -136,7 +137,7 @@ def optional(record: Mapping[str, Any], *names: str) -> str | None:
 
 
 def filled(text: str, what: str) -> str:
-    """`text`, without white space at its ends; raises Unusable where nothing is left."""
+    """`text` without white space at its ends; raises Unusable if nothing is left."""
     text = text.strip()
     if not text:
         raise Unusable("empty text", f"the {what} is empty")

@@ -26,7 +26,7 @@ from flacuna_jax.flan_mini.readers.common import (
 from flacuna_jax.flan_mini.sharegpt import CleaningError, clean
 
 _NO_INPUT = {"", "<noinput>", "noinput", "n/a", "none"}
-"""What Alpaca-style records write where there is no input."""
+"""The placeholders for an empty input in Alpaca-style records."""
 
 
 def _read_alpaca(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
@@ -55,7 +55,7 @@ def _cleaned(task: str, record: Any, place: Place, policy: BadRecordPolicy) -> l
     try:
         conversation, changes = clean(record)
     except CleaningError as reason:
-        # Not a damaged file: what cleaning takes out is counted, never an error.
+        # Records that cleaning removes are counted and are never an error.
         raise Unusable(reason.reason, reason.detail) from None
     for change in changes:
         policy.report.change(change, place)
@@ -87,7 +87,7 @@ def _dialogue(task: str, conversation: Conversation, ready_id: bool) -> Item:
     if ready_id:
         return Item(task, READY, fields)
     first_answer = conversation.turns[1].text
-    # As FastChat: conversations with one id, or with the same first answer and number of turns, are the same.
+    # As in FastChat: conversations with the same id, or with the same first answer and number of turns, are the same.
     same_as = (f"id {conversation.id}", f"answer {len(turns)} {first_answer}")
     return Item(task, DIALOGUE, fields, same_as=same_as, size=len(turns))
 
@@ -100,7 +100,7 @@ def _read_flan_mini(_: MixtureSource, path: Path, policy: BadRecordPolicy) -> It
 
 
 def _released(raw: RawRecord, policy: BadRecordPolicy) -> list[Item]:
-    # parse_record counts what it takes out by itself; here that is `attempt`'s to do.
+    # parse_record counts removed records itself; here `attempt` does.
     seen = SourceReport("")
     conversation = parse_record(raw, PARSERS["flan_mini"], BadRecordPolicy(seen, "error"))
     if conversation is None:
@@ -111,7 +111,7 @@ def _released(raw: RawRecord, policy: BadRecordPolicy) -> list[Item]:
         if turn.role != ("user", "assistant")[number % 2]:
             raise BadRecord("turns do not alternate", f"turn {number + 1} is the {turn.role}'s")
     if conversation.id != str(raw.value.get("id")):
-        # Named after its place in a file; a name that says nothing of the place is made of the content later.
+        # This id depends on the place in the file; later it is replaced by one that depends on the content.
         conversation = replace(conversation, id="")
     return [_dialogue(conversation.source, conversation, ready_id=True)]
 

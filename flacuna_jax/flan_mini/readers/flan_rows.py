@@ -1,12 +1,12 @@
-"""Rows that are worded already: the FLAN v2 submixes and P3, in each of the layouts they are published in.
+"""Rows that already have their wording: the FLAN v2 submixes and P3, in all published layouts.
 
 submix jsonl/parquet   inputs, targets, task_source, task_name, template_type
 per-type jsonl.gz      inputs, targets, task; the template type is in the file's name ({sub}_{fs|zs}_{opt|noopt}_train)
 seqio export, P3       inputs_pretokenized, targets_pretokenized, _task_name, _template_type
 full dump              source, target, task_name, task_source, template_type
 
-A row that says (or whose file says) its template type is kept as it is. One that does not, as in P3, is a pair that may
-still be grouped with exemplars of its task. P3 rows name no task: theirs is the directory or file they lie in.
+A row with a template type (its own or that of its file) is kept unchanged. A row without one, as in P3, is a pair that
+can be grouped with exemplars of its task. P3 rows do not have a task name; it is the name of their directory or file.
 """
 
 import re
@@ -22,7 +22,7 @@ from flacuna_jax.flan_mini.config import FLAN_TYPES, MixtureSource
 from flacuna_jax.flan_mini.items import PAIR, READY, Item
 from flacuna_jax.flan_mini.readers.common import Items, Reader, each, filled, find_training, optional, text_of
 
-# P3 has token ids under inputs and targets, beside the text.
+# P3 has token ids under inputs and targets, in addition to the text.
 _INPUTS = ("inputs_pretokenized", "inputs", "source")
 _TARGETS = ("targets_pretokenized", "targets", "target")
 _TASK = ("task_name", "_task_name", "task")
@@ -43,7 +43,7 @@ def _convert(file: Path, _: Place, record: Mapping[str, Any]) -> Iterator[Item]:
     task = optional(record, *_TASK) or _task_of_file(file)
     type_ = optional(record, *_TYPE) or _type_of_file(file.name)
     if type_ and type_ not in FLAN_TYPES:
-        raise BadRecord("unknown template type", f"template type {type_!r} is none of {', '.join(FLAN_TYPES)}")
+        raise BadRecord("unknown template type", f"template type {type_!r} is not one of {', '.join(FLAN_TYPES)}")
     yield Item(task, READY if type_ else PAIR, fields, type_)
 
 
@@ -53,7 +53,7 @@ def _type_of_file(name: str) -> str:
 
 
 def _task_of_file(file: Path) -> str:
-    """The directory under the source's path, else the file's name without split and shard numbers."""
+    """The directory below the source's path, or else the file's name without split and shard numbers."""
     if len(file.parts) > 1:
         return file.parts[0]
     return re.sub(r"[-_.](train|data|part)?[-_.]?\d*(-of-\d+)?$", "", file.name.split(".")[0]) or file.name

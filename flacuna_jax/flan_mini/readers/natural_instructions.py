@@ -1,7 +1,8 @@
 """Raw Natural Instructions v2 task files: one JSON object per task, in the early layout and in the final one.
 
 Early: `Definition` is text, an instance is {input, output: [...]}. Final: `Definition` is a list of texts, instances
-have an id. The task's name is the file's. Of several right outputs one is taken, decided by the content.
+have an id. The task's name is that of the file. Of several right outputs one is used; the choice depends on the
+content.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ FAMILY = "task_definition"
 def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
     task = path.name.split(".")[0]
     for place, record, _ in raw_records(path, (), policy):
-        # What counts as a record here is an instance; the task that holds them is one more only if it is bad.
+        # A record is an instance here; the task itself counts as another record only if it is invalid.
         try:
             definition, exemplars, instances = _task(record)
         except BadRecord as bad:
@@ -49,7 +50,7 @@ def _task(record: Mapping[str, Any]) -> tuple[str, list[list[str]], list[Any]]:
     parts = given if isinstance(given, list) else [given]
     definition = "\n".join(part for part in parts if isinstance(part, str)).strip()
     if not definition:
-        raise BadRecord("no definition", "'Definition' must be text or a list of texts, and not empty")
+        raise BadRecord("no definition", "'Definition' must be text or a list of texts, and must not be empty")
     instances = record.get("Instances")
     if not isinstance(instances, list) or not instances:
         raise BadRecord("no instances", "'Instances' must be a list with at least one instance")

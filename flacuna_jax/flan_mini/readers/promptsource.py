@@ -1,8 +1,9 @@
-"""promptsource: templates.yaml files (Jinja, "input ||| target") applied to rows of the datasets they are for.
+"""promptsource: templates.yaml files (Jinja, "input ||| target"), applied to rows of their datasets.
 
-Rows lie below the source's path in the directory of their dataset, `<dataset>[/<subset>]/...{json,jsonl,parquet}`, and
-templates in the same directory below `templates`. A row gives an item per template; a template that gives a row no
-target (a test row's label of -1, say) gives it no item. Templates run in Jinja's immutable sandbox: they are data.
+Rows are below the source's path in the directory of their dataset, `<dataset>[/<subset>]/...{json,jsonl,parquet}`, and
+templates in the same directory below `templates`. A row gives one item per template, except for templates
+without a target for the row (for example because a test row has label -1). Templates run in Jinja's immutable sandbox:
+they are data.
 """
 
 import functools
@@ -28,7 +29,7 @@ from flacuna_jax.flan_mini.readers.task_rows import all_columns
 FILE = "templates.yaml"
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue000"
-"""Stands for ||| in a row's own text while the rendered template is split at |||."""
+"""Replaces ||| in the text of a row while the rendered template is split at |||."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,21 +46,21 @@ for _tag in ("!Template", "!TemplateMetadata"):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A named Jinja template and, where it has any, the template of its answer choices."""
+    """A named Jinja template and optionally the template of its answer choices."""
 
     task: str
     prompt: jinja2.Template
     choices: jinja2.Template | None
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
-        """(input, target) for a row whose bars are hidden, None if the template has none for it.
+        """(input, target) for a row whose ||| are replaced; None if the template has no target for it.
 
         Raises jinja2.TemplateError.
         """
         values = dict(row)
         pick = _Pick(self.task, row)
         if self.choices is not None:
-            # A row cannot hold ||| here (it is hidden), so every bar separates choices.
+            # A row has no ||| here (they are replaced), so every ||| separates choices.
             values["answer_choices"] = [part.strip() for part in self.choices.render(**values).split(_BAR)]
         rendered = self.prompt.render(**values, choice=pick)
         parts = [part.replace(_HIDDEN_BAR, _BAR).strip() for part in rendered.split(_BAR)]
@@ -67,7 +68,7 @@ class PromptTemplate:
 
 
 class _Pick:
-    """promptsource's `choice`, decided by template and row instead of by chance."""
+    """promptsource's `choice`, which depends on template and row instead of chance."""
 
     def __init__(self, task: str, row: Mapping[str, Any]) -> None:
         self._task, self._row, self._key = task, row, 0
@@ -103,14 +104,14 @@ def _stable_choice(options: Sequence[Any]) -> Any:
 
 
 def _most_frequent(values: Sequence[Any]) -> list[Any]:
-    """The commonest values, in order of first appearance."""
+    """The most common values, in order of first appearance."""
     counts = [sum(other == value for other in values) for value in values]
     return list(dict.fromkeys(value for value, count in zip(values, counts, strict=True) if count == max(counts)))
 
 
 @functools.lru_cache(maxsize=8)
 def read_templates(path: Path, dataset: str) -> tuple[PromptTemplate, ...]:
-    """The templates of one file, by name. Raises UserError where the file or a template cannot be read."""
+    """The templates of one file, by name. Raises UserError if the file or a template cannot be read."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader subclass: plain data only
         entries = sorted(tree["templates"].values(), key=lambda entry: entry["name"])
@@ -134,14 +135,14 @@ def task_name(dataset: str, template: str) -> str:
 
 
 def _dataset_of(source: MixtureSource, path: Path) -> str:
-    """The longest directory below the source's path, towards `path`, that has templates."""
+    """The longest directory path from the source's path to `path` that has templates."""
     assert source.templates is not None, "the validator requires it"
     parts = path.relative_to(source.path).parts[:-1] if path != Path(source.path) else ()
     for end in range(len(parts), 0, -1):
         if (Path(source.templates, *parts[:end]) / FILE).is_file():
             return "/".join(parts[:end])
     raise UserError(
-        f"{path}: no {FILE} for it in {source.templates}; rows must lie in <dataset>[/<subset>]/ as the templates do"
+        f"{path}: no {FILE} for it in {source.templates}; rows must be in <dataset>[/<subset>]/ like the templates"
     )
 
 
@@ -154,7 +155,7 @@ def _read(source: MixtureSource, path: Path, policy: BadRecordPolicy) -> Items:
             yield place, item
 
 
-# What a template can run into on a row that is not as its author thought.
+# Exceptions of a template for a row that its author did not expect.
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 

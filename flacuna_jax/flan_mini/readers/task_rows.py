@@ -1,9 +1,9 @@
 """Rows of raw datasets (jsonl, json, parquet, csv, tsv) as items of a template family, by a mapping in the config.
 
 `fields` maps the family's placeholders to columns; a column inside a column is written with a dot ("answers.text").
-`options` may name a list column, or several columns with commas between them. `labels` maps what the answer column
-says to what the model is to answer, and then its values are the options. Without labels, an answer that is the number
-or the letter of an option stands for that option.
+`options` may name a list column, or several columns with commas between them. `labels` maps values of the answer
+column to the model's answers, and then its values are the options. Without labels, an answer that is the number or the
+letter of an option means that option.
 """
 
 import csv
@@ -40,7 +40,8 @@ def _find(source: MixtureSource) -> DataFiles:
 
 
 def all_columns(path: Path) -> tuple[str, ...]:
-    """The columns of a parquet file; none for other files, or one too damaged to say (reading it will)."""
+    """The columns of a parquet file; empty for other files, and for a damaged one, which is reported when it is
+    read."""
     if not path.name.endswith(".parquet"):
         return ()
     try:
@@ -76,7 +77,7 @@ def _rows(path: Path, policy: BadRecordPolicy) -> Iterator[RawRecord]:
 
 
 def _table(file: TextIO, delimiter: str) -> "csv.DictReader[str]":
-    """Quotes mean something in csv; in the tsv files of the old benchmarks they are text."""
+    """Quotes have a meaning in csv; in the tsv files of older benchmarks they are plain text."""
     if delimiter == ",":
         return csv.DictReader(file)
     return csv.DictReader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
@@ -94,7 +95,7 @@ def _convert(task: TaskConfig, record: Any) -> Item:
     if task.labels is not None:
         label = fields.get("answer", "")
         if label not in task.labels:
-            raise BadRecord("unknown label", f"label {label!r} is none of {', '.join(map(repr, task.labels))}")
+            raise BadRecord("unknown label", f"label {label!r} is not one of {', '.join(map(repr, task.labels))}")
         fields["answer"] = task.labels[label]
         fields.setdefault("options", list(dict.fromkeys(task.labels.values())))
     elif "options" in fields:
@@ -144,7 +145,7 @@ def _option(answer: str, options: list[str]) -> str:
         return options[int(answer)]
     if re.fullmatch(r"[A-Za-z]", answer) and ord(answer.upper()) - 65 < len(options):
         return options[ord(answer.upper()) - 65]
-    raise BadRecord("unknown label", f"the answer {answer!r} is none of the {len(options)} options, nor their number")
+    raise BadRecord("unknown label", f"the answer {answer!r} is not one of the {len(options)} options or their numbers")
 
 
 READER = Reader(_find, _read)

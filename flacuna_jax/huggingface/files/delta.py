@@ -1,7 +1,7 @@
 """Weights published as differences to LLaMA (Vicuna v0 and v1.1, StableVicuna): target = fp16(base) + fp16(delta).
 
-The sum is made tensor by tensor as it is read, in half precision, which is how the publishers make it: bit for bit what
-adding the two state dicts in memory gives.
+The sum is computed tensor by tensor on reading, in half precision as the publishers do, so it is bit for bit the same
+as adding the two state dicts in memory.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ HALF = np.dtype(np.float16)
 
 @dataclasses.dataclass(frozen=True)
 class DeltaReader:
-    """A base and a delta as the checkpoint that they add up to.
+    """The checkpoint that is the sum of a base and a delta.
 
-    Deltas made with a padding token have more rows in the embedding and the head than the base, which counts as zero
-    there.
+    Deltas made with a padding token have more rows in the embedding and the head than the base, whose values count as
+    zero there.
 
     Raises:
-      UserError: the two do not hold the same tensors, or shapes that cannot be added.
+      UserError: the two do not have the same tensors, or their shapes cannot be added.
     """
 
     base: TensorReader
@@ -38,7 +38,7 @@ class DeltaReader:
         if ours != theirs:
             raise UserError(
                 f"{self.delta.directory} is not a delta to {self.base.directory}: "
-                f"only one of them holds {names.some(sorted(ours ^ theirs))}"
+                f"only one of them has {names.some(sorted(ours ^ theirs))}"
             )
         for name in sorted(ours):
             base, delta = self.base.shape(name), self.delta.shape(name)
@@ -51,7 +51,7 @@ class DeltaReader:
 
     @property
     def directory(self) -> Path:
-        """The delta's, whose config.json and tokenizer are those of the sum."""
+        """The directory of the delta, whose config.json and tokenizer are those of the sum."""
         return self.delta.directory
 
     def __iter__(self) -> Iterator[str]:
@@ -67,7 +67,7 @@ class DeltaReader:
         return HALF
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        """The sum, or some rows of it, in memory."""
+        """Returns the sum, or some rows of it, in memory."""
         start, stop, _ = rows.indices(self.shape(name)[0])
         known = min(stop, self.base.shape(name)[0])
         delta = _half(self.delta.read(name, slice(start, stop)))
@@ -86,5 +86,5 @@ def _half(array: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _add(base: jax.Array, delta: jax.Array) -> jax.Array:
-    """Several times as fast as NumPy's loop over halves, with the same rounding."""
+    """Several times as fast as NumPy's half-precision addition, with the same rounding."""
     return base + delta

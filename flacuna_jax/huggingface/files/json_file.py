@@ -1,4 +1,4 @@
-"""JSON objects from files, with one message for whatever is wrong."""
+"""Reads JSON objects from files, with a UserError for every fault."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from flacuna_jax.git_lfs import require_content
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` where it is missing, torn or something else."""
+    """Reads a JSON object from a file. Raises `UserError` if the file is missing, damaged or not an object."""
     try:
         require_content(path)
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte-order mark in front
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte-order mark
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
@@ -20,5 +20,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, where an object is expected")
+        raise UserError(f"{path} contains a {type(value).__name__}, but must contain an object")
     return value

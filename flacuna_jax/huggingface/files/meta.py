@@ -1,10 +1,10 @@
 """Meta's original LLaMA files (params.json, consolidated.NN.pth) as a checkpoint under Hugging Face names.
 
-They differ in three ways (github.com/meta-llama/llama). Matrices are cut over model-parallel ranks, a file each: layers
-that split their output along rows, layers that split their input along columns. Rotary embedding turns neighbouring
-pairs (0, 1), (2, 3), ..., where Hugging Face turns (0, n/2), (1, n/2 + 1), ...: rows of q and k change places within
-each head. And the sizes of the feed-forward network and the vocabulary are not stated, they follow from a rule and from
-the weights.
+They differ in three ways (github.com/meta-llama/llama). Matrices are split over model-parallel ranks, with one file per
+rank: along rows in layers that split their output, along columns in layers that split their input. Rotary embedding
+rotates adjacent pairs (0, 1), (2, 3), ..., while Hugging Face rotates (0, n/2), (1, n/2 + 1), ..., so the rows of q and
+k are permuted within each head. And the sizes of the feed-forward network and of the vocabulary are not stored; they
+follow from a rule and from the weights.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _HUGGING_FACE = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-"""Meta's module, of a layer or outside of the layers → Hugging Face's."""
+"""Meta's name of a module, in or outside of the layers → Hugging Face's name."""
 _ONCE = ("tok_embeddings", "norm", "output")
 _INTERLEAVED = ("attention.wq", "attention.wk")
 _SPLIT_INPUTS = ("attention.wo", "feed_forward.w2")
@@ -46,7 +46,7 @@ _IGNORED = "rope.freqs"
 
 
 def is_meta(directory: Path) -> bool:
-    """Whether a directory holds Meta's files."""
+    """Whether a directory contains Meta's files."""
     return (directory / PARAMS_FILE).is_file() and bool(_files(directory))
 
 
@@ -56,12 +56,12 @@ def _files(directory: Path) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class JoinedTensor:
-    """A tensor in parts, one of each file.
+    """A tensor in parts, one in each file.
 
     Attributes:
       parts: in the order of the ranks.
-      axis: along which they follow each other.
-      head_dim: of q and k, whose rows change places within each head; 0 for the others.
+      axis: the axis along which the parts are concatenated.
+      head_dim: for q and k, whose rows are permuted within each head; 0 for the others.
     """
 
     parts: tuple[StoredTensor, ...]
@@ -79,7 +79,7 @@ class JoinedTensor:
         return self.parts[0].dtype
 
     def read(self, files: MappedFiles, rows: slice = ALL_ROWS) -> np.ndarray:
-        """Some of the rows as Hugging Face orders them; a copy, except for whole rows of a single part."""
+        """Some of the rows in Hugging Face's order; a copy, except for whole rows of a single part."""
         views = [files.view(part) for part in self.parts]
         if self.axis == 1:
             return np.concatenate([view[rows] for view in views], axis=1) if len(views) > 1 else views[0][rows]
@@ -97,7 +97,7 @@ class JoinedTensor:
 
 
 def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Where rows of Hugging Face's order, two halves of a head, are in Meta's, pairs."""
+    """Indices in Meta's order (pairs) of rows in Hugging Face's order (two halves of a head)."""
     head, place = rows // head_dim, rows % head_dim
     half, pair = place // (head_dim // 2), place % (head_dim // 2)
     return head * head_dim + 2 * pair + half
@@ -107,8 +107,8 @@ def read_meta(directory: Path) -> dict[str, JoinedTensor]:
     """Opens Meta's files; weights are not touched.
 
     Raises:
-      UserError: a file is missing, torn or no dictionary of tensors, the files do not hold the same tensors, or one has
-        no place in a LLaMA.
+      UserError: a file is missing, torn or not a dictionary of tensors, the files do not have the same tensors, or a
+        tensor does not belong to a LLaMA.
     """
     head_dim = _settings(directory)["head_dim"]
     shards = _shards(directory)
@@ -119,7 +119,7 @@ def read_meta(directory: Path) -> dict[str, JoinedTensor]:
         module = theirs.removesuffix(".weight")
         layer, inner = _layer(module)
         if inner not in _HUGGING_FACE or not theirs.endswith(".weight") or (layer is None) != (inner in _ONCE):
-            raise UserError(f"{directory}: {theirs} has no place in a LLaMA")
+            raise UserError(f"{directory}: {theirs} does not belong to a LLaMA")
         place = "" if layer is None else f"model.layers.{layer}."
         ours = f"{place}{_HUGGING_FACE[inner]}.weight"
         parts = tuple(shard[theirs] for shard in shards)
@@ -129,7 +129,7 @@ def read_meta(directory: Path) -> dict[str, JoinedTensor]:
         joined[ours] = JoinedTensor(parts, _axis(directory, inner, parts), permuted)
         if inner == "attention.wo" and joined[ours].shape[1] != _settings(directory)["hidden_size"]:
             raise UserError(
-                f"{directory}: the {len(shards)} consolidated files hold {joined[ours].shape[1]} of the "
+                f"{directory}: the {len(shards)} consolidated files have {joined[ours].shape[1]} of the "
                 f"{_settings(directory)['hidden_size']} columns of {theirs}; a file is missing, or {PARAMS_FILE} is of "
                 f"another model"
             )
@@ -147,21 +147,21 @@ def _shards(directory: Path) -> list[dict[str, StoredTensor]]:
     expected = [directory / f"consolidated.{rank:02}.pth" for rank in range(len(files))]
     if files != expected:
         absent = next(path for path in expected if path not in files)
-        raise UserError(f"{absent} is missing; {files[-1].name} is there")
+        raise UserError(f"{absent} is missing, but {files[-1].name} exists")
     shards = [read_torch_file(file) for file in files]
     for file, shard in zip(files, shards, strict=True):
         differing = sorted(shard.keys() ^ shards[0].keys())
         if differing:
-            raise UserError(f"{file} and {files[0].name} do not hold the same tensors: {names.some(differing)}")
+            raise UserError(f"{file} and {files[0].name} do not have the same tensors: {names.some(differing)}")
         for name, tensor in shard.items():
             if (len(tensor.shape), tensor.dtype) != (len(shards[0][name].shape), shards[0][name].dtype):
-                raise UserError(f"{file}: {name} has other dimensions or another dtype than in {files[0].name}")
+                raise UserError(f"{file}: {name} does not have the dimensions and dtype that it has in {files[0].name}")
     return shards
 
 
 def _axis(directory: Path, inner: str, parts: Sequence[StoredTensor]) -> int:
-    """Along which axis the parts of a tensor follow each other; LLaMA 1 and 2 split the embedding by columns, 3 by
-    rows, which its width tells."""
+    """The axis along which the parts of a tensor are concatenated. LLaMA 1 and 2 split the embedding by columns, LLaMA
+    3 by rows; the width of the parts distinguishes them."""
     axis = 1 if inner in _SPLIT_INPUTS else 0
     if inner == "tok_embeddings" and len(parts[0].shape) == 2:
         axis = 0 if parts[0].shape[1] == _settings(directory)["hidden_size"] else 1
@@ -174,7 +174,7 @@ def _axis(directory: Path, inner: str, parts: Sequence[StoredTensor]) -> int:
 
 
 def _one_of_equal(directory: Path, name: str, parts: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:
-    """Every rank holds the norms whole."""
+    """Returns one part of a norm; every rank has the whole norm."""
     files = MappedFiles()
     if any(not np.array_equal(files.view(part), files.view(parts[0])) for part in parts[1:]):
         raise UserError(f"{directory}: {name} differs between the files; they are not of one model")
@@ -182,13 +182,13 @@ def _one_of_equal(directory: Path, name: str, parts: tuple[StoredTensor, ...]) -
 
 
 def meta_settings(directory: Path) -> dict[str, Any]:
-    """Content of the config.json that Meta's files stand for.
+    """Content of the config.json that is equivalent to Meta's files.
 
-    The context length is not in them; it is told as Hugging Face's conversion did: 2048 for LLaMA 1 (norm_eps 1e-6),
+    They do not have the context length; it is set as in Hugging Face's conversion: 2048 for LLaMA 1 (norm_eps 1e-6),
     4096 for LLaMA 2, 8192 for LLaMA 3 (rope_theta 500,000), 16,384 for Code Llama (rope_theta 1,000,000).
 
     Raises:
-      UserError: params.json lacks a size, or asks for what is not implemented.
+      UserError: params.json lacks a size, or has a setting that is not implemented.
     """
     embedding = read_meta(directory).get(names.EMBEDDING)
     if embedding is None:
@@ -203,10 +203,10 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: use_scaled_rope is set; scaled rotary embedding is not implemented")
     for key in ("moe", "quantization_args", "lora_args"):
         if params.get(key):
-            raise UserError(f"{path}: {key} is set; only plain LLaMA checkpoints can be used")
+            raise UserError(f"{path}: {key} is set; only plain LLaMA checkpoints are supported")
     dim, layers, heads = (_whole(path, params, key) for key in ("dim", "n_layers", "n_heads"))
     if dim % heads or dim // heads % 2:
-        raise UserError(f"{path}: dim {dim} does not divide into {heads} heads of even size")
+        raise UserError(f"{path}: dim {dim} cannot be divided into {heads} heads of even size")
     epsilon = _number(path, params, "norm_eps", 1e-5)
     theta = _number(path, params, "rope_theta", 10000.0)
     positions = {500_000.0: 8192, 1_000_000.0: 16384}.get(theta, 2048 if epsilon == 1e-6 else 4096)
@@ -230,7 +230,8 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _feed_forward(path: Path, params: Mapping[str, Any], dim: int) -> int:
-    """Two thirds of 4 · dim, times a factor since LLaMA 2, rounded up to a multiple."""
+    """Size of the feed-forward network: two thirds of 4 · dim, times a factor since LLaMA 2, rounded up to a
+    multiple."""
     multiple = _whole(path, params, "multiple_of")
     size = int(2 * (4 * dim) / 3)
     if params.get("ffn_dim_multiplier") is not None:

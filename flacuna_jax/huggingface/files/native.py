@@ -1,8 +1,9 @@
-"""The converted form: one safetensors file per stacked parameter, and a manifest that is written last.
+"""The native checkpoint format: one safetensors file per stacked parameter, and a manifest that is written last.
 
-`params/layers.q_proj.weight.safetensors` holds [L, out, in] in one run of bytes, so any slice of any layer is a window
-of a file: a process reads exactly what its devices hold, and writing needs some rows in memory, not a leaf (5.3 GiB at
-13B). config.json and the tokenizer files lie beside it unchanged. A directory without a manifest is not a checkpoint.
+`params/layers.q_proj.weight.safetensors` contains [L, out, in] contiguously, so a slice of a layer is a window of the
+file: a process reads exactly the slices of its devices, and writing needs only some rows in memory, not a whole leaf
+(5.3 GiB at 13B). config.json and the tokenizer files are copied unchanged. A directory without a manifest is not a
+checkpoint.
 """
 
 import functools
@@ -45,11 +46,11 @@ def write_parameter(
 
     Args:
       directory: the checkpoint being written.
-      reader: where the tensors come from.
+      reader: the source of the tensors.
       path: the parameter.
       stacked: whether it has a leading layer axis.
       sources: its tensors, in layer order.
-      dtype: None keeps the stored one (the narrowest that holds all layers exactly).
+      dtype: None keeps the stored dtype (the narrowest one that represents all layers exactly).
 
     Raises:
       UserError: a tensor is not finite.
@@ -72,7 +73,7 @@ def _read(reader: TensorReader, name: str, rows: slice, dtype: np.dtype) -> np.n
     value = value if value.dtype == dtype else cast(value, dtype)
     if not is_finite(value):
         why = overflow(value) or f" (as {dtype.name}); it is damaged"
-        raise UserError(f"{reader.directory}: {name} holds infinities or NaNs{why}")
+        raise UserError(f"{reader.directory}: {name} contains infinities or NaNs{why}")
     return value
 
 
@@ -85,7 +86,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a converted checkpoint.
 
     Raises:
-      UserError: it is damaged, or of a version this release does not know.
+      UserError: it is damaged, or has a version that this release does not support.
     """
     path = directory / MANIFEST
     manifest = read_json(path)
@@ -108,13 +109,13 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a converted checkpoint under their Hugging Face names, one per layer.
 
     Raises:
-      UserError: a file is missing, torn, or is not what the manifest says.
+      UserError: a file is missing or torn, or does not match the manifest.
     """
     tensors: dict[str, StoredTensor] = {}
     parameters = base_parameters(read_architecture(directory))
     for path, entry in read_manifest(directory)["parameters"].items():
         if path not in parameters:
-            raise UserError(f"{directory / MANIFEST} lists the parameter {path!r}, which a LLaMA does not have")
+            raise UserError(f"{directory / MANIFEST} lists the parameter {path!r}, which does not exist in a LLaMA")
         parameter, leaf = parameters[path], _read_leaf(directory, path, entry)
         if not parameter.stacked:
             tensors[parameter.tensor()] = leaf
@@ -134,5 +135,5 @@ def _read_leaf(directory: Path, path: str, entry: Mapping[str, Any]) -> StoredTe
     tensors, _ = read_header(file)
     leaf = tensors.get(path)
     if leaf is None or 0 in leaf.shape or [list(leaf.shape), leaf.dtype.name] != [entry["shape"], entry["dtype"]]:
-        raise UserError(f"{file} is not what {MANIFEST} says it is; convert the model again")
+        raise UserError(f"{file} does not match {MANIFEST}; convert the model again")
     return leaf

@@ -1,10 +1,10 @@
-"""Files written and checked in pieces by several threads: while some values are made, others are on their way out.
+"""Writes and verifies files in pieces with several threads, so that values are computed while others are written.
 
-A file's digest is the SHA-256 of its size and of the CRC-32s of its pieces. It is to find what disks and copies do to
-bytes, not what an adversary does, and pieces can be summed side by side, several times as fast as a hash of the whole.
+A file's digest is the SHA-256 of its size and of the CRC-32s of its pieces. It detects damage by disks and copies, not
+by an adversary. Checksums of pieces are computed in parallel, several times as fast as a hash of the whole file.
 
-What is written goes to the disk at once and leaves the system's memory: a file that is read back comes from the disk.
-It is also faster, because pages that are free again are used again, instead of ever more memory, until there is none.
+Written data go to the disk at once and leave the page cache, so a file that is read back comes from the disk. This is
+also faster, because freed pages are used again, instead of filling the memory.
 """
 
 import errno
@@ -24,33 +24,33 @@ from flacuna_jax.huggingface.files.tensors import as_bytes, forget
 
 PIECE_BYTES = 1 << 24
 _STRIDE = 1 << 20
-"""Bytes read back and summed at a time: what stays in a core's cache between the two."""
+"""Bytes that are read back and summed at a time; they fit the cache of a core."""
 _MOST_PARTS = 512
-"""Of one call; Linux takes 1024."""
+"""Maximum number of buffers in one call; the limit of Linux is 1024."""
 THREADS = max(2, min(8, os.cpu_count() or 1))
 _AHEAD = 2 * THREADS
 _ON_THEIR_WAY = 16 * PIECE_BYTES
-"""Written bytes that the disk may still be taking; what is older is taken out of memory."""
+"""Written bytes that may still be on their way to the disk; older ones are dropped from the page cache."""
 
 Maker = Callable[[], np.ndarray]
-"""Makes the next values of a file when its turn comes, in one of several threads."""
+"""Computes the next values of a file, in one of several threads."""
 
 
 def write_pieces(path: Path, size: int, makers: Iterable[Maker]) -> str:
-    """Writes a file of `size` bytes from arrays that are made a few ahead of the writing, and returns its digest.
+    """Writes a file of `size` bytes from arrays that are computed a few ahead of the writing, and returns its digest.
 
-    The file is on the disk, and nowhere else, when this returns.
+    When this returns, the file is on the disk and no longer in the page cache.
 
     Args:
       path: file to create.
-      size: of everything together; room for it is taken first, so that a full disk shows at once.
-      makers: the arrays in file order.
+      size: total size in bytes; this space is allocated first, so that a full disk is detected at once.
+      makers: compute the arrays in file order.
 
     Raises:
-      UserError: the disk is full or cannot be written to; also whatever the makers raise.
+      UserError: the disk is full or cannot be written to; also any exception of the makers.
     """
     try:
-        # One thread writes: two at one file only wait for each other in the kernel, and burn a core doing so.
+        # One thread writes: two threads would wait for each other in the kernel, and keep a core busy.
         with path.open("wb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(1) as writer:
             _allocate(file.fileno(), size)
             writing: deque[Future[None]] = deque()
@@ -68,12 +68,12 @@ def write_pieces(path: Path, size: int, makers: Iterable[Maker]) -> str:
             forget(file.fileno())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    assert position == size, f"{path}: {position} bytes came, {size} were announced"
+    assert position == size, f"{path}: {position} bytes instead of {size}"
     return _digest(size, [job.result() for job in sums])
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file as it is on the disk now, where `write_pieces` wrote it.
+    """Digest of a file that `write_pieces` wrote, read from the disk.
 
     Raises:
       UserError: it cannot be read.
@@ -88,7 +88,8 @@ def file_digest(path: Path) -> str:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Takes the room at once: it is several times as fast as growing a file, and a disk too small shows here."""
+    """Allocates the whole file at once, which is several times as fast as growing it, and fails early on a full
+    disk."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -108,7 +109,7 @@ def _ahead(pool: ThreadPoolExecutor, makers: Iterable[Maker]) -> Iterator[np.nda
 
 
 def _cut(views: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The bytes in lists that make up one piece each."""
+    """Groups the bytes into lists, one for each piece."""
     parts: list[memoryview] = []
     room = PIECE_BYTES
     for view in views:
@@ -132,7 +133,7 @@ def _sum_of(parts: Sequence[memoryview]) -> int:
 
 
 def _store(descriptor: int, position: int, parts: Sequence[memoryview]) -> None:
-    """Writes a piece at its place: in one call where the system takes it, from a page's beginning to a page's end."""
+    """Writes a piece at its position: in one call if the system permits, between page boundaries."""
     waiting = deque(parts)
     start, size = position, sum(map(len, parts))
     while waiting:
@@ -142,9 +143,11 @@ def _store(descriptor: int, position: int, parts: Sequence[memoryview]) -> None:
             written -= len(waiting.popleft())
         if written:
             waiting[0] = waiting[0][written:]
-    forget(descriptor, start, size)  # pages that the disk does not have yet are sent to it, and stay
+    forget(descriptor, start, size)  # starts writing dirty pages to the disk; they stay in memory
     if start > _ON_THEIR_WAY:
-        forget(descriptor, 0, start - _ON_THEIR_WAY)  # from the beginning: a busy disk has some of it only now
+        forget(
+            descriptor, 0, start - _ON_THEIR_WAY
+        )  # from the beginning, because a busy disk may have finished older pages only now
 
 
 _local = threading.local()

@@ -1,4 +1,4 @@
-"""Where a checkpoint is expected to lie."""
+"""Checks the directory of a checkpoint."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,12 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.hub_cache import require_no_cache_directory
 
 LOCAL = (".", "..", "checkpoints", "models", "runs")
-"""Where models lie on a disk, and nobody's name on the hub."""
+"""Common names of local directories, which are not owners on the Hub."""
 
 
 def require_directory(path: str | Path) -> Path:
-    """The path. Raises `UserError` where no directory is; a name as the hub has them is told how to fetch it."""
+    """Returns the path. Raises `UserError` if it is not a directory; for a Hub name, the message has the download
+    command."""
     if Path(path).is_dir():
         require_no_cache_directory(Path(path))
         return Path(path)
@@ -20,5 +21,5 @@ def require_directory(path: str | Path) -> Path:
         first, name = str(path).split("/")
         of_hub = first not in LOCAL and not Path(first).is_dir()
         source, target = (path, f"models/{name}") if of_hub else ("NAME", path)
-        fetch = f"; one of the Hugging Face hub is fetched with: hf download {source} --local-dir {target}"
-    raise UserError(f"{path} is not a directory; a checkpoint directory is expected{fetch}")
+        fetch = f"; to download it from the Hugging Face Hub: hf download {source} --local-dir {target}"
+    raise UserError(f"{path} is not a directory; give a checkpoint directory{fetch}")

@@ -1,4 +1,4 @@
-"""A checkpoint directory as one flat table of tensors, whatever its files; opening one loads no weights."""
+"""Opens checkpoint directories of all file formats as one flat table of tensors, without loading weights."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ class CheckpointReader:
     """The tensors of a checkpoint under their Hugging Face names.
 
     Attributes:
-      directory: where they come from, for messages.
-      tensors: name → place, shape and dtype.
+      directory: the directory, for messages.
+      tensors: name → location, shape and dtype.
       once: see `MappedFiles`.
     """
 
@@ -52,10 +52,10 @@ class CheckpointReader:
         return self.tensors[name].dtype
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        """A read-only view of the file's pages where that is possible, else a copy of the rows.
+        """A read-only view of the file's pages if possible, otherwise a copy of the rows.
 
         Raises:
-          UserError: the file became shorter, or vanished, since it was opened.
+          UserError: the file was truncated or deleted after it was opened.
         """
         return self.tensors[name].read(self._files, rows)
 
@@ -66,12 +66,12 @@ def open_checkpoint(directory: str | Path, *, once: bool = False) -> CheckpointR
     Headers and pickles are read and checked against each other and against file sizes; weights are not touched.
 
     Args:
-      directory: where it is.
-      once: whether its weights will be read once from end to end, and so need not stay in the system's memory.
+      directory: the checkpoint's directory.
+      once: whether its weights will be read once from end to end, so that they need not stay in the page cache.
 
     Raises:
-      UserError: there is no checkpoint, a file is missing, torn or not what it should be, or an index disagrees with
-        its shards.
+      UserError: there is no checkpoint, a file is missing, torn or of another kind, or an index does not match its
+        shards.
     """
     directory = require_directory(directory)
     return CheckpointReader(directory, _tensors(directory), once)
@@ -90,7 +90,7 @@ def _tensors(directory: Path) -> Mapping[str, ReadableTensor]:
             return _read_shards(directory / index_name, read_file)
     if is_meta(directory):
         return read_meta(directory)
-    raise UserError(f"{directory} holds no checkpoint: {_what_is_there(directory)}")
+    raise UserError(f"{directory} contains no checkpoint: {_what_is_there(directory)}")
 
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -101,10 +101,10 @@ def _what_is_there(directory: Path) -> str:
     if (directory / "adapter_config.json").is_file():
         return "it is a PEFT adapter, which needs its base model; give the base's directory here"
     if any(directory.glob("model-*.safetensors")) or any(directory.glob("pytorch_model-*.bin")):
-        return f"there are shards, but no {SAFETENSORS_INDEX} or {LEGACY_INDEX} that says what is in them"
+        return f"there are shards, but no {SAFETENSORS_INDEX} or {LEGACY_INDEX}"
     if (directory / PARAMS_FILE).is_file() or any(directory.glob("consolidated.*")):
         return f"Meta's files are {PARAMS_FILE} and consolidated.00.pth, ...; one of them is missing"
-    return f"none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY}, {LEGACY_INDEX} or {native.MANIFEST} is in it"
+    return f"it has none of {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY}, {LEGACY_INDEX} or {native.MANIFEST}"
 
 
 def _read_shards(index: Path, read_file: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
@@ -114,7 +114,7 @@ def _read_shards(index: Path, read_file: Callable[[Path], dict[str, StoredTensor
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which is not a file beside it")
+            raise UserError(f"{index} lists {file!r}, which is not a file name in its directory")
         if not (index.parent / file).is_file():
             raise UserError(f"{index.parent / file} is missing; {index.name} lists it")
         tensors |= _read_shard(index, index.parent / file, weight_map, read_file)
@@ -129,7 +129,7 @@ def _read_shard(
     missing = sorted(promised - set(held))
     extra = sorted(name for name in set(held) - promised if not names.is_ignored(name))
     if missing:
-        raise UserError(f"{path} lacks {names.some(missing)}, which {index.name} places in it")
+        raise UserError(f"{path} lacks {names.some(missing)}, which {index.name} lists for it")
     if extra:
-        raise UserError(f"{path} holds {names.some(extra)}, which {index.name} does not place in it")
+        raise UserError(f"{path} contains {names.some(extra)}, which {index.name} does not list for it")
     return {name: tensor for name, tensor in held.items() if name in promised}

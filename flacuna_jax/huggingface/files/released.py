@@ -1,7 +1,7 @@
-"""The Flacuna that was released: a training checkpoint of PEFT 0.3 that no library loads, base in int8 and all.
+"""The released Flacuna: a training checkpoint of PEFT 0.3 with its int8 base, which no library can load.
 
-Its factors are the adapter; its base is vicuna-13B in the layout of bitsandbytes' LLM.int8 (Dettmers et al., 2022,
-arXiv:2208.07339): row-wise absolute-maximum scales `SCB`, W = codes · SCB / 127.
+The adapter is made of its LoRA factors. Its base is vicuna-13B in the layout of bitsandbytes' LLM.int8 (Dettmers et
+al., 2022, arXiv:2208.07339): row-wise absolute-maximum scales `SCB`, W = codes · SCB / 127.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flacuna_jax.model.llama import LlamaConfig
 
 BASE = "TheBloke/vicuna-13B-1.1-HF"
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.05
-"""What the published training script passed; the checkpoint itself does not say."""
+"""Values from the published training script; they are not in the checkpoint."""
 
 HALF = np.dtype(np.float16)
 _CODES = 127
@@ -31,25 +31,26 @@ def released_adapter(reader: CheckpointReader, config: LlamaConfig, alpha: float
     Args:
       reader: the release, or another checkpoint of that kind.
       config: sizes of its base.
-      alpha: for another one; its state dict does not hold it.
+      alpha: for another checkpoint, whose state dict does not have it.
 
     Raises:
-      UserError: a factor is missing, misshapen or not finite, or the rank is not the release's and alpha is not given.
+      UserError: a factor is missing, not finite or has the wrong shape, or the rank is not that of the release and
+        alpha is not given.
     """
     adapter = read_training_checkpoint(reader, config, alpha=alpha or ALPHA, dropout=DROPOUT, base_name=BASE)
     if alpha is None and adapter.lora.rank != RANK:
         raise UserError(
-            f"{reader.directory} has rank {adapter.lora.rank}, the released Flacuna {RANK}; the alpha it was trained "
-            f"with is not in the file, give it with --alpha"
+            f"{reader.directory} has rank {adapter.lora.rank}, but the released Flacuna has {RANK}; the file does not "
+            f"have the alpha of its training, so give it with --alpha"
         )
     return adapter
 
 
 @dataclasses.dataclass(frozen=True)
 class DequantisedBase:
-    """The base inside such a checkpoint, in float16 under its Hugging Face names.
+    """The base in such a checkpoint, in float16 under its Hugging Face names.
 
-    It is what the adapter was trained on, int8 rounding included, and so not equal to the published Vicuna.
+    The adapter was trained on it, including the int8 rounding, so it is not equal to the published Vicuna.
     """
 
     checkpoint: CheckpointReader
@@ -76,16 +77,18 @@ class DequantisedBase:
         return HALF
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        """The tensor in float16, or some of its rows, dequantised where it holds codes.
+        """The tensor or some of its rows in float16, dequantised if it contains codes.
 
         Raises:
-          UserError: codes without scales that fit them.
+          UserError: codes without matching scales.
         """
         stored = self.checkpoint.read(names.PEFT_PREFIX + name, rows)
         if stored.dtype != np.int8:
             return stored.astype(HALF)
         scales_name = f"{names.PEFT_PREFIX}{name.removesuffix('.weight')}.SCB"
         if scales_name not in self.checkpoint or self.checkpoint.shape(scales_name) != self.shape(name)[:1]:
-            raise UserError(f"{self.directory}: {name} holds int8 codes, but {scales_name} is missing or misshapen")
+            raise UserError(
+                f"{self.directory}: {name} contains int8 codes, but {scales_name} is missing or has the wrong shape"
+            )
         scales = self.checkpoint.read(scales_name, rows).astype(np.float32)
         return (stored.astype(np.float32) * (scales[:, None] / _CODES)).astype(HALF)

@@ -1,4 +1,4 @@
-"""A checkpoint as a run with a quantised base saw it: its projections quantised and dequantised again."""
+"""The weights of a checkpoint as seen by a run with a quantised base: projections are quantised and dequantised."""
 
 import collections
 import threading
@@ -15,16 +15,16 @@ from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.quantized import KERNELS, Quantization
 
 _KEPT = 4
-"""Whole matrices in memory, for readers that ask for one in pieces."""
+"""Number of whole matrices kept in memory, for readers that read a matrix in pieces."""
 
 
 class RoundedBase:
-    """Reads like the checkpoint it is made of.
+    """Reads like the checkpoint, but with its projections rounded by quantisation.
 
     Args:
       base: the checkpoint.
       config: its architecture.
-      quantization: of the run.
+      quantization: the quantisation of the run.
       dtype: the run's compute dtype, in which weights are quantised and dequantised.
     """
 
@@ -53,10 +53,10 @@ class RoundedBase:
         return self._base.dtype(name)
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        """Some rows; of a projection, what they became, in the stored dtype."""
+        """Some rows, in the stored dtype; those of a projection after quantising and dequantising."""
         if name not in self._quantised:
             return self._base.read(name, rows)
-        with self._lock:  # a matrix is rounded as a whole, once, whoever asks for a piece of it first
+        with self._lock:  # a whole matrix is rounded once, when the first piece of it is requested
             if name not in self._whole:
                 self._whole[name] = self._rounded(name)
                 while len(self._whole) > _KEPT:

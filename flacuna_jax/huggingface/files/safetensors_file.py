@@ -1,7 +1,7 @@
 """The safetensors layout: a length, a JSON header, then the tensors' bytes (github.com/huggingface/safetensors).
 
-Read here rather than through the library because views over a memory map, bfloat16 included, are what streaming
-needs; written here because a checkpoint is written tensor by tensor, never gathered first.
+The library is not used, because streaming needs views of a memory map, also in bfloat16, and because a checkpoint is
+written tensor by tensor, without collecting all tensors first.
 """
 
 import itertools
@@ -35,10 +35,10 @@ _MAX_HEADER = 100_000_000
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, every offset checked against the file.
+    """Tensors and metadata of a safetensors file. All offsets are checked against the file.
 
     Raises:
-      UserError: the file is missing, torn, or its header is not what the format prescribes.
+      UserError: the file is missing or torn, or its header does not conform to the format.
     """
     require_content(path)
     try:
@@ -79,7 +79,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if isinstance(dtype, str) and dtype.startswith("F8_"):
         raise UserError(
-            f"{path}: {name} is held in 8-bit floating point ({dtype}); start from the bfloat16 or float16 checkpoint"
+            f"{path}: {name} is stored in 8-bit floating point ({dtype}); use the bfloat16 or float16 checkpoint"
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path}: tensor {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
@@ -89,7 +89,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if tensor.end != data_start + offsets[1]:
         raise UserError(
             f"{path}: tensor {name} of shape {shape} and dtype {dtype} needs {tensor.nbytes} bytes, "
-            f"its data_offsets give {offsets[1] - offsets[0]}"
+            f"but its data_offsets give {offsets[1] - offsets[0]}"
         )
     return tensor
 
@@ -99,14 +99,16 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_coverage(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
-    """The format allows neither gaps nor overlaps; checking so finds torn and overwritten files."""
+    """Checks that there are no gaps or overlaps, which the format forbids; this detects torn and overwritten files."""
     position = data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)):
         if tensor.offset != position:
-            raise UserError(f"{path}: tensor {name} starts at byte {tensor.offset}, where {position} is expected")
+            raise UserError(f"{path}: tensor {name} starts at byte {tensor.offset}, but must start at {position}")
         position = tensor.end
     if position != size:
-        raise UserError(f"{path} has {size} bytes, its header describes {position}; the file is torn or was changed")
+        raise UserError(
+            f"{path} has {size} bytes, but its header describes {position}; the file is torn or was changed"
+        )
 
 
 def make_header(tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]]) -> bytes:
@@ -123,16 +125,16 @@ def make_header(tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]]) -> byt
 
 
 def write_file(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], makers: Iterable[Maker]) -> str:
-    """Writes one file from values that are made when their turn comes, and returns its digest (`pieces.file_digest`).
+    """Writes one file from values that are computed on demand, and returns its digest (`pieces.file_digest`).
 
     Args:
       path: file to create.
       tensors: (name, shape, dtype) in file order.
-      makers: give the values in that order; an array may be any contiguous piece of the running tensor (some rows, one
-        layer of a stacked one), so long as the pieces add up.
+      makers: compute the values in that order; an array may be any contiguous piece of the current tensor (some rows,
+        or one layer of a stacked tensor), as long as the pieces add up.
 
     Raises:
-      UserError: the file cannot be written; also whatever the makers raise.
+      UserError: the file cannot be written; also any exception of the makers.
     """
     header = np.frombuffer(make_header(tensors), np.uint8)
     size = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, shape, dtype in tensors)

@@ -1,9 +1,9 @@
 """Reads the pickles of `torch.save` as data: a stack machine over their opcodes that imports nothing and calls nothing.
 
-A pickle is a program; Python's own unpickler runs it, and even one whose `find_class` is restricted lets the file call
-what it is given and set attributes on it. Here `torch._utils._rebuild_tensor_v2`, `collections.OrderedDict` and the
-storage classes are names that the machine recognises in the stream and turns into plain records; every other name and
-every opcode that a dictionary of tensors has no use for is refused.
+A pickle is a program, which Python's unpickler runs. Even with a restricted `find_class`, a file can call the permitted
+objects and set attributes on them. This machine only recognises the names `torch._utils._rebuild_tensor_v2`,
+`collections.OrderedDict` and the storage classes, and converts them to plain records. It rejects all other names and
+all opcodes that a dictionary of tensors does not need.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ _MAX_DIMENSIONS = 8
 
 
 class PickleRefused(ValueError):
-    """The pickle is torn, or holds something other than plain containers of tensors; the message says what."""
+    """The pickle is torn, or contains something other than plain containers of tensors; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A run of numbers kept outside the pickle under `key`."""
+    """A sequence of numbers stored outside of the pickle under `key`."""
 
     key: str
     dtype: np.dtype
@@ -50,7 +50,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class StridedTensor:
-    """A window onto a storage; offset and strides in elements."""
+    """A view of a storage, with offset and strides in elements."""
 
     storage: Storage
     offset: int
@@ -60,7 +60,7 @@ class StridedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """An importable name as the file spells it; never imported."""
+    """An importable name in the file; it is never imported."""
 
     dotted: str
 
@@ -78,10 +78,10 @@ _VALUE_OPCODES = _NUMBERS | _TEXTS
 
 
 def read_pickle(stream: BinaryIO) -> Any:
-    """The value of one pickle, read up to its STOP opcode: dicts, lists, tuples, numbers, text and `StridedTensor`s.
+    """Reads one pickle up to its STOP opcode: dicts, lists, tuples, numbers, text and `StridedTensor`s.
 
     Raises:
-      PickleRefused: see there.
+      PickleRefused: the pickle is torn or not a dictionary of tensors.
     """
     machine = _Machine()
     try:
@@ -91,12 +91,12 @@ def read_pickle(stream: BinaryIO) -> Any:
     except PickleRefused:
         raise
     except Exception as error:
-        # Damaged bytes surface as whichever error the parser or the stack trips over; all mean the same to a reader.
+        # Damaged bytes can cause any error in the parser or the stack; all of them mean that the file is damaged.
         raise PickleRefused(f"it is damaged ({type(error).__name__}: {str(error)[:120]})") from None
 
 
 class _BoundedStream:
-    """What pickletools reads from; a damaged length cannot make it allocate without bound."""
+    """The input of pickletools; a damaged length cannot make it allocate unlimited memory."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -216,7 +216,7 @@ class _Machine:
             _refuse(f"it calls {function.dotted}")
 
     def _build(self) -> None:
-        """A state dict carries `_metadata` (module versions) as an attribute; numbers don't depend on it."""
+        """A state dict has `_metadata` (module versions) as an attribute, which does not affect the tensors."""
         self._pop()
         self._top(dict)
 
@@ -240,9 +240,9 @@ def _texts(values: list[Any]) -> list[str]:
 def _pairs(values: list[Any]) -> dict[Any, Any]:
     keys, items = values[::2], values[1::2]
     if len(keys) != len(items) or not all(isinstance(key, str | int) for key in keys):
-        _refuse("it holds a table whose keys are neither text nor numbers")
+        _refuse("it contains a table whose keys are neither text nor numbers")
     if len(set(keys)) != len(keys):
-        _refuse("it holds a table with a repeated key")
+        _refuse("it contains a table with a repeated key")
     return dict(zip(keys, items, strict=True))
 
 
@@ -258,14 +258,16 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 
 def _storage(identity: Any) -> Storage:
-    """From ("storage", class, key, device, numel), to which the oldest layout adds the storage it is a view of."""
+    """From ("storage", class, key, device, numel); in the oldest layout, the storage that it is a view of follows."""
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         _refuse("it refers to an outside object that is not a tensor storage")
     _, kind, key, _, numel = identity[:5]
     if len(identity) == 6 and identity[5] is not None:
-        _refuse("it holds a view of another storage, as written by torch before 0.4; save it again with a newer torch")
+        _refuse(
+            "it contains a view of another storage, as written by torch before 0.4; save it again with a newer torch"
+        )
     if not isinstance(kind, _Name) or kind.dotted not in _STORAGES:
-        _refuse("it refers to a storage of no known type")
+        _refuse("it refers to a storage of unknown type")
     if not isinstance(key, str) or not _is_size(numel):
         _refuse("it is damaged (a storage without key or size)")
     return Storage(key, _STORAGES[kind.dotted], numel)

@@ -1,6 +1,6 @@
-"""The two layouts of `torch.save`, read without torch: the zip archive (since 1.6) and the stream before it.
+"""Reads the two layouts of `torch.save` without torch: the zip archive (since 1.6) and the older stream.
 
-Both keep a pickle that describes tensors and, beside it, their bytes uncompressed; those become views of the file.
+Both contain a pickle that describes tensors, and the uncompressed bytes of the tensors, which become views of the file.
 """
 
 import io
@@ -25,7 +25,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The named tensors of a file written by `torch.save(state_dict)`.
 
     Raises:
-      UserError: the file is missing or torn, holds anything but a dictionary of tensors, or is big-endian.
+      UserError: the file is missing, torn or big-endian, or contains anything other than a dictionary of tensors.
     """
     require_content(path)
     try:
@@ -77,19 +77,22 @@ def _data_offset(path: Path, raw: io.BufferedReader, info: zipfile.ZipInfo) -> i
     raw.seek(info.header_offset)
     signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(raw.read(_LOCAL_HEADER.size))
     if signature != b"PK\x03\x04":
-        raise UserError(f"{path} is damaged: {info.filename} is not where the directory of the zip file says")
+        raise UserError(
+            f"{path} is damaged: {info.filename} is not at the position that the directory of the zip file gives"
+        )
     return info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
 
 
 def _read_stream(path: Path) -> dict[str, StoredTensor]:
-    """Three pickles of preamble, the state, the list of storage keys, then each storage: its length and its numbers."""
+    """The stream has three pickles of preamble, the state, the list of storage keys, and the length and numbers of each
+    storage."""
     with path.open("rb") as file:
         try:
             preamble = [read_pickle(file) for _ in range(3)]
         except PickleRefused:
             preamble = []
         if preamble[:2] != [_MAGIC, _PROTOCOL] or not isinstance(preamble[2], dict):
-            raise UserError(f"{path} is not a file that torch.save wrote, or its beginning is damaged")
+            raise UserError(f"{path} was not written by torch.save, or its beginning is damaged")
         if preamble[2].get("little_endian") is not True:
             raise UserError(f"{path} was written on a big-endian machine, which is not supported")
         state, keys = read_pickle(file), read_pickle(file)
@@ -97,7 +100,7 @@ def _read_stream(path: Path) -> dict[str, StoredTensor]:
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
             raise UserError(f"{path} is damaged: its list of storages is not a list of names")
         if set(keys) != set(storages):
-            raise UserError(f"{path} is damaged: its list of storages disagrees with its tensors")
+            raise UserError(f"{path} is damaged: its list of storages does not match its tensors")
         offsets: dict[str, int] = {}
         position = file.tell()
         for key in keys:
@@ -117,9 +120,9 @@ def _storages(state: Any) -> dict[str, Storage]:
 
 def _tensors(path: Path, state: Any, locate: Callable[[Storage], int]) -> dict[str, StoredTensor]:
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+        raise UserError(f"{path} contains a {type(state).__name__}, not a dictionary of tensors")
     if not state:
-        raise UserError(f"{path} holds an empty dictionary, no tensors; write or copy it again")
+        raise UserError(f"{path} contains an empty dictionary, without tensors; write or copy it again")
     offsets: dict[str, int] = {}
     result = {}
     file_size = path.stat().st_size
@@ -134,6 +137,6 @@ def _tensors(path: Path, state: Any, locate: Callable[[Storage], int]) -> dict[s
         strides = tuple(stride * size for stride in tensor.strides)
         stored = StoredTensor(path, offsets[storage.key] + tensor.offset * size, tensor.shape, storage.dtype, strides)
         if stored.end > file_size:
-            raise UserError(f"{path} is torn: tensor {name} ends at byte {stored.end}, the file before it")
+            raise UserError(f"{path} is torn: tensor {name} ends at byte {stored.end}, after the end of the file")
         result[name] = stored
     return result

@@ -20,7 +20,7 @@ LLAMA = dataclasses.replace(SMALL, vocab_size=300)
 
 
 def half_of_any_size(model: transformers.LlamaForCausalLM, seed: int) -> transformers.LlamaForCausalLM:
-    """Weights over the whole range of half precision, subnormals included, where roundings differ if anywhere."""
+    """Weights over the whole range of half precision, including subnormals, where rounding differences would show."""
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model).half()
     with torch.no_grad():
@@ -31,7 +31,8 @@ def half_of_any_size(model: transformers.LlamaForCausalLM, seed: int) -> transfo
 
 
 def publish(model: transformers.LlamaForCausalLM, base: transformers.LlamaForCausalLM, path: Path, layout: str) -> None:
-    """What FastChat's make_delta does: target minus base in half precision, new rows of the base being zero."""
+    """Computes a delta like FastChat's make_delta: target minus base in half precision, with zeros for new rows of the
+    base."""
     delta = copy.deepcopy(model).half()
     original = base.half().state_dict()
     with torch.no_grad():
@@ -43,7 +44,7 @@ def publish(model: transformers.LlamaForCausalLM, base: transformers.LlamaForCau
 
 @pytest.mark.parametrize("extra_rows", [0, 1], ids=["v1.1", "v0"])
 @pytest.mark.parametrize("layout", ["bin sharded", "safetensors"])
-def test_sums_are_those_of_torch(extra_rows: int, layout: str, tmp_path: Path) -> None:
+def test_sums_equal_those_of_torch(extra_rows: int, layout: str, tmp_path: Path) -> None:
     base = half_of_any_size(torch_llama(LLAMA), 0)
     target = half_of_any_size(torch_llama(dataclasses.replace(LLAMA, vocab_size=300 + extra_rows)), 1)
     save(base, tmp_path / "base", "bin")
@@ -60,7 +61,7 @@ def test_sums_are_those_of_torch(extra_rows: int, layout: str, tmp_path: Path) -
         np.testing.assert_array_equal(reader.read(name).view(np.uint16), expected.numpy().view(np.uint16), name)
 
 
-def test_convert_adds_and_takes_the_tokenizer_of_the_delta(tiny_sentencepiece: Path, tmp_path: Path) -> None:
+def test_convert_adds_the_delta_and_copies_its_tokenizer(tiny_sentencepiece: Path, tmp_path: Path) -> None:
     base, target = torch_llama(LLAMA).half(), torch_llama(dataclasses.replace(LLAMA, vocab_size=301), seed=1).half()
     save(base, tmp_path / "base", "bin")
     publish(target, base, tmp_path / "delta", "bin sharded")
@@ -76,13 +77,13 @@ def test_convert_adds_and_takes_the_tokenizer_of_the_delta(tiny_sentencepiece: P
     np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=2e-3)
 
 
-def test_what_is_not_a_delta_of_the_base(tmp_path: Path) -> None:
+def test_a_delta_of_another_base(tmp_path: Path) -> None:
     save(torch_llama(LLAMA), tmp_path / "base", "bin")
     save(torch_llama(dataclasses.replace(LLAMA, num_layers=2)), tmp_path / "shallow", "bin")
     save(torch_llama(dataclasses.replace(LLAMA, intermediate_size=96)), tmp_path / "narrow", "bin")
     save(torch_llama(dataclasses.replace(LLAMA, vocab_size=299)), tmp_path / "small", "bin")
     base = open_checkpoint(tmp_path / "base")
-    with pytest.raises(UserError, match=r"only one of them holds model\.layers\.2"):
+    with pytest.raises(UserError, match=r"only one of them has model\.layers\.2"):
         DeltaReader(base, open_checkpoint(tmp_path / "shallow"))
     for other in ("narrow", "small"):
         with pytest.raises(UserError, match=r"in the delta, .* in the base"):

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them on their disks, and not as they should be: each is named, with the way on."""
+"""Common faults of checkpoints on disk: the message names each, and what to do."""
 
 import json
 import shutil
@@ -36,14 +36,14 @@ def test_git_lfs_pointers(checkpoint: Path, name: str) -> None:
         read(checkpoint)
 
 
-def test_a_byte_order_mark_in_front_of_config_json(checkpoint: Path) -> None:
+def test_a_byte_order_mark_in_config_json(checkpoint: Path) -> None:
     expected = read_architecture(checkpoint)
     path = checkpoint / "config.json"
     path.write_text(path.read_text(), encoding="utf-8-sig")
     assert read_architecture(checkpoint) == expected
 
 
-def test_a_directory_of_the_hubs_cache_names_its_snapshot(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_message_for_a_directory_of_the_hub_cache_names_its_snapshot(checkpoint: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
     snapshot.parent.mkdir(parents=True)
     checkpoint.rename(snapshot)
@@ -53,7 +53,7 @@ def test_a_directory_of_the_hubs_cache_names_its_snapshot(checkpoint: Path, tmp_
     assert read_architecture(snapshot).hidden_size
 
 
-def test_buffers_of_rotary_embedding_are_passed_over(checkpoint: Path) -> None:
+def test_buffers_of_rotary_embedding_are_ignored(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     for name in ("inv_freq", "cos_cached", "sin_cached"):
         tensors[f"model.layers.0.self_attn.rotary_emb.{name}"] = np.zeros(4, np.float32)
@@ -81,12 +81,10 @@ def test_weights_in_fp8(checkpoint: Path) -> None:
     next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = "F8_E4M3"
     raw = json.dumps(header).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + length :])
-    with pytest.raises(
-        UserError, match=r"is held in 8-bit floating point \(F8_E4M3\); start from the bfloat16 or float16"
-    ):
+    with pytest.raises(UserError, match=r"is stored in 8-bit floating point \(F8_E4M3\); use the bfloat16 or float16"):
         open_checkpoint(checkpoint)
 
 
-def test_what_float16_cannot_hold_is_not_called_damage() -> None:
+def test_float16_overflow_is_not_reported_as_damage() -> None:
     assert "largest number is 65504" in overflow(np.array([70000.0], np.float32).astype(np.float16))
     assert overflow(np.array([np.nan], np.float16)) == overflow(np.array([np.inf], np.float32)) == ""

@@ -1,4 +1,4 @@
-"""Meta's original files give, bit for bit, the model that they were cut from."""
+"""Meta's original files give, bit for bit, the model that they were split from."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_tensors_are_bit_identical_and_sizes_follow(case: Case, tmp_path: Path) 
         np.testing.assert_array_equal(reader.read(name, slice(5, 37)).astype(np.float32), expected[5:37], err_msg=name)
 
 
-def test_it_converts_loads_and_goes_out_as_transformers_model(
+def test_it_converts_loads_and_exports_as_a_transformers_model(
     case: Case, tiny_sentencepiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_case(case, tmp_path / "family" / "7B")
@@ -113,19 +113,22 @@ def save_changed(path: Path, rank: int, change: Callable[[dict], None]) -> None:
     ("damage", "says"),
     [
         (lambda path: (path / "consolidated.00.pth").unlink(), r"consolidated\.00\.pth is missing"),
-        (lambda path: (path / "consolidated.01.pth").unlink(), "hold 24 of the 48 columns of layers.0.attention.wo"),
+        (lambda path: (path / "consolidated.01.pth").unlink(), "have 24 of the 48 columns of layers.0.attention.wo"),
         (lambda path: (path / "params.json").unlink(), r"Meta's files are params\.json and consolidated"),
         (lambda path: (path / "params.json").write_text("{"), "not valid JSON"),
         (lambda path: edit(path, n_layers=None), "n_layers is None"),
-        (lambda path: edit(path, dim=50), "does not divide into 4 heads"),
+        (lambda path: edit(path, dim=50), "cannot be divided into 4 heads"),
         (lambda path: edit(path, norm_eps="small"), "norm_eps is 'small'"),
         (lambda path: edit(path, use_scaled_rope=True), "use_scaled_rope is set"),
-        (lambda path: edit(path, n_layers=2), "without a place in the model"),
+        (lambda path: edit(path, n_layers=2), "not in the model"),
         (lambda path: edit(path, multiple_of=256), r"gate_proj\.weight has shape \[128, 48\]"),
-        (lambda path: save_changed(path, 1, lambda s: s.pop("output.weight")), "do not hold the same tensors: output"),
+        (lambda path: save_changed(path, 1, lambda s: s.pop("output.weight")), "do not have the same tensors: output"),
         (lambda path: save_changed(path, 1, lambda s: s["norm.weight"].add_(1)), "norm.weight differs between"),
         (lambda path: save_changed(path, 1, lambda s: s.update({"norm.weight": s["norm.weight"].float()})), "dtype"),
-        (lambda path: [save_changed(path, rank, lambda s: s.update(x=torch.ones(2))) for rank in (0, 1)], "x has no"),
+        (
+            lambda path: [save_changed(path, rank, lambda s: s.update(x=torch.ones(2))) for rank in (0, 1)],
+            "x does not belong to a LLaMA",
+        ),
         (
             lambda path: save_changed(path, 1, lambda s: s.update({"layers.1.attention.wo.weight": torch.ones(9, 9)})),
             "dtype|do not fit",
@@ -136,7 +139,7 @@ def save_changed(path: Path, rank: int, change: Callable[[dict], None]) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_named(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+def test_faults_are_named(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
     write_case(Case(ONE, {"multiple_of": 16, "norm_eps": 1e-6}, ranks=2), tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=says):

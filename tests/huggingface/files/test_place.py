@@ -1,4 +1,4 @@
-"""What is said where a checkpoint should lie and does not."""
+"""Messages for a missing checkpoint directory."""
 
 from pathlib import Path
 
@@ -8,21 +8,24 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.place import require_directory
 
 
-def test_a_directory_is_taken(tmp_path: Path) -> None:
+def test_a_directory_is_accepted(tmp_path: Path) -> None:
     assert require_directory(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("lmsys/vicuna-7b-v1.1", "expected; .*: hf download lmsys/vicuna-7b-v1.1 --local-dir models/vicuna-7b-v1.1$"),
-        ("models/vicuna-7b", "expected; .*: hf download NAME --local-dir models/vicuna-7b$"),
-        ("mine/base", "expected; .*: hf download NAME --local-dir mine/base$"),
-        ("/nowhere/at/all", "expected$"),
-        ("vicuna", "expected$"),
+        (
+            "lmsys/vicuna-7b-v1.1",
+            "checkpoint directory; .*: hf download lmsys/vicuna-7b-v1.1 --local-dir models/vicuna-7b-v1.1$",
+        ),
+        ("models/vicuna-7b", "checkpoint directory; .*: hf download NAME --local-dir models/vicuna-7b$"),
+        ("mine/base", "checkpoint directory; .*: hf download NAME --local-dir mine/base$"),
+        ("/nowhere/at/all", "checkpoint directory$"),
+        ("vicuna", "checkpoint directory$"),
     ],
 )
-def test_what_is_not_there_is_told_how_to_fetch(
+def test_the_message_for_a_hub_name_has_the_download_command(
     path: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ def test_tensors_are_bit_identical_to_torch(layout: str, dtype: torch.dtype, tmp
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old stream"])
-def test_views_strides_and_shared_storages_are_honoured(zipped: bool, tmp_path: Path) -> None:
+def test_views_strides_and_shared_storages(zipped: bool, tmp_path: Path) -> None:
     whole = torch.arange(120, dtype=torch.float32).reshape(4, 30)
     state = {
         "transposed": whole.t(),
@@ -67,7 +67,7 @@ def test_views_strides_and_shared_storages_are_honoured(zipped: bool, tmp_path: 
             np.testing.assert_array_equal(reader.read(name, slice(1, 3)), tensor.numpy()[1:3], err_msg=name)
 
 
-def test_what_was_read_once_leaves_memory_and_stays_readable(plain: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_read_once_leave_memory_and_stay_readable(plain: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[int] = []
     forget = tensors.forget
 
@@ -96,7 +96,7 @@ def test_views_are_of_the_file_and_read_only(plain: Written) -> None:
 
 
 class Exploit:
-    """What a malicious checkpoint does to whoever unpickles it."""
+    """The effect of a malicious checkpoint on a program that unpickles it."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -130,7 +130,7 @@ def malicious_pickles(marker: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 @pytest.mark.parametrize("kind", list(malicious_pickles(Path("x"))))
-def test_a_malicious_pickle_is_refused_and_not_executed(kind: str, zipped: bool, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_rejected_and_not_executed(kind: str, zipped: bool, tmp_path: Path) -> None:
     marker, path = tmp_path / "executed", tmp_path / "pytorch_model.bin"
     raw = malicious_pickles(marker)[kind]
     if zipped:
@@ -144,7 +144,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(kind: str, zipped: bool,
     assert "Nothing in it was executed" in str(raised.value)
 
 
-def test_the_exploit_of_these_tests_works_on_pythons_unpickler(tmp_path: Path) -> None:
+def test_the_exploit_works_on_pythons_unpickler(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     pickle.loads(malicious_pickles(marker)["reduce"])
     assert marker.exists()
@@ -153,14 +153,14 @@ def test_the_exploit_of_these_tests_works_on_pythons_unpickler(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ([torch.zeros(2)], "holds a list"),
+        ([torch.zeros(2)], "contains a list"),
         ({"epoch": 3}, "'epoch' is a int"),
         ({"state_dict": {"a": torch.zeros(2)}}, "'state_dict' is a dict"),
         ({"module": torch.nn.Linear(2, 2)}, "torch.nn.modules.linear.Linear"),
         ({"sparse": torch.zeros(2, 2).to_sparse()}, "torch._utils._rebuild_sparse_tensor"),
     ],
 )
-def test_what_is_not_a_dictionary_of_tensors_is_named(value: object, says: str, tmp_path: Path) -> None:
+def test_other_contents_than_a_dictionary_of_tensors_are_named(value: object, says: str, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError) as raised:
         open_checkpoint(tmp_path)
@@ -198,20 +198,20 @@ def move_to_other_shard(index: dict) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (move_to_other_shard, "does not place in it|lacks"),
-        (lambda index: index["weight_map"].popitem(), "does not place in it"),
+        (move_to_other_shard, "does not list for it|lacks"),
+        (lambda index: index["weight_map"].popitem(), "does not list for it"),
         (
             lambda index: index["weight_map"].update({"model.norm.bias": next(iter(index["weight_map"].values()))}),
             "lacks",
         ),
-        (lambda index: index["weight_map"].update({"a": "../other.bin"}), "not a file beside it"),
+        (lambda index: index["weight_map"].update({"a": "../other.bin"}), "not a file name in its directory"),
         (lambda index: index["weight_map"].update({"a": "absent.bin"}), "absent.bin is missing"),
         (lambda index: index.pop("weight_map"), "no weight_map"),
         (lambda index: index.update(weight_map={"a": 3}), "no weight_map"),
     ],
     ids=["moved", "forgotten", "invented", "outside", "absent", "no map", "no file names"],
 )
-def test_an_index_that_disagrees_with_its_shards(
+def test_an_index_that_does_not_match_its_shards(
     layout: str, edit: Callable, says: str, plain: Written, tmp_path: Path
 ) -> None:
     save(plain.model, tmp_path, layout)
@@ -227,7 +227,7 @@ def test_a_missing_shard_is_named(plain: Written, tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_directories_without_a_checkpoint_say_what_is_there(tmp_path: Path) -> None:
+def test_messages_for_directories_without_a_checkpoint_name_their_content(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a directory"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"none of model\.safetensors"):
@@ -274,14 +274,14 @@ F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         with_header({"__metadata__": {"format": 3}, "a": F32_PAIR}, bytes(8)),
     ],
 )
-def test_a_wrong_safetensors_header_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_an_invalid_safetensors_header_is_an_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         open_checkpoint(tmp_path)
 
 
 def damaged(original: bytes, edits: list[tuple[float, int]], region: int) -> bytes:
-    """Bytes at relative places of the first (or, negative, the last) `region` bytes replaced."""
+    """Replaces bytes at relative positions of the first (or, if negative, the last) `region` bytes."""
     content = bytearray(original)
     size = min(abs(region), len(content))
     for place, value in edits:
@@ -348,7 +348,7 @@ def test_random_opcodes(raw: bytes, protocol: bytes, fuzz_directory: Path) -> No
         read_torch_file(path)
 
 
-def test_a_compressed_member_is_refused(plain: Written, tmp_path: Path) -> None:
+def test_a_compressed_member_is_an_error(plain: Written, tmp_path: Path) -> None:
     save(plain.model, tmp_path, "bin")
     original = tmp_path / "pytorch_model.bin"
     packed = tmp_path / "packed"

@@ -1,4 +1,4 @@
-"""The released Flacuna's layout: a PEFT state dict saved whole, with an int8 base and its scales."""
+"""The layout of the released Flacuna: the state dict of a whole PEFT model, with an int8 base and its scales."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 
 
 def release(path: Path, rank: int = 8) -> tuple[transformers.PreTrainedModel, dict[str, torch.Tensor]]:
-    """Writes the layout; returns the PEFT model and the dequantised base weights it stands for."""
+    """Writes the layout; returns the PEFT model and its dequantised base weights."""
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(torch_llama(SMALL), lora)
@@ -69,19 +69,19 @@ def test_its_base_can_be_dequantised(tmp_path: Path) -> None:
 def test_another_rank_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     release(tmp_path / "other", rank=4)
     assert run_verb(convert.main, [str(tmp_path / "other"), str(tmp_path / "out")]) == 2
-    assert "has rank 4, the released Flacuna 8" in capsys.readouterr().err
+    assert "has rank 4, but the released Flacuna has 8" in capsys.readouterr().err
     assert run_verb(convert.main, [str(tmp_path / "other"), str(tmp_path / "out"), "--alpha", "12"]) == 0
     assert read_adapter(tmp_path / "out", SMALL).lora.alpha == 12
 
 
-def test_training_on_it_says_what_to_do(tmp_path: Path) -> None:
+def test_the_message_for_training_on_it_says_what_to_do(tmp_path: Path) -> None:
     release(tmp_path / "flacuna")
-    with pytest.raises(UserError, match="`flacuna convert` makes an adapter of it"):
+    with pytest.raises(UserError, match="`flacuna convert` extracts the adapter"):
         match_tensors(open_checkpoint(tmp_path / "flacuna"), SMALL)
 
 
 @pytest.mark.parametrize("options", [["--delta", "x"], ["--base", "--delta", "x"]])
-def test_options_that_do_not_apply_are_refused(options: list[str], tmp_path: Path) -> None:
+def test_options_that_do_not_apply_are_errors(options: list[str], tmp_path: Path) -> None:
     release(tmp_path / "flacuna")
     (tmp_path / "x").mkdir()
     options = [str(tmp_path / option) if option == "x" else option for option in options]
