@@ -155,7 +155,7 @@ def open_tracker(
 
     Args:
       logging: settings that enable trackers.
-      run_dir: an existing run directory whose metrics.jsonl is already cut back to `after_step`.
+      run_dir: an existing run directory whose metrics.jsonl is already truncated to `after_step`.
       config: the resolved config, shown by Weights & Biases.
       after_step: 0, or the step of the checkpoint from which the run resumes. Earlier records of later steps are
         superseded.

@@ -37,7 +37,7 @@ def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokeni
     """Tokenises the data of a run with its template, or finds them in the cache.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       say: receives lines about the template, the cache and the records.
       tokenizer: the one at `config.model.tokenizer_path`, if it is loaded already.
 

@@ -17,8 +17,8 @@ from flacuna_jax.evaluation.harness import HarnessModel, check_tasks, metrics, r
 from tests.data.chat_templates import write_tokenizer  # noqa: E402
 from tests.vocabularies import llama_template  # noqa: E402
 
-# float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless
-# it is told otherwise: a sum of 1600 is then a multiple of 1.2e-4, which hides what is compared. Both use float64 here.
+# float32 models on both sides; a request sums up to 500 log-probabilities. By default the harness adds them up in
+# float32: a sum of 1600 is then a multiple of 1.2e-4, which would hide differences. Both use float64 here.
 TOLERANCE = 1e-4
 
 STORIES = [

@@ -28,7 +28,7 @@ def test_canonical_solutions_pass_as_published(test_data: Path) -> None:
         lambda p: p.canonical_solution + "\n\nprint(input())\nThis function does what was asked.",
         lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\nIt works as follows.",
     ],
-    ids=["leading spaces lost", "something behind it", "written anew in a fence"],
+    ids=["without leading spaces", "followed by other text", "rewritten in a fence"],
 )
 def test_canonical_solutions_pass_in_other_forms(test_data: Path, answer) -> None:  # type: ignore[no-untyped-def]
     problems = load(test_data).problems

@@ -139,7 +139,7 @@ def test_every_kind_of_change_is_an_error_and_may_be_allowed_by_name(tmp_path, n
     with pytest.raises(UserError) as refusal:
         require_same_run(meta(), now, tmp_path)
     assert line in str(refusal.value)
-    assert f"--checkpoint.allow_changes=[{name}]" in str(refusal.value), "the message says how to go on"
+    assert f"--checkpoint.allow_changes=[{name}]" in str(refusal.value), "the message says how to continue"
     require_same_run(meta(), now, tmp_path, allowed=[name])
     assert allowed_changes(meta(), now, [name]) == [line]
     for other in CHANGES.keys() - {name}:
