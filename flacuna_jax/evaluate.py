@@ -1,7 +1,7 @@
 """`flacuna evaluate --run RUN --compare base --tasks mmlu,bbh --data DIR`: benchmark tables.
 
-Results, tables and the cache of answers are written to --output. An evaluation that was killed continues where it
-stopped; repeating one asks the model nothing again.
+Results, tables and the cache of answers are written to --output. A killed evaluation continues where it stopped, and a
+repeated one uses the cached answers.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _loader(arguments: argparse.Namespace) -> ModelLoader:
 
 
 def _addresses(arguments: argparse.Namespace) -> list[tuple[ModelAddress, str]]:
-    """Models and their names; those of --compare come first. `--compare base` is the model without its adapter."""
+    """Models and their names, those of --compare first. `--compare base` is the model without its adapter."""
     main_address, _ = addressed_model(arguments)
     others = []
     for text in arguments.compare:

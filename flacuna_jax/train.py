@@ -1,6 +1,6 @@
-"""`python -m flacuna_jax.train --config C [--a.b=value ...]`: the main job, from a checkpoint and data to an adapter.
+"""`python -m flacuna_jax.train --config C [--a.b=value ...]`: trains an adapter or a model from a checkpoint and data.
 
-What happens is in `run/training_run.py`, which reads top to bottom: model, data, plan, starting state, loop, delivery.
+`run/training_run.py` defines the run: model, data, plan, starting state, loop, delivery.
 """
 
 import json
@@ -40,22 +40,22 @@ from flacuna_jax.training.step import make_step
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Sequence[StepHook | StateHook] = ()) -> int | None:
-    """The verb. `hooks` are added to the run, for programs that call it."""
+    """The command. `hooks` are added to the run, for programs that call this function."""
     parser = Parser(
         "train",
-        "Fine-tunes a LLaMA: LoRA adapters, or every weight with lora: null.",
+        "Fine-tunes a LLaMA model: LoRA adapters, or all weights with lora: null.",
         epilog="Any setting of the config can be overridden: --training.epochs=2 --data.sources.0.path=my.jsonl. "
-        f"Exit status: 0 done; 2 the input is wrong; {EXIT_STOPPED} a signal ended the run (SIGTERM, SIGINT, "
-        "SIGHUP, SIGUSR1, SIGUSR2), its state is saved, the same command continues it; 1 anything else.",
+        f"Exit status: 0 done; 2 the input is invalid; {EXIT_STOPPED} a signal ended the run (SIGTERM, SIGINT, "
+        "SIGHUP, SIGUSR1, SIGUSR2), its state is saved, and the same command continues it; 1 any other error.",
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="see configs/")
-    parser.add_argument("--settings", action=ShowSettings, help="print every setting, what it does and its default")
+    parser.add_argument("--settings", action=ShowSettings, help="print every setting with its description and default")
     parser.add_argument("--profile", action="store_true", help="trace a few steps into output_dir/profile")
     parser.add_argument(
-        "--check_determinism", action="store_true", help="only prove, on 3 steps, that a seed gives the same bytes"
+        "--check_determinism", action="store_true", help="only check, on 3 steps, that a seed gives the same bytes"
     )
     parser.add_argument(
-        "--inspect_step", type=int, metavar="N", help="only tell, as JSON, which examples step N holds and their losses"
+        "--inspect_step", type=int, metavar="N", help="only print, as JSON, the examples of step N and their losses"
     )
     arguments, overrides = parser.parse_with_overrides(argv)
     config = load_config(arguments.config, overrides)
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None, *, hooks: Sequence[StepHook | StateH
 def train(
     config: RunConfig, stop: StopRequest, *, profile: bool = False, hooks: Sequence[StepHook | StateHook] = ()
 ) -> int:
-    """Runs, or resumes, one training run; returns the exit status.
+    """Starts or resumes a training run, trains it to its end, and returns the exit status.
 
     Raises:
-      UserError: before anything is written if the input is wrong; later, if the output directory fails.
-      Stopped: a signal came; the state is saved.
-      BadStep: the loss is not finite, or leapt, and the settings say to stop.
+      UserError: the input is invalid, before anything is written; or later, the output directory cannot be written.
+      Stopped: a signal arrived; the state is saved.
+      BadStep: the loss or its gradient is not finite or a spike, and the settings end the run.
     """
     with open_run(config, stop=stop, profile=profile, hooks=hooks) as run:
         if run.train() == "stopped" or stop.poll():
@@ -96,7 +96,7 @@ def train(
 
 
 def prove_determinism(config: RunConfig) -> int:
-    """Begins the run twice and compares bytes; writes nothing. Raises NotDeterministic; UserError for wrong input."""
+    """Starts the run twice and compares bytes; writes nothing. Raises NotDeterministic; UserError for invalid input."""
     distributed.initialize(config.distributed)
     say: Say = say_at_once if jax.process_index() == 0 else say_nothing
     setup = set_up(open_parts(config), say)
@@ -113,9 +113,9 @@ def prove_determinism(config: RunConfig) -> int:
 
 
 def inspect_step(config: RunConfig, number: int) -> int:
-    """Prints the examples of a step and the loss of each with the newest checkpoint's parameters, or the first ones.
+    """Prints the examples of a step, and the loss of each with the newest checkpoint's parameters, or the initial ones.
 
-    Writes nothing, and may be asked beside a run. Raises UserError for wrong input, or a step that the run has not.
+    Writes nothing, and may be called while the run is active. Raises UserError for invalid input or a nonexistent step.
     """
     distributed.initialize(config.distributed)
     primary = jax.process_index() == 0

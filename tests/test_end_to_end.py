@@ -168,7 +168,7 @@ def test_a_run_in_the_directory_of_its_data_is_refused(finished, tmp_path, capsy
         (tmp_path / "run", f"{tmp_path}/**/*.json*"),
     ):
         assert run(finished / "config.yaml", f"--output_dir={out}", f"--data.sources.0.path={source}") == 2
-        assert f"output_dir {out} lies in {source}, which is read as data" in capsys.readouterr().err
+        assert f"output_dir {out} is inside {source}, whose files are all read as data" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
 
 
@@ -221,7 +221,7 @@ def test_an_adapter_can_be_continued_from(finished, tmp_path, capsys):
     capsys.readouterr()
     assert run(finished / "config.yaml", out + "2", *other, "--training.max_steps=1") == 2
     said = capsys.readouterr().err
-    advice = shlex.split(said.partition("take it with: ")[2])
+    advice = shlex.split(said.partition("set them with: ")[2])
     assert len(advice) == 3
     assert run(finished / "config.yaml", out + "2", *other, "--training.max_steps=1", *advice) == 0
 
@@ -295,7 +295,7 @@ def test_a_change_may_be_allowed_by_name(finished, tmp_path, capsys):
     assert "training.epochs: 2 in the checkpoint, 4 now" in said
     allow = said.partition("--checkpoint.allow_changes=")[2].split("]")[0] + "]"
     assert run(finished / "config.yaml", *changed, f"--checkpoint.allow_changes={allow}") == 0
-    assert "another run from here on, as checkpoint.allow_changes says: fingerprints.data" in capsys.readouterr().out
+    assert "accepted by checkpoint.allow_changes: fingerprints.data" in capsys.readouterr().out
     before, after = losses(finished / "run"), losses(tmp_path / "run")
     assert {step: after[step] for step in before} == before
     assert len(after) > len(before)

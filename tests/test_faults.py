@@ -191,7 +191,7 @@ def test_a_run_that_has_done_more_steps_than_are_asked_for_is_refused(undisturbe
     assert run(*arguments, "--training.max_steps=3") == 0
     before = delivered(tmp_path / "run")
     assert run(*arguments, "--training.max_steps=2") == 2
-    assert "holds a run that has done 3 steps, more than the 2 of these settings" in capsys.readouterr().err
+    assert "contains a run that is at step 3, beyond the 2 steps of these settings" in capsys.readouterr().err
     assert delivered(tmp_path / "run") == before
 
 
@@ -214,7 +214,7 @@ def test_one_changed_number_of_the_base_is_found(undisturbed, tmp_path, capsys, 
     assert "base_checksum: " in said
     assert "--checkpoint.allow_changes=[base]" in said
     assert run(*arguments, "--checkpoint.allow_changes=[base]") == 0
-    assert "another run from here on, as checkpoint.allow_changes says: base_checksum" in capsys.readouterr().out
+    assert "results differ from here on, accepted by checkpoint.allow_changes: base_checksum" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["meta/metadata", pytest.param("trainable/manifest.ocdbt", marks=pytest.mark.slow)])
@@ -407,7 +407,7 @@ def test_a_report_that_cannot_be_written_changes_no_status(undisturbed, tmp_path
     assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(4, terminate)) == EXIT_STOPPED
     assert run(undisturbed / "config.yaml", f"--output_dir={out}") == 0
     # In each start while it runs, and of how it ended.
-    assert capsys.readouterr().out.count("warning: no report of a run that is ") == 4
+    assert capsys.readouterr().out.count("warning: report.html could not be written ") == 4
     assert_same_run(out, undisturbed / "run")
 
 
@@ -506,7 +506,7 @@ def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evalua
         run(*arguments, hooks=at_step(11, killed))
     assert 10 in dict(evaluations(out))
     assert run(*arguments) == 0
-    assert "records removed that no checkpoint knows, after step 10: 2" in capsys.readouterr().out
+    assert "removed records newer than the checkpoint, after step 10: 2" in capsys.readouterr().out
     assert_same_evaluated_run(out, evaluated)
 
 

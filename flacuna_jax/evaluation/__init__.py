@@ -1,1 +1,1 @@
-"""Benchmarks: InstructEval to the letter, lm-evaluation-harness, tables that can be set beside the published ones."""
+"""Benchmarks in InstructEval's protocol, lm-evaluation-harness, and tables comparable with published ones."""

@@ -1,5 +1,5 @@
-"""BIG-Bench Hard (Suzgun et al., 2022, arXiv:2210.09261) as InstructEval asks it: answers only, no chain of thought,
-no description of the task, and the first rows of the same file as worked examples (they are then not scored).
+"""BIG-Bench Hard (Suzgun et al., 2022, arXiv:2210.09261) in InstructEval's protocol: answers only, no chain of thought,
+no description of the task, and the first rows of the same file as worked examples, which are not scored.
 
 Files: <task>.json {"examples": [{"input", "target"}]} (suzgunmirac/BIG-Bench-Hard), or <task>.jsonl / .parquet rows.
 """
@@ -54,7 +54,7 @@ def load(data: Path, shots: int = 3) -> AnswerTask:
     candidates = [f"{folder}{task}.{kind}" for folder in ("bbh/bbh/", "bbh/", "") for task in TASKS for kind in _KINDS]
     home = next((data / name for name in candidates if (data / name).is_file()), None)
     if home is None:
-        raise UserError(f"{data} holds no BBH task under bbh/; expected {LAYOUT}")
+        raise UserError(f"{data} has no BBH task under bbh/; expected {LAYOUT}")
     files = {path.stem: path for kind in _KINDS for path in home.parent.glob(f"*.{kind}") if path.stem in TASKS}
     missing = [task for task in TASKS if task not in files]
     problems = [problem for task in TASKS if task in files for problem in _task(task, read_rows(files[task]), shots)]

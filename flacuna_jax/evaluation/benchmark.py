@@ -1,4 +1,4 @@
-"""What a benchmark is. Verbs, tables and training runs know this interface only; `registry.py` lists the benchmarks."""
+"""The interface of benchmarks. Verbs, tables and training runs use only this; `registry.py` lists the benchmarks."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +36,7 @@ class Setting(Generic[T]):
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose. Benchmarks read what applies to them; `options[SETTING]` is the value of a setting.
+    """Options of the user. Each benchmark reads those that apply to it; `options[SETTING]` is the value of a setting.
 
     `judge` and `templates` are functions because both read files: a benchmark calls them after it has read its data.
     """
@@ -44,7 +44,7 @@ class Options:
     shots: int = 0
     """Worked examples per prompt."""
     limit: int | None = None
-    """Keep only this many problems (of each group, where the benchmark has groups)."""
+    """Keep only this many problems (per group, if the benchmark has groups)."""
     allow_code_execution: bool = False
     judge: Callable[[], Judge | None] = lambda: None
     """Makes the judge; None if the user named none."""
@@ -58,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table of the report. Benchmarks share one by naming the same object."""
+    """A table of the report. Benchmarks share a table by referring to the same object."""
 
     title: str
     average: bool = False
@@ -84,25 +84,25 @@ class Column:
         default_factory=lambda: {
             "faithful": "faithful",
             "corrected": "corrected",
-        }  # each reading has a score of its name
+        }  # each reading has a score with its name
     )
     """The score that each reading of the table shows."""
     group: str | None = None
     size: int = 0
-    """Problems of the whole group; with fewer the cell is marked incomplete."""
+    """Number of problems of the whole group; with fewer, the cell is marked incomplete."""
     decimals: int = 1
     factor: float = 1.0
-    """Multiplies the mean: 100 shows a share as a percentage where the result's own scale is 1."""
+    """Multiplies the mean: 100 shows a share as a percentage if the result's own scale is 1."""
     held_in: bool = False
     """FLAN-mini contains training data of this benchmark; cells are marked †."""
 
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """A benchmark with all that the program needs to know about it.
+    """A benchmark.
 
-    `load(data, options)` reads and checks files below `data` and returns what evaluates a model on them. It raises
-    UserError for missing or malformed files and for options that do not fit. No model is loaded before it returns.
+    `load(data, options)` reads and checks files below `data` and returns a function that evaluates a model on them. It
+    raises UserError for missing or malformed files and for unsuitable options. No model is loaded before it returns.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Benchmark:
     load: Callable[[Path, Options], Run]
     columns: tuple[Column, ...] = ()
     shots: int | None = None
-    """Worked examples per prompt in the paper. None: the benchmark has none, so `name:3` is refused."""
+    """Worked examples per prompt in the paper. None: the benchmark has none, so `name:3` is an error."""
     settings: tuple[Setting[Any], ...] = ()
     groupings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Further breakdowns in the summary of a result: name -> (group of problems -> larger group)."""
@@ -118,11 +118,11 @@ class Benchmark:
     """Runs code that the model wrote: needs `--allow-code-execution`."""
     uses_judge: bool = False
     uses_template: bool = False
-    """Puts prompts into the template that `--template` names."""
+    """Formats prompts with the template of `--template`."""
 
 
 def first_of_each(problems: Iterable[T], group: Callable[[T], str], limit: int | None) -> tuple[T, ...]:
-    """The first `limit` problems of each group, in their order; all of them without a limit."""
+    """The first `limit` problems of each group, in order; all problems without a limit."""
     kept, seen = [], dict[str, int]()
     for problem in problems:
         count = seen[group(problem)] = seen.get(group(problem), 0) + 1

@@ -1,7 +1,7 @@
-"""Answers that were computed before, on disk by content: what makes a killed evaluation resume, and a second one free.
+"""A cache of answers on disk, so that a killed evaluation can be resumed and a repeated one computes nothing.
 
-A store is a .jsonl file of {"key", "value"} objects, appended to as answers arrive and flushed; a torn last line (the
-process was killed while writing) is dropped. Keys are hashes of everything an answer depends on.
+A store is a .jsonl file of {"key", "value"} objects. Answers are appended and flushed as they arrive; an incomplete
+last line (the process was killed while writing) is dropped. Keys are hashes of everything that an answer depends on.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ class Store:
     """A dictionary from hash to JSON value that survives the process. One process writes a store at a time.
 
     Raises:
-      UserError: another process has the file open, or a line that is not the last is no entry.
+      UserError: another process has the file open, or a line other than the last is not an entry.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -36,7 +36,7 @@ class Store:
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 - stays open as long as the store
+            self._file = open(path, "a+b")  # noqa: SIM115 - open as long as the store
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -56,7 +56,7 @@ class Store:
                 entry = json.loads(line)
                 self._values[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}, is no cache entry; delete the file to start over") from None
+                raise UserError(f"{path}, line {number}, is not a cache entry; delete the file to start over") from None
             whole += len(line)
         self._file.truncate(whole)
 
@@ -86,13 +86,13 @@ class Store:
 
 
 CHUNK = 512
-"""Requests after which answers are written: what a killed evaluation loses at most."""
+"""Number of requests after which answers are written: the most that a killed evaluation loses."""
 LONG = 64
-"""New tokens above which an answer is long, and fewer requests make a chunk."""
+"""Number of new tokens above which an answer counts as long; chunks of long answers have fewer requests."""
 
 
 class CachedModel:
-    """A language model that asks the one behind it only for what is not in the store, and equal requests only once."""
+    """A language model with a cache: it sends a request to the wrapped model only if its answer is not in the store."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class CachedModel:
         progress: Callable[[int, int], None] | None = None,
         long_chunk: int = 64,
     ) -> None:
-        """`progress(done, total)` is called after each chunk. `long_chunk` requests for long answers make one: some
-        times what the model decodes side by side."""
+        """`progress(done, total)` is called after each chunk. `long_chunk`: requests per chunk of long answers, a small
+        multiple of the number of rows that the model decodes in parallel."""
         self._model, self._store, self._progress, self._long_chunk = model, store, progress, long_chunk
 
     @property
@@ -132,7 +132,7 @@ class CachedModel:
     ) -> list[Answer]:
         keys = [self._key(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if self._store.get(key) is None}
-        # Neighbours in token order share prefixes, so that a chunk holds what is computed together.
+        # Neighbours in token order share prefixes, so that requests with a common prefix are in the same chunk.
         todo = sorted(missing.items(), key=lambda item: _tokens(item[1]))
         size = min(CHUNK, self._long_chunk) if any(_is_long(request) for _, request in todo) else CHUNK
         for begin in range(0, len(todo), size):
@@ -156,7 +156,7 @@ def _is_long(request: ScoreRequest | GenerationRequest) -> bool:
 
 
 def directory_fingerprint(directories: Sequence[Path], extra: str = "") -> str:
-    """Hash of the content of all files below the directories; of files above 64 MiB, of their size, both ends and a
+    """Hash of the content of all files below the directories; for files above 64 MiB, of their size, both ends and one
     mebibyte in every 64."""
     digest = hashlib.sha256(extra.encode())
     for directory in directories:

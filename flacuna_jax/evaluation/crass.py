@@ -1,4 +1,4 @@
-"""CRASS, counterfactual conditionals (Frohberg & Binder, LREC 2022, 2022.lrec-1.229), as InstructEval asks it.
+"""CRASS, counterfactual conditionals (Frohberg & Binder, LREC 2022, 2022.lrec-1.229), in InstructEval's protocol.
 
 File: CRASS_FTM_main_data_set.csv, ';' between columns, one header line: PCTID;BatchID;Premise;QCC;CorrectAnswer;
 Answer1;Answer2;PossibleAnswer3. The first answer is right; the order of the options comes from random.seed(0) and one

@@ -1,9 +1,9 @@
-"""DROP (Dua et al., 2019, arXiv:1903.00161) as InstructEval asks it: prefix match instead of EM and F1, over the
-questions of the validation set on which all annotators agree, less those whose passage a worked example shows.
+"""DROP (Dua et al., 2019, arXiv:1903.00161) in InstructEval's protocol: prefix match instead of EM and F1, over the
+questions of the validation set on which all annotators agree, except those whose passage is in a worked example.
 
 Files: rows {section_id, query_id, passage, question, answers_spans: {spans, types}} (.jsonl or .parquet, the Hugging
-Face form), or the original drop_dataset_dev.json, or simple-evals' drop_v0_dev.jsonl(.gz). The last has lost where one
-span ends and the next begins; results made from it have a note.
+Face form), or the original drop_dataset_dev.json, or simple-evals' drop_v0_dev.jsonl(.gz). The last has no boundaries
+between spans; results from it have a note.
 """
 
 import random
@@ -96,7 +96,7 @@ def _hugging_face(row: Row) -> Item:
 
 
 def _original(path: Path, sections: dict[str, Any]) -> Iterable[Item]:
-    """As Hugging Face's loader makes rows of it: validated answers, and records of mixed kinds are left out."""
+    """Rows as from Hugging Face's loader: with validated answers, and without records of mixed kinds."""
     for name, section in sections.items():
         for pair in section["qa_pairs"]:
             row = Row(f"{path}, {name}", pair)
@@ -108,7 +108,7 @@ def _original(path: Path, sections: dict[str, Any]) -> Iterable[Item]:
 
 
 def _spans(answer: dict[str, Any]) -> list[str] | None:
-    """The spans of one annotator; None where the answer is of two kinds at once."""
+    """The spans of one annotator; None if the answer has two kinds at once."""
     date = answer.get("date") or {}
     parts = [date.get(part, "") for part in ("day", "month", "year")]
     found: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Reading of benchmark files in the formats they were published in; what is wrong with one is said in one sentence."""
+"""Reads benchmark files in their published formats, with one error message for any problem of a file."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ from flacuna_jax.errors import UserError
 
 
 class Row(NamedTuple):
-    """A record and where it stands, for messages."""
+    """A record, and its position in a file for messages."""
 
     place: str
     value: dict[str, Any]
@@ -25,7 +25,7 @@ def locate(data: Path, candidates: Sequence[str], expected: str) -> Path:
     """The first of `candidates` (relative to `data`, glob patterns allowed) that exists.
 
     Raises:
-      UserError: none is there; the message says what was looked for and where it is published.
+      UserError: none exists; the message lists the candidates and the expected publication.
     """
     if not data.is_dir():
         raise UserError(f"{data}: no such directory of benchmarks (--data, or evaluation.tasks.data)")
@@ -33,11 +33,11 @@ def locate(data: Path, candidates: Sequence[str], expected: str) -> Path:
         found = sorted(data.glob(candidate)) if candidate != "." else [data]
         if found:
             return found[0]
-    raise UserError(f"{data} holds none of {', '.join(candidates)}; expected: {expected}")
+    raise UserError(f"{data} has none of {', '.join(candidates)}; expected: {expected}")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, unpacked if its name ends in .gz. Raises UserError where that is impossible."""
+    """The text of a file, decompressed if its name ends in .gz. Raises UserError if it cannot be read."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode("utf-8-sig")
@@ -90,17 +90,17 @@ def _checked(row: Row) -> Row:
 
 
 def field(row: Row, name: str, kind: type = str) -> Any:
-    """`row.value[name]` of the given type. Raises UserError where it is missing or of another type."""
+    """`row.value[name]` of the given type. Raises UserError if it is missing or has another type."""
     if name not in row.value:
-        raise UserError(f"{row.place}: no field {name!r}; it has {', '.join(map(repr, row.value)) or 'none'}")
+        raise UserError(f"{row.place}: no field {name!r}; fields are {', '.join(map(repr, row.value)) or 'none'}")
     value = row.value[name]
     if not isinstance(value, kind):
-        raise UserError(f"{row.place}: field {name!r} should be {kind.__name__}, is {type(value).__name__}")
+        raise UserError(f"{row.place}: field {name!r} must be {kind.__name__}, is {type(value).__name__}")
     return value
 
 
 def read_csv(path: Path, delimiter: str = ",") -> list[list[str]]:
-    """Every cell exactly as written: no type inference, no reading of "NA" as a missing value."""
+    """Every cell exactly as written: no type inference, and "NA" is not a missing value."""
     try:
         return [row for row in csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter) if row]
     except csv.Error as error:

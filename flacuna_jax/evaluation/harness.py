@@ -1,9 +1,10 @@
-"""lm-evaluation-harness on models of this package: its tasks, prompts and metrics, our scores and generations.
+"""Runs lm-evaluation-harness on models of this package, with the harness's tasks, prompts and metrics.
 
-The harness is an optional dependency (the `eval` extra). Its command line cannot load models from outside, so a model
-goes in as an object: `simple_evaluate(model=HarnessModel(...))`, or `evaluate --protocol lm_eval`.
+The harness is an optional dependency (the `eval` extra). Its command line cannot load external models, so a model is
+passed as an object: `simple_evaluate(model=HarnessModel(...))`, or `evaluate --protocol lm_eval`.
 
-Numbers of this protocol and of InstructEval are not comparable: the harness scores MMLU by log-probability, for one.
+Numbers of this protocol and of InstructEval are not comparable; for example, the harness scores MMLU by
+log-probability.
 """
 
 from collections.abc import Sequence
@@ -29,12 +30,12 @@ except ImportError as error:
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's three kinds of request as its Hugging Face backend does.
+    """Answers the harness's three kinds of request like its Hugging Face backend.
 
-    Text is encoded with BOS in front where the tokenizer puts it there, unless it begins with BOS; `add_bos` says so
-    whatever the tokenizer does. Contexts that are too long lose tokens at the left. `template` is what
-    `--apply_chat_template` uses; once it was used, texts that spell special tokens have their ids. EOS ends a
-    generation as text too: a model can write it letter by letter.
+    Encoded text starts with BOS if the tokenizer adds it and the text does not start with BOS itself; `add_bos`
+    overrides the tokenizer. Contexts that are too long are truncated on the left. `--apply_chat_template` uses
+    `template`; after that, spellings of special tokens in texts are encoded as these tokens. A generation also ends
+    when its text contains the spelling of EOS.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class HarnessModel(TemplateLM):
         return self._template().jinja
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The history in the training template; `add_generation_prompt` False leaves the last answer open."""
+        """Formats the history with the template; with `add_generation_prompt` False, the last answer is not closed."""
         system = None
         if chat_history and chat_history[0]["role"] == "system":
             system, chat_history = chat_history[0]["content"], chat_history[1:]
@@ -80,7 +81,7 @@ class HarnessModel(TemplateLM):
         template = self._template()
         segments = render(Conversation("", "", turns, system), template)
         self._is_templated = True
-        if not add_generation_prompt:  # without what closes the answer, and what follows that
+        if not add_generation_prompt:  # drop the end of the answer and everything after it
             last = max(
                 (i for i, segment in enumerate(segments) if segment.token is None and segment.supervised), default=-1
             )
@@ -89,7 +90,7 @@ class HarnessModel(TemplateLM):
 
     def _template(self) -> Template:
         if self.template is None:
-            raise UserError("a chat template was asked for; name one with --template")
+            raise UserError("the chat template is missing; set it with --template")
         return self.template
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -116,8 +117,8 @@ class HarnessModel(TemplateLM):
         for texts, context, continuation in requests:
             if not continuation:
                 raise UserError(
-                    f"the tokenizer leaves nothing of the answer {texts and texts[1]!r}: encoded with its question, it "
-                    "adds no token to the question alone; word the task's answers otherwise"
+                    f"the answer {texts and texts[1]!r} adds no token to its question when both are encoded together; "
+                    "change the wording of the task's answers"
                 )
             kept = (context + continuation)[-(self.max_length + 1) :]
             split = max(1, len(kept) - len(continuation))
@@ -129,7 +130,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows of the context that predict every token once."""
+        """Log-probabilities of whole texts, in windows of the context length that predict every token once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -156,21 +157,21 @@ class HarnessModel(TemplateLM):
         stop = handle_stop_sequences(known.get("until"), eos=self._special.eos)
         new = int(known["max_gen_toks"])
         if new >= self.max_length:
-            raise UserError(f"the task asks for {new} new tokens, the model's whole context is {self.max_length}")
-        sampled = bool(known["do_sample"])  # without it the other settings mean nothing
+            raise UserError(f"the task requests {new} new tokens, but the model's context is only {self.max_length}")
+        sampled = bool(known["do_sample"])  # without it, the other settings are ignored
         return GenerationRequest(
             tuple(self.tok_encode(context)[-(self.max_length - new) :]),
             new,
             tuple(term for term in stop if term),
             temperature=float(known["temperature"]) if sampled else 0.0,
-            top_k=known.get("top_k") or None if sampled else None,  # 0 is transformers' word for all
+            top_k=known.get("top_k") or None if sampled else None,  # 0 means all in transformers
             top_p=known.get("top_p") if sampled else None,
         )
 
 
 def _role(name: str) -> Role:
     if name not in ("user", "assistant"):
-        raise UserError(f"the template knows the roles system, user and assistant, not {name!r}")
+        raise UserError(f"unknown role {name!r}; the template has the roles system, user and assistant")
     return name  # type: ignore[return-value]
 
 
@@ -185,10 +186,10 @@ def run_tasks(
     limit: int | None = None,
     include: Path | None = None,
 ) -> dict[str, Any]:
-    """The harness's results for its tasks, by name or from task files below `include`.
+    """Runs the harness on its own tasks or on those in task files below `include`, and returns its results.
 
     Raises:
-      UserError: a task that the harness does not know.
+      UserError: a task is unknown to the harness.
     """
     manager = _task_manager(tasks, include)
     results = lm_eval.simple_evaluate(
@@ -200,17 +201,17 @@ def run_tasks(
         apply_chat_template=apply_chat_template,
         bootstrap_iters=1000,
     )
-    assert results is not None, "simple_evaluate returns None on ranks above 0 alone"
+    assert results is not None, "simple_evaluate returns None only on ranks above 0"
     return dict(results)
 
 
 def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
-    """Raises UserError for a task that the harness does not know."""
+    """Raises UserError if a task is unknown to the harness."""
     _task_manager(tasks, include)
 
 
 def _task_manager(tasks: Sequence[str], include: Path | None) -> TaskManager:
-    """One that knows the tasks. The harness's own are read only where they are needed: that takes a while."""
+    """A manager of the tasks. It reads the harness's own tasks, which takes a while, only if necessary."""
     if include is not None and not include.is_dir():
         raise UserError(f"{include}: no such directory of task files (--data, or evaluation.tasks.data)")
     own = None if include is None else str(include)
@@ -222,11 +223,11 @@ def _task_manager(tasks: Sequence[str], include: Path | None) -> TaskManager:
         unknown = [task for task in tasks if not manager.match_tasks([task])]
         if not unknown:
             return manager
-    raise UserError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    raise UserError(f"unknown lm_eval task {', '.join(unknown)}; `lm_eval ls tasks` lists all tasks")
 
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers of `run_tasks`, flat: "task/metric" (standard errors left out)."""
+    """The numbers of `run_tasks` as a flat dict {"task/metric": value}, without standard errors."""
     return {
         f"{task}/{name.removesuffix(',none')}": float(value)
         for task, scores in results["results"].items()

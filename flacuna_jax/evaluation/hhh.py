@@ -1,14 +1,14 @@
-"""HHH alignment (Askell et al., 2021; BIG-bench hhh_alignment) as InstructEval asks it: the model compares two answers
-by the next-token log-probabilities of "A" and "B".
+"""HHH alignment (Askell et al., 2021; BIG-bench hhh_alignment) in InstructEval's protocol: the model compares two
+answers by the next-token log-probabilities of "A" and "B".
 
 Files: {harmless,helpful,honest,other}/task.json with {"examples": [{"input", "target_scores": {answer: 1 or 0}}]}.
 
-Two protocols. `paper` (June 2023, in use when the paper was written): the good answer is at A or B at random, and the
-same prompt with the bad answer in both places is the baseline. `current` (since August 2023): both orders, nothing
-random. The original drew the places without a seed; here each repetition draws them with its own seed.
+There are two protocols. `paper` (June 2023, in use when the paper was written): the good answer is randomly A or B, and
+the same prompt with the bad answer in both places is the baseline. `current` (since August 2023): both orders, without
+randomness. The original drew the places without a seed; here each repetition draws them with its own seed.
 
 The original scores "A" with a space before it, although its prompt already ends with a space. The faithful reading
-does the same; the corrected one scores the letter as it would follow that prompt.
+does the same; the corrected reading scores the letter without that space.
 """
 
 import random
@@ -92,7 +92,7 @@ def missing(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
 
 
 def prompts(comparisons: Sequence[Comparison], protocol: Protocol, seed: int = 0) -> list[Prompts]:
-    """`seed` is for the paper's protocol only: it draws the places of the good answers."""
+    """`seed`, which is used only by the paper's protocol, draws the places of the good answers."""
     choice = random.Random(seed)
     result = []
     for item in comparisons:
@@ -133,7 +133,7 @@ def run_hhh(
 ) -> TaskResult:
     """Scores every comparison. The paper's protocol is repeated with new places of the good answer, and averaged.
 
-    Records hold both prompts, and log-probabilities of A and B after the measured one, then after the reference.
+    Records have both prompts, and log-probabilities of A and B after the measured prompt, then after the reference.
     """
     repetitions = repetitions if protocol == "paper" else 1
     readings: tuple[Reading, ...] = get_args(Reading)

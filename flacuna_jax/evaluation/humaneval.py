@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al., 2021, arXiv:2107.03374) as InstructEval runs it: an instruction in front of the prompt,
+"""HumanEval (Chen et al., 2021, arXiv:2107.03374) in InstructEval's protocol: an instruction before the prompt,
 sampling at temperature 0.1, and a clean-up of the answer that damages correct code.
 
 File: HumanEval.jsonl.gz with {task_id, prompt, entry_point, canonical_solution, test}.
@@ -19,9 +19,9 @@ INSTRUCTION = (
 )
 MAX_NEW_TOKENS = 512
 TEMPERATURE = {1: 0.1, 10: 0.6, 100: 0.8}
-"""By the number of samples per problem."""
+"""Sampling temperature by the number of samples per problem."""
 TOP_K = 50
-"""The default of transformers' generate, which the original leaves in place."""
+"""The default of transformers' generate, which the original does not change."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load(data: Path) -> CodeTask[Problem]:
 
 def faithful_completion(text: str) -> str:
     """The original's clean-up: every line's indent is padded to an even number, then only the text before the first
-    blank line is kept. The reference solutions themselves lose 34 of 164 to it."""
+    blank line is kept. This breaks 34 of the 164 reference solutions."""
     lines = (" " * (_indent(line) % 2) + line for line in text.split("\n"))
     return "\n".join(lines).lstrip("\n").split("\n\n")[0]
 
@@ -75,9 +75,9 @@ _OUTSIDE = re.compile(r"^(?!def |class |async def |import |from |@|#|\s|[)\]}]|[
 
 
 def corrected_completion(text: str, problem: Problem) -> str:
-    """The code in an answer, blank lines and indents as they are.
+    """The code in an answer, with its blank lines and indents.
 
-    Code is taken out of a Markdown fence. If the answer repeats the function with its `def`, it follows the prompt's
+    Code is extracted from a Markdown fence. If the answer repeats the function with its `def`, it follows the prompt's
     unfinished one. Otherwise it continues the body: its first line gets the body's indent (tokenizers drop the space
     that an answer begins with), and it ends at the first unindented line that is not a definition.
     """

@@ -2,7 +2,7 @@
 relevance and coherence.
 
 File: data.jsonl (or .parquet) with {Category, Definition, Prompt}; FastChat's question.jsonl {category, turns} works as
-a substitute. The judge's templates are the original's, indents included.
+a substitute. The judge's templates are the original's, including indents.
 
 The paper's README recommends its own prompt for writing (definition, question, "Output:"): `style="output"`. The
 benchmark's prompt is `style="raw"`.
@@ -96,7 +96,7 @@ class WritingPrompt:
 
 
 def writing_prompt(definition: str, question: str) -> str:
-    """The paper's prompt for writing, for a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
+    """The paper's prompt for writing, as the text of a user's turn: `{definition}.\\n\\n{question}\\nOutput:`."""
     task = definition.strip()
     if not task:
         return f"{question.strip()}\nOutput:"
@@ -122,7 +122,7 @@ def judge_prompt(aspect: Aspect, text: str, prompt: str) -> str:
 
 
 def last_digit(review: str) -> int:
-    """The original's reading of a review: the last digit, or 1 if it is not 1 to 5 or there is none."""
+    """The original's reading of a review: the last digit; 1 if it is not 1 to 5, or if there is none."""
     digits = [int(c) for c in review if c.isdigit() and c in "0123456789"]
     return digits[-1] if digits and 1 <= digits[-1] <= 5 else 1
 
@@ -165,11 +165,11 @@ def run_impact(
     template: Template | None = None,
     temperature: float = 0.0,
 ) -> TaskResult:
-    """Generates answers, asks the judge about them (if there is one), and counts code where the prompt asks for none.
+    """Generates answers, has the judge review them (if there is one), and counts code in answers that need none.
 
     Args:
       template: Chat template for the questions; None gives the model the raw text, as the original does.
-      temperature: The original really used 0 for LLaMA models; its card says 1.
+      temperature: The original used 0 for LLaMA models, although its card says 1.
     """
 
     def encode(text: str) -> tuple[int, ...]:

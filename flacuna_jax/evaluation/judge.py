@@ -1,7 +1,7 @@
-"""A judge is anything that answers a prompt: a server that speaks OpenAI's chat protocol, or a model here.
+"""Judges, which review answers: a server with OpenAI's chat API, or a model of this package.
 
-Requests have temperature 0. What a server says is kept in a transcript, which is also the cache: a review that stands
-there is not asked for again.
+Requests have temperature 0. Answers of a server are kept in a transcript, which is also a cache: the server is not
+asked again for a review in the transcript.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from flacuna_jax.evaluation.cache import Store
 from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel
 
 FILTERED = "The response was filtered"
-"""What stands for a review that the server's content filter withheld, as in the original."""
+"""Replaces a review that the server's content filter withheld, as in the original."""
 RETRIED = (408, 409, 425, 429, *range(500, 600))
 
 
@@ -32,14 +32,14 @@ class Judge(Protocol):
     def name(self) -> str: ...
 
     def review(self, prompts: Sequence[str]) -> list[str]:
-        """One answer per prompt, in their order."""
+        """One answer per prompt, in the order of the prompts."""
         ...
 
 
 @dataclass(frozen=True)
 class ServerJudge:
-    """`url` is the API's base, as in http://localhost:8000/v1. Retries wait 1, 2, 4, ... seconds, or what the server
-    asks for."""
+    """A server with OpenAI's chat API. `url` is the base of the API, as in http://localhost:8000/v1. Retries wait 1, 2,
+    4, ... seconds, or as long as the server's Retry-After header requires."""
 
     url: str
     model: str
@@ -55,7 +55,7 @@ class ServerJudge:
         address = urllib.parse.urlsplit(self.url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise UserError(
-                f"the judge's URL is {self.url!r}; the API's base is expected, as in http://localhost:8000/v1"
+                f"the judge's URL is {self.url!r}; expected the base of the API, as in http://localhost:8000/v1"
             )
 
     @property
@@ -63,7 +63,7 @@ class ServerJudge:
         return self.model
 
     def review(self, prompts: Sequence[str]) -> list[str]:
-        """Raises UserError where the server cannot be reached, or refuses."""
+        """Raises UserError if the server cannot be reached, or rejects a request."""
         with ThreadPoolExecutor(self.parallel) as pool:
             return list(pool.map(self._review, prompts))
 
@@ -96,14 +96,14 @@ class ServerJudge:
                 if "content_filter" in detail or "content management policy" in detail:
                     return FILTERED
                 if error.code not in RETRIED:
-                    raise UserError(f"the judge at {self.url} refuses (HTTP {error.code}): {detail[:300]}") from None
+                    raise UserError(f"the judge at {self.url} rejects it (HTTP {error.code}): {detail[:300]}") from None
                 wrong, wait = f"HTTP {error.code}", _retry_after(error.headers.get("Retry-After"), wait)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                # What breaks a connection off, and what is no HTTP or no JSON.
+                # A broken connection, or an answer that is not HTTP or not JSON.
                 wrong = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 self.sleep(wait)
-        raise UserError(f"the judge at {self.url} gave {wrong}, {self.retries + 1} times; what it said so far is kept")
+        raise UserError(f"the judge at {self.url} gave {wrong}, {self.retries + 1} times; its earlier reviews are kept")
 
     def _post(self, request: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -123,7 +123,7 @@ def _retry_after(stated: str | None, default: float) -> float:
 
 
 def _content(response: Any) -> str:
-    """The review in a response. Raises ValueError for a response of another shape."""
+    """The review in a response. Raises ValueError if the response has another structure."""
     try:
         choice = response["choices"][0]
         if choice.get("finish_reason") == "content_filter":
@@ -135,7 +135,7 @@ def _content(response: Any) -> str:
 
 @dataclass(frozen=True)
 class ModelJudge:
-    """A model of this package as the judge, asked through a conversation template, greedily."""
+    """A model of this package as the judge, with a conversation template and greedy decoding."""
 
     model: LanguageModel
     template: Template
@@ -146,13 +146,13 @@ class ModelJudge:
         return self.model.name
 
     def review(self, prompts: Sequence[str]) -> list[str]:
-        """Raises UserError where what is to be judged does not fit the judge's context."""
+        """Raises UserError if an answer to be reviewed does not fit the judge's context."""
         asked = [tuple(tokenize_prompt([Turn("user", p)], self.template, self.model.tokenizer)) for p in prompts]
         longest, context = max(map(len, asked), default=0), self.model.context_length
         if longest + self.max_new_tokens > context:
             raise UserError(
-                f"the judge {self.name} has a context of {context} tokens; an answer takes {longest} to show and "
-                f"{self.max_new_tokens} to review"
+                f"the judge {self.name} has a context of {context} tokens; the longest prompt has {longest} tokens, "
+                f"and a review takes up to {self.max_new_tokens}"
             )
         stop, ends = self.template.stop_strings, self.template.ends
         requests = [GenerationRequest(ids, self.max_new_tokens, stop, ends=ends) for ids in asked]

@@ -1,4 +1,4 @@
-"""Benchmarks with labels: a prompt with worked examples, fitted to the context, and an answer compared with a label."""
+"""Benchmarks with labels: prompts with worked examples, fitted to the context, and answers compared with labels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,11 +28,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question as the original code reads it, and as the file has it; they differ where the original loses text."""
+    """A question as the original code reads it, and as it is in the file; they differ if the original loses text."""
 
     id: str
     group: str
-    """Subject, task or category. Macro averages and breakdowns are over groups."""
+    """Subject, task or category, for macro averages and breakdowns."""
     faithful: Question
     corrected: Question
 
@@ -62,9 +62,9 @@ class AnswerTask:
 class FittedPrompt:
     text: str
     shots: int
-    """Worked examples that remain."""
+    """Number of worked examples that remain."""
     tokens: int
-    """Length of the prompt, BOS included."""
+    """Length of the prompt, including BOS."""
 
 
 def fit_shots(question: Question, count_tokens: Callable[[str], int], limit: int) -> FittedPrompt:
@@ -88,10 +88,10 @@ def answer_benchmark(
     groupings: Mapping[str, Mapping[str, str]] | None = None,
     held_in: bool = False,
 ) -> Benchmark:
-    """A benchmark of this kind.
+    """A benchmark with labels.
 
     Args:
-      read: Reads it from a directory, with a number of worked examples.
+      read: Reads it from a directory, with the given number of worked examples.
       tables: The table for each number of worked examples that is reported; the first number is the default.
       groupings: As in `Benchmark`.
       held_in: As in `Column`.
@@ -112,9 +112,9 @@ def answer_benchmark(
 def run_answers(task: AnswerTask, model: LanguageModel) -> TaskResult:
     """Generates the answer to every problem and computes all scores of the task.
 
-    Where the faithful and the corrected question differ, both are asked. As in the original, an answer may exceed the
-    model's context. A question that exceeds the context without any worked example loses its first tokens, and its
-    record says how many; the original would exceed the context with the prompt.
+    If the faithful and the corrected question differ, both are asked. As in the original, an answer may exceed the
+    model's context. A question that exceeds the context even without worked examples loses its first tokens, and its
+    record has their number; in the original, the prompt would exceed the context.
     """
     fitted: dict[tuple[Question, int], FittedPrompt] = {}
 

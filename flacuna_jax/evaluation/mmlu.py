@@ -1,7 +1,7 @@
-"""MMLU (Hendrycks et al., 2021, arXiv:2009.03300) as InstructEval asks it: the answer letter is generated.
+"""MMLU (Hendrycks et al., 2021, arXiv:2009.03300) in InstructEval's protocol: the answer letter is generated.
 
 Files: {dev,test}/<subject>_{dev,test}.csv without header, columns question, A, B, C, D, answer. The original reads them
-with pandas, which turns the option "NA" into "nan" and 1.50 into 1.5; the faithful reading does too.
+with pandas, which turns the option "NA" into "nan" and 1.50 into 1.5; so does the faithful reading.
 """
 
 from collections.abc import Sequence
@@ -90,12 +90,12 @@ def load(data: Path, shots: int = 5, split: str = "test") -> AnswerTask:
 
     Raises:
       UserError: no data, a subject without its dev file or with fewer examples than shots, an unknown subject, or a
-        row that is not six columns.
+        row without exactly six columns.
     """
     home = locate(data, [f"mmlu/data/{split}", f"mmlu/{split}", f"data/mmlu/{split}", split], f"MMLU, {LAYOUT}").parent
     files = sorted((home / split).glob(f"*_{split}.csv"))
     if not files:
-        raise UserError(f"{home / split} holds no <subject>_{split}.csv; expected {LAYOUT}")
+        raise UserError(f"{home / split} has no <subject>_{split}.csv; expected {LAYOUT}")
     problems = [problem for file in files for problem in _subject(home, file, split, shots)]
     return AnswerTask(
         name="mmlu",
@@ -113,7 +113,7 @@ def load(data: Path, shots: int = 5, split: str = "test") -> AnswerTask:
 def _subject(home: Path, file: Path, split: str, shots: int) -> list[Problem]:
     subject = file.name.removesuffix(f"_{split}.csv")
     if subject not in SUBCATEGORY_OF:
-        raise UserError(f"{file}: {subject!r} is none of MMLU's {len(SUBCATEGORY_OF)} subjects")
+        raise UserError(f"{file}: {subject!r} is not one of MMLU's {len(SUBCATEGORY_OF)} subjects")
     examples = home / "dev" / f"{subject}_dev.csv"
     if not examples.is_file():
         raise UserError(f"{examples} is missing: the worked examples of {subject}; expected {LAYOUT}")
@@ -130,7 +130,7 @@ def _subject(home: Path, file: Path, split: str, shots: int) -> list[Problem]:
 
 
 def header(subject: str) -> str:
-    """The original's description of the subject starts with a space of its own, hence two spaces after "about"."""
+    """The original's subject starts with a space, so there are two spaces after "about"."""
     described = "".join(f" {word}" for word in subject.split("_"))
     return f"The following are multiple choice questions (with answers) about {described}.\n\n"
 
@@ -142,7 +142,7 @@ def _ask(row: Sequence[str]) -> str:
 
 
 def _read_as_pandas(path: Path) -> list[list[str]]:
-    _read_as_text(path)  # for its messages
+    _read_as_text(path)  # for its error messages
     return [
         [f"{cell}" for cell in row] for row in pandas.read_csv(path, header=None).itertuples(index=False, name=None)
     ]

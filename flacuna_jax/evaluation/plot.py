@@ -1,4 +1,4 @@
-"""A bar chart of a table as SVG, written by hand: bars with their intervals, a colour for each model of one's own."""
+"""Draws a bar chart of a table as SVG: bars with confidence intervals, and a colour for each evaluated model."""
 
 import itertools
 import math
@@ -8,12 +8,12 @@ from xml.sax.saxutils import escape
 from flacuna_jax.evaluation.tables import Cell, Table, TableRow
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-"""Of one's own models: Paul Tol's bright palette, told apart by colour-blind readers too."""
+"""Colours of evaluated models: Paul Tol's bright palette, which colour-blind readers can distinguish."""
 PALE = ("#bbccee", "#cceeff", "#ccddaa", "#eeeebb", "#ffcccc", "#dddddd", "#e6cce6")
-"""Of published rows, which stand behind."""
+"""Colours of published rows, less prominent."""
 BAR, GAP, HEIGHT, LEFT, TOP = 18, 22, 220, 46, 34
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 25)
-"""Between two lines of the scale, of which there are six at most."""
+"""Possible intervals between lines of the scale, which has at most six lines."""
 
 
 def to_svg(table: Table) -> str:

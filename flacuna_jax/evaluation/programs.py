@@ -30,21 +30,21 @@ P = TypeVar("P", bound=CodeProblem)
 
 @dataclass(frozen=True)
 class CodeTask(Generic[P]):
-    """A benchmark whose answers are run. `expected` is as in `AnswerTask`."""
+    """A benchmark whose answers are executed. `expected` is as in `AnswerTask`."""
 
     name: str
     problems: tuple[P, ...]
     completions: Mapping[str, Callable[[str, P], str]]
-    """Score name -> takes the code out of an answer."""
+    """Score name -> function that extracts the code from an answer."""
     temperature: Callable[[int], float]
-    """By the number of samples per problem."""
+    """Sampling temperature by the number of samples per problem."""
     top_k: int | None
     max_new_tokens: int
     expected: int
 
 
 def code_benchmark(name: str, read: Callable[[Path], CodeTask[P]], column: Column) -> Benchmark:
-    """A benchmark of this kind; `read` reads it from a directory."""
+    """A benchmark with generated code; `read` reads it from a directory."""
 
     def load(data: Path, options: Options) -> Run:
         whole_task = read(data)
@@ -57,15 +57,15 @@ def code_benchmark(name: str, read: Callable[[Path], CodeTask[P]], column: Colum
 def run_code(
     task: CodeTask[P], model: LanguageModel, samples: int = 1, workers: int = 2, limits: Limits = DEFAULT_LIMITS
 ) -> TaskResult:
-    """Generates answers, takes the code out of each in every way that the task names, and runs it with its tests.
+    """Generates answers, extracts the code from each with every function in `completions`, and runs it with its tests.
 
-    The caller has made sure that the user allows it (`sandbox.require_permission`). The scores are estimates of pass@k:
-    the name alone for k = 1, `name@10` and `name@100` where there are enough samples. `workers` programs run at once.
+    The caller must have the user's permission (`sandbox.require_permission`). The scores are estimates of pass@k: the
+    plain name for k = 1, and `name@10` and `name@100` with enough samples. `workers` programs run in parallel.
     """
     temperature = task.temperature(samples)
     requests = [
         GenerationRequest(
-            # Answers may run past the context, as in `run_answers`.
+            # Answers may exceed the context, as in `run_answers`.
             encode_prompt(model.tokenizer, problem.question)[-model.context_length :],
             task.max_new_tokens,
             temperature=temperature,
@@ -108,7 +108,7 @@ def _record(codes: Sequence[str], verdicts: Sequence[Verdict]) -> list[dict[str,
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of passing with k tries (Chen et al., 2021, section 2.1)."""
+    """The unbiased estimate 1 - C(n-c, k) / C(n, k) of passing within k tries (Chen et al., 2021, section 2.1)."""
     if samples < k:
         raise ValueError(f"pass@{k} needs at least {k} samples, got {samples}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """`scores` are keyed like table cells: "mmlu/5" (task/shots), "hhh/harmless", "impact/creative/coherence"."""
+    """Published scores of a model. Their keys are "task/shots", "hhh/category" or "impact/category/aspect"."""
 
     model: str
     source: str
     scores: Mapping[str, float]
     held_in: bool
-    """The model was trained on FLAN-mini, so that scores of `Column.held_in` are marked."""
+    """Whether the model was trained on FLAN-mini, so that scores in `Column.held_in` columns are marked."""
 
 
 def published_rows() -> tuple[PublishedRow, ...]:
-    """Rows of one model and one table each; a model can have several."""
+    """Rows, each of one model and one table; a model can have several rows."""
     content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
     return tuple(
         PublishedRow(row["model"], content["sources"][row["source"]], row["scores"], row.get("held_in", False))
@@ -27,6 +27,6 @@ def published_rows() -> tuple[PublishedRow, ...]:
 
 
 def published_remarks() -> tuple[str, ...]:
-    """Notes about the rows."""
+    """Remarks about the rows."""
     content = json.loads(Path(__file__).with_name("published.json").read_text("utf-8"))
     return tuple(content["remarks"])

@@ -1,4 +1,4 @@
-"""The benchmarks of `flacuna evaluate`, in the order of their tables and columns, and names for sets of them."""
+"""The benchmarks of `flacuna evaluate`, in the order of tables and columns, and named sets of them."""
 
 from flacuna_jax.evaluation import bbh, crass, drop, hhh, humaneval, impact, mmlu
 
@@ -17,4 +17,4 @@ SUITES = {
     "zero_shot": ("mmlu:0", "bbh:0", "crass:0"),
     "paper": ("mmlu:5", "bbh:3", "drop:3", "crass:3", "humaneval", "mmlu:0", "bbh:0", "crass:0", "hhh", "impact"),
 }
-"""The tables of the Flacuna paper: a new benchmark does not join them."""
+"""The tables of the Flacuna paper; do not add new benchmarks."""

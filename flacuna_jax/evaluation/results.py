@@ -1,4 +1,4 @@
-"""Results of an evaluation: every prompt, prediction and score, and statistics of them."""
+"""Results of an evaluation: every prompt, prediction and score, and means of scores."""
 
 import json
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from flacuna_jax.whole_files import write_atomically
 
 @dataclass(frozen=True)
 class Outcome:
-    """One problem, answered. `scores` maps each way of scoring to a number; `record` holds prompts and predictions."""
+    """An answered problem. `scores` maps the name of each score to a number; `record` has prompts and predictions."""
 
     id: str
     group: str
     scores: Mapping[str, float | None]
-    """None where a way of scoring does not apply to the problem; it is then left out of the mean."""
+    """None if a score does not apply to the problem, which is then excluded from the mean."""
     record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A benchmark, answered by one model.
+    """The result of one model on a benchmark.
 
-    `scale` is what a score of 1 is shown as: 100 for percentages, 1 for ratings from 1 to 5.
+    `scale` multiplies scores for display: 100 for percentages, 1 for ratings from 1 to 5.
     """
 
     task: str
@@ -50,11 +50,11 @@ class TaskResult:
         return tuple(self.outcomes[0].scores) if self.outcomes else ()
 
     def scored(self, score: str) -> "TaskResult":
-        """The result over the problems that the score applies to."""
+        """The result on the problems to which the score applies."""
         return replace(self, outcomes=tuple(o for o in self.outcomes if o.scores.get(score) is not None))
 
     def values(self, score: str) -> NDArray[np.float64]:
-        """Of a result whose problems all have the score."""
+        """Values of a score, one per problem; all problems must have the score."""
         return np.array([outcome.scores[score] for outcome in self.outcomes], np.float64)
 
     @property
@@ -62,14 +62,14 @@ class TaskResult:
         return tuple(dict.fromkeys(outcome.group for outcome in self.outcomes))
 
     def weights(self) -> NDArray[np.float64]:
-        """What each problem counts for; sums to 1. Micro: all alike. Macro: groups alike, whatever their size."""
+        """Weight of each problem, with sum 1. Micro: equal weights. Macro: equal total weight of every group."""
         if self.average == "micro":
             return np.full(len(self.outcomes), 1 / len(self.outcomes))
         sizes = {group: sum(o.group == group for o in self.outcomes) for group in self.groups}
         return np.array([1 / (len(sizes) * sizes[outcome.group]) for outcome in self.outcomes])
 
     def mean(self, score: str) -> float:
-        """Over the problems that the score applies to, in the task's scale; NaN if there are none."""
+        """Mean over the problems to which the score applies, in the task's scale; NaN if there are none."""
         result = self.scored(score)
         if not result.outcomes:
             return float("nan")
@@ -78,7 +78,7 @@ class TaskResult:
         return float(np.mean(list(result.by_group(score).values())))
 
     def by_group(self, score: str, names: Mapping[str, str] | None = None) -> dict[str, float]:
-        """Means per group, or per what `names` maps groups to (subjects to categories), over their problems."""
+        """Means over the problems of each group, or of each larger group that `names` maps groups to."""
         members: dict[str, list[float]] = {}
         scored = self.scored(score)
         for outcome, value in zip(scored.outcomes, scored.values(score), strict=True):
@@ -88,13 +88,13 @@ class TaskResult:
 
 
 def write_result(result: TaskResult, path: Path, summary: Mapping[str, Any]) -> None:
-    """One JSON file with the summary first, then every outcome. Written whole or not at all."""
+    """Writes one JSON file atomically, with the summary first, then every outcome."""
     content = {"summary": dict(summary), **asdict(result)}
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def read_result(path: Path) -> TaskResult:
-    """Raises UserError if `write_result` did not write the file."""
+    """Reads a file of `write_result`. Raises UserError for any other file."""
     try:
         content = json.loads(path.read_text("utf-8"))
         content.pop("summary")

@@ -1,15 +1,15 @@
-"""Runs programs that a model wrote, one at a time, each in a process of its own that can do nothing but compute.
+"""Runs programs that a model wrote, each in a separate process that can only compute and read files.
 
-Layers, outermost first; `isolation()` says which of them this machine has:
+Layers of isolation, outermost first; `isolation()` returns those that are active on this machine:
 
-* a process of its own in a session of its own, killed as a group at the wall-clock limit;
-* an unprivileged user where we are root, and a network namespace with no devices in it;
-* limits on CPU time, memory, processes, open files, and a file size of zero;
-* a system call filter (seccomp) that allows computing, reading files and nothing else: no sockets, no processes or
-  threads, no signals to others, no file created, changed or removed.
+* a separate process in its own session, killed as a group at the wall-clock limit;
+* an unprivileged user if we are root, and a network namespace without devices;
+* limits on CPU time, memory, processes and open files, and a maximum file size of zero;
+* a system call filter (seccomp) that allows only computation and reading files: no sockets, no processes or threads, no
+  signals to others, and no creation, change or removal of files.
 
-A program has passed when it ran to its end: it then hands back a secret that it was given at its start. Leaving early
-(`sys.exit(0)`, `os._exit(0)`) is not passing.
+A program passes if it runs to its end: the guard then returns a secret that it received at the start. Exiting early
+(`sys.exit(0)`, `os._exit(0)`) does not pass.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ GUARD = Path(__file__).with_name("sandbox_guard.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu_seconds is a program's own time, so that a busy machine fails nothing; wall_seconds ends one that waits."""
+    """cpu_seconds limits CPU time, so programs do not fail on a busy machine; wall_seconds ends programs that wait."""
 
     cpu_seconds: float = 3.0
     wall_seconds: float = 12.0
@@ -52,22 +52,22 @@ class Verdict:
 
 
 def require_permission(benchmark: str, allowed: bool) -> None:
-    """Raises UserError unless the user agreed to run code that a model wrote."""
+    """Raises UserError unless the user allowed running code that a model wrote."""
     if not allowed:
         raise UserError(
-            f"{benchmark} runs code that the model wrote; it is isolated (no network, no files, no processes, limits "
-            "on time and memory), but you have to allow it: --allow-code-execution"
+            f"{benchmark} runs code that the model wrote; the code is isolated (no network, no files, no processes, "
+            "limits on time and memory), but you must allow it with --allow-code-execution"
         )
 
 
 @cache
 def isolation() -> tuple[str, ...]:
-    """The layers that hold on this machine, as reported by a process inside them."""
+    """The layers that are active on this machine, as reported by a process inside them."""
     return tuple(_run("", DEFAULT_LIMITS, report=True).reason.split())
 
 
 def run_programs(programs: Sequence[str], limits: Limits = DEFAULT_LIMITS, workers: int = 2) -> list[Verdict]:
-    """Verdicts of the programs, in their order; equal programs run once."""
+    """Verdicts of the programs, in order; equal programs run once."""
     unique = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(workers) as pool:
         verdicts = dict(zip(unique, pool.map(lambda program: _run(program, limits), unique), strict=True))
@@ -79,7 +79,7 @@ def _run(program: str, limits: Limits, report: bool = False) -> Verdict:
     settings = f"{secret} {limits.cpu_seconds} {limits.memory_bytes} {'report' if report else 'run'}\n"
     with tempfile.TemporaryDirectory(prefix="flacuna-sandbox-") as empty, tempfile.TemporaryFile() as stdin:
         Path(empty).chmod(0o755)
-        # surrogatepass: a model can produce any string, and it must fail inside, not here.
+        # surrogatepass: a model can write any string, and invalid text must fail in the sandbox, not here.
         stdin.write((settings + program).encode("utf-8", "surrogatepass"))
         stdin.seek(0)
         process = subprocess.Popen(
@@ -113,7 +113,7 @@ def _run(program: str, limits: Limits, report: bool = False) -> Verdict:
 
 
 def _read(process: subprocess.Popen, seconds: float) -> bytes | None:
-    """What the process says until it closes its output, 64 KiB at most; None if that takes longer than `seconds`."""
+    """Output of the process until it closes its output, at most 64 KiB; None if that takes more than `seconds`."""
     assert process.stdout is not None
     descriptor, deadline, output = process.stdout.fileno(), time.monotonic() + seconds, b""
     while len(output) < 1 << 16:
@@ -122,7 +122,7 @@ def _read(process: subprocess.Popen, seconds: float) -> bytes | None:
             return None
         piece = os.read(descriptor, 1 << 16)
         if not piece:
-            # The output is closed: the program is over, or has closed it itself and may go on for ever.
+            # The output is closed: the program has ended, or has closed it itself and may run forever.
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-"""The process that a program of a model runs in: locks itself up, then runs what it reads from stdin.
+"""The process in which a program of a model runs: it isolates itself, then runs the program from stdin.
 
-Started by `sandbox.py` as a script, with nothing but the standard library in reach. Protocol: the first line of stdin
-is "secret cpu_seconds memory_bytes run|report", the rest is the program; stdout is the secret if the program ran to
-its end, else the error.
+`sandbox.py` starts it as a script that can import only the standard library. Protocol: the first line of stdin is
+"secret cpu_seconds memory_bytes run|report", the rest is the program; stdout is the secret if the program ran to its
+end, otherwise the error.
 """
 
 import contextlib
@@ -29,10 +29,11 @@ IMPORTED = (
     "ast threading"
 )
 
-# Why numbers: they are the kernel's ABI and never change, and the filter needs nothing but Python and Linux. pyseccomp
-# needs libseccomp of the system, and bubblewrap must be installed and needs user namespaces, which containers and
-# clusters often refuse; whoever runs HumanEval there has neither.
-# Audit architecture, the calls a computing Python needs, the number of openat, and of open where it exists.
+# The numbers of system calls are part of the kernel's ABI and never change, so the filter needs only Python and Linux.
+# pyseccomp needs the system's libseccomp, and bubblewrap must be installed and needs user namespaces, which containers
+# and clusters often forbid.
+# Audit architecture, the calls that Python needs for computation, the number of openat, of open if it exists, and of
+# clone3.
 CALLS = {
     "x86_64": (
         0xC000003E,
@@ -59,7 +60,7 @@ CALLS = {
 
 
 def seccomp_program(machine: str) -> bytes:
-    """Classic BPF: allow the listed calls, `open` and `openat` for reading, refuse the rest."""
+    """Classic BPF program: allows the listed calls, `open` and `openat` for reading only, and refuses all others."""
     arch, numbers, openat, open_, clone3 = CALLS[machine]
     load, jump_eq, jump_set, give = 0x20, 0x15, 0x45, 0x06
     code: list[tuple[int, int, int, int]] = [
@@ -70,7 +71,7 @@ def seccomp_program(machine: str) -> bytes:
     ]
     for number in map(int, numbers.split()):
         code += [(jump_eq, 0, 1, number), (give, 0, 0, ALLOW)]
-    # glibc tries clone3 first and falls back to clone, which is refused properly.
+    # glibc tries clone3 first and falls back to clone if it is missing; clone is then refused with EPERM.
     code += [(jump_eq, 0, 1, clone3), (give, 0, 0, MISSING)]
     for opening, flags_argument in ((openat, 2), (open_, 1)):
         if opening is not None:
@@ -91,7 +92,7 @@ def others_can_read(path: Path) -> bool:
 
 
 def lock_up(cpu_seconds: float, memory_bytes: int) -> list[str]:
-    """Applies every layer there is and returns their names."""
+    """Applies all available layers and returns their names."""
     layers = ["process"]
     libc = ctypes.CDLL(None, use_errno=True)
     is_linux = sys.platform == "linux"
@@ -139,7 +140,7 @@ def main() -> None:
         os.dup2(null, descriptor)
     os.closerange(answer + 1, 64)
     if not others_can_read(Path(os.__file__)):
-        # The unprivileged user will not reach the standard library, so what programs import is loaded before.
+        # The unprivileged user cannot read the standard library, so import common modules now.
         for name in IMPORTED.split():
             importlib.import_module(name)
     layers = lock_up(float(cpu_seconds), int(memory_bytes))
@@ -147,7 +148,7 @@ def main() -> None:
         os.write(answer, " ".join(layers).encode())
         return
     try:
-        # Without a __name__, as HumanEval's own harness runs programs: their `if __name__ == "__main__"` is not taken.
+        # Without a __name__, as in HumanEval's own harness, so `if __name__ == "__main__"` is false in programs.
         exec(compile(program, "<program>", "exec"), {})
         outcome = secret
     except BaseException as error:

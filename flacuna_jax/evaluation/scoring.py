@@ -1,4 +1,4 @@
-"""Comparing a prediction with a label: InstructEval's lossy rule, and corrected ones."""
+"""Compares predictions with labels: InstructEval's lossy rule, and corrected rules."""
 
 import re
 import string
@@ -7,7 +7,7 @@ from flacuna_jax.evaluation.labels import Question
 
 
 def starts_with_label(prediction: str, question: Question) -> float:
-    """InstructEval's rule: the stripped prediction starts with the label. ("45" counts for "4", "Not" for "No".)"""
+    """InstructEval's rule: the stripped prediction starts with the label ("45" matches "4", "Not" matches "No")."""
     return float(prediction.strip().startswith(question.label))
 
 
@@ -26,7 +26,7 @@ def first_line(prediction: str) -> str:
 
 
 def equals_label(prediction: str, question: Question) -> float:
-    """The first line is the label, but for a final full stop; the text of an option such as "(B)" may follow it."""
+    """The first line is the label, ignoring a final full stop; the text of an option may follow a label like "(B)"."""
     answer = first_line(prediction)
     if re.fullmatch(r"\([A-Z]\)", question.label):
         return float(answer.startswith(question.label))
@@ -61,7 +61,7 @@ def drop_exact(prediction: str, question: Question) -> float:
 
 
 def drop_f1(prediction: str, question: Question) -> float:
-    """DROP's F1 over bags of words; 0 where the label holds numbers and the prediction shares none of them."""
+    """DROP's F1 over bags of words; 0 if the label has numbers and the prediction has none of them."""
     predicted, gold = set(drop_words(first_line(prediction))), set(drop_words(question.label))
     numbers = {word for word in gold if _number(word) is not None}
     if numbers and not numbers & predicted:

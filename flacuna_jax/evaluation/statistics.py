@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals of one model, paired tests of two models on the same problems."""
+"""Statistics of results: bootstrap intervals for one model, paired tests for two models on the same problems."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from flacuna_jax.evaluation.results import TaskResult
 
 RESAMPLES = 10_000
 CHUNK = 256
-"""Resamples drawn at once, to bound memory."""
+"""Number of resamples drawn at once, to limit memory."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models on the same problems, `second - first`, in the task's scale. `p_value` is two-sided."""
+    """Difference of two models on the same problems, `second - first`, in the task's scale; two-sided `p_value`."""
 
     mean: float
     interval: Interval
@@ -31,7 +31,7 @@ class Difference:
 
 
 def confidence_interval(result: TaskResult, score: str, level: float = 0.95, seed: int = 0) -> Interval:
-    """Percentile bootstrap over problems, drawn within groups where groups count alike (macro averages)."""
+    """Percentile bootstrap over problems; for macro averages, problems are drawn within groups."""
     result = result.scored(score)
     if not result.outcomes:
         return Interval(math.nan, math.nan)
@@ -41,11 +41,11 @@ def confidence_interval(result: TaskResult, score: str, level: float = 0.95, see
 def difference(first: TaskResult, second: TaskResult, score: str, level: float = 0.95, seed: int = 0) -> Difference:
     """Compares two results problem by problem.
 
-    Right-or-wrong scores under a micro average: the exact McNemar test. Otherwise: a permutation test that flips the
+    Scores of only 0 and 1 with a micro average use the exact McNemar test, others a permutation test that flips the
     signs of the problems' weighted differences.
 
     Raises:
-      UserError: the results are not of the same problems.
+      UserError: the results have different problems.
     """
     _check_paired(first, second)
     both = [
@@ -68,7 +68,7 @@ def difference(first: TaskResult, second: TaskResult, score: str, level: float =
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact test that problems gained and lost are equally likely: Binomial(gained + lost, 1/2)."""
+    """Two-sided exact test of equal probabilities to gain and lose a problem: Binomial(gained + lost, 1/2)."""
     n, k = gained + lost, min(gained, lost)
     if n == 0:
         return 1.0
@@ -109,7 +109,7 @@ def _sign_flips(weighted: NDArray[np.float64], seed: int) -> float:
     if not weighted.size:
         return 1.0
     rng = np.random.default_rng(seed)
-    observed = abs(weighted.sum()) - 1e-12  # rounding must not tell equal sums apart
+    observed = abs(weighted.sum()) - 1e-12  # so that rounding does not separate equal sums
     extreme = 0
     for begin in range(0, RESAMPLES, CHUNK):
         signs = rng.integers(0, 2, (min(CHUNK, RESAMPLES - begin), weighted.size)) * 2.0 - 1.0

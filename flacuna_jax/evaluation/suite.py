@@ -1,4 +1,4 @@
-"""Finds benchmarks by name. They are read and checked once and can then be run on any number of models.
+"""Finds benchmarks by name, and reads and checks them once, so that they can be run on any number of models.
 
 `flacuna evaluate` makes tables of the results. A training run calls `task_evaluator` once, before its first step, and
 then calls the evaluator on its current parameters.
@@ -41,7 +41,7 @@ class Task:
 
 
 def named_tasks(names: Sequence[str]) -> tuple[Task, ...]:
-    """The tasks that names and suites stand for (`mmlu`, `bbh:0`, `zero_shot`), each once, in their order.
+    """The tasks for names and suites (`mmlu`, `bbh:0`, `zero_shot`), in order and without duplicates.
 
     Raises:
       UserError: An unknown name, or a number of shots that is not a number.
@@ -53,7 +53,7 @@ def named_tasks(names: Sequence[str]) -> tuple[Task, ...]:
         benchmark = benchmarks.get(name)
         if benchmark is None:
             known = ", ".join([*benchmarks, *SUITES])
-            raise UserError(f"unknown benchmark {text!r}; known are {known} (mmlu:0 asks for 0 shots)")
+            raise UserError(f"unknown benchmark {text!r}; choose from {known} (mmlu:0 means 0 shots)")
         if colon and benchmark.shots is None:
             raise UserError(f"benchmark {text!r}: {name} has no worked examples; write {name}")
         if colon and not shots.isdecimal():

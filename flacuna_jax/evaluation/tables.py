@@ -17,7 +17,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. Marks: "*" significant difference, "†" held-in, "‡" not the whole benchmark."""
+    """A number of a table. Marks: "*" significant difference, "†" held-in, "‡" incomplete benchmark."""
 
     value: float
     interval: Interval | None = None
@@ -57,7 +57,7 @@ def make_tables(
     published: Sequence[PublishedRow] = (),
     reading: Reading = "faithful",
 ) -> list[Table]:
-    """The tables of the columns, in the order of their first columns; those without a result are left out.
+    """The tables of the columns, in the order of their first columns, without tables that have no result.
 
     Args:
       models: The results of each model; the first model is what the others are compared with.
@@ -71,7 +71,7 @@ def make_tables(
 
 
 def _select(column: Column, reading: Reading, results: Sequence[TaskResult]) -> TaskResult | None:
-    """The result that a column shows, cut down to the column's group; None if there is none."""
+    """The result for a column, restricted to the column's group; None if there is none."""
     found = next((r for r in results if r.task == column.task and r.shots == column.shots), None)
     if found is None or column.scores[reading] not in found.score_names:
         return None
@@ -153,7 +153,7 @@ def _difference_row(
 
 
 def _with_average(cells: Sequence[Cell | None], wanted: bool) -> list[Cell | None]:
-    """The plain mean of the columns, as in the paper, where no column is empty."""
+    """Appends the plain mean of the columns, as in the paper, if no column is empty."""
     if not wanted or len(cells) < 2:
         return list(cells)
     values = [cell.value for cell in cells if cell is not None]
@@ -178,7 +178,7 @@ def _legend(rows: Sequence[TableRow]) -> list[str]:
 
 
 def all_differences(base: Sequence[TaskResult], other: Sequence[TaskResult]) -> dict[tuple[str, int, str], Difference]:
-    """Differences in every score of every task that both have, by (task, shots, score)."""
+    """Differences in every score of every task that both models have, by (task, shots, score)."""
     pairs = [(a, b) for a in base for b in other if (a.task, a.shots) == (b.task, b.shots)]
     return {(a.task, a.shots, score): difference(a, b, score) for a, b in pairs for score in a.score_names}
 
@@ -192,7 +192,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs table; differences and published rows are set off by rules."""
+    """A booktabs table with rules before differences and published rows."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(table.title)}}}"]
     lines += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
     lines += [" & " + " & ".join(map(_latex, table.columns)) + r" \\", r"\midrule"]
@@ -205,7 +205,7 @@ def to_latex(table: Table) -> str:
         lines.append(f"{_latex(row.name)} & " + " & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     if table.notes:
-        notes = r"\par ".join(map(_latex, table.notes))  # not \\, which takes "[low, high]" for an argument
+        notes = r"\par ".join(map(_latex, table.notes))  # not \\, which would take "[low, high]" as its argument
         lines += [r"\par\medskip", rf"\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 

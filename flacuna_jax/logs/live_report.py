@@ -1,17 +1,20 @@
-"""report.html while a run goes on: written again now and then, never so often that the run would feel it."""
+"""Rewrites report.html during a run, at intervals long enough not to slow down training."""
 
 import time
 from collections.abc import Callable
 
 SECONDS = 30.0
 SHARE = 0.02
-"""At most this part of the time is spent on it."""
+"""Maximum share of time spent on writing reports."""
 
 
 class LiveReport:
-    """One that cannot be written ends no run, and does not change how one ended.
+    """Writes a report during and after a run. A failure to write never ends the run or changes how it ended.
 
-    Args: `write` writes the report with the status it is given; `say` is told of a failure.
+    Args:
+      write: writes the report with the given status.
+      say: receives a warning if writing fails.
+      clock: current time in seconds.
     """
 
     def __init__(
@@ -22,7 +25,7 @@ class LiveReport:
         self._failed = False
 
     def refresh(self) -> None:
-        """Writes it, if the last time is long enough ago."""
+        """Writes the report if the last one is old enough."""
         began = self._clock()
         if self._failed or began < self._not_before:
             return
@@ -31,13 +34,13 @@ class LiveReport:
         self._not_before = now + max(SECONDS, (now - began) / SHARE)
 
     def finish(self, status: str) -> None:
-        """Writes it for the last time."""
+        """Writes the final report."""
         self._try(status)
 
     def _try(self, status: str) -> bool:
         try:
             self._write(status)
         except Exception as error:
-            self._say(f"warning: no report of a run that is {status}: {error}")
+            self._say(f"warning: report.html could not be written (status: {status}): {error}")
             return False
         return True

@@ -1,6 +1,6 @@
-"""What a run says about itself: the record of a logged step, its rates, and where records go.
+"""Metrics of a run: the record of a logged step, its rates, and the trackers that receive records.
 
-metrics.jsonl is the source of truth; TensorBoard and Weights & Biases get the same numbers through one interface.
+metrics.jsonl is the primary record; TensorBoard and Weights & Biases get the same numbers through the same interface.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TrainRecord:
-    """One logged optimizer step. Counts are of this step; rates are means since the record before."""
+    """One logged optimizer step. Counts refer to this step; rates are means since the previous record."""
 
     step: int
-    """1-based: the number of updates made, this one included."""
+    """1-based: number of batches so far, including this one."""
     epoch: int
     """0-based."""
     loss: float
@@ -42,28 +42,27 @@ class TrainRecord:
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
-    """The rate this update used."""
+    """Learning rate of this update."""
     examples: int
     rows: int
-    """Packed rows that hold at least one token."""
+    """Packed rows with at least one token."""
     tokens: int
     """Without padding."""
     supervised_tokens: int
     fill: float
     """tokens / (rows × max_length)."""
     tokens_per_second: float | None = None
-    """Null until one step after the compiling one is finished."""
+    """Null until a step after the first one, which compiles, is finished."""
     supervised_tokens_per_second: float | None = None
     seconds_per_step: float | None = None
     mfu: float | None = None
-    """Share of the devices' dense peak that the model's own arithmetic took (training/flops.py); null where it is not
-    known."""
+    """Model FLOP/s (training/flops.py) as a fraction of the devices' dense peak; null if the peak is not known."""
     peak_memory_bytes: int | None = None
-    """Largest of the local devices; null where the backend does not tell."""
+    """Maximum over the local devices; null if the backend has no statistics."""
     skipped: int = 0
-    """Bad steps so far, which changed nothing."""
+    """Number of bad steps so far, which changed nothing."""
     scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """The objective's own; logged under their names, beside the others."""
+    """Scalars of the objective, logged under their names like the other fields."""
 
     def to_json(self) -> dict[str, Any]:
         record = dataclasses.asdict(self)
@@ -77,7 +76,7 @@ class TrainRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Means over a stretch of steps; all null if it holds none."""
+    """Means over several steps; all null without steps."""
 
     tokens_per_second: float | None = None
     supervised_tokens_per_second: float | None = None
@@ -88,8 +87,8 @@ class Rates:
 class Throughput:
     """Rates between log points, by wall time.
 
-    Steps run asynchronously, so `start` and `lap` are called when the results of the last added step have arrived.
-    `start` is called once, after the first step: compilation is in no rate.
+    Steps run asynchronously, so `start` and `lap` are called when the results of the last added step are on the host.
+    `start` is called once, after the first step, so rates do not include compilation.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -104,7 +103,7 @@ class Throughput:
         self._flops = 0.0
 
     def add(self, tokens: int, supervised_tokens: int, flops: float = 0.0) -> None:
-        """Counts one step; before `start` it counts for nothing."""
+        """Counts one step; steps before `start` are ignored."""
         self._steps += 1
         self._tokens += tokens
         self._supervised_tokens += supervised_tokens
@@ -112,14 +111,14 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time spent in the block: checkpoints, evaluation."""
+        """Excludes the time spent in the block: checkpoints, evaluation."""
         began = self._clock()
         yield
         if self._since is not None:
             self._since += self._clock() - began
 
     def lap(self) -> Rates:
-        """Rates since `start` or the last lap."""
+        """Rates since `start` or the previous lap."""
         if self._since is None or not self._steps:
             return Rates()
         seconds = self._clock() - self._since
@@ -131,19 +130,19 @@ class Throughput:
 
 
 def peak_memory_bytes() -> int | None:
-    """Peak bytes in use on the fullest local device; None where the backend keeps no statistics (CPU)."""
+    """Maximum over local devices of the peak bytes in use; None if the backend has no statistics (CPU)."""
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
     return max(peaks, default=None)
 
 
 class Tracker(Protocol):
-    """Somewhere that records go. A record is a flat mapping; `step` says where in the run it belongs."""
+    """Receives records. A record is a flat mapping; `step` is its step in the run."""
 
     def log(self, record: Record) -> None: ...
 
     def sync(self) -> None:
-        """Everything logged so far is safe when this returns; called before a checkpoint is saved."""
+        """Returns once all logged records are on disk; called before a checkpoint is saved."""
 
     def close(self) -> None: ...
 
@@ -152,18 +151,18 @@ class Tracker(Protocol):
 def open_tracker(
     logging: LoggingConfig, run_dir: Path, *, config: Record, after_step: int, primary: bool = True
 ) -> Iterator[Tracker]:
-    """The trackers that the settings ask for, as one; closed with the block.
+    """Opens the trackers that the settings enable as one tracker, and closes them after the block.
 
     Args:
-      logging: which trackers.
-      run_dir: an existing run directory whose metrics.jsonl is already cut back to `after_step`.
+      logging: settings that enable trackers.
+      run_dir: an existing run directory whose metrics.jsonl is already truncated to `after_step`.
       config: the resolved config, shown by Weights & Biases.
-      after_step: 0, or the step of the checkpoint the run resumes from. What a tracker has seen of later steps is
+      after_step: 0, or the step of the checkpoint from which the run resumes. Earlier records of later steps are
         superseded.
-      primary: whether this host is the one that writes; the others of a multi-host run log nowhere.
+      primary: whether this host writes; the other hosts of a multi-host run log nothing.
 
     Raises:
-      UserError: metrics.jsonl cannot be written, or Weights & Biases is asked for and not installed or not usable.
+      UserError: metrics.jsonl cannot be written, or Weights & Biases is enabled and not installed or not usable.
     """
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = []
@@ -178,17 +177,17 @@ def open_tracker(
                 try:
                     add(TensorBoard(run_dir / TENSORBOARD, after_step))
                 except OSError as error:
-                    print(f"warning: TensorBoard is left out: {error}")
+                    print(f"warning: TensorBoard is disabled: {error}")
             if logging.wandb is not None:
                 add(WeightsAndBiases(logging.wandb, run_dir, config))
         yield Several(trackers)
 
 
 class Several:
-    """Passes everything on to each of its trackers; closing them is up to whoever opened them.
+    """Forwards all calls to several trackers, except `close`; the caller that opened the trackers closes them.
 
-    metrics.jsonl comes first, and what it cannot write ends the run. A tracker after it that fails is left out from
-    then on, with a word: a dashboard that is out of reach is no reason to lose a run.
+    metrics.jsonl comes first, and an error in writing it ends the run. Any other tracker that fails is disabled with a
+    warning, because an unavailable dashboard should not end a run.
     """
 
     def __init__(self, trackers: list[Tracker], say: Callable[[str], None] = print) -> None:
@@ -212,11 +211,11 @@ class Several:
                 if isinstance(tracker, JsonLines):
                     raise
                 self._trackers.remove(tracker)
-                self._say(f"warning: {type(tracker).__name__} is left out from now on: {error}")
+                self._say(f"warning: {type(tracker).__name__} is disabled from now on: {error}")
 
 
 class JsonLines:
-    """A JSON object per line, each handed to the system in one write. What is not finite becomes null."""
+    """Writes a JSON object per line, each with one write call. Numbers that are not finite become null."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -236,7 +235,7 @@ class JsonLines:
 
     @classmethod
     def append(cls, path: Path, record: Record) -> None:
-        """One line for a file that is seldom written."""
+        """Opens the file, appends one line and closes it; for files that are seldom written."""
         with contextlib.closing(cls(path)) as lines:
             lines.log(record)
 
@@ -249,11 +248,9 @@ class JsonLines:
         os.close(self._descriptor)
 
     def _require_present(self) -> None:
-        """A file that was deleted, or whose directory was moved, still takes what is written, and nobody reads it."""
+        """Raises UserError if the file was deleted or moved: writes would still succeed, but to another file."""
         if not (self._path.exists() and os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))):
-            raise UserError(
-                f"{self._path} is gone: its directory was removed, moved or unmounted while the run was going on"
-            )
+            raise UserError(f"{self._path} is gone: its directory was removed, moved or unmounted during the run")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -264,10 +261,10 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars as event files. A resumed run starts with a mark that hides what was logged after its checkpoint.
+    """Writes scalars to event files. A resumed run starts with an event that hides records after its checkpoint.
 
-    Written here and not by tensorboardX's own writer: a thread of that works through a queue, and when the disk is full
-    it dies, and whoever waits for the queue waits for ever.
+    This does not use the writer of tensorboardX, which processes a queue in a thread: if the disk is full, the thread
+    dies, and waiting for the queue blocks forever.
     """
 
     def __init__(self, directory: Path, after_step: int) -> None:
@@ -275,8 +272,8 @@ class TensorBoard:
 
         self._event = Event
         directory.mkdir(exist_ok=True)
-        # Files are read in the order of the seconds in their names, which a quick restart, or a clock that was set
-        # back, must not change.
+        # TensorBoard reads files in the order of the seconds in their names. A quick restart, or a clock that was set
+        # back, must not change that order.
         earlier = (_EVENT_FILE.match(path.name) for path in directory.iterdir())
         second = max([int(time.time()), *(int(found[1]) + 1 for found in earlier if found)])
         self._file = (directory / f"events.out.tfevents.{second:010}.{socket.gethostname()}").open("xb")
@@ -300,7 +297,7 @@ class TensorBoard:
         self._file.close()
 
     def _write(self, **event: Any) -> None:
-        """As TensorFlow frames a record: length and content, each with a checksum behind it."""
+        """Writes a record in the format of TensorFlow: length and content, each followed by its checksum."""
         from tensorboardX.record_writer import masked_crc32c
 
         content = self._event(wall_time=time.time(), **event).SerializeToString()
@@ -311,7 +308,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run for all the starts of a run directory; works offline with WANDB_MODE=offline."""
+    """One W&B run for all starts of a run directory; works offline with WANDB_MODE=offline."""
 
     def __init__(self, project: str, run_dir: Path, config: Record) -> None:
         try:
@@ -331,20 +328,20 @@ class WeightsAndBiases:
         }
         try:
             self._run = wandb.init(**settings)
-        except wandb.errors.CommError as error:  # no network: what is logged is kept, for `wandb sync` later
-            print(f"warning: logging.wandb: {error}; logging offline, below {run_dir / WANDB}")
-            wandb.teardown()  # its service still holds the run of the attempt
+        except wandb.errors.CommError as error:  # no network: records are kept for a later `wandb sync`
+            print(f"warning: logging.wandb: {error}; logging offline to {run_dir / WANDB}")
+            wandb.teardown()  # its service still has the run of the first attempt
             self._run = wandb.init(**settings, mode="offline")
         except wandb.Error as error:
             raise UserError(
-                f"logging.wandb: {error}; WANDB_MODE=offline logs without a network, logging.wandb: null does without"
+                f"logging.wandb: {error}; WANDB_MODE=offline logs without a network, logging.wandb: null disables it"
             ) from None
 
     def log(self, record: Record) -> None:
         self._run.log(_scalars(record), step=record["step"])
 
     def sync(self) -> None:
-        pass  # its own process uploads and keeps a journal on the disk
+        pass  # The wandb process uploads, and keeps a journal on disk.
 
     def close(self) -> None:
         self._run.finish()
@@ -358,7 +355,7 @@ def _close(tracker: Tracker) -> None:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """The plottable part of a record; nothing of one that belongs to no step."""
+    """The scalars of a record; empty if the record has no step."""
     if "step" not in record:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Where a run stands, for the person who watches: a live bar in a terminal, a line per logged step elsewhere."""
+"""Progress of a run on the screen: a live bar in a terminal, otherwise a line per logged step."""
 
 import contextlib
 import datetime
@@ -15,21 +15,21 @@ from rich.text import Text
 from flacuna_jax.logs.metrics import TrainRecord
 
 COMPILING = "compiling"
-"""What a run does until its first step is done."""
+"""Label of the bar until the first step is done."""
 
 
 class Progress(Protocol):
     def advance(self, step: int) -> None:
-        """`step` updates are made; called after every step."""
+        """Called after every step with the number of steps done."""
 
     def show(self, record: TrainRecord) -> None:
-        """Shows a logged step; called when its results have arrived."""
+        """Shows a logged step; called when its results are on the host."""
 
     def say(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a permanent line."""
 
     def doing(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Tells, where that can be seen, what holds up the steps while the block runs."""
+        """Shows, in a terminal, an activity other than training while the block runs."""
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def open_progress(
 
     Args:
       total_steps: optimizer steps of the whole run.
-      done_steps: those already made, in a resumed run.
+      done_steps: steps already done, in a resumed run.
     """
     console = Console(file=file, highlight=False)
     if not primary:
@@ -53,7 +53,7 @@ def open_progress(
 
 
 class Eta:
-    """Time left, from the pace between the first and the latest logged step: without the compiling one."""
+    """Estimates the time left from the pace since the first logged step, which excludes compilation."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._total_steps = total_steps
@@ -61,7 +61,7 @@ class Eta:
         self._first: tuple[int, float] | None = None
 
     def after(self, step: int) -> str:
-        """`h:mm:ss` as of now, `-:--:--` as long as there is no pace to tell it by."""
+        """Time left as `h:mm:ss`; `-:--:--` before a second step was logged."""
         now = self._clock()
         self._first = self._first or (step, now)
         first_step, first_time = self._first

@@ -1,4 +1,4 @@
-"""report.html: what a run was and how it went, in one file that opens anywhere; no network, no other file needed."""
+"""Writes report.html: settings, curves and results of a run in one file that needs no network and no other files."""
 
 import datetime
 import itertools
@@ -24,11 +24,11 @@ from flacuna_jax.whole_files import write_atomically
 
 Row = Mapping[str, Any]
 
-# Chart size in SVG units; the margins hold the tick labels.
+# Chart size in SVG units; the margins contain the tick labels.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 58, 26, 12, 28
-# More points than a screen has columns show nothing more; a bucket keeps its extremes, so that spikes stay visible.
+# Limits the number of points to about the columns of a screen; each bucket keeps its extremes, so spikes are visible.
 _BUCKETS = 400
-# A share or a change, which stand in columns as numbers do.
+# A share or a change, which is aligned in columns like a number.
 _NUMBERS = re.compile(r"[\d.,]+ %|[\d.,]+%? → [\d.,]+%?")
 
 
@@ -52,12 +52,12 @@ def write_report(
       title: the run's name.
       records: the lines of metrics.jsonl; training steps and evaluations are drawn.
       facts: label → value pairs of the plan (rows, parameters, devices, ...).
-      mixture: a row per data source with the same keys in each; `mixture_rows` makes them.
+      mixture: a row per data source, all with the same keys, from `mixture_rows`.
       config_yaml: the resolved config.
       environment: see `environment`.
-      samples: the lines of samples.jsonl; each question's first and last answer are set side by side.
-      status: how the run stands; as long as it is "running" the page loads itself anew, and tells the time left.
-      total_steps: where it ends.
+      samples: the lines of samples.jsonl; the first and last answer to each question are shown side by side.
+      status: status of the run; with "running", the page reloads itself and shows the time left.
+      total_steps: number of steps of the whole run.
 
     Raises:
       UserError: the file cannot be written.
@@ -72,7 +72,7 @@ def write_report(
         _chart(steps, "grad_norm", "Gradient norm", "before clipping", smooth=True),
         _chart(steps, "supervised_tokens_per_second", "Throughput", "supervised tokens per second", smooth=True),
         _chart(evaluations, "eval/loss", "Held-out loss", "mean over supervised tokens"),
-        _chart(evaluations, "eval/token_accuracy", "Held-out token accuracy", "share of most likely tokens"),
+        _chart(evaluations, "eval/token_accuracy", "Held-out token accuracy", "share of correct tokens"),
         *(_chart(evaluations, task, task.removeprefix("tasks/"), "benchmark") for task in tasks),
         _curves_by_name(steps, without=TrainRecord.names()),
         _curves_by_name(hooks),
@@ -99,21 +99,21 @@ def write_report(
 
 
 def _curves_by_name(records: Sequence[Row], without: Collection[str] = ()) -> str:
-    """A chart of each number in the records that nothing else draws."""
+    """A chart of each number in the records, except for the names in `without`."""
     names = {name: None for record in records for name, value in record.items() if isinstance(value, int | float)}
     drawn = (name for name in names if name not in ("step", *without))
     return "".join(_chart(records, name, escape(name), "", smooth=True) for name in drawn)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or samples.jsonl; none if the file is not there. A line that is still
-    being written is left out, and what is no record, which the next start of the run removes."""
+    """The records of a metrics.jsonl or samples.jsonl; empty if the file does not exist. Ignores incomplete lines,
+    which are still being written, and invalid lines, which the next start of the run removes."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [record for record in map(json_object, lines) if record is not None]
 
 
 def mixture_rows(report: DataReport) -> list[Row]:
-    """The data mixture as table rows: what each source gave, and what was lost of it."""
+    """The data mixture as table rows: counts of kept and dropped records per source."""
     return [
         {
             "source": Path(source.path).name,
@@ -183,7 +183,7 @@ def _summary(
 
 
 def _by_source(evaluations: Sequence[Row]) -> list[Row]:
-    """First and last measured, of all held-out records and of each source."""
+    """First and last evaluation, for all held-out records and for each source."""
     if not evaluations or "eval/loss" not in evaluations[-1]:
         return []
     first, last = evaluations[0], evaluations[-1]
@@ -234,7 +234,7 @@ def _chart(records: Sequence[Row], key: str, title: str, note: str, smooth: bool
     ]
     if not points:
         return ""
-    points *= 2 if len(points) == 1 else 1  # a line of one point is a dot
+    points *= 2 if len(points) == 1 else 1  # a line through the same point twice is drawn as a dot
     shown = _thinned(points)
     x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), intervals=6, whole=True)
     y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
@@ -274,7 +274,7 @@ def _chart(records: Sequence[Row], key: str, title: str, note: str, smooth: bool
 
 
 def _bad_steps(records: Sequence[Row]) -> set[int]:
-    """Steps that changed nothing. A curve would be drawn out of shape by what they measured; they are marked."""
+    """Bad steps. They are marked instead of drawn, because their values would distort the curve."""
     counted = [0, *(record.get("skipped") or 0 for record in records)]
     return {
         record["step"] for record, before, after in zip(records, counted, counted[1:], strict=False) if after > before
@@ -288,7 +288,7 @@ def _line(
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Centred moving average over a thirtieth of the run: it lags nowhere."""
+    """Centred moving average over a thirtieth of the run, which has no lag."""
     reach = len(points) // 60
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
     smoothed = []
@@ -308,7 +308,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _ticks(low: float, high: float, intervals: int = 4, whole: bool = False) -> list[float]:
-    """Round numbers that enclose [low, high], about so many apart."""
+    """Round numbers that enclose [low, high], with about `intervals` intervals."""
     span = (high - low) or abs(high) or 1.0
     rough = span / intervals
     magnitude = 10.0 ** math.floor(math.log10(rough))

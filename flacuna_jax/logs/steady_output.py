@@ -1,7 +1,7 @@
-"""Standard output and error of a run, which goes on when nobody can be told any more.
+"""Standard output and error of a run, which ignore errors so that a failed print does not end the run.
 
-A pipe whose reader is gone (Ctrl-C in a terminal ends the `tee` behind a run, too), a terminal that was closed, a full
-disk under a log: a print that fails is no reason to lose what a run has learned, least of all while it saves.
+A print can fail because the reader of a pipe is gone (Ctrl-C also ends the `tee` after a run), a terminal was closed,
+or the disk of a log is full. None of these should lose the state of a run, in particular while it is being saved.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 
 class SteadyStream:
-    """A text stream that drops what cannot be written; in all else the stream it is given."""
+    """Wraps a text stream and drops text that cannot be written; otherwise behaves like the stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -28,7 +28,7 @@ class SteadyStream:
             self._stream.flush()
 
     def end(self) -> None:
-        """Lets what is still to come go nowhere, if something could not be written."""
+        """Redirects further output to the null device if a write has failed."""
         self.flush()
         if self._has_failed:
             with open(os.devnull, "wb") as nowhere:
@@ -47,9 +47,9 @@ class SteadyStream:
 
 @contextlib.contextmanager
 def steady_output() -> Iterator[None]:
-    """While the block runs, `sys.stdout` and `sys.stderr` never fail; nor does their last flush as the process ends."""
+    """While the block runs, `sys.stdout` and `sys.stderr` never fail, and neither does their flush at exit."""
     before = sys.stdout, sys.stderr
-    # None where who started the process closed them.
+    # None if the parent process closed them.
     steady = [stream and SteadyStream(stream) for stream in before]
     sys.stdout, sys.stderr = steady
     try:

@@ -1,5 +1,5 @@
-"""From finished steps to records: counts, rates, learning rate; every n-th step, and every bad one, to the trackers and
-the screen."""
+"""Turns finished steps into records of counts, rates and learning rate, and sends every n-th step and every bad step to
+the trackers and the screen."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,16 +14,16 @@ from flacuna_jax.training.loop import StepRecord
 
 
 class StepLog:
-    """The loop's observer.
+    """Logs the steps of a run; called with every finished step.
 
     Args:
-      total_steps: where the run ends; the last step is always logged, and the first.
-      every_steps: distance of the others.
+      total_steps: number of steps of the run; the first and last steps are always logged.
+      every_steps: interval of the other logged steps.
       schedule: learning rate of each update, counted from 0.
-      info: what a step (counted from 0) held.
-      tracker, progress: where records go.
-      flops: FLOP of a step by what it held.
-      peak_flops: FLOP/s of all devices together; None where the chip is not known.
+      info: (step, counted from 0) → counts of its examples, rows and tokens.
+      tracker, progress: receive the records.
+      flops: (counts of a step) → its FLOP.
+      peak_flops: peak FLOP/s of all devices together; None if the chip is unknown.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StepLog:
         self._info = info
         self._tracker, self._progress = tracker, progress
         self.throughput = Throughput()
-        """Compilation is in no rate."""
+        """Rates exclude compilation."""
         self._flops, self._peak_flops = flops, peak_flops
         self._compiled = False
         self.last_loss: float | None = None
@@ -64,7 +64,7 @@ class StepLog:
 
     @contextlib.contextmanager
     def aside(self, what: str) -> Iterator[None]:
-        """Something besides steps, which is in no rate and is told to the person who watches."""
+        """While the block runs, shows an activity other than training, and excludes its time from the rates."""
         with self.throughput.paused(), self._progress.doing(what):
             yield
 

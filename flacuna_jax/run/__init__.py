@@ -1,1 +1,1 @@
-"""A training run: how its parts are put together, where it starts, what happens around its steps, what it delivers."""
+"""A training run: set-up, data, start and resume, the hooks around its steps, evaluation, and delivery."""

@@ -1,7 +1,7 @@
-"""What becomes of a bad step: its batch is kept for inspection, and the run stops or goes on as the settings say.
+"""Handles bad steps: writes the batch to a file for inspection, and stops or continues according to the settings.
 
-bad_steps/<step>.json lists every example of the batch: id, source, the record as it stands in its file, the text the
-model saw, and the loss it has now, so that the one to blame can be found.
+bad_steps/<step>.json lists every example of the batch with its id, source, record as in its file, text as the model saw
+it, and current loss, so that the example that caused the bad step can be found.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ BAD_STEPS = "bad_steps"
 
 
 class BadStep(RuntimeError):
-    """The loss or its gradient became NaN or infinite, or leapt, and the settings say to stop; nothing was changed by
-    it, and the checkpoints before it are intact."""
+    """The loss or its gradient is NaN, infinite or a spike, and the settings end the run. The step changed no
+    parameters, and earlier checkpoints are intact."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchInspector:
-    """Tells what a step held, and what each of its examples costs.
+    """Lists the examples of a step and the loss of each.
 
     Args:
-      store, source: the examples, and which of them are in which step.
-      splits: of each source of the store, the split that its configuration names.
-      config, batch_sharding: how losses are computed; all hosts do it together.
-      tokenizer: for the text; of the first host alone.
+      store, source: the examples, and the assignment of examples to steps.
+      splits: for each source of the store, the split that its configuration names.
+      config, batch_sharding: for computing losses; all hosts compute them together.
+      tokenizer: decodes the text; used on the first host only.
     """
 
     store: TokenStore
@@ -57,12 +57,12 @@ class BatchInspector:
     def losses(self, step: int, trainable: Params, frozen: Params) -> dict[int, float]:
         """Mean loss over the supervised tokens of each example of a step (counted from 1), without dropout.
 
-        The labels of the examples are their places in the step.
+        Examples are labelled by their positions in the step.
         """
         examples = self.source.info(step - 1).example_indices
         place = np.full(len(self.store), -1, np.int32)
         place[examples] = np.arange(len(examples))
-        # An example may occur twice where its source weighs more than one; both occurrences then add to one sum.
+        # An example may occur twice if the weight of its source is above 1; both occurrences then add to one sum.
         batch = to_devices(self.source.labelled(step - 1, place), self.batch_sharding)
         mesh = self.batch_sharding.mesh
         assert isinstance(mesh, Mesh), "batches are of real devices"
@@ -74,7 +74,7 @@ class BatchInspector:
         return found
 
     def describe(self, step: int, losses: Mapping[int, float]) -> list[list[dict[str, Any]]]:
-        """The examples of a step by packed row, each with all that is known of it; not finite numbers as text."""
+        """The examples of a step by packed row, with all known facts; numbers that are not finite become strings."""
         rows = self.source.rows(step - 1)
         records = self._records([int(example) for row in rows for example in row])
         return [[self._example(int(example), losses, records) for example in row] for row in rows]
@@ -113,14 +113,14 @@ class BatchInspector:
 
 @dataclasses.dataclass(frozen=True)
 class BadStepPolicy:
-    """A step hook that keeps the batch of a bad step and ends the run if the settings say so.
+    """A step hook that writes the batch of a bad step to a file, and ends the run if the settings require it.
 
     Args:
       settings: `on_bad_step`, `max_bad_steps`.
-      inspector: knows the batch.
-      frozen: parameters besides the trainable ones.
-      directory: the run's; None on hosts that do not write.
-      say: tells the person who watches.
+      inspector: describes the batch.
+      frozen: parameters that are not trained.
+      directory: the run directory; None on hosts that do not write.
+      say: receives messages for the user.
     """
 
     settings: TrainingConfig
@@ -130,17 +130,17 @@ class BadStepPolicy:
     say: Callable[[str], None]
 
     def __call__(self, record: StepRecord, state: TrainState) -> None:
-        """Does nothing after a good step. Raises `BadStep` if the run is to end."""
+        """Does nothing after a good step. Raises `BadStep` if the run must end."""
         if not record.is_bad:
             return
         losses = self.inspector.losses(record.step, state.trainable, self.frozen)
         kept = self._keep(record, state, losses)
         what = f"step {record.step}: loss {record.loss:g}, gradient norm {record.grad_norm:g}{kept}"
         if self.settings.on_bad_step == "stop":
-            raise BadStep(f"{what}; the run is stopped (training.on_bad_step: skip would go on with the next batch)")
+            raise BadStep(f"{what}; the run is stopped (training.on_bad_step: skip would continue with the next batch)")
         if record.in_a_row >= self.settings.max_bad_steps:
             raise BadStep(f"{what}; {record.in_a_row} bad steps in a row end the run (training.max_bad_steps)")
-        self.say(f"{what}; skipped, as were {record.skipped - 1} before")
+        self.say(f"{what}; skipped ({record.skipped - 1} skipped before)")
 
     def _keep(self, record: StepRecord, state: TrainState, losses: Mapping[int, float]) -> str:
         if self.directory is None:
@@ -158,16 +158,16 @@ class BadStepPolicy:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
         except (OSError, UserError) as error:
-            return f" (its batch could not be kept: {error})"
+            return f" (its batch could not be written: {error})"
         return f"; its batch is in {path}, {self._to_blame(record, losses)}"
 
     def _to_blame(self, record: StepRecord, losses: Mapping[int, float]) -> str:
-        """In words: an example, unless all or none of them are as bad as the step."""
+        """Names the worst example, unless the losses of all examples or of none are not finite."""
         bad = sum(not math.isfinite(loss) for loss in losses.values())
         if bad == len(losses) > 1:
-            return "and none of its examples has a finite loss: look for the reason in the base or the learning rate"
+            return "and none of its examples has a finite loss: check the base model and the learning rate"
         if not bad and not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-            return "and each of its examples alone has a finite loss: look for the reason in the learning rate"
+            return "and each of its examples alone has a finite loss: check the learning rate"
         worst = max(losses, key=lambda example: _badness(losses[example]))
         return f"worst example {self.inspector.store.id_of(worst)!r} with loss {losses[worst]:g}"
 
@@ -181,7 +181,7 @@ def _number(value: float) -> float | str:
 
 
 def _records_or_reason(path: str, split: str | None, numbers: set[int]) -> dict[int, dict[str, Any]]:
-    """A file that has gone since is no reason to lose the rest."""
+    """Records by number; if the file is not readable any more, the reason in place of each record."""
     try:
         return find_records(path, numbers, split)
     except (UserError, OSError) as error:

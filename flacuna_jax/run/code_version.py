@@ -1,6 +1,6 @@
-"""Which code computes a run: hashes of the package's own sources, and versions of the libraries below them.
+"""Identifies the code of a run: hashes of the package's own sources, and versions of the libraries.
 
-A run that is continued with other code may compute other numbers, and nothing else in its files would show it.
+A run that is continued with different code may compute different numbers, and nothing else in its files would show it.
 """
 
 import os
@@ -16,8 +16,8 @@ PARTS = {
     "training": ("training",),
     "compiler": ("compiler.py", "deviceless.py"),
 }
-"""Files and folders that decide the numbers of a run. The code that tokenises is not among them: its result has a
-fingerprint of its own."""
+"""Files and folders that affect the numbers of a run. Tokenisation code is not included, because the tokenised data
+have their own fingerprint."""
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 COMPILER_SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -33,7 +33,7 @@ def library_versions() -> dict[str, str]:
 
 
 def compiler_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings of the environment that change how the compiler rounds."""
+    """Environment variables that affect the compiler's rounding."""
     return {name: environment.get(name, "") for name in COMPILER_SETTINGS}
 
 

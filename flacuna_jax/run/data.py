@@ -1,4 +1,4 @@
-"""The data of a run: tokenised, counted, and divided into what is learned and what is held out."""
+"""The data of a run: tokenised, counted, and split into training and held-out examples."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,14 +21,14 @@ Say = Callable[[str], None]
 
 
 class RunData(NamedTuple):
-    """The examples of a run, with what made them."""
+    """The examples of a run, and the tokenizer and template that produced them."""
 
     store: TokenStore
     """The training examples."""
     held_out: TokenStore | None
     """Examples that are evaluated and not trained on; None if the config has none."""
     report: DataReport
-    """What became of every record of the training data."""
+    """Counts of kept, changed and dropped records of the training data."""
     tokenizer: Tokenizer
     template: Template
 
@@ -37,7 +37,7 @@ def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokeni
     """Tokenises the data of a run with its template, or finds them in the cache.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       say: receives lines about the template, the cache and the records.
       tokenizer: the one at `config.model.tokenizer_path`, if it is loaded already.
 
@@ -69,7 +69,7 @@ def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokeni
 
 def evaluation_data(config: RunConfig) -> DataConfig:
     """The settings for held-out records: those of the training data, except for `evaluation.sources`."""
-    assert config.evaluation is not None, "called with an evaluation only"
+    assert config.evaluation is not None, "only called if the config has an evaluation"
     return config.data.model_copy(update={"sources": config.evaluation.sources or config.data.sources})
 
 

@@ -78,7 +78,7 @@ def deliver_result(
 
 
 def what_next(config: RunConfig) -> list[str]:
-    """Where the report of a finished run lies, and the commands that one wants then."""
+    """The path of a finished run's report, and useful next commands."""
     run = shlex.quote(config.output_dir)
     lines = {"report": f"{config.output_dir}/report.html"}
     on_disk = config.model.init == "pretrained"
@@ -93,8 +93,8 @@ def what_next(config: RunConfig) -> list[str]:
 
 
 def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> deliver.Companions:
-    """What a model of this run has beside its weights: the tokenizer's files, and the template that it was trained with
-    where that is not the checkpoint's own."""
+    """Files of this run's model other than its weights: the tokenizer's files, and the chat template of training unless
+    it is the template of the checkpoint."""
     directory = Path(config.model.tokenizer_path)
     base = Path(config.model.path) if config.model.path else None
     jinja = None if resolve_name(config.data.template, directory) == CHECKPOINT else template.jinja
@@ -104,14 +104,14 @@ def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> d
 
 
 def _on_every_host(params: Params) -> dict[str, Any]:
-    """Arrays that this process can read whole."""
+    """The parameters as arrays that are fully addressable by this process."""
     if jax.process_count() == 1:
         return dict(params)
     return {name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()}
 
 
 def _logits_on_run(setup: Setup, base: Params) -> Callable[[Adapter], np.ndarray]:
-    """Logits of fixed ids by the run's own base and compiled network, for an adapter read back from its files."""
+    """Computes logits of fixed ids with the run's base and compiled network, for an adapter read from its files."""
     shardings = parameter_shardings(setup.spec.adapters, setup.mesh)
     ids_t = probe_ids(setup.source.config)
 

@@ -1,4 +1,4 @@
-"""Proof on a few steps that the same seed gives the same bytes: a run is begun twice, compiled twice, and compared."""
+"""Checks on a few steps that the same seed gives the same bytes: starts and compiles a run twice, and compares."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -26,15 +26,15 @@ class Beginning(NamedTuple):
 
 
 class NotDeterministic(RuntimeError):
-    """Two runs from the same seed went apart."""
+    """Two runs from the same seed differ."""
 
 
 def check_determinism(
     begin: Callable[[], Beginning], batch_sharding: NamedSharding, steps: int, say: Callable[[str], None]
 ) -> None:
-    """Runs up to `STEPS` steps twice and says a digest of everything trained after each.
+    """Runs up to `STEPS` steps twice, and prints a digest of the trained state after each step.
 
-    Digests of two processes, or of two machines of one kind, may be compared by eye.
+    Users can compare digests of two processes, or of two machines of the same kind.
 
     Raises:
       NotDeterministic: names the first step after which a byte differs.
@@ -44,9 +44,9 @@ def check_determinism(
     for number, (one, other) in enumerate(zip(first, second, strict=True), 1):
         if one != other:
             raise NotDeterministic(
-                f"after step {number} the same seed gave other bytes: {one[:16]} and {other[:16]}"
+                f"after step {number} the same seed gave different bytes: {one[:16]} and {other[:16]}"
                 + (
-                    "; on GPUs XLA_FLAGS=--xla_gpu_deterministic_ops=true forbids sums in changing order"
+                    "; on GPUs XLA_FLAGS=--xla_gpu_deterministic_ops=true fixes the order of sums"
                     if jax.default_backend() == "gpu"
                     else ""
                 )
@@ -68,7 +68,7 @@ def _digests(begin: Callable[[], Beginning], batch_sharding: NamedSharding, coun
 
 
 def _digest(tree: object) -> str:
-    """SHA-256 of every byte of every array, in the tree's order; on several hosts of all their shards."""
+    """SHA-256 of every byte of every array, in the order of the tree; includes the shards of all hosts."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)

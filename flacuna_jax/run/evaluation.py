@@ -1,4 +1,4 @@
-"""Evaluation inside a training run, put together: held-out records, sample questions, benchmarks."""
+"""Sets up the evaluation during training: held-out records, sample questions, benchmarks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ from flacuna_jax.training.step import StepConfig
 
 
 def read_tasks(config: RunConfig) -> Evaluator | None:
-    """The benchmarks that `evaluation.tasks` names, read and checked. Raises UserError before a run has begun."""
+    """Reads and checks the benchmarks named in `evaluation.tasks`. Raises UserError, before the run starts."""
     settings = config.evaluation.tasks if config.evaluation else None
     if settings is None:
         return None
@@ -52,7 +52,7 @@ def make_measurement(
     say: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> Measurement | None:
-    """What the loop calls to measure; None where nothing is to be measured."""
+    """The evaluation that the loop calls; None if the config has no evaluation."""
     config, settings = setup.config, setup.config.evaluation
     if settings is None:
         return None
@@ -83,7 +83,7 @@ def make_measurement(
 
 def _sampler(setup: Setup) -> Sampler:
     settings, tokenizer = setup.config.evaluation, setup.tokenizer
-    assert settings is not None, "the caller has asked"
+    assert settings is not None, "the caller checks this"
     template = setup.template
     room = setup.source.config.max_position_embeddings - settings.sample_tokens
     questions = []
@@ -91,8 +91,8 @@ def _sampler(setup: Setup) -> Sampler:
         ids = tuple(tokenize_prompt((Turn("user", text),), template, tokenizer))
         if len(ids) > room:
             raise UserError(
-                f"evaluation.prompts.{number} leaves no room for evaluation.sample_tokens {settings.sample_tokens} in "
-                f"the model's context of {setup.source.config.max_position_embeddings}"
+                f"evaluation.prompts.{number} and evaluation.sample_tokens {settings.sample_tokens} together exceed "
+                f"the model's context of {setup.source.config.max_position_embeddings} tokens; shorten one of them"
             )
         questions.append(Question(f"evaluation.prompts.{number}", ids, text, None))
     if setup.held_out is not None:
@@ -109,7 +109,7 @@ def _sampler(setup: Setup) -> Sampler:
 
 
 def _frame(template: Template, tokenizer: Tokenizer) -> tuple[str, str]:
-    """What a template writes before and after a question, as this tokenizer decodes it."""
+    """The template's text before and after a question, as decoded by this tokenizer."""
     question = "QUESTION"
     ids = tokenize_prompt((Turn("user", question),), template, tokenizer)
     before, found, after = tokenizer.decode(ids).partition(question)

@@ -1,4 +1,4 @@
-"""What model cards say about a run: its settings, how it went, what was measured of it."""
+"""Facts about a run for its model card: settings, number of steps and loss, evaluation results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from flacuna_jax.logs.report import read_metrics
 
 EVALUATION = "evaluation"
 HARNESS_FILE = "lm_eval.json"
-"""Of a model, what `flacuna evaluate --protocol lm_eval` writes."""
+"""Written by `flacuna evaluate --protocol lm_eval` for each model."""
 
 
 def setting_rows(config: RunConfig) -> dict[str, str]:
-    """The settings that shaped the weights, by label."""
+    """The settings that affect the weights, by label."""
     training, data = config.training, config.data
     length = f"{training.epochs} epoch" + ("s" if training.epochs > 1 else "")
     if training.max_steps is not None:
@@ -36,25 +36,25 @@ def setting_rows(config: RunConfig) -> dict[str, str]:
 
 
 def run_facts(run: Path, config: RunConfig, results: Path | None) -> Facts:
-    """Settings, course and measured results of a run directory.
+    """Settings, course of training, and evaluation results of a run directory.
 
     Args:
-      results: a directory of `flacuna evaluate --output`, or what it wrote there for one model; None looks for
+      results: a directory of `flacuna evaluate --output`, or its subdirectory for one model; None looks for
         `evaluation/` in the run.
 
     Raises:
-      UserError: `results` is given and holds none.
+      UserError: `results` is given and contains no results.
     """
     rows = setting_rows(config) | _course(run)
     place = run / EVALUATION if results is None else results
     measured = [*_measured(place), *_measured_by_harness(place)]
     if results is not None and not measured:
-        raise UserError(f"{results} holds no results of `flacuna evaluate` (MODEL/TASK-SHOTSshot.json, lm_eval.json)")
+        raise UserError(f"{results} has no results of `flacuna evaluate` (MODEL/TASK-SHOTSshot.json, lm_eval.json)")
     return Facts(rows, measured)
 
 
 def _course(run: Path) -> dict[str, str]:
-    """How training went, from metrics.jsonl; nothing where the run was moved without it."""
+    """Number of steps and training loss from metrics.jsonl; empty if the file is missing."""
     path = run / "metrics.jsonl"
     steps = [record for record in read_metrics(path) if "step" in record and record.get("loss") is not None]
     if not steps:
@@ -81,7 +81,7 @@ def _measured(directory: Path) -> Sequence[Measured]:
 
 
 def _measured_by_harness(directory: Path) -> Sequence[Measured]:
-    """What `--protocol lm_eval` left: numbers as the harness gives them, mostly fractions of 1, and standard errors."""
+    """Results of `--protocol lm_eval`: the harness's own numbers, mostly fractions of 1, and standard errors."""
     files = sorted({*directory.glob(HARNESS_FILE), *directory.glob(f"*/{HARNESS_FILE}")})
     measured = []
     for file in files:

@@ -1,4 +1,4 @@
-"""One evaluation inside a run: held-out records, sample answers, benchmarks; and what follows from it."""
+"""One evaluation during training: held-out records, sample answers, benchmarks; decides whether to save or finish."""
 
 import dataclasses
 import difflib
@@ -17,30 +17,30 @@ from flacuna_jax.training.loop import Request
 from flacuna_jax.training.state import TrainState
 
 Tasks = Callable[[Params], dict[str, float]]
-"""(all parameters) → scores by name; benchmarks that the verb hands in."""
+"""Runs the benchmarks: (all parameters) → scores by name."""
 
 
 def is_due(settings: EvaluationConfig, history: History, step: int, total_steps: int) -> bool:
-    """Whether a run that begins after `step` updates has yet to be measured there: before the first step, or where it
-    was stopped between a step and its evaluation."""
+    """Whether a run that starts after `step` updates must be evaluated first: before the first step, or if it was
+    stopped between a step and its evaluation."""
     return step > history.last_step and (step % settings.every_steps == 0 or step == total_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A hook that the loop calls after every `settings.every_steps` steps and the last; also called before the first.
+    """A hook that the loop calls every `settings.every_steps` steps and after the last; also called before the first.
 
     Args:
-      settings: what to measure, and when it is enough.
-      keep_best: how many of the best checkpoints stay.
-      held_out: None where no records are held out.
-      sampler: asks questions.
+      settings: the metric, the benchmarks, and the patience.
+      keep_best: number of best checkpoints to keep.
+      held_out: None if no records are held out.
+      sampler: generates the sample answers.
       tasks: benchmarks.
-      frozen: parameters besides the trainable ones.
-      history: what was measured before.
-      tracker, samples: where the numbers go, and the answers.
-      say: tells the person who watches.
-      stop: asked between batches; an evaluation that is given up is made again when the run continues.
+      frozen: parameters that are not trained.
+      history: earlier values of the metric.
+      tracker, samples: receive the numbers, and the sample answers.
+      say: receives messages for the user.
+      stop: called between batches; an abandoned evaluation is repeated when the run continues.
     """
 
     settings: EvaluationConfig
@@ -56,7 +56,7 @@ class Measurement:
     stop: Callable[[], bool]
 
     def __call__(self, state: TrainState) -> Request:
-        """Raises UserError if there is no such number as `evaluation.metric`."""
+        """Raises UserError if `evaluation.metric` is not a measured number."""
         started = time.monotonic()
         record: dict[str, Any] = {}
         if self.held_out is not None:
@@ -86,8 +86,8 @@ class Measurement:
             numbers = [name for name in record if name not in ("step", "kind")]
             near = difflib.get_close_matches(metric, numbers, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"evaluation.metric {metric!r} is not among what is measured{hint}")
-        if step == 0:  # where it begins, not something to go back to
+            raise UserError(f"evaluation.metric {metric!r} is not a measured number{hint}")
+        if step == 0:  # The model before training is never the best checkpoint.
             self.history.add(step, None)
             return Request()
         self.history.add(step, record[metric])

@@ -1,4 +1,4 @@
-"""Where a run's network comes from: the sizes of a checkpoint on disk, or those of the config."""
+"""The network of a run: sizes from a checkpoint on disk, or from the config."""
 
 import dataclasses
 from pathlib import Path
@@ -14,28 +14,28 @@ from flacuna_jax.model.llama import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Sizes, and the files that hold the weights; without files the weights are drawn at random."""
+    """Sizes, and a reader of the weight files; if the reader is None, the weights are initialised randomly."""
 
     config: LlamaConfig
     reader: TensorReader | None
 
 
 def open_model(model: ModelConfig, max_length: int) -> ModelSource:
-    """Reads sizes and opens the files, no weights yet. Raises `UserError` if either is not as it should be."""
+    """Reads sizes and opens the files without reading weights. Raises `UserError` if either is invalid."""
     reader = None if model.architecture is not None else open_checkpoint(str(model.path))
     return ModelSource(network_sizes(model, max_length), reader)
 
 
 def network_sizes(model: ModelConfig, max_length: int, base: str | Path | None = None) -> LlamaConfig:
-    """The network that a run trains: the checkpoint's or the config's sizes, its positions scaled as the run says.
+    """Sizes of the network that a run trains, from its checkpoint or config, with the run's `rope_scaling`.
 
     Args:
-      model: the run's section.
-      max_length: of the run's rows.
-      base: where the checkpoint is now; None for where the config says.
+      model: the model section of the run's config.
+      max_length: length of the run's rows in tokens.
+      base: current path of the checkpoint; None for `model.path`.
 
     Raises:
-      UserError: config.json cannot be read, or the scaling does not fit it.
+      UserError: config.json cannot be read, or is incompatible with the scaling.
     """
     if model.architecture is not None:
         sizes = architecture_sizes(model.architecture, model.tokenizer_path)
@@ -45,7 +45,7 @@ def network_sizes(model: ModelConfig, max_length: int, base: str | Path | None =
 
 
 def context_warning(sizes: LlamaConfig, max_length: int) -> str | None:
-    """A sentence for rows that are longer than the network's context; None if they fit."""
+    """A warning if rows are longer than the network's context; None if they fit."""
     context = sizes.max_position_embeddings
     if max_length <= context:
         return None
@@ -53,7 +53,7 @@ def context_warning(sizes: LlamaConfig, max_length: int) -> str | None:
 
 
 def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -> LlamaConfig:
-    """A checkpoint's network with `model.rope_scaling` of a run."""
+    """The sizes of a checkpoint with a run's `model.rope_scaling`. Raises `UserError` if they are incompatible."""
     scaling = model.rope_scaling
     if scaling is None:
         return sizes
@@ -69,15 +69,15 @@ def with_rope_scaling(sizes: LlamaConfig, model: ModelConfig, max_length: int) -
             f"{sizes.max_position_embeddings}; leave model.rope_scaling out, or give its factor"
         )
     if factor * sizes.max_position_embeddings >= 2**31:
-        raise UserError(f"model.rope_scaling.factor {factor:g}: positions are counted in 32 bits; take a smaller one")
+        raise UserError(f"model.rope_scaling.factor {factor:g}: positions must fit in 32 bits; choose a smaller factor")
     if scaling.type == "ntk" and sizes.head_dim == 2:
-        raise UserError("model.rope_scaling: {type: ntk} turns slow pairs alone slower; heads of 2 have one pair")
+        raise UserError("model.rope_scaling: {type: ntk} needs at least two frequencies; heads of size 2 have only one")
     llama3 = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     return sizes.stretched(scaling.type, factor, **(llama3 if scaling.type == "llama3" else {}))
 
 
 def architecture_sizes(architecture: ArchitectureConfig, tokenizer_path: str) -> LlamaConfig:
-    """Sizes that a config gives itself; those it leaves out follow from the others and the tokenizer."""
+    """Sizes from a config; missing ones are derived from the others and the tokenizer."""
     return LlamaConfig(
         vocab_size=architecture.vocab_size or load_tokenizer(tokenizer_path).vocab_size,
         hidden_size=architecture.hidden_size,

@@ -1,11 +1,11 @@
-"""What may change between the two halves of an interrupted run, and what would make it a different run."""
+"""Compares a run with its checkpoint: which settings may change when a run is resumed."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from flacuna_jax.errors import UserError
 
-# Found again by their fingerprints, or without influence on what is computed.
+# Identified by fingerprints, or without effect on the computed numbers.
 _FREE = (
     "output_dir",
     "logging",
@@ -15,13 +15,13 @@ _FREE = (
     "model.name",
     "model.tokenizer",
     "lora.init_from",
-    # How the run is watched, and what happens to a step that would have ruined it.
+    # Evaluation, and the handling of bad steps, which never change the parameters.
     "evaluation",
     "training.on_bad_step",
     "training.spike_factor",
     "training.max_bad_steps",
 )
-# The same sums in another order: results agree to rounding.
+# These change only the order of sums: results agree up to rounding.
 _ROUNDING = (
     "mesh",
     "training.remat",
@@ -31,16 +31,16 @@ _ROUNDING = (
     "device",
     "compiler",
 )
-# Without a decaying schedule the length of the run has no influence on the steps before its end.
+# Without a decaying schedule, the length of the run does not affect earlier steps.
 _LENGTH = ("training.epochs", "training.max_steps", "total_steps")
-# Numbers that follow from settings and data; if those may change, so may these.
+# Derived from settings and data; if those may change, these may change too.
 _DERIVED = ("rows_per_step", "total_steps")
 
 BASE_CHECKSUM = "base_checksum"
-"""Of all frozen weights: what a run finds out once it has read them."""
+"""Checksum of all frozen weights, known once a run has read them."""
 _NOT_COMPARED = ("config", "fingerprints", "cursor", "counters", BASE_CHECKSUM)
 
-# What `checkpoint.allow_changes` may name besides settings, and the fingerprints that go by it.
+# Names besides settings for `checkpoint.allow_changes`, with the keys that each covers.
 WORDS = {
     "data": ("fingerprints.data", "held_out_fraction"),
     "tokenizer": ("fingerprints.tokenizer",),
@@ -50,12 +50,12 @@ WORDS = {
 
 
 def compare_meta(saved: dict[str, Any], current: dict[str, Any], allowed: Sequence[str] = ()) -> list[str]:
-    """Settings that would bend the trajectory if the run went on, one readable line each; empty if it may go on.
+    """Changes that would alter the results of the resumed run, one line each; empty if the run may continue.
 
     Both arguments are checkpoint metas: `config` (the resolved config as JSON), `fingerprints` (data, tokenizer, base,
-    ...) and plain numbers such as `rows_per_step` or `total_steps`. Compared are `config`, `fingerprints` and every
-    number that both have, except `counters`, which change as the run goes on, and `cursor`, which only older
-    checkpoints have. `allowed` are settings, sections or `WORDS` that may differ.
+    ...) and plain numbers such as `rows_per_step` or `total_steps`. The comparison covers everything except `counters`,
+    which change during the run, and `cursor`, which only older checkpoints have. `allowed`: settings, sections or
+    `WORDS` that may differ.
     """
     return [_line(*change) for change in _refused(saved, current, allowed)]
 
@@ -70,13 +70,13 @@ def require_same_run(saved: dict[str, Any], current: dict[str, Any], run_dir: st
 
 
 def refusal(run_dir: str, changes: Sequence[str], names: str) -> UserError:
-    """What is said of changes that may pass if `names` are allowed."""
+    """The error for changes that are refused unless `names` are allowed."""
     return UserError(
         "\n".join(
             (
-                f"{run_dir} holds a run that cannot be continued with these settings:",
+                f"{run_dir} contains a run that cannot be continued with these settings:",
                 *(f"  {change}" for change in changes),
-                "set them back, choose another output_dir, or go on as another run would: "
+                "restore them, choose another output_dir, or accept that the results differ: "
                 f"--checkpoint.allow_changes=[{names}]",
             )
         )
@@ -84,11 +84,11 @@ def refusal(run_dir: str, changes: Sequence[str], names: str) -> UserError:
 
 
 def base_change(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """A line if a byte of the frozen weights is another than in the run of the checkpoint.
+    """A line if any byte of the frozen weights differs from the run of the checkpoint, otherwise None.
 
-    Their fingerprint, which is compared before they are read, knows samples of each tensor; this, all of them as they
-    are in memory. Where they are computed, quantised or drawn, another mesh or device may round in another way, and
-    nothing is said.
+    Their fingerprint, which is compared before they are read, covers only samples of each tensor; this checksum covers
+    all weights in memory. Quantised or randomly initialised weights may round differently on another mesh or device,
+    so their difference is then ignored.
     """
     before, now = saved.get(BASE_CHECKSUM), current.get(BASE_CHECKSUM)
     computed = current["config"]["model"]["quantization"] is not None or current["fingerprints"]["base"] == "random"
@@ -98,7 +98,7 @@ def base_change(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
 
 
 def allowed_changes(saved: dict[str, Any], current: dict[str, Any], allowed: Sequence[str]) -> list[str]:
-    """Differences that only `allowed` lets pass, for a notice."""
+    """Differences that are accepted only because of `allowed`, for a notice."""
     refused = _refused(saved, current, allowed)
     return [_line(*change) for change in _refused(saved, current, ()) if change not in refused]
 
@@ -117,7 +117,7 @@ def _name_to_allow(key: str) -> str:
 
 
 def rounding_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Allowed changes after which results agree to rounding only, not bit for bit; for a notice."""
+    """Accepted changes after which results agree only up to rounding, not bit for bit; for a notice."""
     return [_line(*change) for change in _changes(saved, current) if _under(change[0], _ROUNDING)]
 
 
@@ -134,7 +134,7 @@ def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, 
 
 def _comparable(meta: dict[str, Any]) -> dict[str, Any]:
     config = dict(meta.get("config", {}))
-    # Sources are known by the data's fingerprint; a file may move, its path is not part of the run.
+    # Sources are identified by the fingerprint of the data; files may move, so paths are not compared.
     data = dict(config.get("data", {}))
     data["sources"] = [{k: v for k, v in source.items() if k != "path"} for source in data.get("sources", ())]
     rest = {key: value for key, value in meta.items() if key not in _NOT_COMPARED}

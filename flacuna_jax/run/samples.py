@@ -1,4 +1,4 @@
-"""Answers of the model in training to a few questions, for people to read: before, while and after it learns."""
+"""Answers of the model to a few questions before, during and after training, for users to read."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from flacuna_jax.model.parameters import Params
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """Token ids of a prompt with its template, what of it a person is shown, and the answer to compare with."""
+    """Token ids of a prompt with its template, its text without the template, and the expected answer if any."""
 
     id: str
     ids: tuple[int, ...]
@@ -24,7 +24,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Puts the questions to the model of the moment; `ask` gives its answers to all parameters and token ids."""
+    """Asks the current model the questions; `ask` maps all parameters and prompts as token ids to answers."""
 
     questions: Sequence[Question]
     ask: Callable[[Params, Sequence[tuple[int, ...]]], list[str]]
@@ -41,9 +41,9 @@ class Sampler:
 def choose_questions(
     store: TokenStore, count: int, room: int, tokenizer: Tokenizer, frame: tuple[str, str]
 ) -> list[Question]:
-    """The held-out examples with the lowest keys whose question has at most `room` tokens; each question once.
+    """Questions of at most `room` tokens from the held-out examples with the lowest keys, without duplicates.
 
-    `frame` is what the template writes before and after a question, which people are not shown.
+    `frame`: the template's text before and after a question, which is removed from the question's text.
     """
     found = keys(store)
     chosen: dict[int, Question] = {}

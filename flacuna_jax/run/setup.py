@@ -1,4 +1,4 @@
-"""What a training run is made of: model, data and plan, read and checked before anything is written."""
+"""Reads and checks the model, the data and the plan of a training run before anything is written."""
 
 import dataclasses
 import functools
@@ -56,16 +56,16 @@ from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig
 
 Say = Callable[[str], None]
-"""Tells the person who watches; hosts other than the first say nothing."""
+"""Receives messages for the user; hosts other than the first print nothing."""
 
 
 def say_at_once(text: str) -> None:
-    """A log that is a file shows it now, and keeps it if the process is killed."""
+    """Prints and flushes, so that a log file is up to date and complete if the process is killed."""
     print(text, flush=True)
 
 
 def say_on_stderr(text: str) -> None:
-    """Where standard output is the result."""
+    """For commands that print their result on standard output."""
     print(text, file=sys.stderr)
 
 
@@ -74,7 +74,7 @@ def say_nothing(text: str) -> None:
 
 
 class Parts(NamedTuple):
-    """A run before its data: the config with every choice made, the model's sizes and files, devices."""
+    """A run before its data: the resolved config, the model's sizes and files, the mesh."""
 
     config: RunConfig
     source: ModelSource
@@ -83,7 +83,7 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of once its input is known to be right."""
+    """The checked inputs of a run."""
 
     config: RunConfig
     mesh: Mesh
@@ -94,7 +94,7 @@ class Setup:
     tokenizer: Tokenizer
     template: Template
     held_out: TokenStore | None = None
-    """Records that are measured and not learned from."""
+    """Records for evaluation that are not trained on."""
     objective: Objective | None = None
     """Replaces the one that the settings ask for."""
 
@@ -118,7 +118,7 @@ class Setup:
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint must agree with before this run continues it."""
+        """Facts that are compared with a checkpoint before this run continues from it."""
         return {
             "config": self.config.model_dump(mode="json"),
             "fingerprints": {
@@ -137,7 +137,7 @@ class Setup:
 
     @property
     def shared_facts(self) -> dict[str, str]:
-        """What all hosts must have in common."""
+        """Facts that must be equal on all hosts."""
         config = self.config.model_copy(update={"distributed": DistributedConfig()})
         return {
             "the config": config.to_yaml(),
@@ -150,10 +150,11 @@ class Setup:
 
 
 def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
-    """Decides what `mesh: auto` and `remat: auto` leave to us.
+    """Replaces `mesh: auto` and `remat: auto` by concrete values.
 
-    A resumed run keeps what it had decided, if the devices are as many. Else the planner compiles a few candidates; on
-    accelerators it has no facts of, weights are split over all devices and the results of matrix products kept.
+    A resumed run keeps its earlier choice if the number of devices is the same. Otherwise the planner compiles a few
+    candidates; on accelerators without a data sheet, weights are split over all devices, and the results of matrix
+    products are kept.
     """
     if config.mesh != "auto" and config.training.remat != "auto":
         return config
@@ -172,8 +173,8 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
 
 
 def _decided_before(config: RunConfig) -> RunConfig | None:
-    """The settings of the run that is continued; None if there is none, or its config.yaml is damaged or from before a
-    setting had its name. Its checkpoints are what has to be right, and they hold the settings, too."""
+    """The settings of the run in `output_dir`; None if there is none, or if its config.yaml is damaged or has settings
+    with old names. That is not an error, because checkpoints contain the settings too."""
     text = read_text(config.output_dir, "config.yaml")
     try:
         tree = yaml.safe_load(text or "")
@@ -191,7 +192,7 @@ def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
 
 
 def open_parts(config: RunConfig) -> Parts:
-    """Raises UserError for a model that is not there, or devices that do not go with it, the batch or the attention."""
+    """Raises UserError if the model is missing, or if the devices do not fit the model, the batch or the attention."""
     source = open_model(config.model, config.data.max_length)
     spec = model_spec(config, source)
     require_words(config.training.no_decay, spec.base | spec.adapters)
@@ -213,26 +214,26 @@ def open_parts(config: RunConfig) -> Parts:
 
 
 def require_output_apart(config: RunConfig) -> None:
-    """Raises UserError if a directory of data holds output_dir, whose files would be read as data by the next start."""
+    """Raises UserError if output_dir is inside a directory of data: the next start would read its files as data."""
     sources = (*config.data.sources, *(config.evaluation.sources if config.evaluation else ()))
     for source in () if is_bucket(config.output_dir) else sources:
-        # Not Path.resolve, which raises where links lead in a circle.
+        # Not Path.resolve, which raises on circular links.
         if Path(os.path.realpath(config.output_dir)).is_relative_to(os.path.realpath(_read_below(source.path))):
             raise UserError(
-                f"output_dir {config.output_dir} lies in {source.path}, which is read as data with all that it holds; "
-                "choose an output_dir elsewhere, or name the files"
+                f"output_dir {config.output_dir} is inside {source.path}, whose files are all read as data; "
+                "choose another output_dir, or list the data files in data.sources"
             )
 
 
 def _read_below(path: str) -> str:
-    """The directory of which all files, at any depth, may be read for a source."""
+    """The path whose files, at any depth, may be read for a source."""
     if Path(path).exists() or "**" not in path:
         return path
     return os.path.dirname(path.partition("**")[0]) or "."
 
 
 def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
-    """Adds data and plan; the same on all hosts. Raises UserError for what is wrong with them."""
+    """Adds data and plan, which are the same on all hosts. Raises UserError if they are invalid."""
     config, source, mesh = parts
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
@@ -246,7 +247,7 @@ def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
 
 
 def peak_flops() -> float | None:
-    """Dense bfloat16 FLOP/s of all devices together; None for a chip that no data sheet is kept of."""
+    """Dense bfloat16 FLOP/s of all devices together; None for a chip without a data sheet in this package."""
     devices = jax.devices()
     target = known_target(devices[0])
     return None if target is None else target.bf16_flops * len(devices)
@@ -273,7 +274,7 @@ def first_adapters(setup: Setup, base: Params) -> Params:
 
 
 def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
-    """Raises UserError that says how to set what differs, all of it."""
+    """Raises UserError with the options that set every setting that differs."""
     ours, theirs = lora.model_dump(mode="json"), found.model_dump(mode="json")
     changes = [
         shlex.quote(f"--lora.{name}={json.dumps(theirs[name])}")
@@ -283,12 +284,12 @@ def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
     ]
     if changes:
         raise UserError(
-            f"the adapter in lora.init_from ({lora.init_from}) is of other settings; take it with: {' '.join(changes)}"
+            f"the adapter in lora.init_from ({lora.init_from}) has other settings; set them with: {' '.join(changes)}"
         )
 
 
 def plan_facts(setup: Setup) -> list[tuple[str, str]]:
-    """The exact plan as (label, text) pairs, printed before the first step; there may be several warnings."""
+    """The plan as (label, text) pairs, printed before the first step; the label "warning" may repeat."""
     config, plan, spec = setup.config, setup.plan, setup.spec
     trainable, total = spec.trainable_count, count(spec.base_shapes)
     axes = " × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())

@@ -1,4 +1,4 @@
-"""Where a run starts and what it ends with: checkpoints, adapters, weights."""
+"""The state at which a run starts, and the state that it delivers: checkpoints, adapters, weights."""
 
 import dataclasses
 
@@ -24,8 +24,8 @@ from flacuna_jax.training.step import partition
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The state to go on from, the frozen parameters, what evaluations said before, and what the checkpoints of the run
-    say of it."""
+    """The state to start from, the frozen parameters, the results of earlier evaluations, and the facts that the run's
+    checkpoints record."""
 
     state: TrainState
     base: Params
@@ -34,14 +34,13 @@ class Start:
 
 
 def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpointer, say: Say) -> Start:
-    """Where a run begins, or goes on.
+    """The start of a run, or the checkpoint to continue from.
 
-    The newest intact checkpoint > the adapter of lora.init_from > fresh adapters. Without LoRA: the newest checkpoint >
-    the base's weights, or random ones.
+    In order of preference: the newest intact checkpoint, the adapter in lora.init_from, fresh adapters. Without LoRA:
+    the newest intact checkpoint, the base's weights (or random weights).
 
     Raises:
-      UserError: the checkpoints are of another run, or none of them is intact; or there is none any more of a run that
-        was finished.
+      UserError: the checkpoints belong to another run, none of them is intact, or a finished run has none any more.
     """
     config, layout = setup.config, setup.layout
     lower_is_better = config.evaluation is not None and config.evaluation.lower_is_better
@@ -58,8 +57,8 @@ def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpoi
         return Start(state, base, History(lower_is_better), _meta_with(setup, base))
     if restored.step > setup.plan.total_steps:
         raise UserError(
-            f"{directory.output} holds a run that has done {restored.step:,} steps, more than the "
-            f"{setup.plan.total_steps:,} of these settings; choose another output_dir for a shorter one"
+            f"{directory.output} contains a run that is at step {restored.step:,}, beyond the "
+            f"{setup.plan.total_steps:,} steps of these settings; choose another output_dir for a shorter run"
         )
     base = load_weights(setup) if config.lora else {}
     meta = _meta_with(setup, base)
@@ -68,9 +67,9 @@ def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpoi
         raise refusal(directory.output, [other_base], ", ".join((*allowed, "base")))
     say(f"resuming after step {restored.step}")
     for change in rounding_changes(restored.meta, meta):
-        say(f"note: equal to rounding only, not bit for bit: {change}")
+        say(f"note: results are equal only up to rounding, not bit for bit: {change}")
     for change in (*allowed_changes(restored.meta, meta, allowed), *filter(None, [other_base])):
-        say(f"note: another run from here on, as checkpoint.allow_changes says: {change}")
+        say(f"note: results differ from here on, accepted by checkpoint.allow_changes: {change}")
     same_metric = (restored.meta["config"].get("evaluation") or {}).get("metric") == (
         config.evaluation.metric if config.evaluation else None
     )
@@ -92,7 +91,8 @@ def fresh_state(setup: Setup) -> tuple[TrainState, Params]:
 
 
 def newest_state(setup: Setup, say: Say) -> tuple[TrainState, Params]:
-    """The newest checkpoint's parameters to look at, without its optimizer state; the first ones if there is none.
+    """The newest checkpoint's parameters, without its optimizer state, for inspection; without checkpoints, the initial
+    parameters.
 
     Raises:
       UserError: the checkpoint is damaged.
@@ -108,18 +108,18 @@ def newest_state(setup: Setup, say: Say) -> tuple[TrainState, Params]:
 
 
 def chosen_state(setup: Setup, checkpointer: Checkpointer, history: History, last: TrainState, say: Say) -> TrainState:
-    """What is delivered: the last state, or that of the best checkpoint. Raises UserError if it cannot be read."""
+    """The state to deliver: the last, or that of the best checkpoint. Raises UserError if it cannot be read."""
     settings = setup.config.evaluation
     if settings is None or settings.deliver == "last":
         return last
     kept = [step for step in history.best(len(history.values)) if step in checkpointer.steps()]
     if not kept:
         raise UserError(
-            "evaluation.deliver is best, and no checkpoint that is still there was measured; "
-            "checkpoint.keep_best keeps them"
+            "evaluation.deliver is best, but no remaining checkpoint was evaluated; "
+            "set checkpoint.keep_best to keep the best ones"
         )
     best = history.best(1)[0]
-    left = "" if kept[0] == best else f" of those that are left; the best was step {best} ({history.values[best]:.4g})"
+    left = "" if kept[0] == best else f" of the remaining ones; the best was step {best} ({history.values[best]:.4g})"
     say(f"delivering step {kept[0]}, the best by {settings.metric} ({history.values[kept[0]]:.4g}){left}")
     if kept[0] == last.step:
         return last

@@ -1,9 +1,9 @@
-"""Being asked to stop: a signal ends a run between two steps, with its state saved.
+"""Stops a run on a signal: the run ends between two steps, after saving its state.
 
-Schedulers send one before they take a machine away (Slurm: --signal=TERM@90, LSF: USR2, spot instances, Kubernetes); a
-terminal that is closed, as by a lost connection, sends SIGHUP to all that was started in it. The process then leaves
-with status 75 (`cli.EXIT_STOPPED`), which neither success nor failure uses: start the same command again and it
-continues.
+Schedulers send a signal before they reclaim a machine (Slurm: --signal=TERM@90, LSF: USR2, spot instances, Kubernetes).
+A closed terminal, for example after a lost connection, sends SIGHUP to all processes that were started in it. The
+process then exits with status 75 (`cli.EXIT_STOPPED`), which means neither success nor failure; the same command
+continues the run.
 """
 
 import contextlib
@@ -23,21 +23,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-"""Ignored by who was started so (`nohup`, `&` in a script), they stay ignored."""
+"""If these signals are already ignored (`nohup`, `&` in a script), they stay ignored."""
 ECHO_SECONDS = 0.3
-"""A signal reaches a process twice where both its terminal and its launcher send it (`uv run`, a shell that ends)."""
+"""A process may receive a signal twice: from its terminal and from its launcher (`uv run`, a shell that exits)."""
 
 
 class Stopped(BaseException):
-    """A signal asked the run to end; what there was to save is saved. Like KeyboardInterrupt, it is no error that
-    anything on the way should handle."""
+    """A signal ended the run; its state, if there was any, is saved. Like KeyboardInterrupt, this is not an Exception,
+    so error handlers do not catch it."""
 
 
 class StopRequest:
     """Catches the signals inside a `with` block.
 
-    Outside of `deferred` a signal raises `Stopped` where the program is: nothing is at stake yet. Inside it is only
-    noted, for `poll`. The same signal a second time has its default effect, which ends the process at once.
+    Outside of `deferred`, a signal raises `Stopped` immediately, because there is nothing to save. Inside, it is only
+    recorded for `poll`. The same signal a second time has its default effect and ends the process at once, except
+    SIGHUP, which is then ignored.
     """
 
     def __init__(self) -> None:
@@ -60,13 +61,13 @@ class StopRequest:
         del frame
         signal.signal(number, signal.SIG_IGN)
         if self._deferring:
-            _tell(f"{signal.Signals(number).name}: saving after the step at work; the same again ends the run at once")
+            _tell(f"{signal.Signals(number).name}: saving after the current step; the same signal again exits at once")
         time.sleep(ECHO_SECONDS)
         if number != signal.SIGHUP:
             signal.signal(number, signal.SIG_DFL)
         self.received = self.received or signal.Signals(number).name
         if not self._deferring:
-            raise Stopped(f"{self.received}: nothing was under way that had to be saved")
+            raise Stopped(f"{self.received}: there was nothing to save")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -78,10 +79,10 @@ class StopRequest:
             self._deferring = False
 
     def poll(self) -> bool:
-        """Whether to stop now; called by all hosts after every step, and the same answer on all of them.
+        """Whether to stop now. All hosts call it after every step and get the same answer.
 
-        One host knows at once. Several exchange a number behind each step, and read it one call later, when the step
-        it followed is done: nobody waits for it.
+        A single host answers at once. Several hosts exchange a number after each step and read it at the next call,
+        when the computation of that step is done, so no host waits for it.
         """
         if jax.process_count() == 1:
             return self.received is not None
@@ -90,13 +91,13 @@ class StopRequest:
 
 
 def _tell(text: str) -> None:
-    """On standard error, past Python's streams: these may be in the middle of a write that the signal interrupted."""
+    """Writes to standard error without Python's streams: the signal may have interrupted one of their writes."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 def _any_host(flag: bool) -> jax.Array:
-    """Whether any host says so: a replicated int32 that is computed while the caller goes on."""
+    """Whether `flag` is true on any host: a replicated int32, computed asynchronously."""
     spread, largest = _exchange()
     return largest(jax.make_array_from_process_local_data(spread, np.full(jax.local_device_count(), flag, np.int32)))
 

@@ -1,4 +1,4 @@
-"""A training run as an object. `flacuna train` runs one to its end; a program can train part of it and add hooks."""
+"""A training run as an object. `flacuna train` trains it to its end; a program can train in parts and add hooks."""
 
 import contextlib
 import dataclasses
@@ -62,15 +62,15 @@ def open_run(
     say: Say = say_at_once,
     profile: bool = False,
 ) -> Iterator["TrainingRun"]:
-    """Opens a new run in `config.output_dir`, or the one that is there, from its newest checkpoint.
+    """Opens a run in `config.output_dir`: a new one, or an existing one at its newest checkpoint.
 
-    Everything is read and checked before anything is written. Only the first host prints.
+    All inputs are read and checked before anything is written. Only the first host prints.
 
     Args:
       config: from `load_config` or `parse_config`.
       objective: replaces the one that the settings ask for. A run must be resumed with the objective it began with.
       hooks: see `TrainingRun.add_hook`.
-      stop: ends training between two steps; None: nothing does.
+      stop: ends training between two steps; None: training cannot be stopped.
       say: receives the lines that `flacuna train` prints.
       profile: trace a few steps into output_dir/profile.
 
@@ -88,7 +88,7 @@ def open_run(
         say(f"warning    {unread}")
     with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
         setup = set_up(parts, say, objective)
-        # Adapters are small: writing them takes no time worth hiding.
+        # Adapters are small, so writing them asynchronously would not save time.
         asynchronous = config.lora is None or is_bucket(config.output_dir)
         with (
             Checkpointer(directory.output, keep=config.checkpoint.keep, asynchronous=asynchronous) as checkpointer,
@@ -101,10 +101,12 @@ def open_run(
 
 
 class TrainingRun:
-    """One run between its start and its delivery; made by `open_run`.
+    """One run from its start to its delivery; created by `open_run`.
 
-    `setup` has the resolved config, the data and the plan; `state` the step, the trainable parameters and the
-    optimizer state; `base` the frozen parameters.
+    Attributes:
+      setup: the resolved config, the data and the plan.
+      state: the step, the trainable parameters and the optimizer state.
+      base: the frozen parameters.
     """
 
     def __init__(
@@ -131,9 +133,9 @@ class TrainingRun:
             directory.write_config(config.to_yaml())
             cut = directory.cut_back(self.step, self._evaluation_is_due)
             if cut.later:
-                say(f"metrics.jsonl: records removed that no checkpoint knows, after step {self.step}: {cut.later:,}")
+                say(f"metrics.jsonl: removed records newer than the checkpoint, after step {self.step}: {cut.later:,}")
             if cut.torn:
-                say(f"metrics.jsonl: unreadable lines removed: {cut.torn:,}")
+                say(f"metrics.jsonl: removed unreadable lines: {cut.torn:,}")
         self._report = LiveReport(functools.partial(report_on, setup, directory) if self._primary else say_nothing, say)
         self._tasks, self._profile = tasks, profile
         self._source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
@@ -161,7 +163,7 @@ class TrainingRun:
         return {**self.base, **self.state.trainable}
 
     def add_hook(self, hook: StepHook | StateHook) -> None:
-        """Calls it as its type says, after the run's own hooks. The time that it takes does not count as training."""
+        """Adds a hook that is called after the run's own hooks. Its time does not count as training."""
         if isinstance(hook, StepHook):
             self._added.append(dataclasses.replace(hook, call=functools.partial(self._call_step_hook, hook)))
         else:
@@ -172,13 +174,14 @@ class TrainingRun:
         self._watch.tracker.log({"step": step, "kind": "hook", **numbers})
 
     def train(self, until: int | None = None) -> End:
-        """Trains to step `until`, or to the end, and returns why it ended.
+        """Trains to step `until`, or to the end of the run.
 
-        Only "paused" may be followed by another call; a run that was stopped is opened again to continue.
+        Returns:
+          Why it ended. Only after "paused" may `train` be called again; to continue a stopped run, open it again.
 
         Raises:
-          BadStep: the loss is not finite, or leapt, and the settings say to stop.
-          UserError: the output directory failed.
+          BadStep: the loss or its gradient is not finite or a spike, and the settings end the run.
+          UserError: the output directory cannot be written.
         """
         with self._stop.deferred():
             watch = self._watch
@@ -208,15 +211,15 @@ class TrainingRun:
         return self._end
 
     def save(self) -> None:
-        """Writes a checkpoint of the state."""
+        """Writes a checkpoint of the current state, and waits until it is written."""
         self._watch.save(self.state)
         self._checkpointer.wait()
 
     def stopped(self, by: str) -> str:
-        """Closes the report of a run that was stopped, and says in one line what is kept of it."""
+        """Finishes the report of a run that was stopped, and returns a line with the saved step."""
         self._report.finish(f"stopped by {by} after step {self.step}")
         return f"{by}: " + (
-            f"saved after step {self.step}; start again to continue" if self.step else "no step was done"
+            f"saved after step {self.step}; start again to continue" if self.step else "stopped before the first step"
         )
 
     def deliver(self) -> Path:
@@ -226,12 +229,12 @@ class TrainingRun:
           The directory of the adapter or model.
 
         Raises:
-          UserError: the run is not at its end; or the files cannot be written.
+          UserError: the run has not reached its end, or the files cannot be written.
         """
         config, history, say = self.setup.config, self._history, self._say
         if self._end not in ("finished", "enough"):
             raise UserError(
-                f"the run is at step {self.step} of {self.total_steps}; train it to its end before it is delivered, "
+                f"the run is at step {self.step} of {self.total_steps}; train it to its end before you deliver it, "
                 "or export a checkpoint"
             )
         taken = datetime.timedelta(seconds=round(time.monotonic() - self._began))
@@ -259,7 +262,7 @@ class TrainingRun:
 
     @functools.cached_property
     def _watch(self) -> Watch:
-        """Opened by the first call that needs it; its outputs are closed at the end of training."""
+        """Opened on first use; its outputs are closed at the end of training."""
         setup, config, primary = self.setup, self.setup.config, self._primary
         path = self._directory.path
         tracker = self._outputs.enter_context(
@@ -292,12 +295,12 @@ class TrainingRun:
 
     @property
     def _evaluation_is_due(self) -> bool:
-        """Before the first step, and where a run was stopped between a step and its evaluation."""
+        """Whether to evaluate before training: at step 0, or after a stop between a step and its evaluation."""
         settings = self.setup.config.evaluation
         return settings is not None and is_due(settings, self._history, self.step, self.total_steps)
 
     @property
     def _has_enough(self) -> bool:
-        """Whether a run that is started again had stopped early."""
+        """Whether early stopping has already ended this run."""
         settings = self.setup.config.evaluation
         return settings is not None and self._history.is_exhausted(settings.patience)

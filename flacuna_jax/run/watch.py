@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: records, saves, evaluations, and the report while it goes on."""
+"""The hooks of a run: metrics, checkpoints, evaluations, and the report during training."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from flacuna_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """The hooks of every run. The time they take does not count as training."""
+    """The hooks of every run. Their time does not count as training."""
 
     setup: Setup
     directory: RunDirectory
@@ -32,7 +32,7 @@ class Watch:
     profile: StateHook | None
     report: LiveReport
     meta: Meta
-    """Facts about the run that every checkpoint holds."""
+    """Facts about the run that every checkpoint contains."""
 
     @property
     def hooks(self) -> tuple[StepHook | StateHook, ...]:
@@ -67,7 +67,7 @@ class Watch:
 
 
 def warn_if_worse(directory: RunDirectory, settings: EvaluationConfig | None, history: History, say: Say) -> None:
-    """Says so if no evaluation was as good as the one before the first step."""
+    """Warns if no evaluation was as good as the one before the first step."""
     if settings is None or not history.values:
         return
     evaluations = (record for record in read_metrics(directory.metrics) if record.get("kind") == "evaluation")

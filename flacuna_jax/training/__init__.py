@@ -1,1 +1,1 @@
-"""The step, the loop around it, and what survives a restart."""
+"""The training step, its optimizer and objective, the loop around it, and the state that checkpoints save."""

@@ -1,4 +1,4 @@
-"""The objective's measures on held-out records, over all of them and by source, each token weighing the same."""
+"""Evaluates the objective's measures on held-out records: token-weighted means over all records and by source."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,30 +17,30 @@ from flacuna_jax.training.scoring import Scorer, Sums, make_scorer
 from flacuna_jax.training.step import StepConfig
 
 ACCUMULATED = 4
-"""Micro-batches behind one call."""
+"""Maximum number of micro-batches per call."""
 NAMED_SOURCES = 31
-"""The largest get a line of their own; what is left is "other"."""
+"""Number of largest sources that are reported separately; the rest is reported as "other"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Held-out records laid out in packed rows, ready to be measured; made by `lay_out`."""
+    """Held-out records in packed rows, ready for evaluation; created by `lay_out`."""
 
     source: StepSource
     steps: int
     names: tuple[str, ...]
-    """Of the labels: the records' own sources."""
+    """Names of the labels: the sources that the records state."""
     labels: NDArray[np.int32]
     score: Scorer
     derived: Callable[[Mapping[str, float]], dict[str, float]]
-    """Of the objective: further figures from the means."""
+    """`Objective.derived`: further figures from the means."""
     batch_sharding: NamedSharding
 
     def measure(self, trainable: Params, frozen: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
         """Means of the objective's measures, "eval/loss", ..., and "eval/tokens", over all records.
 
-        If the records have several sources, also "eval/loss/SOURCE", ... The devices add up a few rows at a time in
-        float32, the host adds up those sums in float64. Returns None if `stop` returns True between two batches.
+        If the records have several sources, also "eval/loss/SOURCE", ... The devices sum a few rows at a time in
+        float32, and the host adds these sums in float64. Returns None if `stop` returns True between two batches.
         """
         totals: Sums | None = None
         for step in range(self.steps):
@@ -71,14 +71,14 @@ def lay_out(
     batch_sharding: NamedSharding,
     shards: int,
 ) -> HeldOut:
-    """Packs held-out records as training packs its own, each once.
+    """Packs held-out records like training records, each record once.
 
     Args:
       store: the records; every one of its source indices belongs to `data.sources`.
-      data, training: the run's; how many rows fit on the devices at once is what training found to fit.
+      data, training: settings of the run; a micro-batch has as many rows as in training.
       config: the network and the objective.
-      batch_sharding: of the global batch.
-      shards: data×fsdp shards.
+      batch_sharding: sharding of the global batch.
+      shards: number of data×fsdp shards.
     """
     mesh = batch_sharding.mesh
     assert isinstance(mesh, Mesh), "batches are of real devices"
@@ -106,7 +106,7 @@ def lay_out(
 
 
 def _label(store: TokenStore) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-    """Names of the sources that the records themselves state, largest first, and which each example has."""
+    """Names of the sources that the records state, largest first, and the label of each example."""
     sizes = np.bincount(store.task_index, weights=store.supervised, minlength=len(store.tasks))
     present = [int(task) for task in np.argsort(-sizes, kind="stable") if sizes[task]]
     named = present if len(present) <= NAMED_SOURCES + 1 else present[:NAMED_SOURCES]

@@ -1,8 +1,8 @@
-"""How much arithmetic a step of the model is, for model FLOP/s utilisation (Chowdhery et al., 2022, appendix B).
+"""Counts the FLOP of a step, for model FLOP/s utilisation (Chowdhery et al., 2022, appendix B).
 
-Counted is what the mathematics needs: no padding, no recomputation, attention over what each document sees (its lower
-triangle, where the paper counts the whole square), the head at supervised positions, weight gradients only of what
-trains.
+The count includes only necessary arithmetic: no padding, no recomputation, attention over the visible tokens of each
+document (the lower triangle; the paper counts the whole square), the head at supervised positions, and weight gradients
+of trainable parameters only.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from flacuna_jax.model.parameters import ModelSpec, count
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOP of a step: `per_token`, `per_supervised` token, and `per_pair` of a token with one it attends to."""
+    """FLOP of a step: `per_token`, `per_supervised` token, and `per_pair` of a query token and a visible key token."""
 
     per_token: float
     per_supervised: float
@@ -27,20 +27,20 @@ class StepFlops:
         sizes = spec.config
         matrices = count({path: p.shape for path, p in spec.base.items() if p.kind == "matrix" and p.stacked})
         head = sizes.vocab_size * sizes.hidden_size
-        # A product costs 2 FLOP per weight and token forward, as much for the gradient of its input, and as much again
-        # for that of the weight, if it trains.
+        # Per weight and token, a product costs 2 FLOP forward, 2 for the gradient of its input, and 2 for the gradient
+        # of the weight if it is trained.
         products = 4 if spec.lora is not None else 6
         adapters = count(spec.lora_shapes)
-        # Two products forward, four backward, per pair, head and number in a head.
+        # Two products forward and four backward, for each pair, head and dimension of a head.
         attention = 12 * sizes.num_layers * sizes.num_heads * sizes.head_dim
         return cls(products * matrices + 6 * adapters, products * head, attention)
 
     def count(self, lengths: NDArray[np.int64], supervised: int) -> float:
-        """Of a step with documents of these lengths, of whose tokens so many carry loss."""
+        """FLOP of a step with documents of these lengths and `supervised` tokens with loss."""
         tokens, pairs = int(lengths.sum()), float((lengths * (lengths + 1) / 2).sum())
         return self.per_token * tokens + self.per_supervised * supervised + self.per_pair * pairs
 
 
 def flops_of_step(flops: StepFlops, lengths: NDArray[np.int64], info: StepInfo) -> float:
-    """Of what a step held; `lengths` are those of all examples."""
+    """FLOP of the examples of a step; `lengths` are the lengths of all examples of the run."""
     return flops.count(lengths[info.example_indices], info.supervised_tokens)

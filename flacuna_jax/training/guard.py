@@ -1,7 +1,7 @@
-"""The watch over every update: a step whose loss or gradient is not finite, or leaps, changes nothing.
+"""Guards every update: a step whose loss or gradient is not finite, or is a spike, changes nothing.
 
-The decision is made inside the compiled step, from numbers that are part of the optimizer state. So no host waits for
-it, a resumed run decides as an undisturbed one would, and neither a parameter nor a moment ever sees a NaN.
+The decision is made inside the compiled step, from numbers in the optimizer state. Therefore no host waits for it, a
+resumed run decides like an uninterrupted one, and NaNs never reach parameters or moments.
 """
 
 from typing import Any, NamedTuple
@@ -11,37 +11,38 @@ import jax.numpy as jnp
 import optax
 
 MEMORY = 0.95
-"""Weight of the past in the running means: about the last twenty accepted steps."""
+"""Decay of the running means, which cover about the last twenty accepted steps."""
 SETTLING = 20
-"""Accepted steps before a leap can be told from a start."""
+"""Accepted steps before the running means are used to detect spikes."""
 
 
 class GuardState(NamedTuple):
-    """Optimizer state inside the guard, and what the guard remembers; scalars, replicated."""
+    """State of the inner optimizer, and the guard's own state: replicated scalars."""
 
     inner: Any
     loss_mean: jax.Array
     """Exponential sum over accepted steps, float32; divided by 1 - MEMORY**accepted it is a mean."""
     norm_mean: jax.Array
     accepted: jax.Array
-    """Updates made, int32."""
+    """Number of accepted updates, int32."""
     skipped: jax.Array
-    """Updates not made, int32."""
+    """Number of skipped updates, int32."""
     in_a_row: jax.Array
-    """Of those, the latest without an accepted one between, int32; 0 after a good step."""
+    """Number of consecutive skipped updates up to now, int32; 0 after a good step."""
 
 
 def guarded(inner: optax.GradientTransformation, spike_factor: float | None) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer. A bad step leaves its state as it was and gives updates of zero.
+    """Wraps an optimizer. A bad step leaves the optimizer's state unchanged and returns updates of zero.
 
-    `update` takes the step's mean `loss` beside the gradients (without one, they alone are watched). Bad is what is not
-    finite in loss or gradient norm, and with `spike_factor` also a loss or norm above that many times its running mean
-    over accepted steps. The schedule counts accepted steps: a skipped batch is as though it were not in the data.
+    `update` takes the step's mean `loss` in addition to the gradients; without it, only the gradients are checked. A
+    step is bad if its loss or gradient norm is not finite, or, with `spike_factor`, if either exceeds `spike_factor`
+    times its running mean over accepted steps. The schedule counts accepted steps, so a skipped batch has the same
+    effect as a batch that is missing from the data.
     """
     inner_update = optax.with_extra_args_support(inner).update
 
     def init(params: Any) -> GuardState:
-        # An array each: the step donates them all.
+        # Separate arrays, because the step donates each of them.
         means = (jnp.zeros((), jnp.float32) for _ in range(2))
         counts = (jnp.zeros((), jnp.int32) for _ in range(3))
         return GuardState(inner.init(params), *means, *counts)
@@ -56,7 +57,7 @@ def guarded(inner: optax.GradientTransformation, spike_factor: float | None) -> 
             weight = 1 - jnp.float32(MEMORY) ** state.accepted
             leap = (loss * weight > spike_factor * state.loss_mean) | (norm * weight > spike_factor * state.norm_mean)
             bad |= leap & (state.accepted >= SETTLING)
-        # The optimizer gets zeros instead of what is bad, so that no NaN arises even where it is then thrown away.
+        # The optimizer gets zeros instead of bad gradients, so that no NaN occurs even in discarded results.
         harmless = jax.tree.map(lambda gradient: jnp.where(bad, 0, gradient), gradients)
         updates, inner_state = inner_update(harmless, state.inner, params, **extra)
 
@@ -77,7 +78,7 @@ def guarded(inner: optax.GradientTransformation, spike_factor: float | None) -> 
 
 
 def skips(opt_state: Any) -> tuple[jax.Array, jax.Array]:
-    """(all so far, in a row) of a guarded optimizer's state; zeros for one without a guard. int32 scalars."""
+    """(total, consecutive) skipped updates of a guarded optimizer's state, int32 scalars; zeros without a guard."""
     if isinstance(opt_state, GuardState):
         return opt_state.skipped, opt_state.in_a_row
     none = jnp.zeros((), jnp.int32)

@@ -1,6 +1,6 @@
-"""What evaluations said so far: which checkpoints are the best, and whether it still gets better.
+"""The history of evaluations: determines the best checkpoints, and whether the run still improves.
 
-A history travels in the meta of every checkpoint, so that a resumed run decides as an undisturbed one does.
+The history is saved in the meta of every checkpoint, so that a resumed run decides like an uninterrupted one.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ from typing import Any
 
 @dataclasses.dataclass
 class History:
-    """Measured values by step, in order. Earlier steps win ties; what is not finite is worse than anything."""
+    """Measured values by step, in order. Earlier steps win ties; values that are not finite are the worst."""
 
     lower_is_better: bool
     values: dict[int, float] = dataclasses.field(default_factory=dict)
     last_step: int = -1
-    """Of the latest evaluation, also of one that did not measure the value."""
+    """Step of the latest evaluation, including evaluations without a value."""
 
     def add(self, step: int, value: float | None) -> None:
-        """Notes an evaluation; `value` is None where it did not measure what is watched."""
+        """Records an evaluation; `value` is None if it did not measure the metric."""
         self.last_step = step
         if value is not None:
             self.values[step] = value
@@ -30,11 +30,11 @@ class History:
 
     @property
     def since_best(self) -> int:
-        """Evaluations after the best one."""
+        """Number of evaluations since the best one."""
         return len(self.values) - 1 - list(self.values).index(self.best(1)[0]) if self.values else 0
 
     def is_exhausted(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations in a row have brought no new best."""
+        """Whether the last `patience` evaluations were no new best."""
         return patience is not None and self.since_best >= patience
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The loop around the step: batches in, hooks called, and no wait for the device in between."""
+"""The training loop: feeds batches to the step and calls hooks, without waiting for the device in between."""
 
 import dataclasses
 from collections import deque
@@ -14,37 +14,38 @@ from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import Step, StepMetrics
 
 STEPS_IN_FLIGHT = 1
-"""Number of steps started after a step before its results are read: the device always has work, and a run that is to
-stop has little to wait for."""
+"""Number of later steps that are started before the results of a step are read. Small, so that the device always has
+work, but a run can stop soon."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """Results of one step on the host. `step` counts batches, so the first is 1."""
+    """Results of one step on the host. `step` counts batches; the first is 1."""
 
     step: int
     loss: float
     grad_norm: float
     skipped: int = 0
-    """Bad steps so far; this one is among them if `in_a_row` is not 0."""
+    """Number of bad steps so far, including this one if `in_a_row` is not 0."""
     in_a_row: int = 0
+    """Number of consecutive bad steps up to this one; 0 if this step is good."""
     scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """The objective's own, by name."""
+    """Scalars of the objective by name."""
 
     @property
     def is_bad(self) -> bool:
-        """Whether this step changed nothing, see training/guard.py."""
+        """Whether this step was skipped, see training/guard.py."""
         return self.in_a_row > 0
 
     @property
     def updates_before(self) -> int:
-        """Updates made before this step, which is what the schedule counts."""
+        """Number of updates before this step; the position in the learning rate schedule."""
         return self.step - 1 - (self.skipped - self.is_bad)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a `StateHook` asks of the loop."""
+    """What a `StateHook` requests from the loop."""
 
     save: bool = False
     """Call the hooks that save, whether or not they are due."""
@@ -65,10 +66,10 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class StepHook(Hook):
-    """Called with the results of a step, in order, when they have arrived.
+    """Called with the results of each step, in order, once they are on the host.
 
-    Up to `STEPS_IN_FLIGHT` later steps have been started by then: the state given is the newest, not that of the step.
-    A hook ends the run by raising.
+    Up to `STEPS_IN_FLIGHT` later steps have been started by then, so the state argument is the newest state, not the
+    state after this step. A hook ends the run by raising an exception.
     """
 
     call: Callable[[StepRecord, TrainState], None] = dataclasses.field(kw_only=True)
@@ -76,30 +77,30 @@ class StepHook(Hook):
 
 @dataclasses.dataclass(frozen=True)
 class StateHook(Hook):
-    """Called between two steps with the state after one, while no step is under way."""
+    """Called between two steps with the current state, while no step is running."""
 
     call: Callable[[TrainState], Request | None] = dataclasses.field(kw_only=True)
     saves: bool = False
-    """It saves the state: called after the other hooks of its step, when one of them asks for it, and when the run
-    stops."""
+    """Whether the hook saves the state. Such hooks are called after the other hooks of a step, also if one of those
+    requests it, and when the run stops."""
 
 
 End = Literal["finished", "enough", "stopped", "paused"]
-"""Why a loop ended: all steps are done; a hook asked to finish; `stop` returned True; the step asked for is reached."""
+"""Why a loop ended: all steps are done; a hook requested the end; `stop` returned True; step `until` is reached."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Everything a run needs besides its state.
+    """Everything that the loop needs besides the state.
 
     Args:
       step: from `make_step`.
       frozen: parameters that do not change.
-      batches: this host's numpy batches, beginning at the state's step.
-      batch_sharding: of the global batch [accumulation, batch, length].
+      batches: this host's numpy batches, from the state's step on.
+      batch_sharding: sharding of the global batch [accumulation, batch, length].
       total_steps: length of the run.
-      hooks: called in their order; hooks that save come last.
-      stop: asked at the start and after every step; True ends the run there, saved. The same on all hosts.
+      hooks: called in this order, hooks that save after the others.
+      stop: called at the start and after every step; True ends the run after saving it. Must agree on all hosts.
     """
 
     step: Step
@@ -114,7 +115,7 @@ class Loop:
         """Trains from `state` to step `until`, or to the end.
 
         Returns:
-          The last state and why it is the last. Unless that is "paused", the hooks that save have been called with it.
+          The last state, and why the loop ended. Unless that is "paused", hooks that save were called with this state.
         """
         in_flight: deque[tuple[int, StepMetrics]] = deque()
 
@@ -131,8 +132,8 @@ class Loop:
         while state.step < last and end == "finished":
             batch = to_devices(next(self.batches), self.batch_sharding)
             due = [hook for hook in self._state_hooks if hook.is_due(state.step + 1, self.total_steps)]
-            # The device is idle around the compiling step and around state hooks, so that times measured by hooks are
-            # those of the steps.
+            # The device is idle before and after the first step, which compiles, and around state hooks, so that hooks
+            # measure the times of steps only.
             alone = bool(due) or state.step == first
             wait_until(0 if alone else STEPS_IN_FLIGHT)
             trainable, opt_state, metrics = self.step(
@@ -165,7 +166,7 @@ class Loop:
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The global batch from each host's part of it."""
+    """Assembles the global batch from each host's part."""
     return {name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()}
 
 

@@ -1,4 +1,4 @@
-"""The network of a run together with the settings that its compiled programs are made for."""
+"""The network of a run with the static settings of its compiled programs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec, Params
 
 Batch = Mapping[str, jax.Array]
-"""Packed rows by leaf (see `training.objective`): [accumulation, batch, length], in a micro-batch [batch, length]."""
+"""Packed rows by leaf (see `training.objective`): [accumulation, batch, length]; in a micro-batch [batch, length]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class NetworkConfig:
     remat: str = "none"
     attention: Backend = "auto"
     one_document: bool = False
-    """No row holds more than one document, which `attention: cudnn` requires."""
+    """Whether every row has at most one document, as `attention: cudnn` requires."""
 
     @classmethod
     def of_run(cls, spec: ModelSpec, config: RunConfig) -> "NetworkConfig":
@@ -60,7 +60,7 @@ class Network:
         return token_scores(states_btd, model.head(), batch["targets"], batch["loss_mask"])
 
     def _before_head(self, batch: Batch) -> tuple[Llama, jax.Array, int]:
-        """The module, the states that its head is applied to, and how many of their columns belong to an adapter."""
+        """The module, the input states of its head, and the number of their columns that belong to an adapter."""
         config = self.config
         model = config.spec.merge(self.params)
         hidden_btd = model(

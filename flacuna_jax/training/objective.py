@@ -1,8 +1,8 @@
-"""Objectives: what a step minimises and an evaluation measures, as values.
+"""Objectives: the loss that a step minimises, and the measures that an evaluation computes.
 
-An objective is defined on micro-batches, because its terms are sums: the step adds them up over all micro-batches and
-devices and divides once, so the result does not depend on how the rows were cut up. Whatever a run logs under a name
-of its own is a scalar of the objective; metrics.jsonl, the trackers and the report take its name from here.
+An objective is defined on micro-batches, and its terms are sums: the step adds them over all micro-batches and devices
+and divides once, so the result does not depend on the split into micro-batches. Each scalar of the objective is logged
+under its name, which metrics.jsonl, the trackers and the report take from here.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ class Weighted(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What an objective computes from a micro-batch."""
+    """The results of an objective on a micro-batch."""
 
     loss: Weighted
     scalars: Mapping[str, Weighted]
-    """Logged by name, without a gradient."""
+    """Further values to log, by name; no gradient is taken of them."""
 
 
 class Measures(NamedTuple):
-    """What an evaluation adds up, per token, so that it can be divided by source or by example."""
+    """The results of an objective per token, which an evaluation sums by source or by example."""
 
     values_bt: Mapping[str, jax.Array]
     """By name, float32 or int32 [batch, length], zero where `counted_bt` is False. One of them is "loss"."""
@@ -55,7 +55,7 @@ def _nothing(means: Mapping[str, float]) -> dict[str, float]:
 
 
 class Leaf(NamedTuple):
-    """An array of the batch."""
+    """Name and dtype of an array of the batch."""
 
     name: str
     dtype: str
@@ -63,13 +63,13 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is optimised. Hashable, so that it can be a static argument of a jitted function.
+    """An objective. Hashable, so that it can be a static argument of a jitted function.
 
     Args:
       leaves: the arrays of a batch, each [accumulation, batch, length]; among them `segment_ids`, 0 in padding.
       terms: (network, micro-batch) → the loss and other scalars of one micro-batch.
-      measures: (network, micro-batch) → what an evaluation adds up. Dropout is off.
-      derived: means of an evaluation by name → further figures, computed from them.
+      measures: (network, micro-batch) → per-token results for an evaluation. Dropout is off.
+      derived: means of an evaluation by name → further figures.
     """
 
     leaves: tuple[Leaf, ...]
@@ -104,7 +104,7 @@ PACKED_ROWS = (
 """Leaves of packed instruction data: `targets` are the next tokens, `loss_mask` marks those that are supervised."""
 
 SUPERVISED_TOKENS = Objective(PACKED_ROWS, _token_terms, _token_measures, _perplexity)
-"""Mean cross-entropy of the supervised tokens, each token weighing the same."""
+"""Mean cross-entropy of the supervised tokens, with equal weight per token."""
 
 
 def objective_of(training: TrainingConfig) -> Objective:

@@ -1,4 +1,4 @@
-"""Optimizers by name: schedule, clipping by global norm, decay and learning rates by the names of parameters.
+"""Optimizers by name, with schedule, clipping by global norm, and weight decay and learning rates by parameter name.
 
 Parameters, gradients and moments are flat dicts `{"layers/q_proj/lora_a": array, ...}`. Everything here computes in
 float32, whatever the dtype of the parameters.
@@ -23,18 +23,18 @@ Parameters = Mapping[str, Parameter]
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 LION_BETAS = (0.9, 0.99)
-# torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6), so that a gradient at the limit shrinks by a millionth.
+# torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6), so a gradient at a limit of 1 shrinks by a millionth.
 CLIP_EPSILON = 1e-6
 INVERSE_SQRT_STEPS = 10_000
-"""Where the rate of inverse_sqrt begins to fall in earnest if there is no warm-up, as in transformers."""
+"""Time scale of inverse_sqrt without warm-up, as in transformers."""
 
 
 def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of each step, float32: the schedules of the same names in transformers.
 
-    Step s = 0 is the first update. Warm-up is linear and begins at exactly 0: where it has w steps, step s < w has
-    s / w of the peak. Cosine and linear reach `final_ratio` at `total_steps`, one step after the last update, and so
-    does warmup_stable_decay, which leaves the peak `decay_steps` earlier.
+    Step s = 0 is the first update. Warm-up is linear and starts at exactly 0: with w warm-up steps, step s < w has
+    s / w of the peak. cosine, linear and warmup_stable_decay reach `final_ratio` of the peak at `total_steps`, one step
+    after the last update; warmup_stable_decay stays at the peak until `decay_steps` before.
     """
     warmup, final = training.warmup_of(total_steps), training.final_ratio
     falling = max(1, min(training.decay_steps or total_steps, total_steps - warmup))
@@ -42,7 +42,7 @@ def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         left = jnp.minimum((total_steps - step) / falling, 1.0)
-        # (1 + cos(pi (1 - left))) / 2, in the form that loses no digits where the rate is near 0.
+        # (1 + cos(pi (1 - left))) / 2, in a form without cancellation for rates near 0.
         cosine = final + (1 - final) * jnp.sin(0.5 * jnp.pi * left) ** 2
         scale = warmup or INVERSE_SQRT_STEPS
         factor = {
@@ -60,17 +60,17 @@ def learning_rate_schedule(training: TrainingConfig, total_steps: int) -> optax.
 def make_optimizer(
     training: TrainingConfig, total_steps: int, parameters: Parameters
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips by global norm, then AdamW, Adafactor or Lion with decoupled decay times the learning rate; all of it under
-    the guard against bad steps.
+    """Clips by global norm, then applies AdamW, Adafactor or Lion with decoupled weight decay times the learning rate,
+    all wrapped in the guard against bad steps.
 
     AdamW (eps 1e-8) equals `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.AdamW` with a transformers
-    schedule. Decay spares `training.no_decay`; `training.lora_plus_ratio` multiplies the rate of B. Moments are
-    float32; the norm before clipping is `optax.tree.norm(gradients)`, for whoever logs it.
+    schedule. Weight decay does not apply to `training.no_decay`; `training.lora_plus_ratio` multiplies the learning
+    rate of B. Moments are float32. To log the norm before clipping, use `optax.tree.norm(gradients)`.
 
     Args:
       training: settings.
       total_steps: length of the schedule.
-      parameters: what is trained, by path (`ModelSpec.trainable`).
+      parameters: trainable parameters by path (`ModelSpec.trainable`).
     """
     clip = optax.identity() if training.max_grad_norm is None else clip_by_global_norm(training.max_grad_norm)
     decayed = {path: is_decayed(path, parameter, training.no_decay) for path, parameter in parameters.items()}
@@ -97,7 +97,8 @@ def _lion(training: TrainingConfig, _: Parameters) -> optax.GradientTransformati
 def _adafactor(_: TrainingConfig, parameters: Parameters) -> optax.GradientTransformation:
     """Shazeer & Stern, 2018 (arXiv:1804.04235), with an external learning rate and no momentum.
 
-    Matrices of 128 and more in both directions keep row and column means of their second moments, others all of them.
+    Matrices with both dimensions of at least 128 keep row and column means of their second moments; other parameters
+    keep all second moments.
     """
     return _by_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), parameters)
 
@@ -110,14 +111,14 @@ _CORES: dict[str, Callable[[TrainingConfig, Parameters], optax.GradientTransform
 
 
 def _by_layer(inner: optax.GradientTransformation, parameters: Parameters) -> optax.GradientTransformation:
-    """Applies what looks at a matrix as a whole to each layer of a stack on its own."""
+    """Applies a transformation of whole matrices separately to each layer of a stack."""
     stacked = optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
     kinds = {path: "layers" if parameter.stacked else "single" for path, parameter in parameters.items()}
     return optax.partition({"layers": _unless_empty(stacked), "single": inner}, kinds)
 
 
 def _unless_empty(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`jax.vmap` refuses a tree without arrays."""
+    """Skips trees without arrays, which `jax.vmap` rejects."""
 
     def init(params: Any) -> Any:
         return inner.init(params) if jax.tree.leaves(params) else ()
@@ -129,7 +130,7 @@ def _unless_empty(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def _lora_plus(ratio: float, parameters: Parameters) -> optax.GradientTransformation:
-    """PEFT's groups: B and the vectors (DoRA's magnitudes) learn `ratio` times as fast as A."""
+    """PEFT's parameter groups: B and vectors (DoRA's magnitudes) have `ratio` times the learning rate of A."""
     faster = {path for path, parameter in parameters.items() if parameter.kind in ("lora_b", "lora_magnitude")}
 
     def rescale(updates: Params, params: Any = None) -> Params:
@@ -140,7 +141,7 @@ def _lora_plus(ratio: float, parameters: Parameters) -> optax.GradientTransforma
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales all gradients by min(1, max_norm / (norm + 1e-6)), torch's rule; optax's own omits the 1e-6."""
+    """Scales all gradients by min(1, max_norm / (norm + 1e-6)) as torch does; optax's function omits the 1e-6."""
 
     def update(updates: Params, state: optax.EmptyState, params: Any = None) -> tuple[Params, optax.EmptyState]:
         scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + CLIP_EPSILON))
@@ -150,18 +151,18 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def is_decayed(path: str, parameter: Parameter, no_decay: Sequence[str] = TrainingConfig().no_decay) -> bool:
-    """Whether weight decay applies to a parameter: no word of `no_decay` is its kind, or part of its path.
+    """Whether weight decay applies to a parameter: no word of `no_decay` is its kind or a part of its path.
 
-    Dimensions do not tell: in stacked layers a norm's weight is a two-dimensional [layers, width] array.
+    The number of dimensions cannot decide this: in stacked layers, a norm's weight is a [layers, width] array.
     """
     return not any(word in path or word == parameter.kind for word in no_decay)
 
 
 def require_words(no_decay: Sequence[str], parameters: Parameters) -> None:
-    """Raises UserError for a word, other than the default ones, that spares no parameter."""
+    """Raises UserError for a word, other than the defaults, that excludes no parameter from weight decay."""
     for word in set(no_decay) - set(TrainingConfig().no_decay):
         if all(is_decayed(path, parameter, (word,)) for path, parameter in parameters.items()):
-            raise UserError(f"training.no_decay: {word!r} is in no parameter's name; there are {', '.join(parameters)}")
+            raise UserError(f"training.no_decay: no name contains {word!r}; names are {', '.join(parameters)}")
 
 
 def optimizer_state_shardings(
@@ -170,11 +171,11 @@ def optimizer_state_shardings(
     param_shardings: dict[str, NamedSharding],
     mesh: Mesh,
 ) -> Any:
-    """Shardings for `optimizer.init(params)`: each moment lies as its parameter does, counters are replicated.
+    """Shardings for `optimizer.init(params)`: each moment is sharded like its parameter, counters are replicated.
 
-    Of a moment with fewer dimensions (Adafactor's means) each lies as the first dimension of the parameter that is
-    equal to it. Given to `jax.jit(optimizer.init, out_shardings=...)`. Left to itself jit replicates the moments,
-    which costs memory and a second compilation of the step once the first update has resharded them.
+    If a moment has fewer dimensions (Adafactor's means), each of them is sharded like the first remaining dimension of
+    the parameter with the same size. For `jax.jit(optimizer.init, out_shardings=...)`: without it, jit replicates the
+    moments, which costs memory and a second compilation of the step after the first update has resharded them.
     """
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -199,7 +200,7 @@ def _spec_of_moment(shape: tuple[int, ...], param_shape: tuple[int, ...], spec: 
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs a transformation on float32 copies of parameters and gradients: no moment is ever kept in bfloat16."""
+    """Runs a transformation on float32 copies of parameters and gradients, so that moments are never bfloat16."""
 
     def to_float32(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)

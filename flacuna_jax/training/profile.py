@@ -11,7 +11,7 @@ from flacuna_jax.training.state import TrainState
 
 PROFILE = "profile"
 SKIPPED, TRACED = 2, 3
-"""Steps before the trace begins (the first compiles), and steps in it."""
+"""Number of steps before the trace (the first one compiles), and number of traced steps."""
 
 
 def profile_hook(directory: Path, first_step: int, total_steps: int, say: Callable[[str], None]) -> StateHook:

@@ -1,6 +1,7 @@
-"""Sums of an objective's measures by label, without gradients: by source to evaluate, by example to inspect a step.
+"""Sums of an objective's measures by label, without gradients: by source for evaluation, by example for inspecting a
+step.
 
-Only the sums leave the device; neither logits nor losses of single tokens are kept.
+Only the sums leave the device; logits and losses of single tokens are not kept.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class Sums(NamedTuple):
     """Sums over the counted tokens of each label, each [labels]."""
 
     values: dict[str, jax.Array]
-    """Of `Measures.values_bt`, by name and in their dtypes."""
+    """Sums of `Measures.values_bt` by name, in the same dtypes."""
     tokens: jax.Array
     """Number of counted tokens, int32."""
 
@@ -31,12 +32,12 @@ Scorer = Callable[[Params, Params, Batch], Sums]
 
 
 def make_scorer(config: StepConfig, labels: int, mesh: Mesh) -> Scorer:
-    """Compiles nothing yet. Dropout is off; tokens with a label below 0 are not counted.
+    """Returns a jitted scorer, not yet compiled. Dropout is off; tokens with a label below 0 are not counted.
 
     Args:
       config: the network and the objective.
       labels: number of labels.
-      mesh: where the parameters are.
+      mesh: the mesh of the parameters.
     """
 
     def score(trainable: Params, frozen: Params, batch: Batch) -> Sums:
@@ -45,7 +46,7 @@ def make_scorer(config: StepConfig, labels: int, mesh: Mesh) -> Scorer:
         def of_micro_batch(index: jax.Array) -> Sums:
             micro_batch = {name: constrain(leaf[index], "batch", None) for name, leaf in batch.items()}
             measures: Measures = config.objective.measures(network, micro_batch)
-            # Tokens that do not count go to one additional label, which is dropped.
+            # Tokens that are not counted get an additional label, whose sum is dropped.
             counted_bt = measures.counted_bt & (micro_batch["labels"] >= 0)
             labels_bt = jnp.where(counted_bt, micro_batch["labels"], labels)
 

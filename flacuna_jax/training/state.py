@@ -1,4 +1,4 @@
-"""What a step changes, and where it starts from."""
+"""The training state: its arrays, its abstract layout, and its initial value."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """Shapes, dtypes and shardings of a `TrainState`, with no array allocated."""
+    """Shapes, dtypes and shardings of a `TrainState`, without allocated arrays."""
 
     spec: ModelSpec
     optimizer: optax.GradientTransformation
@@ -31,19 +31,19 @@ class StateLayout:
 
     @property
     def trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Abstract trainable parameters: the adapters, or every weight in full fine-tuning. Float32 always."""
+        """Abstract trainable parameters: the adapters, or all weights in full fine-tuning. Always float32."""
         return abstract_arrays(self.spec.trainable, self.mesh)
 
     @property
     def opt_state(self) -> Any:
-        """Abstract optimizer state; moments lie as their parameters do."""
+        """Abstract optimizer state; moments are sharded like their parameters."""
         shardings = self.shardings[1]
         abstract = jax.eval_shape(self.optimizer.init, self.trainable)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
     @property
     def shardings(self) -> tuple[dict[str, jax.sharding.NamedSharding], Any]:
-        """Of trainable parameters and optimizer state."""
+        """Shardings of trainable parameters and optimizer state."""
         trainable = self.trainable
         of_parameters = {name: leaf.sharding for name, leaf in trainable.items()}
         return of_parameters, optimizer_state_shardings(self.optimizer, trainable, of_parameters, self.mesh)

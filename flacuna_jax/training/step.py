@@ -3,8 +3,8 @@
     step(trainable, opt_state, frozen, batch, index) -> trainable, opt_state, metrics
 
 `trainable` and `frozen` partition the parameters; only the trainable ones are differentiated, updated and donated. The
-sums of the objective (training/objective.py) are added up over all micro-batches and devices and divided once by their
-weights, so the result does not depend on how the rows were cut up.
+sums of the objective (training/objective.py) are added over all micro-batches and devices and divided once by their
+weights, so the result does not depend on the split into micro-batches.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     """Global norm of the gradient of `loss`, before clipping."""
     skipped: jax.Array
-    """Bad steps so far, this one included; they changed nothing (training/guard.py). Int32, as is the next."""
+    """Number of bad steps so far, including this one, which changed nothing (training/guard.py). Int32."""
     in_a_row: jax.Array
-    """Consecutive bad steps up to this one; 0 if this step is good."""
+    """Number of consecutive bad steps up to this one; 0 if this step is good. Int32."""
     scalars: Mapping[str, jax.Array]
-    """The objective's other scalars, means over the step."""
+    """Means over the step of the objective's other scalars."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class StepConfig:
 
 
 def partition(spec: ModelSpec, base: Params, adapters: Params) -> tuple[Params, Params]:
-    """(trainable, frozen): the adapters against the base, or the base against nothing in full fine-tuning."""
+    """(trainable, frozen): the adapters and the base; or, in full fine-tuning, the base and nothing."""
     return (adapters, base) if spec.lora is not None else (base, {})
 
 
@@ -75,9 +75,7 @@ def loss_and_gradients(
 ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
     """(mean loss of a whole step, means of the objective's scalars, gradient of the loss), all float32.
 
-    The gradient is sharded like `trainable`.
-
-    Micro-batches at the end that hold only empty rows are not computed.
+    The gradient is sharded like `trainable`. Trailing micro-batches with only empty rows are not computed.
     """
     rows_per_micro_batch = batch["segment_ids"].shape[1]
     differentiated = trainable if config.spec.lora is None else _copy_per_shard(config.spec, trainable)
@@ -114,10 +112,10 @@ def loss_and_gradients(
 
 
 def _copy_per_shard(spec: ModelSpec, adapters: Params) -> Params:
-    """[layers, ...] → [layers, shards, ...]: every data×fsdp shard reads, and has the gradient of, a copy of its own.
+    """[layers, ...] → [layers, shards, ...]: every data×fsdp shard reads its own copy, which has its own gradient.
 
-    So gradients are added up where they arise, over all micro-batches, and cross the devices once per step, in float32.
-    One array read by all would have its gradient reduced in every layer of every micro-batch, in compute dtype.
+    Gradients are thus summed locally over all micro-batches, and reduced across devices once per step, in float32. With
+    a shared array, the gradient would be reduced in every layer of every micro-batch, in the compute dtype.
     """
     shards = row_shards()
     copies = {}
@@ -129,7 +127,7 @@ def _copy_per_shard(spec: ModelSpec, adapters: Params) -> Params:
 
 
 def _copied(spec: ModelSpec) -> dict[str, Parameter]:
-    """Not the head's adapter: the loss adds up its gradient over devices itself."""
+    """Adapters of the layers. The adapter of the head is excluded: the loss sums its gradient over devices itself."""
     return {path: parameter for path, parameter in spec.adapters.items() if parameter.stacked}
 
 
@@ -137,13 +135,13 @@ Step = Callable[[Params, Any, Params, Batch, Any], tuple[Params, Any, StepMetric
 
 
 def make_step(config: StepConfig, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: Any) -> Step:
-    """Compiles nothing yet: returns the jitted step.
+    """Returns the jitted step, not yet compiled.
 
     Args:
       config: static settings.
       optimizer: any optax transformation over the trainable parameters.
       mesh: the device mesh.
-      shardings: of (trainable, opt_state), so that what comes out lies as what went in and nothing compiles twice.
+      shardings: shardings of (trainable, opt_state); outputs keep those of the inputs, so nothing compiles twice.
 
     `trainable` and `opt_state` are donated; `frozen` is an argument, never copied into the program.
     """

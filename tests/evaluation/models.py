@@ -18,7 +18,7 @@ from tests.vocabularies import LLAMA
 
 
 def story_model(directory: Path, devices: int = 1, **placement: int) -> LlamaLanguageModel:
-    """float32 throughout, so that results can be compared with torch's."""
+    """The model in float32, so that results can be compared with torch's."""
     config = read_architecture(directory)
     spec = ModelSpec(config, None, "float32", "float32")
     mesh = make_mesh("auto", jax.devices()[:devices])
@@ -46,7 +46,7 @@ class Letters:
 
 @dataclasses.dataclass
 class Scripted:
-    """Answers prompts by a function of their text; counts what it is asked."""
+    """Answers prompts by a function of their text, and records the prompts."""
 
     answer: Callable[[str], str] = lambda prompt: " A"
     log_probability: Callable[[str, str], float] = lambda context, continuation: -float(len(continuation))

@@ -16,7 +16,7 @@ def test_a_store_is_for_one_process_at_a_time(tmp_path: Path) -> None:
     Store(tmp_path / "s.jsonl").close()
 
 
-def test_a_damaged_store_is_refused_and_a_torn_end_dropped(tmp_path: Path) -> None:
+def test_a_damaged_store_is_an_error_and_an_incomplete_end_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text('{"key": "a", "value": 1}\n{"key": "b", "va')
     store = Store(path)
@@ -25,11 +25,11 @@ def test_a_damaged_store_is_refused_and_a_torn_end_dropped(tmp_path: Path) -> No
     store.close()
     assert Store(path).get("b") == "ü\n"
     path.write_text('what\n{"key": "a", "value": 1}\n')
-    with pytest.raises(UserError, match="line 1, is no cache entry"):
+    with pytest.raises(UserError, match="line 1, is not a cache entry"):
         Store(path)
 
 
-def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100)
     first = directory_fingerprint([tmp_path])
     (tmp_path / "a").touch()
@@ -39,7 +39,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert directory_fingerprint([tmp_path], "bfloat16") != directory_fingerprint([tmp_path])
 
 
-def test_fingerprint_sees_changes_in_large_files(tmp_path: Path) -> None:
+def test_fingerprint_detects_changes_in_large_files(tmp_path: Path) -> None:
     path = tmp_path / "w"
     with open(path, "wb") as file:
         file.truncate(200 << 20)

@@ -14,7 +14,7 @@ from flacuna_jax.cli import run_verb
 
 @pytest.fixture(scope="module")
 def data(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two MMLU subjects (validation rows stand in for the test set) and what is there of the rest."""
+    """Two MMLU subjects (with validation rows as the test set) and the available data of other benchmarks."""
     directory = tmp_path_factory.mktemp("data")
     for subject in ("anatomy", "astronomy"):
         for source, target in (("dev", "dev"), ("val", "test")):
@@ -61,10 +61,10 @@ def test_two_models_side_by_side(
         (["--tasks", "crass", "--output", "/dev/null/x"], "--output /dev/null/x cannot be created"),
         (["--tasks", "mmlu:x"], "a number of shots after the colon"),
         (["--tasks", "humaneval"], "--allow-code-execution"),
-        (["--tasks", "bbh"], "holds no BBH task"),
+        (["--tasks", "bbh"], "has no BBH task"),
         (["--tasks", "crass", "--compare", "base"], "the model has no adapter"),
         (["--tasks", "impact", "--judge-url", "http://localhost:1"], "--judge-url needs --judge-model"),
-        (["--tasks", "impact", "--judge-url", "localhost", "--judge-model", "m"], "the API's base is expected"),
+        (["--tasks", "impact", "--judge-url", "localhost", "--judge-model", "m"], "expected the base of the API"),
         (["--tasks", "impact", "--impact-temperature", "-1"], "temperature is -1.0"),
     ],
 )
@@ -88,17 +88,17 @@ def test_results_are_written_before_a_later_task_fails(
         judge = ("--judge-url", f"http://127.0.0.1:{server.server_port}/v1", "--judge-model", "j")
         assert _evaluate(*common, "--tasks", "crass:0,impact", *judge) == 2
         server.shutdown()
-    assert "refuses (HTTP 401)" in capsys.readouterr().err
+    assert "rejects it (HTTP 401)" in capsys.readouterr().err
     assert (tmp_path / story_llama.name / "crass-0shot.json").is_file()
 
 
 @pytest.mark.parametrize("option", ["--limit=0", "--limit=x", "--shots=-1", "--rows=1.5"])
-def test_options_that_are_not_numbers(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_are_not_numbers_are_errors(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         _evaluate("--model", "m", "--data", "d", "--tasks", "crass", option)
     assert "is not" in capsys.readouterr().err
 
 
-def test_missing_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_an_error(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate("--model", tmp_path / "no", "--data", data, "--tasks", "crass", "--output", tmp_path / "o") == 2
     assert "is not a directory; give a checkpoint directory" in capsys.readouterr().err

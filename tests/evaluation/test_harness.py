@@ -17,8 +17,8 @@ from flacuna_jax.evaluation.harness import HarnessModel, check_tasks, metrics, r
 from tests.data.chat_templates import write_tokenizer  # noqa: E402
 from tests.vocabularies import llama_template  # noqa: E402
 
-# float32 models on both sides; a request sums up to 500 log-probabilities. The harness adds them up in float32 unless
-# it is told otherwise: a sum of 1600 is then a multiple of 1.2e-4, which hides what is compared. Both use float64 here.
+# float32 models on both sides; a request sums up to 500 log-probabilities. By default the harness adds them up in
+# float32: a sum of 1600 is then a multiple of 1.2e-4, which would hide differences. Both use float64 here.
 TOLERANCE = 1e-4
 
 STORIES = [
@@ -116,7 +116,7 @@ def _samples(results: dict[str, Any], task: str) -> list[dict[str, Any]]:
     return sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
 
 
-def test_prompts_are_the_harness_own(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_prompts_equal_the_harness_own(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     for task in NAMES:
         pairs = zip(*(_samples(results, task) for results in both), strict=True)
         assert all(a["prompt_hash"] == b["prompt_hash"] and a["doc_hash"] == b["doc_hash"] for a, b in pairs)
@@ -136,7 +136,7 @@ def test_generations_are_identical(both: tuple[dict[str, Any], dict[str, Any]]) 
 
 
 def test_rolling_log_probabilities(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Half of the texts are longer than the context, so that windows roll."""
+    """Half of the texts are longer than the context, so that there are several windows."""
     for ours, theirs in zip(*(_samples(results, "story_rolling") for results in both), strict=True):
         assert float(ours["resps"][0][0]) == pytest.approx(float(theirs["resps"][0][0]), abs=TOLERANCE, rel=0)
 
@@ -148,7 +148,7 @@ def test_metrics_agree(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
         assert ours[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_bos_stands_once() -> None:
+def test_bos_occurs_once() -> None:
     model = HarnessModel(Scripted())  # type: ignore[arg-type]
     assert model.tok_encode("ab")[:2] == [1, 3 + ord("a")]
     assert model.tok_encode("<s>ab")[:2] == [1, 3 + ord("a")]
@@ -156,7 +156,7 @@ def test_bos_stands_once() -> None:
     assert model.tok_encode("<s>a</s>b") == [1, 3 + ord("a"), 2, 3 + ord("b")]
 
 
-def test_settings_of_sampling_count_where_there_is_sampling() -> None:
+def test_sampling_settings_are_ignored_without_sampling() -> None:
     model = HarnessModel(Scripted())  # type: ignore[arg-type]
     asked = {"until": ["x"], "max_gen_toks": 4, "top_k": 0, "top_p": 0.0}
     greedy = model._generation_request("a", {**asked, "do_sample": False, "temperature": 0.7})
@@ -185,14 +185,14 @@ def test_chat_template_is_the_training_template() -> None:
     assert model.chat_template(True) == llama_template("vicuna_v1.1").jinja
 
 
-def test_absent_task_files_are_told(tmp_path: Path) -> None:
+def test_a_missing_directory_of_task_files_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such directory"):
         check_tasks(["story"], tmp_path / "nowhere")
 
 
 @pytest.mark.slow
-def test_unknown_tasks_are_named(tasks: Path) -> None:
-    with pytest.raises(UserError, match="knows no task story_cooking"):
+def test_unknown_tasks_are_an_error(tasks: Path) -> None:
+    with pytest.raises(UserError, match="unknown lm_eval task story_cooking"):
         run_tasks(Scripted(), ["story_cooking"], include=tasks)  # type: ignore[arg-type]
 
 
@@ -203,10 +203,10 @@ def test_unknown_tasks_are_named(tasks: Path) -> None:
     ("<|BOS|>", False, True),
     ("<|BOS|>", True, False),
 ], ids=["put-in-front", "not-put-in-front", "no-bos", "add_bos_token", "no-add_bos_token"])  # fmt: skip
-def test_bos_stands_where_the_tokenizer_puts_it(
+def test_bos_is_added_as_by_the_tokenizer(
     story_llama: Path, tmp_path: Path, bos: str | None, puts_bos: bool, add_bos: bool | None
 ) -> None:
-    """The log-probabilities of the hf backend, with the same weights and tokenizers that put BOS in front or do not."""
+    """Log-probabilities equal those of the hf backend, with tokenizers that add BOS and that do not."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""The reference solutions through both clean-ups, run: 130 of 164 survive the original's, all survive ours."""
+"""Runs the reference solutions after both clean-ups: 130 of 164 pass after the original's, all after ours."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def _passed(programs: list[str]) -> int:
     return sum(verdict.passed for verdict in run_programs(programs))
 
 
-def test_canonical_solutions(test_data: Path) -> None:
+def test_canonical_solutions_pass_as_published(test_data: Path) -> None:
     problems = load(test_data).problems
     assert len(problems) == 164
     assert _passed([p.program(faithful_completion(p.canonical_solution)) for p in problems]) == 130
@@ -28,9 +28,9 @@ def test_canonical_solutions(test_data: Path) -> None:
         lambda p: p.canonical_solution + "\n\nprint(input())\nThis function does what was asked.",
         lambda p: f"Sure:\n```python\n{p.prompt}{p.canonical_solution}```\nIt works as follows.",
     ],
-    ids=["leading spaces lost", "something behind it", "written anew in a fence"],
+    ids=["without leading spaces", "followed by other text", "rewritten in a fence"],
 )
-def test_canonical_solutions_in_disguise(test_data: Path, answer) -> None:  # type: ignore[no-untyped-def]
+def test_canonical_solutions_pass_in_other_forms(test_data: Path, answer) -> None:  # type: ignore[no-untyped-def]
     problems = load(test_data).problems
     assert _passed([p.program(corrected_completion(answer(p), p)) for p in problems]) == 164
 

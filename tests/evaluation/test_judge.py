@@ -1,4 +1,4 @@
-"""The judge against a server on this machine that fails the ways servers fail."""
+"""The judge with a local server that fails in various ways."""
 
 import json
 import threading
@@ -28,8 +28,8 @@ from tests.vocabularies import llama_template
 
 class _Server(ThreadingHTTPServer):
     answers: list[tuple[int, dict[str, str], Any]]
-    """Status, headers and body of the next answers; then it says "3". Bytes go out as they are, after `status` seconds.
-    """
+    """Status, headers and body of the next answers; later answers are "3". A body of bytes is sent as it is, after
+    `status` seconds."""
     requests: list[dict[str, Any]]
 
 
@@ -71,7 +71,7 @@ def _judge(server: _Server, path: Path | None = None, **settings: Any) -> tuple[
     return ServerJudge(url, "judge-1", Store(path), sleep=waited.append, parallel=1, **settings), waited
 
 
-def test_request_is_what_the_protocol_says(server: _Server) -> None:
+def test_request_follows_the_protocol(server: _Server) -> None:
     judge, _ = _judge(server, key="secret")
     assert judge.review(["How good?"]) == ["3"]
     (request,) = server.requests
@@ -81,7 +81,7 @@ def test_request_is_what_the_protocol_says(server: _Server) -> None:
     assert request["messages"] == [{"role": "user", "content": "How good?"}]
 
 
-def test_retries_with_growing_waits_and_obeys_retry_after(server: _Server) -> None:
+def test_retries_wait_longer_each_time_and_obey_retry_after(server: _Server) -> None:
     judge, waited = _judge(server)
     empty = {"choices": [{"message": {"content": ""}}]}
     server.answers = [(500, {}, {}), (429, {"Retry-After": "7"}, {}), (200, {}, empty), (200, {}, {"odd": 1})]
@@ -89,7 +89,7 @@ def test_retries_with_growing_waits_and_obeys_retry_after(server: _Server) -> No
     assert waited == [1, 7, 4, 8]
 
 
-def test_what_is_no_http_no_json_or_broken_off_is_asked_again(server: _Server) -> None:
+def test_invalid_http_invalid_json_and_broken_connections_are_retried(server: _Server) -> None:
     judge, waited = _judge(server)
     server.answers = [
         (0, {}, b"what?\r\n\r\n"),
@@ -101,7 +101,7 @@ def test_what_is_no_http_no_json_or_broken_off_is_asked_again(server: _Server) -
     assert waited == [1, 2, 4, 0]
 
 
-def test_a_server_that_hangs_is_asked_again(server: _Server) -> None:
+def test_requests_to_a_hanging_server_are_retried(server: _Server) -> None:
     judge, waited = _judge(server, timeout=0.3)
     server.answers = [(1, {}, b"")]
     assert judge.review(["x"]) == ["3"]
@@ -109,12 +109,12 @@ def test_a_server_that_hangs_is_asked_again(server: _Server) -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://h/v1", "http://", "judge"])
-def test_what_is_no_url_is_refused_before_anything_is_asked(url: str) -> None:
-    with pytest.raises(UserError, match="the API's base is expected"):
+def test_an_invalid_url_is_an_error_before_any_request(url: str) -> None:
+    with pytest.raises(UserError, match="expected the base of the API"):
         ServerJudge(url, "judge-1", Store(None))
 
 
-def test_filter_counts_as_an_answer(server: _Server) -> None:
+def test_a_filtered_review_counts_as_an_answer(server: _Server) -> None:
     judge, _ = _judge(server)
     server.answers = [
         (200, {}, {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}),
@@ -124,10 +124,10 @@ def test_filter_counts_as_an_answer(server: _Server) -> None:
     assert last_digit(FILTERED) == 1
 
 
-def test_refusal_and_exhaustion_are_said(server: _Server) -> None:
+def test_rejected_requests_and_exhausted_retries_are_errors(server: _Server) -> None:
     judge, waited = _judge(server, retries=2)
     server.answers = [(401, {}, {"error": "bad key"})]
-    with pytest.raises(UserError, match=r"refuses \(HTTP 401\).*bad key"):
+    with pytest.raises(UserError, match=r"rejects it \(HTTP 401\).*bad key"):
         judge.review(["x"])
     server.answers = [(503, {}, {})] * 3
     with pytest.raises(UserError, match="gave HTTP 503, 3 times"):
@@ -135,7 +135,7 @@ def test_refusal_and_exhaustion_are_said(server: _Server) -> None:
     assert waited == [1, 2]
 
 
-def test_transcript_is_kept_and_answers_again(server: _Server, tmp_path: Path) -> None:
+def test_transcript_is_kept_and_used_as_a_cache(server: _Server, tmp_path: Path) -> None:
     path = tmp_path / "judge.jsonl"
     judge, _ = _judge(server, path)
     judge.review(["one", "two"])
@@ -147,7 +147,7 @@ def test_transcript_is_kept_and_answers_again(server: _Server, tmp_path: Path) -
     assert len(server.requests) == 3
 
 
-def test_a_model_here_can_judge() -> None:
+def test_a_model_of_this_package_can_judge() -> None:
     model = Scripted(answer=lambda prompt: "4")
     assert ModelJudge(model, llama_template("vicuna_v1.1")).review(["How good?"]) == ["4"]
     assert model.asked[0].endswith("USER: How good? ASSISTANT:")
@@ -168,7 +168,7 @@ def test_a_model_here_can_judge() -> None:
         ("I give it 4.5", 5, None),
     ],
 )
-def test_reviews_are_read_both_ways(review: str, faithful: int, corrected: int | None) -> None:
+def test_reviews_are_read_in_both_readings(review: str, faithful: int, corrected: int | None) -> None:
     assert last_digit(review) == faithful
     assert stated_score(review) == corrected
 
@@ -182,7 +182,7 @@ def test_judge_prompts() -> None:
     assert coherence.endswith("reading experience.\n        ")
 
 
-def test_prompts_are_read_in_both_forms(test_data: Path, tmp_path: Path) -> None:
+def test_prompts_are_read_in_both_file_formats(test_data: Path, tmp_path: Path) -> None:
     (tmp_path / "impact").mkdir()
     line = {"Category": "Creative", "Definition": "You write.", "Prompt": "A poem."}
     (tmp_path / "impact" / "data.jsonl").write_text(json.dumps(line) + "\n")
@@ -193,7 +193,7 @@ def test_prompts_are_read_in_both_forms(test_data: Path, tmp_path: Path) -> None
     assert len(load(test_data)) == 80
 
 
-def test_code_is_told_from_prose() -> None:
+def test_code_is_distinguished_from_prose() -> None:
     assert contains_code("Sure:\n```\nx\n```")
     assert contains_code("def f(x):\n    return x")
     assert contains_code("#include <stdio.h>\nint main() {}")

@@ -1,4 +1,4 @@
-"""Prompts against a reconstruction of the protocol that shares no code with the package, on real samples."""
+"""Prompts equal those of an independent implementation of the protocol, on real samples."""
 
 import csv
 import gzip
@@ -19,7 +19,7 @@ def _letters(options: list[str]) -> str:
 
 
 def test_mmlu_prompts_of_every_subject(test_data: Path) -> None:
-    """Read through pandas, as the original does; the cells that pandas changes are the only corrected ones."""
+    """Files are read with pandas, as in the original; only cells that pandas changes are corrected."""
     task = mmlu.load(test_data, 5, split="val")
     assert len(task.problems) == 1531
     assert (task.max_prompt, task.max_new_tokens, task.average) == (2048, 2, "micro")
@@ -56,7 +56,7 @@ def test_mmlu_na_is_an_option_in_the_corrected_reading(tmp_path: Path) -> None:
     assert "\nA. NA\nB. 1.50\n" in problem.corrected.shots[0]
 
 
-def test_mmlu_refuses_more_shots_than_there_are_examples(tmp_path: Path) -> None:
+def test_mmlu_with_more_shots_than_examples_is_an_error(tmp_path: Path) -> None:
     for split in ("dev", "test"):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"anatomy_{split}.csv").write_text("q,a,b,c,d,A\n" * 2)
@@ -130,8 +130,8 @@ def test_drop_reads_the_original_layout_and_hugging_face_rows_alike(test_data: P
     assert drop.read_items(rows)[0] == items
 
 
-def test_drop_dates_and_mixed_answers() -> None:
-    """A date is written day, month, year; an answer of two kinds at once leaves its question out."""
+def test_drop_dates_and_answers_of_two_kinds() -> None:
+    """A date is written as day, month, year; questions whose answer has two kinds are left out."""
     empty = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": []}
     date = empty | {"date": {"day": "", "month": "March", "year": "1992"}}
     both = empty | {"number": "3", "spans": ["three"]}
@@ -196,7 +196,7 @@ def test_hhh_prompts(test_data: Path) -> None:
     }
 
 
-def test_shots_are_dropped_from_the_end_and_a_long_question_stays_whole() -> None:
+def test_shots_are_dropped_from_the_end_and_a_long_question_is_not_cut() -> None:
     question = Question("dddd", "x", header="h", shots=("aa", "bb", "cc"))
     assert fit_shots(question, len, 11).text == "haabbccdddd"
     assert fit_shots(question, len, 10).text == "haabbdddd"
@@ -210,7 +210,7 @@ def test_shots_are_dropped_from_the_end_and_a_long_question_stays_whole() -> Non
         ("mmlu/test/anatomy_test.csv", "q,a,b,c,A\n", "expected question, four options and A, B, C or D"),
         ("mmlu/test/anatomy_test.csv", "q,a,b,c,d,\n", "row 1: expected question, four options and A, B, C or D"),
         ("mmlu/test/anatomy_test.csv", "q,a,b,c,d,AB\n", "row 1: expected question, four options and A, B, C or D"),
-        ("mmlu/test/cooking_test.csv", "q,a,b,c,d,A\n", "'cooking' is none of MMLU's 57 subjects"),
+        ("mmlu/test/cooking_test.csv", "q,a,b,c,d,A\n", "'cooking' is not one of MMLU's 57 subjects"),
         ("bbh/snarks.json", '{"examples": [{"input": "x"}]}', "no field 'target'"),
         ("bbh/snarks.json", "{", "line 1, is not JSON"),
         ("drop/validation.jsonl", '{"query_id": "1", "answers_spans": {"spans": []}}\n', "answers_spans has no spans"),
@@ -223,7 +223,9 @@ def test_shots_are_dropped_from_the_end_and_a_long_question_stays_whole() -> Non
         ),
     ],
 )
-def test_files_of_another_form_say_what_was_expected(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_errors_for_malformed_files_name_the_expected_form(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -235,8 +237,8 @@ def test_files_of_another_form_say_what_was_expected(tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("load", [mmlu.load, bbh.load, drop.load, crass.load, hhh.load])
-def test_absent_data_says_what_was_looked_for(tmp_path: Path, load) -> None:  # type: ignore[no-untyped-def]
+def test_errors_for_missing_data_name_the_expected_files(tmp_path: Path, load) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match="expected"):
         load(tmp_path)
-    with pytest.raises(UserError, match=r"--data|holds no"):
+    with pytest.raises(UserError, match=r"--data|has no"):
         load(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Whole benchmarks on scripted models, whose right scores are known."""
+"""Whole benchmarks on scripted models with known scores."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tests.evaluation.models import Letters, Scripted
 from tests.vocabularies import llama_template
 
 
-def test_a_model_that_knows_scores_100_and_one_that_says_a_scores_the_share_of_a(test_data: Path) -> None:
+def test_a_perfect_model_scores_100_and_a_model_that_always_answers_a_scores_the_share_of_a(test_data: Path) -> None:
     task = mmlu.load(test_data, 0, split="val")
     labels = {problem.faithful.prompt(0): problem.faithful.label for problem in task.problems}
     labels |= {problem.corrected.prompt(0): problem.corrected.label for problem in task.problems}
@@ -30,14 +30,14 @@ def test_a_model_that_knows_scores_100_and_one_that_says_a_scores_the_share_of_a
     assert not says_a.complete
 
 
-def test_corrected_questions_are_asked_where_they_differ(test_data: Path, tmp_path: Path) -> None:
+def test_corrected_questions_are_asked_if_they_differ(test_data: Path, tmp_path: Path) -> None:
     task = mmlu.load(test_data, 0, split="val")
     model = Scripted()
     run_answers(task, CachedModel(model, Store(None)))  # type: ignore[arg-type]
     assert len(model.asked) == len({p.faithful.prompt(0) for p in task.problems}) + 2
 
 
-def test_macro_average_weighs_tasks_alike(test_data: Path) -> None:
+def test_macro_average_weights_tasks_equally(test_data: Path) -> None:
     task = bbh.load(test_data, 3)
     labels = {p.faithful.prompt(3): p.faithful.label for p in task.problems if p.group == "boolean_expressions"}
     result = run_answers(task, Scripted(answer=lambda prompt: labels.get(prompt, "?")))
@@ -45,15 +45,15 @@ def test_macro_average_weighs_tasks_alike(test_data: Path) -> None:
     assert result.mean("faithful") == pytest.approx(100 / len(result.groups))
 
 
-def test_labels_that_cannot_be_reached_are_counted(test_data: Path) -> None:
-    """The scripted model's tokens are characters, of which a DROP answer may have eight."""
+def test_labels_longer_than_the_answer_are_counted(test_data: Path) -> None:
+    """The scripted model's tokens are characters; a DROP answer has at most eight tokens."""
     task = drop.load(test_data)
     long = sum(len(problem.faithful.label) > 8 for problem in task.problems)
     assert f"{long} labels are longer than 8 tokens" in run_answers(task, Scripted()).notes[-1]
 
 
 def _hhh_model(preference: dict[str, float], bias_a: float) -> Scripted:
-    """Likes answers by a table, and the letter A whatever stands there."""
+    """Prefers answers by a table, with a bias for the letter A."""
 
     def log_probability(context: str, letter: str) -> float:
         a = context.split("\n\nA. ")[1].split("\n\nB. ")[0]
@@ -64,7 +64,7 @@ def _hhh_model(preference: dict[str, float], bias_a: float) -> Scripted:
 
 
 @pytest.mark.parametrize("protocol", ["paper", "current"])
-def test_hhh_sees_through_a_bias_for_a_letter(protocol: hhh.Protocol) -> None:
+def test_hhh_is_independent_of_a_bias_for_a_letter(protocol: hhh.Protocol) -> None:
     comparisons = [hhh.Comparison(f"harmless/{i}", "harmless", f"q{i}", f"good{i}", f"bad{i}") for i in range(20)]
     taste = {f"good{i}": 1.0 if i < 15 else -1.0 for i in range(20)} | {f"bad{i}": 0.0 for i in range(20)}
     result = run_hhh(comparisons, _hhh_model(taste, bias_a=50.0), protocol, repetitions=2)
@@ -76,8 +76,8 @@ def test_hhh_sees_through_a_bias_for_a_letter(protocol: hhh.Protocol) -> None:
     assert first["faithful"] == first["corrected"] == after_measured + after_reference
 
 
-def test_hhh_says_where_the_tokenizer_cannot_tell_a_from_b() -> None:
-    """As one does that puts a space of its own in front of letters that it has no word for."""
+def test_hhh_has_a_note_if_a_and_b_have_the_same_first_token() -> None:
+    """As with a tokenizer that adds a separate space token before unknown letters."""
 
     class Spaced(Letters):
         def encode(self, text: str, first: bool = True) -> list[int]:
@@ -178,7 +178,7 @@ def test_a_killed_evaluation_resumes(test_data: Path, tmp_path: Path) -> None:
     assert run_answers(task, CachedModel(again, Store(store))) == result  # type: ignore[arg-type]
 
 
-def test_a_kill_among_long_answers_loses_a_few(tmp_path: Path) -> None:
+def test_a_kill_during_long_answers_loses_few_of_them(tmp_path: Path) -> None:
     prompts = [impact.WritingPrompt(str(i), "creative", "You write.", f"About {i}") for i in range(7)]
 
     def die_at_the_sixth(prompt: str) -> str:
@@ -193,13 +193,13 @@ def test_a_kill_among_long_answers_loses_a_few(tmp_path: Path) -> None:
 
 
 def test_prompts_for_code_fit_a_small_context(test_data: Path) -> None:
-    """They lose their beginning, not everything."""
+    """Prompts that are too long lose only their beginning."""
     model = Scripted(context_length=100)
     run_code(_first_code_problems(test_data, 1), model)
     assert len(model.asked[0]) == 100
 
 
-def test_results_survive_their_file(test_data: Path, tmp_path: Path) -> None:
+def test_results_can_be_written_and_read(test_data: Path, tmp_path: Path) -> None:
     result = run_hhh(hhh.load(test_data)[:3], Scripted(), "current")
     write_result(result, tmp_path / "r.json", {"mean": 1})
     back = read_result(tmp_path / "r.json")

@@ -1,4 +1,4 @@
-"""What programs of a model can and cannot do; escapes are tried one by one."""
+"""Permitted and forbidden operations of programs of a model; each escape is tried separately."""
 
 import os
 import time
@@ -25,8 +25,8 @@ def test_runs_ordinary_programs() -> None:
     assert _run("def (").reason.startswith("failed: SyntaxError")
 
 
-def test_a_main_part_is_not_run() -> None:
-    """HumanEval's own harness gives programs no name: what they do as a script, asking for input perhaps, stays out."""
+def test_a_main_block_is_not_run() -> None:
+    """As in HumanEval's own harness, programs have no __name__; their main block could ask for input."""
     assert _run("if __name__ == '__main__':\n    raise ValueError(input())").passed
 
 
@@ -48,7 +48,7 @@ BEFORE_THE_END = [
 
 
 @pytest.mark.parametrize("program", BEFORE_THE_END)
-def test_leaving_early_is_not_passing(program: str) -> None:
+def test_exiting_early_does_not_pass(program: str) -> None:
     assert not _run(program).passed
 
 
@@ -74,7 +74,7 @@ def test_memory_is_limited() -> None:
     assert not _run("x = []\nwhile True: x.append(' ' * 10**7)", Limits(5, 10, 1 << 29)).passed
 
 
-def test_output_is_not_collected_without_end() -> None:
+def test_endless_output_is_not_collected() -> None:
     assert not _run("import os\nwhile True: os.write(3, b'x' * 65536)").passed
 
 
@@ -124,13 +124,13 @@ def test_nothing_outside_is_changed(tmp_path: Path) -> None:
     assert victim.read_text() == "whole"
 
 
-def test_no_process_is_left_behind() -> None:
+def test_no_process_remains() -> None:
     _run("import time; time.sleep(60)")
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not [line for line in running if b"sandbox_guard" in line]
 
 
-def test_permission_is_asked_for() -> None:
+def test_running_code_needs_permission() -> None:
     require_permission("humaneval", True)
     with pytest.raises(UserError, match=r"humaneval runs code .* --allow-code-execution"):
         require_permission("humaneval", False)

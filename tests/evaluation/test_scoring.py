@@ -1,4 +1,4 @@
-"""Ways of scoring, with the cases that tell them apart."""
+"""Scores, with cases in which they differ."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Benchmarks by name, read once and run on several models, as a training run does."""
+"""Benchmarks by name, read once and run on several models, as in a training run."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def data(test_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_reading_serves_many_models(data: Path) -> None:
+def test_benchmarks_are_read_once_for_many_models(data: Path) -> None:
     evaluate = task_evaluator(["crass:0", "hhh"], data, limit=2)
     shutil.rmtree(data / "crass")  # nothing is read again
     found = [evaluate(Scripted(answer=lambda prompt, letter=letter: letter)) for letter in "AB"]
@@ -31,7 +31,7 @@ def test_one_reading_serves_many_models(data: Path) -> None:
     assert found[0]["crass:0/faithful"] != found[1]["crass:0/faithful"]
 
 
-def test_means_are_those_of_the_tables(data: Path) -> None:
+def test_means_equal_those_of_the_tables(data: Path) -> None:
     model = Scripted(answer=lambda prompt: " B")
     assert task_evaluator(["crass"], data)(model) == {
         f"crass:3/{score}": run_answers(crass.load(data, 3), model).mean(score) for score in ("faithful", "corrected")
@@ -59,7 +59,7 @@ def test_suites_name_benchmarks_that_exist_and_are_named_once() -> None:
         (["hhh:3"], "hhh has no worked examples; write hhh"),
         (["mmlu:x"], "after the colon"),
         (["mmlu:²"], "after the colon"),
-        (["paper"], "holds no"),
+        (["paper"], "has no"),
         (["humaneval"], "cannot run during training"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Statistics against closed forms, tables against the numbers they are made of."""
+"""Statistics equal closed forms, and tables show the numbers of their results."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def _result(
     return TaskResult(task, shots, model, outcomes, average, len(values))  # type: ignore[arg-type]
 
 
-def test_bootstrap_interval_is_the_binomial_one() -> None:
+def test_bootstrap_interval_equals_the_binomial_interval() -> None:
     values = np.zeros(400)
     values[:100] = 1
     interval = confidence_interval(_result(values.tolist()), "faithful")
@@ -45,14 +45,14 @@ def test_bootstrap_interval_is_the_binomial_one() -> None:
 
 
 def test_macro_interval_draws_within_groups() -> None:
-    """A group that is all right or all wrong adds no uncertainty."""
+    """A group in which all answers are right, or all are wrong, adds no uncertainty."""
     values = [1.0] * 50 + [0.0] * 50
     interval = confidence_interval(_result(values, groups=["a"] * 50 + ["b"] * 50), "faithful")
     assert (interval.low, interval.high) == (50, 50)
 
 
 @pytest.mark.parametrize(("gained", "lost", "p"), [(0, 0, 1), (5, 5, 1), (10, 0, 2 / 1024), (8, 2, 112 / 1024)])
-def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int, p: float) -> None:
+def test_mcnemar_equals_the_exact_binomial_test(gained: int, lost: int, p: float) -> None:
     assert mcnemar(gained, lost) == pytest.approx(p)
     assert mcnemar(lost, gained) == pytest.approx(p)
 
@@ -71,14 +71,14 @@ def test_difference_of_right_and_wrong_answers() -> None:
     assert found.interval.low < 8 < found.interval.high
 
 
-def test_permutation_test_agrees_with_the_sign_test_where_all_differences_are_alike() -> None:
+def test_permutation_test_equals_the_sign_test_if_all_differences_are_equal() -> None:
     first, second = _result([0.2] * 12, task="impact"), _result([0.5] * 9 + [-0.1] * 3, task="impact")
     found = difference(first, second, "faithful")
     assert found.test == "paired permutation"
     assert found.p_value == pytest.approx(mcnemar(9, 3), abs=0.02)
 
 
-def test_columns_of_a_part_are_marked_where_the_part_is_not_whole() -> None:
+def test_columns_of_a_group_are_marked_if_the_group_is_incomplete() -> None:
     """All of HHH's 58 harmless comparisons, and two of the 59 helpful ones."""
     result = _result([1.0] * 60, task="hhh_paper", groups=["harmless"] * 58 + ["helpful"] * 2, shots=0)
     (table,) = (table for table in make_tables([[result]], COLUMNS) if table.title.startswith("HHH, paper"))
@@ -86,14 +86,14 @@ def test_columns_of_a_part_are_marked_where_the_part_is_not_whole() -> None:
     assert (marks["Harmless"], marks["Helpful"]) == ("", "‡")
 
 
-def test_scores_that_do_not_apply_are_left_out() -> None:
+def test_scores_that_do_not_apply_are_excluded() -> None:
     first, second = _result([1.0, None, 0.0]), _result([1.0, 1.0, 1.0])
     assert first.mean("faithful") == 50
     assert difference(first, second, "faithful").mean == pytest.approx(50)
     assert math.isnan(_result([None]).mean("faithful"))
 
 
-def test_unlike_problems_are_refused() -> None:
+def test_comparing_results_on_different_problems_is_an_error() -> None:
     with pytest.raises(UserError, match="not scored on the same problems"):
         difference(_result([1.0]), _result([1.0, 0.0]), "faithful")
 
@@ -108,7 +108,7 @@ def _models() -> list[list[TaskResult]]:
     ]
 
 
-def test_tables_hold_models_differences_and_published_rows() -> None:
+def test_tables_have_models_differences_and_published_rows() -> None:
     table = make_tables(_models(), COLUMNS, published_rows())[0]
     assert table.columns == ("MMLU (5-shot)", "DROP (3-shot)", "Average")
     kinds = [row.kind for row in table.rows]

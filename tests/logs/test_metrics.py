@@ -69,11 +69,11 @@ def test_rates_exclude_the_compiling_step_and_pauses():
     assert throughput.lap() == Rates(250.0, 50.0, 2.0, 0.0)
 
 
-def test_peak_memory_is_null_where_the_backend_does_not_tell():
+def test_peak_memory_is_null_if_the_backend_has_no_statistics():
     assert peak_memory_bytes() is None
 
 
-def test_a_record_carries_the_documented_fields(tmp_path):
+def test_a_record_has_the_documented_fields(tmp_path):
     log_steps(tmp_path, [1], tensorboard=False)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     documented = "step loss grad_norm learning_rate examples rows tokens supervised_tokens tokens_per_second fill"
@@ -83,7 +83,7 @@ def test_a_record_carries_the_documented_fields(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
-def test_jsonl_appends_and_stays_strict_json(tmp_path):
+def test_jsonl_appends_and_is_strict_json(tmp_path):
     log_steps(tmp_path, [1, 2], tensorboard=False)
     with open_tracker(LoggingConfig(tensorboard=False), tmp_path, config={}, after_step=2) as tracker:
         tracker.log(record(3, loss=math.nan, grad_norm=math.inf).to_json())
@@ -118,7 +118,7 @@ def events(directory):
 
 
 def visible_points(directory, tag):
-    """What TensorBoard shows: a session start hides everything logged before it at its step or later."""
+    """The points that TensorBoard shows: a session start hides earlier events at its step or later."""
     points = []
     for event in events(directory):
         if event.session_log.status == SessionLog.START:
@@ -137,14 +137,14 @@ def test_a_resumed_run_shows_every_step_once_in_tensorboard(tmp_path):
     assert visible_points(tmp_path / "tensorboard", "train/loss") == [(1, 1.0)]
 
 
-def test_a_clock_that_is_set_back_hides_nothing_in_tensorboard(tmp_path, monkeypatch):
+def test_a_clock_set_back_hides_nothing_in_tensorboard(tmp_path, monkeypatch):
     log_steps(tmp_path, [1, 2, 3, 4])
     monkeypatch.setattr(time, "time", lambda: 1e9)
     log_steps(tmp_path, [3, 4, 5], after_step=2)
     assert [step for step, _ in visible_points(tmp_path / "tensorboard", "train/loss")] == [1, 2, 3, 4, 5]
 
 
-def test_a_full_disk_leaves_tensorboard_out_and_holds_nobody_up(small_disk, tmp_path, capsys):
+def test_a_full_disk_disables_tensorboard_without_blocking(small_disk, tmp_path, capsys):
     (tmp_path / "tensorboard").symlink_to(small_disk)
     with open_tracker(LoggingConfig(), tmp_path, config={}, after_step=0) as tracker:
         tracker.log(record(1).to_json())
@@ -154,14 +154,14 @@ def test_a_full_disk_leaves_tensorboard_out_and_holds_nobody_up(small_disk, tmp_
         for step in range(2, 200):
             tracker.log(record(step).to_json())
         tracker.sync()
-    assert capsys.readouterr().out.count("warning: TensorBoard is left out from now on: [Errno 28]") == 1
+    assert capsys.readouterr().out.count("warning: TensorBoard is disabled from now on: [Errno 28]") == 1
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(1, 200))
 
 
-def test_tensorboard_that_cannot_begin_is_left_out(tmp_path, capsys):
+def test_tensorboard_is_disabled_if_its_directory_is_invalid(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file")
     log_steps(tmp_path, [1, 2])
-    assert "warning: TensorBoard is left out: " in capsys.readouterr().out
+    assert "warning: TensorBoard is disabled: " in capsys.readouterr().out
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -173,13 +173,13 @@ def test_tensorboard_gets_scalars_only(tmp_path):
     assert tags == {"eval/accuracy"}
 
 
-def test_other_hosts_log_nowhere(tmp_path):
+def test_other_hosts_log_nothing(tmp_path):
     with open_tracker(LoggingConfig(), tmp_path, config={}, after_step=0, primary=False) as tracker:
         tracker.log(record(1).to_json())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_asked_for_but_absent_names_the_extra(tmp_path, monkeypatch):
+def test_a_missing_wandb_package_is_an_error_that_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'flacuna-jax\[wandb\]'"):
         log_steps(tmp_path, [1], wandb="project")
@@ -248,7 +248,7 @@ def test_wandb_without_a_network_logs_offline(tmp_path, monkeypatch, capsys):
     assert "no route to host; logging offline" in capsys.readouterr().out
 
 
-def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_dashboard_is_disabled_and_the_run_continues(tmp_path, monkeypatch, capsys):
     calls, _ = fake_wandb(monkeypatch)
 
     def fail(self, *_, **__):
@@ -264,7 +264,7 @@ def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkey
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert [step for step, _ in calls.logs] == [1]
     said = capsys.readouterr().out
-    assert said.count("WeightsAndBiases is left out from now on: the network is gone") == 1
+    assert said.count("WeightsAndBiases is disabled from now on: the network is gone") == 1
 
 
 @pytest.mark.parametrize("how", ["file removed", "directory removed", "directory moved"])

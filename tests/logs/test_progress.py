@@ -1,4 +1,4 @@
-"""Lines for a log file, a bar for a terminal."""
+"""Plain lines for a log file, and a bar for a terminal."""
 
 import io
 
@@ -56,7 +56,7 @@ def test_a_terminal_gets_a_bar_with_the_figures(monkeypatch):
         assert "evaluating" in file.getvalue()
         with progress.doing("saving"):
             pass
-        assert "compiling" in file.getvalue(), "what it says between the two"
+        assert "compiling" in file.getvalue(), "the label before the first step"
         assert "training" not in file.getvalue()
         progress.advance(51)
         progress.show(record(60))
@@ -68,7 +68,7 @@ def test_a_terminal_gets_a_bar_with_the_figures(monkeypatch):
     assert "saved step 60" in shown
 
 
-def test_other_hosts_say_nothing(capsys):
+def test_other_hosts_print_nothing(capsys):
     with open_progress(200, primary=False) as progress:
         progress.advance(1)
         progress.show(record(1))

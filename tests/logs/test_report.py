@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, drawn inside its frames."""
+"""The report is complete and self-contained, and its curves are inside their frames."""
 
 import html
 import itertools
@@ -39,11 +39,11 @@ def page_of(tmp_path, rows, config="seed: 42\n", mixture=(), **more):
 
 
 def points_of(page):
-    """[step, value text, x, y] of every chart."""
+    """Lists of [step, value text, x, y], one per chart."""
     return [json.loads(html.unescape(text)) for text in re.findall(r'data-points="([^"]*)"', page)]
 
 
-def test_holds_every_curve_inside_its_frame_and_refers_to_nothing_outside(tmp_path):
+def test_curves_are_inside_their_frames_and_nothing_external_is_referenced(tmp_path):
     page = page_of(tmp_path, records(50))
     charts = points_of(page)
     assert [len(chart) for chart in charts] == [50, 50, 50, 49]
@@ -68,7 +68,7 @@ def test_text_from_the_run_cannot_become_markup(tmp_path):
     assert "# $title" in page
 
 
-def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
+def test_the_report_of_a_long_run_is_small_and_shows_spikes(tmp_path):
     rows = records(100_000, loss=1.0)
     rows[54_321]["loss"] = 9.5
     page = page_of(tmp_path, rows)
@@ -79,7 +79,7 @@ def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
     assert [point[0] for point in loss] == sorted(point[0] for point in loss)
 
 
-def test_a_bad_step_is_marked_and_bends_no_curve(tmp_path):
+def test_a_bad_step_is_marked_and_not_part_of_curves(tmp_path):
     rows = records(40)
     rows[19] |= {"loss": 1e6, "grad_norm": None}
     for row in rows[19:]:
@@ -91,7 +91,7 @@ def test_a_bad_step_is_marked_and_bends_no_curve(tmp_path):
     assert "class=bad" not in page_of(tmp_path, records(40))
 
 
-def test_tells_how_far_a_run_is_and_how_far_it_is_from_its_best(tmp_path):
+def test_shows_steps_done_time_left_and_best_loss(tmp_path):
     rows = [evaluation(0, 3.0), *records(40, seconds_per_step=30.0), evaluation(20, 1.5), evaluation(40, 1.75)]
     page = page_of(tmp_path, rows, status="running", total_steps=160)
     assert "40 of 160" in page
@@ -107,7 +107,7 @@ def test_short_empty_and_diverged_runs_are_drawn_too(tmp_path, rows):
     assert ("No step was logged" in page) == (not any("loss" in row for row in rows))
 
 
-def test_mixture_tells_what_was_lost():
+def test_mixture_shows_dropped_records():
     flan = SourceReport("data/flan.json", read=10, kept=7, tokens=700, supervised_tokens=300)
     flan.drop("too long", "flan.json:3")
     rows = mixture_rows(DataReport((flan, SourceReport("data/alpaca.json", 3, 3, 90, 100))))
@@ -141,14 +141,14 @@ def test_evaluations_have_curves_and_a_table_by_source(tmp_path):
     page = page_of(tmp_path, [evaluation(0, 3.0), *records(9), evaluation(10, 1.5)])
     assert [len(chart) for chart in points_of(page)] == [9, 9, 9, 8, 2, 2, 2]
     assert "<td class=n>3.0000 → 1.5000" in page
-    assert "<td>0.0</td>" in page, "a version is no number"
+    assert "<td>0.0</td>" in page, "a version is not a number"
     assert "25.0% → 25.0%" in page
     assert "mmlu:5/faithful" in page
     assert "<td>code</td>" in page
     assert "No step was logged" in page_of(tmp_path, [evaluation(0, 3.0, ())][:0])
 
 
-def test_samples_stand_before_and_after(tmp_path):
+def test_first_and_last_sample_answers_are_shown(tmp_path):
     samples = [
         {"step": step, "id": "a", "question": "Why <b>?", "answer": f"because {step}", "expected": "so"}
         for step in (0, 500, 1000)
@@ -163,23 +163,23 @@ def test_samples_stand_before_and_after(tmp_path):
     assert "after step 0" in page_of(tmp_path, records(3), samples=samples[:1])
 
 
-def test_a_page_loads_itself_anew_only_while_the_run_goes_on(tmp_path):
+def test_a_page_reloads_itself_only_during_the_run(tmp_path):
     assert "http-equiv=refresh" in page_of(tmp_path, records(3), status="running")
     page = page_of(tmp_path, records(3), status="stopped by SIGTERM after step 3")
     assert "http-equiv=refresh" not in page
     assert "stopped by SIGTERM after step 3" in page
 
 
-def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+def test_incomplete_and_invalid_lines_are_ignored(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
     path.write_bytes(b'{"step": 1}\nrate too high\n3\n\xff\n{"step": 2}\n')
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}], "somebody's note is no record"
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}], "other text is not a record"
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
-def test_the_live_report_is_seldom_and_never_ends_a_run():
+def test_the_live_report_is_rarely_written_and_never_ends_a_run():
     clock, written, said = [0.0], [], []
 
     def write(status):
@@ -202,7 +202,9 @@ def test_the_live_report_is_seldom_and_never_ends_a_run():
     live.refresh()
     assert len(said) == 1
     live.finish("finished")
-    assert said == [f"warning: no report of a run that is {status}: no space" for status in ("running", "finished")]
+    assert said == [
+        f"warning: report.html could not be written (status: {status}): no space" for status in ("running", "finished")
+    ]
 
 
 LOOK = """<script>
@@ -223,7 +225,7 @@ addEventListener("load", () => {
 
 
 @pytest.mark.parametrize("width", [400, 1200])
-def test_a_browser_shows_it_without_anything_running_over(tmp_path, width):
+def test_a_browser_shows_the_report_without_overflow(tmp_path, width):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")

@@ -1,4 +1,4 @@
-"""Prints that fail are dropped, and the process ends as it would have."""
+"""Failed prints are dropped and do not change how the process ends."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ sys.exit(75)
 
 
 @pytest.mark.parametrize("redirection", ["| true", ">/dev/full", ">&-", "2>&1 | true", ">/dev/full 2>&1", ">&- 2>&-"])
-def test_a_run_does_not_notice_that_nobody_listens(tmp_path, redirection):
+def test_closed_or_full_outputs_do_not_change_the_exit_status(tmp_path, redirection):
     script = tmp_path / "prints.py"
     script.write_text(PRINTS)
     command = f"{sys.executable} {script} {redirection}; exit ${{PIPESTATUS[0]}}"
@@ -27,7 +27,7 @@ def test_a_run_does_not_notice_that_nobody_listens(tmp_path, redirection):
     assert "Traceback" not in result.stderr
 
 
-def test_what_can_be_written_is(tmp_path):
+def test_all_output_is_written_if_possible(tmp_path):
     script = tmp_path / "prints.py"
     script.write_text(PRINTS)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)

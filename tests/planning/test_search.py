@@ -158,7 +158,7 @@ def test_the_step_that_is_compiled_is_the_one_that_the_config_describes(monkeypa
     config = run_config(data=data, training={"attention": "cudnn"}, seed=3)
     choose_layout(config, PAPER.spec, [FakeGpu(i) for i in range(4)])
     assert set(compiled) == {StepConfig.of_run(PAPER.spec, config)}
-    assert compiled[0].one_document
+    assert compiled[0].network.one_document
 
 
 def test_where_the_compiler_refuses_the_estimate_decides_and_is_not_kept(monkeypatch, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""A record that makes the loss NaN: found, kept, blamed; skipped or stopped at, the same on every start."""
+"""A record that makes the loss NaN is found and written to a file; the run skips it or stops, also after a restart."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ from tests.test_end_to_end import adapter_bytes, losses, run, run_until
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 POISON = "§"
-"""A character that one record alone has; the byte tokens it is spelled with have embeddings of NaN."""
+"""A character of one record only; the embeddings of its byte tokens are NaN."""
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory, compiled_once) -> Path:
-    """A base model with NaN where a token is looked up that one record holds, twice per run (two epochs)."""
+    """A base model with NaN embeddings for tokens of one record, which occurs twice per run (two epochs)."""
     directory = tmp_path_factory.mktemp("poisoned")
     config = write_run(directory)
     base = directory / "base"
@@ -59,7 +59,7 @@ def bad_steps(out: Path) -> dict[int, dict]:
     return {int(path.stem): json.loads(path.read_text()) for path in (out / "bad_steps").iterdir()}
 
 
-def test_skipping_goes_on_and_keeps_the_batch_with_the_one_to_blame(skipped):
+def test_skipping_continues_and_writes_the_batch_and_the_bad_record(skipped):
     found = bad_steps(skipped)
     assert len(found) == 2, "once per epoch"
     curve = losses(skipped)
@@ -81,7 +81,7 @@ def test_skipping_goes_on_and_keeps_the_batch_with_the_one_to_blame(skipped):
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_stopping_says_where_and_leaves_the_checkpoints(poisoned, skipped, tmp_path, capsys):
+def test_stopping_names_the_step_and_the_policy_may_change_on_resume(poisoned, skipped, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(poisoned / "config.yaml", *overrides_of(poisoned, out)) == 1
     said = capsys.readouterr().err
@@ -92,12 +92,12 @@ def test_stopping_says_where_and_leaves_the_checkpoints(poisoned, skipped, tmp_p
     assert list(bad_steps(out)) == [first]
     assert f"ended at a bad step: step {first}: loss nan, gradient norm nan" in (out / "report.html").read_text()
     assert not (out / "adapter").exists()
-    # The policy may be changed on resume; what follows is what the run that skipped from its start did.
+    # The policy may be changed on resume; the results then equal those of the run that skipped from the start.
     assert run(poisoned / "config.yaml", *overrides_of(poisoned, out, "--training.on_bad_step=skip")) == 0
     assert adapter_bytes(out) == adapter_bytes(skipped)
 
 
-def test_interrupted_after_a_skip_it_continues_to_the_same_bytes(poisoned, skipped, tmp_path):
+def test_a_run_interrupted_after_a_skip_continues_to_the_same_bytes(poisoned, skipped, tmp_path):
     out, first = tmp_path / "run", min(bad_steps(skipped))
     arguments = overrides_of(poisoned, out, "--training.on_bad_step=skip")
     run_until(first + 2, poisoned / "config.yaml", *arguments)
@@ -106,7 +106,7 @@ def test_interrupted_after_a_skip_it_continues_to_the_same_bytes(poisoned, skipp
     assert losses(out) == losses(skipped)
 
 
-def test_too_many_in_a_row_end_the_run(poisoned, tmp_path, capsys):
+def test_too_many_bad_steps_in_a_row_end_the_run(poisoned, tmp_path, capsys):
     made = records(60)
     for record in made:
         record["conversations"][0]["value"] += f" {POISON}"
@@ -122,8 +122,8 @@ def test_too_many_in_a_row_end_the_run(poisoned, tmp_path, capsys):
     assert "3 bad steps in a row end the run" in capsys.readouterr().err
 
 
-def test_no_example_is_blamed_for_a_broken_base_or_rate(poisoned, tmp_path, capsys):
-    """NaN in a weight that all examples meet; and updates so large that the next gradient is not finite."""
+def test_no_example_is_named_if_the_base_or_the_learning_rate_is_bad(poisoned, tmp_path, capsys):
+    """NaN in a weight that all examples use; and updates so large that the next gradient is not finite."""
     base = tmp_path / "base"
     shutil.copytree(poisoned / "base" / "model", base)
     tensors = load_file(base / "model.safetensors")
@@ -133,13 +133,13 @@ def test_no_example_is_blamed_for_a_broken_base_or_rate(poisoned, tmp_path, caps
     assert run(poisoned / "config.yaml", out, f"--model={{path: {base}, dtype: float32}}") == 1
     said = capsys.readouterr().err
     assert "error: step 1: loss nan" in said
-    assert "none of its examples has a finite loss: look for the reason in the base or the learning rate" in said
+    assert "none of its examples has a finite loss: check the base model and the learning rate" in said
 
     huge = ["--training.learning_rate=1e30", "--training.max_grad_norm=null"]
     assert run(poisoned / "config.yaml", f"--output_dir={tmp_path / 'other'}", *huge) == 1
     said = capsys.readouterr().err
     assert "error: step 2: loss 5." in said
-    assert "each of its examples alone has a finite loss: look for the reason in the learning rate" in said
+    assert "each of its examples alone has a finite loss: check the learning rate" in said
 
 
 def test_a_run_that_skipped_every_step_delivers_nothing(poisoned, tmp_path, capsys):
@@ -156,8 +156,8 @@ def test_a_run_that_skipped_every_step_delivers_nothing(poisoned, tmp_path, caps
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_the_batch_is_kept_even_if_its_records_are_gone(poisoned, skipped, tmp_path, capsys):
-    """The data file is removed between tokenising and the bad step: what the model saw is still there."""
+def test_the_batch_is_written_even_if_its_data_file_was_deleted(poisoned, skipped, tmp_path, capsys):
+    """The data file is removed between tokenisation and the bad step; the tokens are still available."""
     shutil.copy(poisoned / "data.json", tmp_path / "data.json")
     source = f"--data.sources.0.path={tmp_path / 'data.json'}"
     original = training_run.starting_point
@@ -176,8 +176,8 @@ def test_the_batch_is_kept_even_if_its_records_are_gone(poisoned, skipped, tmp_p
     assert "no such file" in guilty[0]["why_not"]
 
 
-def test_any_step_can_be_looked_into(poisoned, skipped, capsys):
-    """Its examples and their losses, without a bad step and beside the run; nothing is written."""
+def test_inspect_step_prints_the_examples_and_losses_of_any_step(poisoned, skipped, capsys):
+    """Also for a good step of a finished run; nothing is written."""
     arguments = overrides_of(poisoned, skipped, "--training.on_bad_step=skip")
     step = min(bad_steps(skipped)) + 1
     before = {path: path.stat().st_mtime_ns for path in skipped.rglob("*")}

@@ -1,4 +1,4 @@
-"""The proof accepts what is deterministic, and finds out what is not."""
+"""The check passes if steps are deterministic, and fails otherwise."""
 
 import itertools
 
@@ -18,7 +18,7 @@ SHARDING = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
 
 
 def beginnings(noise):
-    """`noise(start, step)` is added to the weights, and is 0 where a step is deterministic."""
+    """`noise(start, step)` is added to the weights; 0 for a deterministic step."""
     starts = itertools.count()
 
     def begin():
@@ -34,7 +34,7 @@ def beginnings(noise):
     return begin
 
 
-def test_the_same_bytes_twice_are_said_with_their_digests():
+def test_equal_bytes_are_reported_with_their_digests():
     said = []
     check_determinism(beginnings(lambda start, step: 0.0), SHARDING, 100, said.append)
     assert [line[:7] for line in said] == ["step 1:", "step 2:", "step 3:", "determi"]
@@ -42,12 +42,12 @@ def test_the_same_bytes_twice_are_said_with_their_digests():
     assert said[4] == said[0], "digests may be compared between processes"
 
 
-def test_one_bit_is_found_with_its_step():
-    with pytest.raises(NotDeterministic, match="after step 2 the same seed gave other bytes"):
+def test_a_small_difference_is_an_error_that_names_the_step():
+    with pytest.raises(NotDeterministic, match="after step 2 the same seed gave different bytes"):
         check_determinism(beginnings(lambda start, step: 1e-6 * (start == 1 and step == 1)), SHARDING, 3, print)
 
 
-def test_the_command_proves_it_and_writes_nothing(tmp_path, capsys):
+def test_the_command_checks_determinism_and_writes_nothing(tmp_path, capsys):
     assert run(write_run(tmp_path), "--check_determinism") == 0
     assert "deterministic: 3 steps gave the same bytes twice" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Evaluation inside a run: what it measures, that it can be interrupted, and what follows from it."""
+"""Evaluation during training: its numbers, interruption, early stopping, and the best checkpoint."""
 
 import json
 import shutil
@@ -58,20 +58,20 @@ def measured(tmp_path_factory, compiled_once) -> Path:
     return directory
 
 
-def test_the_held_out_rows_have_no_schedule(measured, tmp_path):
-    """They are fewer than the steps of warm-up and fall, of which no more than the run itself must be long enough."""
+def test_evaluation_ignores_the_schedule_of_training(measured, tmp_path):
+    """Held-out rows fill fewer steps than warm-up and decay need; only the run itself must be long enough for them."""
     schedule = ["--training.schedule=warmup_stable_decay", "--training.warmup_steps=3", "--training.decay_steps=9"]
     assert run(measured / "config.yaml", f"--output_dir={tmp_path / 'run'}", *schedule) == 0
     assert evaluations(tmp_path / "run").keys() == evaluations(measured / "run").keys()
 
 
-def test_measures_before_while_and_after(measured):
+def test_evaluates_before_during_and_after_training(measured):
     found = evaluations(measured / "run")
     last = max(found)
     assert list(found) == sorted({0, *range(4, last + 1, 4), last})
     assert found[last]["eval/loss"] < found[0]["eval/loss"] - 0.1
     for record in found.values():
-        assert "loss" not in record, "a training record is known by its loss"
+        assert "loss" not in record, "only training records have a loss"
         tokens = [record[f"eval/tokens/{name}"] for name in ("left", "right")]
         assert sum(tokens) == record["eval/tokens"]
         for key in ("eval/loss", "eval/token_accuracy"):
@@ -82,7 +82,7 @@ def test_measures_before_while_and_after(measured):
         assert record["eval/perplexity"] == pytest.approx(np.exp(record["eval/loss"]))
 
 
-def test_answers_stand_beside_what_was_expected(measured):
+def test_sample_answers_are_written_with_the_expected_answers(measured):
     found = lines(measured / "run" / "samples.jsonl")
     assert len(found) == 3 * len(evaluations(measured / "run"))
     asked = {line["id"]: line for line in found if line["step"] == 0}
@@ -97,7 +97,7 @@ def test_answers_stand_beside_what_was_expected(measured):
     assert "Answers, before and after" in page
 
 
-def test_the_best_checkpoint_stays(measured):
+def test_the_best_checkpoint_is_kept(measured):
     found = evaluations(measured / "run")
     best = min((step for step in found if step), key=lambda step: found[step]["eval/loss"])
     assert best in list_checkpoints(measured / "run")
@@ -105,7 +105,7 @@ def test_the_best_checkpoint_stays(measured):
 
 
 @pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 9])
-def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, at):
+def test_an_interrupted_run_gives_the_same_evaluations_and_adapter(measured, tmp_path, at):
     out = f"--output_dir={tmp_path / 'run'}"
     run_until(at, measured / "config.yaml", out)
     assert run(measured / "config.yaml", out) == 0
@@ -125,7 +125,7 @@ def test_interrupted_it_measures_and_learns_the_same(measured, tmp_path, at):
         ("tasks/mmlu:5/faithful", (None, 10.0, 30.0), None),
     ],
 )
-def test_a_run_that_was_best_before_it_began_says_so(tmp_path, metric, values, says):
+def test_a_warning_if_no_evaluation_is_as_good_as_the_one_before_training(tmp_path, metric, values, says):
     settings = EvaluationConfig(fraction=0.1, metric=metric)
     history = History(settings.lower_is_better)
     with (tmp_path / "metrics.jsonl").open("w") as file:
@@ -138,7 +138,7 @@ def test_a_run_that_was_best_before_it_began_says_so(tmp_path, metric, values, s
 
 
 def test_a_run_that_gets_worse_stops_and_delivers_its_best(measured, tmp_path, capsys):
-    """A rate of 10 ruins any model; the best checkpoint is an early one, and the second start knows it is over."""
+    """A learning rate of 10 ruins any model; the best checkpoint is an early one, and a second start does not train."""
     overrides = [
         f"--output_dir={tmp_path / 'run'}",
         "--training.learning_rate=10.0",
@@ -166,7 +166,7 @@ def test_a_run_that_gets_worse_stops_and_delivers_its_best(measured, tmp_path, c
     assert (adapter_bytes(tmp_path / "run"), untimed(tmp_path / "run")) == before
 
 
-def test_records_of_their_own_and_a_word_about_common_questions(measured, tmp_path, capsys):
+def test_evaluation_sources_and_the_warning_about_questions_in_the_training_data(measured, tmp_path, capsys):
     made = [*records(80)[:3], *records(5, seed=9)]
     (tmp_path / "e.json").write_text(json.dumps(made))
     overrides = ["--evaluation.fraction=null", f"--evaluation.sources=[{{path: {tmp_path / 'e.json'}}}]"]
@@ -178,7 +178,7 @@ def test_records_of_their_own_and_a_word_about_common_questions(measured, tmp_pa
     assert "80 examples in" in said, "nothing is held out of training"
 
 
-def test_benchmarks_run_inside_training(measured, tmp_path, test_data):
+def test_benchmarks_run_during_training(measured, tmp_path, test_data):
     overrides = [
         f"--output_dir={tmp_path / 'run'}",
         f"--evaluation.tasks={{names: ['crass:0'], data: {test_data}, limit: 2}}",
@@ -193,7 +193,7 @@ def test_benchmarks_run_inside_training(measured, tmp_path, test_data):
 
 @pytest.fixture(scope="module")
 def harness_tasks(tmp_path_factory) -> Path:
-    """Two tasks of lm-evaluation-harness on local records: a choice, and an answer."""
+    """Two tasks of lm-evaluation-harness on local records: multiple choice, and generation."""
     pytest.importorskip("lm_eval")
     directory = tmp_path_factory.mktemp("tasks")
     rows = [
@@ -239,8 +239,8 @@ def with_harness(tasks: Path, out: Path) -> list[str]:
     ]
 
 
-def test_harness_tasks_run_inside_training(measured, tmp_path, harness_tasks):
-    """lm-evaluation-harness itself asks the model in training, in the template of training."""
+def test_harness_tasks_run_during_training(measured, tmp_path, harness_tasks):
+    """lm-evaluation-harness itself evaluates the model during training, with the template of training."""
     assert run(measured / "config.yaml", *with_harness(harness_tasks, tmp_path / "run")) == 0
     found = evaluations(tmp_path / "run")
     assert list(found) == [0, 4, 6]
@@ -253,7 +253,7 @@ def test_harness_tasks_run_inside_training(measured, tmp_path, harness_tasks):
 
 
 @pytest.mark.slow
-def test_two_hosts_ask_what_one_asks(measured, tmp_path, harness_tasks):
+def test_two_hosts_get_the_same_harness_results_as_one(measured, tmp_path, harness_tasks):
     assert run(measured / "config.yaml", *with_harness(harness_tasks, tmp_path / "one")) == 0
     results = finish(
         start_hosts(measured / "config.yaml", *with_harness(harness_tasks, tmp_path / "two"), "--mesh.fsdp=4")
@@ -269,7 +269,7 @@ MISTAKES = {
     "no such number": (["--evaluation.metric=eval/los"], "did you mean eval/loss?"),
     "holds out nothing": (["--evaluation.fraction=1e-9"], "evaluation.fraction"),
     "no such benchmark": (["--evaluation.tasks={names: [mlu], data: .}"], "mmlu"),
-    "no room for answers": (["--evaluation.sample_tokens=250"], "evaluation.prompts.0"),
+    "no tokens left for answers": (["--evaluation.sample_tokens=250"], "evaluation.prompts.0"),
     "no such records": (["--evaluation.fraction=null", "--evaluation.sources=[{path: nowhere.json}]"], "nowhere.json"),
 }
 
@@ -282,7 +282,7 @@ def test_mistakes_end_with_status_2(measured, tmp_path, capsys, overrides, hint)
     assert "Traceback" not in said
 
 
-def test_another_share_is_another_run(measured, tmp_path, capsys):
+def test_another_held_out_fraction_cannot_be_resumed(measured, tmp_path, capsys):
     shutil.copytree(measured / "run", tmp_path / "run")
     out = f"--output_dir={tmp_path / 'run'}"
     assert run(measured / "config.yaml", out, "--evaluation.fraction=0.3") == 2
@@ -291,25 +291,25 @@ def test_another_share_is_another_run(measured, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_hosts_measure_what_one_measures(measured, tmp_path):
+def test_two_hosts_get_the_same_evaluation_as_one(measured, tmp_path):
     out = tmp_path / "run"
     results = finish(start_hosts(measured / "config.yaml", f"--output_dir={out}", "--mesh.fsdp=4"))
     assert [status for status, _ in results] == [0, 0], results
     expected, found = evaluations(measured / "run"), evaluations(out)
     assert list(found) == list(expected)
     for step, record in found.items():
-        # Rows of a step lie on other devices, so sums are added up in another order.
+        # Rows of a step are on other devices, so sums are added in another order.
         assert record["eval/loss"] == pytest.approx(expected[step]["eval/loss"], abs=1e-4)
         assert record["eval/tokens"] == expected[step]["eval/tokens"]
     samples = [lines(directory / "samples.jsonl") for directory in (measured / "run", out)]
     assert samples[1] == samples[0], "greedy answers, from weights that differ by rounding"
 
 
-def test_what_is_delivered_as_best_is_not_called_the_best_if_that_is_gone():
-    """With checkpoint.keep_best: 0 the checkpoint of the best step may not be there any more."""
+def test_the_delivery_names_the_best_step_if_its_checkpoint_is_gone():
+    """With checkpoint.keep_best: 0, the checkpoint of the best step may have been deleted."""
     history = History(lower_is_better=True, values={4: 0.25, 8: 0.5, 12: 0.75})
     setup = SimpleNamespace(config=SimpleNamespace(evaluation=SimpleNamespace(deliver="best", metric="eval/loss")))
     said: list[str] = []
     last = TrainState(8, {}, None)
     assert chosen_state(setup, SimpleNamespace(steps=lambda: [8, 12]), history, last, said.append) is last
-    assert said == ["delivering step 8, the best by eval/loss (0.5) of those that are left; the best was step 4 (0.25)"]
+    assert said == ["delivering step 8, the best by eval/loss (0.5) of the remaining ones; the best was step 4 (0.25)"]

@@ -1,4 +1,4 @@
-"""model.rope_scaling on a checkpoint's sizes: what does not fit is named."""
+"""model.rope_scaling and a checkpoint's sizes: errors for settings that do not fit."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ from tests.tiny import SMALL
     ("sizes", "scaling", "says"),
     [
         ({}, {"type": "linear"}, "data.max_length 1024 is within the model's own context of 2048"),
-        ({}, {"type": "ntk", "factor": 1e300}, "factor 1e\\+300: positions are counted in 32 bits"),
-        ({"head_dim": 2}, {"type": "ntk", "factor": 2.0}, "heads of 2 have one pair"),
+        ({}, {"type": "ntk", "factor": 1e300}, "factor 1e\\+300: positions must fit in 32 bits"),
+        ({"head_dim": 2}, {"type": "ntk", "factor": 2.0}, "heads of size 2 have only one"),
         ({"rope_scaling": RopeScaling("linear", 2.0)}, {"type": "ntk", "factor": 2.0}, "scales its positions already"),
     ],
 )
-def test_what_cannot_be_stretched(sizes: dict, scaling: dict, says: str) -> None:
+def test_invalid_rope_scaling_is_an_error(sizes: dict, scaling: dict, says: str) -> None:
     model = ModelConfig(path="x", rope_scaling=RopeScalingConfig(**scaling))
     with pytest.raises(UserError, match=says):
         with_rope_scaling(dataclasses.replace(SMALL, **sizes), model, 1024)

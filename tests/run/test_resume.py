@@ -1,4 +1,4 @@
-"""What a resumed run may change."""
+"""Which settings may change when a run is resumed."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def meta(*overrides, **values):
         "--evaluation={sources: [{path: e.json}], patience: 2}",
     ],
 )
-def test_harmless_changes_pass(override):
+def test_harmless_changes_are_accepted(override):
     assert compare_meta(meta(), meta(override)) == []
 
 
@@ -68,11 +68,11 @@ def test_harmless_changes_pass(override):
         ("--model.dtype=float32", "model.dtype: bfloat16 in the checkpoint, float32 now"),
     ],
 )
-def test_settings_that_bend_the_trajectory_are_named_with_both_values(override, line):
+def test_changes_that_alter_the_results_are_reported_with_both_values(override, line):
     assert compare_meta(meta(), meta(override)) == [line]
 
 
-def test_fingerprints_and_row_counts_are_compared_but_not_what_moves():
+def test_fingerprints_and_row_counts_are_compared_but_not_cursor_and_counters():
     moved = meta(cursor={"epoch": 1, "step": 9}, counters={"tokens": 5})
     assert compare_meta(meta(), moved) == []
     changed = meta(fingerprints={**meta()["fingerprints"], "data": "d2"}, rows_per_step=13)
@@ -82,7 +82,7 @@ def test_fingerprints_and_row_counts_are_compared_but_not_what_moves():
     ]
 
 
-def test_from_adapters_to_full_tuning_and_another_number_of_sources():
+def test_lora_to_full_fine_tuning_and_another_number_of_sources_are_reported():
     lines = compare_meta(meta(), meta("--lora=null"))
     assert "lora: absent in the checkpoint, None now" in lines
     more = meta()
@@ -97,14 +97,14 @@ def test_a_constant_schedule_may_be_extended():
     assert len(compare_meta(meta(), meta("--training.epochs=3", total_steps=300))) == 2
 
 
-def test_another_layout_is_noted():
+def test_another_memory_setting_is_noted():
     assert rounding_changes(meta(), meta()) == []
     assert rounding_changes(meta(), meta("--training.remat=full", "--seed=1")) == [
         "training.remat: auto in the checkpoint, full now"
     ]
 
 
-def test_refusal_is_one_message_with_every_difference(tmp_path):
+def test_the_error_lists_every_difference(tmp_path):
     require_same_run(meta(), meta(), tmp_path)
     with pytest.raises(UserError) as refusal:
         require_same_run(meta(), meta("--seed=1", "--lora.rank=4"), tmp_path)
@@ -135,11 +135,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("name", "now", "line"), [(n, *c) for n, c in CHANGES.items()], ids=CHANGES.keys())
-def test_every_kind_of_change_is_refused_with_a_diff_and_may_be_allowed_by_name(tmp_path, name, now, line):
+def test_every_kind_of_change_is_an_error_and_may_be_allowed_by_name(tmp_path, name, now, line):
     with pytest.raises(UserError) as refusal:
         require_same_run(meta(), now, tmp_path)
     assert line in str(refusal.value)
-    assert f"--checkpoint.allow_changes=[{name}]" in str(refusal.value), "the message says how to go on"
+    assert f"--checkpoint.allow_changes=[{name}]" in str(refusal.value), "the message says how to continue"
     require_same_run(meta(), now, tmp_path, allowed=[name])
     assert allowed_changes(meta(), now, [name]) == [line]
     for other in CHANGES.keys() - {name}:
@@ -149,7 +149,7 @@ def test_every_kind_of_change_is_refused_with_a_diff_and_may_be_allowed_by_name(
         assert f"--checkpoint.allow_changes=[{other}, {name}]" in str(refusal.value), "what is allowed stays so"
 
 
-def test_a_section_may_be_allowed_and_numbers_that_follow_are_with_it(tmp_path):
+def test_a_section_may_be_allowed_together_with_its_derived_numbers(tmp_path):
     longer = meta("--training.epochs=3", "--training.batch_size=64", rows_per_step=24, total_steps=300)
     assert len(compare_meta(meta(), longer)) == 4
     assert compare_meta(meta(), longer, ["training"]) == []
@@ -163,7 +163,7 @@ def refusal_names(now, tmp_path):
     return str(refusal.value).rpartition("allow_changes=")[2]
 
 
-def test_another_share_held_out_is_other_data():
+def test_another_held_out_fraction_counts_as_a_change_of_data():
     now = meta("--evaluation.fraction=0.1")
     assert compare_meta(meta(), now) == ["held_out_fraction: None in the checkpoint, 0.1 now"]
     assert compare_meta(meta(), now, ["data"]) == []
@@ -176,16 +176,16 @@ def test_other_libraries_are_noted():
     ]
 
 
-def test_a_byte_of_the_base_that_no_sample_shows():
+def test_the_checksum_of_the_base_shows_any_changed_byte():
     before, now = meta(base_checksum="c1"), meta(base_checksum="c2")
     assert base_change(before, now) == "base_checksum: c1 in the checkpoint, c2 now"
     assert compare_meta(before, meta()) == [], "it is not known before the weights are read"
     assert base_change(before, before) is None
-    assert base_change(meta(), now) is None, "a checkpoint from before it was noted"
+    assert base_change(meta(), now) is None, "a checkpoint without a checksum"
 
 
 @pytest.mark.parametrize("elsewhere", [{"device": "B"}, {"libraries": {"jax": "0.11.2"}}])
-def test_a_base_that_is_computed_may_be_rounded_otherwise_elsewhere(elsewhere):
+def test_a_quantized_base_may_differ_on_another_device_or_library(elsewhere):
     quantized = "--model.quantization=nf4"
     before = meta(quantized, base_checksum="c1")
     assert base_change(before, meta(quantized, base_checksum="c2")) is not None
@@ -193,7 +193,7 @@ def test_a_base_that_is_computed_may_be_rounded_otherwise_elsewhere(elsewhere):
     assert base_change(meta(base_checksum="c1"), meta(base_checksum="c2", **elsewhere)) is not None, "only read"
 
 
-def test_what_the_environment_tells_the_compiler_is_noted():
+def test_changed_compiler_settings_of_the_environment_are_noted():
     name = "JAX_DEFAULT_MATMUL_PRECISION"
     before, now = (compiler_settings({name: precision}) for precision in ("highest", "bfloat16"))
     assert compare_meta(meta(compiler=before), meta(compiler=now)) == []
@@ -209,7 +209,7 @@ def test_another_kind_of_device_is_noted():
     ]
 
 
-def test_code_has_a_fingerprint_per_part_and_libraries_their_versions():
+def test_fingerprints_of_code_parts_and_versions_of_libraries():
     found = code_fingerprints()
     assert found.keys() == PARTS.keys()
     assert len(set(found.values())) == len(found)

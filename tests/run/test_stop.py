@@ -1,4 +1,4 @@
-"""Signals: noted inside a run, raised outside of it, and deadly the second time."""
+"""Signals: recorded inside a run, raised outside of it; the same signal again ends the process."""
 
 import os
 import signal
@@ -20,23 +20,23 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_outside_of_a_run_a_signal_ends_the_program_where_it_is(number):
+def test_outside_of_a_run_a_signal_raises_at_once(number):
     with pytest.raises(Stopped, match=number.name), StopRequest():
         send(number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_inside_a_run_it_is_noted_for_the_next_poll(number, capfd):
+def test_inside_a_run_a_signal_is_recorded_for_the_next_poll(number, capfd):
     with StopRequest() as stop, stop.deferred():
         assert not stop.poll()
         send(number)
-        assert f"{number.name}: saving after the step at work" in capfd.readouterr().err
+        assert f"{number.name}: saving after the current step" in capfd.readouterr().err
         assert stop.received == number.name
         assert stop.poll()
         assert stop.poll()
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest() as stop, stop.deferred():
         send(signal.SIGTERM)
@@ -44,7 +44,7 @@ def test_handlers_are_put_back():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_what_nohup_or_a_script_ignores_stays_ignored(number):
+def test_signals_ignored_by_nohup_or_a_script_stay_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest() as stop, stop.deferred():
@@ -56,20 +56,20 @@ def test_what_nohup_or_a_script_ignores_stays_ignored(number):
 
 
 def test_another_signal_while_saving_does_not_end_the_process():
-    """Slurm sends what --signal asks for, and SIGTERM when the time is over."""
+    """Slurm sends the signal of --signal, and SIGTERM at the time limit."""
     with StopRequest() as stop, stop.deferred():
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
         assert stop.received == "SIGUSR1"
 
 
-def test_no_handler_of_errors_takes_it_for_an_error():
+def test_stopped_is_not_an_exception():
     assert not issubclass(Stopped, Exception)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_an_echo_is_the_same_request(number):
-    """A terminal's Ctrl-C that the launcher sends on, too; the SIGHUP of a shell that ends, behind that of its jobs."""
+def test_a_repeated_signal_within_a_moment_counts_once(number):
+    """A launcher forwards the terminal's Ctrl-C; a shell that exits sends SIGHUP after its jobs received one."""
     with StopRequest() as stop, stop.deferred():
         echo = threading.Timer(ECHO_SECONDS / 3, os.kill, (os.getpid(), number))
         echo.start()

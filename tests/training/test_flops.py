@@ -1,4 +1,4 @@
-"""The count of arithmetic against XLA's own, and against one by hand."""
+"""The FLOP count against XLA's count, and against a count by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SIZES = LlamaConfig(
 MATRICES = 2 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 256)
 
 
-def test_by_hand():
+def test_flops_equal_a_count_by_hand():
     full = StepFlops.of(ModelSpec(SIZES, None, "float32", "float32"))
     assert full.per_token == 6 * MATRICES
     assert full.per_supervised == 6 * 64 * 128
@@ -28,8 +28,8 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize(("trains", "products"), [(True, 3), (False, 2)])
-def test_products_cost_what_xla_counts(trains, products):
-    """One matrix product and its gradients, with and without that of the weight."""
+def test_flops_of_products_equal_xlas_count(trains, products):
+    """One matrix product and its gradients, with and without the gradient of the weight."""
     x, w = jnp.ones((64, 128)), jnp.ones((256, 128))
 
     def loss(x, w):

@@ -1,4 +1,4 @@
-"""A bad step changes nothing; a good one changes what it would without a guard; the decision is part of the state."""
+"""A bad step changes nothing, and a good step has the same effect as without the guard."""
 
 import functools
 import math
@@ -67,7 +67,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("gradient", "loss"), BAD.values(), ids=BAD.keys())
-def test_a_run_with_a_bad_step_is_the_run_without_it(gradient, loss):
+def test_a_run_with_a_bad_step_equals_the_run_without_that_step(gradient, loss):
     good = [(gradients(step), 1.0) for step in range(6)]
     params, state = run(good)
     with_bad, state_with_bad = run([*good[:3], (gradient, loss), *good[3:]])
@@ -77,7 +77,7 @@ def test_a_run_with_a_bad_step_is_the_run_without_it(gradient, loss):
     assert (int(state.skipped), int(state_with_bad.accepted)) == (0, 6)
 
 
-def test_several_in_a_row_are_counted_until_a_good_one():
+def test_consecutive_bad_steps_are_counted_until_a_good_one():
     bad = (poisoned(1, math.nan), 1.0)
     _, state = run([(gradients(0), 1.0), bad, bad])
     assert (int(state.skipped), int(state.in_a_row)) == (2, 2)
@@ -86,7 +86,7 @@ def test_several_in_a_row_are_counted_until_a_good_one():
 
 
 @pytest.mark.parametrize(("scale", "loss"), [(50.0, 1.0), (1.0, 50.0)], ids=["norm", "loss"])
-def test_a_leap_is_bad_once_there_is_something_to_leap_from(scale, loss):
+def test_a_spike_is_bad_only_after_enough_accepted_steps(scale, loss):
     early = [(gradients(step), 1.0) for step in range(SETTLING - 1)]
     _, state = run([*early, (gradients(99, scale), loss)], spike_factor=5.0)
     assert int(state.skipped) == 0
@@ -94,15 +94,15 @@ def test_a_leap_is_bad_once_there_is_something_to_leap_from(scale, loss):
     _, state = run([*settled, (gradients(99, scale), loss)], spike_factor=5.0)
     assert int(state.skipped) == 1
     _, state = run([*settled, (gradients(99, scale), loss)])
-    assert int(state.skipped) == 0, "without spike_factor nothing finite is bad"
+    assert int(state.skipped) == 0, "without spike_factor, finite steps are good"
 
 
-def test_what_the_guard_compares_with_is_the_mean_of_the_last_steps():
+def test_the_guard_compares_with_a_running_mean_that_excludes_spikes():
     _, state = run([(gradients(step), 2.0) for step in range(7)])
     assert isinstance(state, GuardState)
     weight = 1 - 0.95**7
     np.testing.assert_allclose(state.loss_mean / weight, 2.0, rtol=1e-6)
-    # A leap does not move it: else a second one in a row would pass.
+    # A spike does not change the mean; otherwise a second consecutive spike would be accepted.
     settled = [(gradients(step), 1.0) for step in range(SETTLING)]
     _, state = run([*settled, (gradients(99), 50.0), (gradients(98), 50.0)], spike_factor=5.0)
     assert int(state.in_a_row) == 2
@@ -113,6 +113,6 @@ def test_the_schedule_counts_updates_and_not_batches():
     bad = (poisoned(1, math.nan), 1.0)
     before, _ = run([bad, bad])
     after, _ = run([bad, bad, (gradients(0), 1.0)])
-    # Adam's first update is the learning rate in every element, whatever the gradient; decay is on matrices only.
+    # Adam's first update is the learning rate in every element, for any gradient; only matrices have weight decay.
     moved = np.abs(np.asarray(after["norm/weight"] - before["norm/weight"]))
     np.testing.assert_allclose(moved, float(schedule(0)), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best, and when it is enough."""
+"""The best checkpoints, and early stopping."""
 
 import json
 import math
@@ -13,7 +13,7 @@ def history(values, lower_is_better=True):
     return made
 
 
-def test_best_by_direction_with_ties_to_the_earlier():
+def test_best_in_both_directions_with_ties_won_by_earlier_steps():
     values = [3.0, 1.0, 2.0, 1.0]
     assert history(values).best(2) == [20, 40]
     assert history(values, lower_is_better=False).best(2) == [10, 30]
@@ -25,7 +25,7 @@ def test_steps_compare_as_numbers():
     assert made.best(2) == [8, 20]
 
 
-def test_not_finite_is_worse_than_anything():
+def test_values_that_are_not_finite_are_the_worst():
     for direction in (True, False):
         assert history([math.nan, 5.0, math.inf, 6.0 if direction else 4.0], direction).best(2) == [20, 40]
 
@@ -40,7 +40,7 @@ def test_patience_counts_evaluations_without_a_new_best():
     assert not history([]).is_exhausted(1)
 
 
-def test_survives_json():
+def test_a_history_survives_json():
     made = history([3.0, math.nan, 2.0])
     made.add(40, None)
     again = History.from_json(True, json.loads(json.dumps(made.to_json(), allow_nan=False)))

@@ -1,4 +1,4 @@
-"""The order of things around the step, with a step that only counts."""
+"""The order of hooks around the step, with a step that only counts."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from flacuna_jax.training.step import StepMetrics
 
 
 class Diary:
-    """Writes down what the loop does; `stop_at` and `requests` steer it."""
+    """Records the events of the loop; `stop_at` and `requests` control it."""
 
     def __init__(self, total=10, stop_at=None, requests=None, bad=(), save_every=4, evaluate_every=None, hooks=()):
         self.events, self.stop_at, self.requests, self.bad = [], stop_at, requests or {}, bad
@@ -58,7 +58,7 @@ class Diary:
         return [event[1] for event in self.events if event[0] == kind]
 
 
-def test_saves_at_its_interval_and_at_the_end_and_observes_every_step_in_order():
+def test_saves_at_the_interval_and_at_the_end_and_observes_every_step_in_order():
     diary = Diary()
     assert diary.run() == (10, "finished")
     assert diary.of("save") == [4, 8, 10]
@@ -68,20 +68,20 @@ def test_saves_at_its_interval_and_at_the_end_and_observes_every_step_in_order()
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 9])
-def test_a_request_to_stop_saves_the_step_that_is_done(at):
+def test_a_stop_saves_the_last_finished_step(at):
     diary = Diary(stop_at=at)
     assert diary.run() == (at, "stopped")
     assert diary.of("save")[-1] == at
     assert diary.of("observe") == list(range(1, at + 1))
 
 
-def test_a_request_from_before_the_first_step_is_not_answered_with_a_step():
+def test_a_stop_before_the_first_step_runs_no_step():
     diary = Diary(stop_at=0)
     assert diary.run() == (0, "stopped")
     assert diary.events == []
 
 
-def test_evaluations_come_before_saves_and_may_ask_for_one():
+def test_evaluations_come_before_saves_and_may_request_one():
     diary = Diary(evaluate_every=3, requests={6: Request(save=True)})
     diary.run()
     assert diary.of("evaluate") == [3, 6, 9, 10]
@@ -89,19 +89,19 @@ def test_evaluations_come_before_saves_and_may_ask_for_one():
     assert diary.events.index(("evaluate", 10)) < diary.events.index(("save", 10))
 
 
-def test_enough_is_enough():
+def test_a_hook_may_finish_the_run():
     diary = Diary(evaluate_every=3, requests={6: Request(finish=True)})
     assert diary.run() == (6, "enough")
     assert diary.of("save") == [4, 6]
 
 
-def test_stopped_at_a_step_that_is_due_leaves_the_evaluation_to_the_next_start():
+def test_a_stop_at_a_step_with_a_due_evaluation_skips_the_evaluation():
     diary = Diary(evaluate_every=3, stop_at=3)
     assert diary.run() == (3, "stopped")
     assert diary.of("evaluate") == []
 
 
-def test_a_bad_step_is_reported_with_the_state_of_then():
+def test_a_bad_step_is_reported_with_a_recent_state():
     diary = Diary(bad={5})
     diary.run()
     (event,) = [event for event in diary.events if event[0] == "bad"]
@@ -142,14 +142,14 @@ def test_a_finished_run_does_nothing():
     assert diary.events == []
 
 
-def test_records_know_how_many_updates_came_before():
+def test_records_count_the_updates_before_them():
     assert StepRecord(5, 1.0, 1.0).updates_before == 4
     assert StepRecord(5, 1.0, 1.0, skipped=2).updates_before == 2
     assert StepRecord(5, 1.0, 1.0, skipped=2, in_a_row=1).updates_before == 3
 
 
 class Unread:
-    """A result on its way: says when the host asks for it."""
+    """A result in flight, which records when the host reads it."""
 
     def __init__(self, diary, step, value):
         self.diary, self.step, self.value = diary, step, value
@@ -160,7 +160,7 @@ class Unread:
 
 
 def test_the_host_runs_ahead_of_the_device():
-    """A step's results are asked for only when two more have been started; their batches were placed meanwhile."""
+    """The results of a step are read only after the next step was started; its batch was placed meanwhile."""
 
     class Ahead(Diary):
         def step(self, trainable, opt_state, frozen, batch, index):
@@ -179,6 +179,6 @@ def test_the_host_runs_ahead_of_the_device():
     diary.loop = dataclasses.replace(diary.loop, batches=placed(diary))
     diary.run()
     at = {event: index for index, event in enumerate(diary.events)}
-    for step in range(2, 7):  # the first is the compiling one, the last ends the run: both are waited for
+    for step in range(2, 7):  # the host waits for the first step, which compiles, and for the last
         assert at["start", step + STEPS_IN_FLIGHT] < at["read", step] < at["start", step + STEPS_IN_FLIGHT + 1]
         assert at["batch", step + STEPS_IN_FLIGHT] < at["read", step], "placed while the device has work"

@@ -60,8 +60,8 @@ def test_schedule_equals_transformers_at_every_step(schedule, warmup, total, tor
         assert ours[0] == 0.0
 
 
-def test_warm_up_as_a_part_of_the_run():
-    """Rounded down, so that the shortest run has a step at its full rate."""
+def test_warmup_ratio_is_rounded_down():
+    """So the shortest run has a step at its full learning rate."""
     rate = learning_rate_schedule(settings(schedule="constant", warmup_ratio=0.1, learning_rate=1.0), 25)
     assert [float(rate(step)) for step in range(4)] == [0.0, 0.5, 1.0, 1.0]
     assert settings(warmup_ratio=0.9).warmup_of(1) == 0
@@ -164,7 +164,7 @@ def run(training: TrainingConfig, start: dict[str, np.ndarray], gradients: list[
 
 
 def test_adafactor_equals_transformers_layer_by_layer(torch, transformers):
-    """transformers' Adafactor with an external rate; a stack of layers is as many separate matrices."""
+    """transformers' Adafactor with an external learning rate; each layer of a stack is a separate matrix."""
     shapes = {
         "layers/q_proj/weight": (2, 128, 160),
         "layers/k_proj/weight": (2, 130, 128),
@@ -193,7 +193,7 @@ def test_adafactor_equals_transformers_layer_by_layer(torch, transformers):
 
 
 def test_lion_follows_its_paper():
-    """Algorithm 2 of arXiv:2302.06675, written out."""
+    """Compares with a direct implementation of algorithm 2 of arXiv:2302.06675."""
     b1, b2 = 0.95, 0.98
     training = settings(
         optimizer="lion", betas=(b1, b2), schedule="constant", max_grad_norm=None, weight_decay=0.1, no_decay=("norm",)
@@ -248,24 +248,22 @@ def test_decay_applies_to_matrices_and_adapters_only():
     assert is_decayed("embed_tokens/weight", parameters["embed_tokens/weight"], no_decay=("norm",))
 
 
-def test_a_kind_spares_parameters_whatever_their_names_are():
+def test_no_decay_with_a_kind_excludes_parameters_of_any_name():
     norm = described(["norm/weight"])["norm/weight"]
     assert not is_decayed("layers/ln_1/weight", norm, no_decay=("norm",))
     assert is_decayed("layers/ln_1/weight", norm, no_decay=("bias",))
 
 
-def test_a_word_that_spares_nothing_is_named():
+def test_a_word_of_no_decay_that_matches_nothing_is_an_error():
     paths = ["embed_tokens/weight", "layers/input_layernorm/weight", "layers/q_proj/lora_a"]
     require_words((*TrainingConfig().no_decay, "lora_a", "layernorm"), described(paths))
-    with pytest.raises(
-        UserError, match=r"'LayerNorm\.weight' is in no parameter's name; there are embed_tokens/weight, "
-    ):
+    with pytest.raises(UserError, match=r"no name contains 'LayerNorm\.weight'; names are embed_tokens/weight, "):
         require_words(("bias", "LayerNorm.weight"), described(paths))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_state_is_sharded_like_the_weights_in_full_fine_tuning(name):
-    """On 4 devices each holds a quarter of every large moment, and master weights are float32."""
+    """On 4 devices, each has a quarter of every large moment; master weights are float32."""
     config = LlamaConfig(256, 128, 384, 2, 4, 4, 32)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     spec = ModelSpec(config, None, "bfloat16", "float32")

@@ -1,4 +1,4 @@
-"""Sums by label equal what the plain forward pass says of each token, on any mesh."""
+"""Sums by label equal sums over the tokens of a plain forward pass, on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ LABELS = 5
 
 
 def inputs():
-    """Eight rows of two documents; the label of a document is its number modulo 6, of which 5 counts nowhere."""
+    """Eight rows of two documents; the label of a document is its number modulo 6, and label 5 is not counted."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, SMALL.vocab_size, size).tolist() for size in rng.integers(4, 12, 16)]
     batch = packed_batch(documents, [[2 * row, 2 * row + 1] for row in range(8)], 24, loss_from=3)

@@ -24,7 +24,7 @@ ROWS = [[0, 1], [2], [3], [4, 5], [6], [7]]
 
 
 def peft_model(base: "torch.nn.Module", lora: LoraConfig, seed: int = 3) -> "peft.PeftModel":
-    """PEFT's model with both adapter matrices random, so that every gradient is alive."""
+    """PEFT's model with both adapter matrices random, so that no gradient is zero."""
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets), task_type="CAUSAL_LM"
     )
@@ -54,7 +54,7 @@ def adapters_of(model: "peft.PeftModel", spec: ModelSpec, gradients: bool = Fals
 
 
 def torch_loss(model: "torch.nn.Module", documents: list[list[int]]) -> "torch.Tensor":
-    """Sum over all documents, each alone and unpadded, divided once by the number of supervised tokens."""
+    """Sum over separate, unpadded documents, divided once by the number of supervised tokens."""
     total, count = torch.zeros(()), 0
     for ids in documents:
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]

@@ -1,4 +1,4 @@
-"""One trajectory, however the rows are cut into micro-batches and the arrays over devices."""
+"""The trajectory does not depend on the micro-batches or on the layout of arrays over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def expected():
 def test_layouts_agree(expected, layout, kind, dropout):
     losses, trainable = run(specs(dropout)[kind], layout)
     expected_losses, expected_trainable = expected[kind, dropout]
-    # Sums run in another order on another layout; float32 rounding over a few steps stays well below 1e-5.
+    # Other layouts sum in another order; float32 rounding over a few steps stays well below 1e-5.
     np.testing.assert_allclose(losses[:, 0], expected_losses[:, 0], atol=1e-5)
     np.testing.assert_allclose(losses[:, 1], expected_losses[:, 1], rtol=1e-4)
     for name, value in trainable.items():
@@ -97,7 +97,7 @@ def test_remat_does_not_change_the_trajectory(expected, remat):
     np.testing.assert_allclose(losses[:, 0], expected["lora", 0.05][0][:, 0], atol=1e-5)
 
 
-def test_dropout_is_alive_and_differs_by_step(expected):
+def test_dropout_has_an_effect_and_differs_by_step(expected):
     assert np.abs(expected["lora", 0.05][0] - expected["lora", 0.0][0]).max() > 1e-5
     spec = specs(0.5)["lora"]
     mesh = make_mesh(MeshConfig())

@@ -1,4 +1,4 @@
-"""Packed documents are strangers: same values as alone, and not a bit of influence on each other."""
+"""Packed documents have the same values as separate ones, and no influence on each other."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def gradients(params, batch) -> Params:
     return run(StepConfig(NetworkConfig(SPEC)), adapters, base, to_device(in_steps(batch, 1)), jnp.int32(0))[2]
 
 
-def test_packed_documents_have_the_losses_they_have_alone(params):
+def test_losses_of_packed_documents_equal_those_of_separate_documents(params):
     packed = losses(params, packed_batch(DOCUMENTS, [[0, 1, 2]], LENGTH))[0]
     start = 0
     for index, ids in enumerate(DOCUMENTS):
@@ -45,7 +45,7 @@ def test_packed_documents_have_the_losses_they_have_alone(params):
         start += len(ids)
 
 
-def test_packed_gradient_is_the_gradient_of_the_same_documents_apart(params):
+def test_gradients_of_packed_documents_equal_those_of_separate_documents(params):
     together = gradients(params, packed_batch(DOCUMENTS, [[0, 1, 2]], LENGTH))
     apart = gradients(params, packed_batch(DOCUMENTS, [[0], [1], [2]], LENGTH))
     for name in together:
@@ -69,8 +69,8 @@ def test_changing_one_document_changes_no_bit_of_another(params, changed):
 
 
 @pytest.mark.parametrize("changed", [0, 2])
-def test_a_documents_gradient_does_not_see_its_neighbours(params, changed):
-    """With loss on document 1 alone, the gradient is bit for bit the same whatever stands beside it."""
+def test_the_gradient_of_a_document_does_not_depend_on_its_neighbours(params, changed):
+    """With loss on document 1 only, other documents in its row do not change a bit of the gradient."""
     other = [list(ids) for ids in DOCUMENTS]
     other[changed] = [(token + 13) % SMALL.vocab_size for token in other[changed]]
 
@@ -83,7 +83,7 @@ def test_a_documents_gradient_does_not_see_its_neighbours(params, changed):
         np.testing.assert_array_equal(np.asarray(before[name]), np.asarray(after[name]), err_msg=name)
 
 
-def test_padding_ids_change_nothing(params):
+def test_token_ids_of_padding_change_nothing(params):
     batch = packed_batch(DOCUMENTS, [[0, 1]], LENGTH)
     noisy = {**batch, "tokens": np.where(batch["segment_ids"] == 0, 7, batch["tokens"])}
     np.testing.assert_array_equal(losses(params, batch), losses(params, noisy))
