@@ -17,7 +17,6 @@ from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mes
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
-from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import make_step
 
@@ -64,7 +63,7 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
     state = StateLayout(workload.spec, workload.optimizer, mesh)
     trainable, opt_state = state.trainable, state.opt_state
     step = make_step(workload.step.with_remat(layout.remat), state.optimizer, mesh, state.shardings)
-    batch = _batch(workload.step.objective, workload, layout, mesh)
+    batch = _batch(workload, layout, mesh)
     index = jax.ShapeDtypeStruct((), "int32")
     with lowering_for(mesh):
         jitted = step.jitted  # type: ignore[attr-defined]
@@ -75,10 +74,10 @@ def _frozen(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {} if workload.spec.lora is None else abstract_arrays(workload.spec.held, mesh)
 
 
-def _batch(objective: Objective, workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (workload.micro_batches(layout), layout.micro_batch * layout.shards, workload.length)
-    sharding = batch_sharding(mesh)
-    return {leaf.name: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in objective.leaves}
+    sharding, leaves = batch_sharding(mesh), workload.step.objective.leaves
+    return {leaf.name: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding) for leaf in leaves}
 
 
 def compile_step(
