@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import AUTO, DataConfig, MeshConfig, RunConfig
+from flacuna_jax.config.schema import DataConfig, MeshConfig, RunConfig
+from flacuna_jax.config.types import AUTO
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint

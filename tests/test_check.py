@@ -11,7 +11,8 @@ import pytest
 
 from flacuna_jax import check, convert, export
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config.schema import PROJECTIONS, LoraConfig
+from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged
 from flacuna_jax.huggingface.files.read import open_checkpoint

@@ -5,71 +5,33 @@ before validation, so both kinds of mistake get the same message. The fully reso
 directory and is itself a valid config.
 """
 
-import difflib
 import math
-import os
-import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     model_validator,
 )
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-"""Valid names in `lora.targets`; a mistyped name is rejected before a model is opened. `model/llama.py` defines the
-modules of a model; `lora.require_matches` compares the two."""
-TARGETS: tuple[Target, ...] = get_args(Target)
-HEAD: Target = "lm_head"
-PROJECTIONS = tuple(target for target in TARGETS if target != HEAD)
-ALL_LINEAR = "all-linear"
-
-PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
-"""Sizes, steps and layer indices fit a signed 32-bit integer."""
-PositiveFloat = Annotated[float, Field(gt=0, lt=3.4e38)]
-"""Limited to the range of float32."""
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path or an address in its place (gs://..., hf:...). A leading ~ expands to the home directory, as in a shell."""
-
-TEMPLATE_NAMES = ("vicuna_v1.1", "vicuna_v0", "llama-2-chat", "chatml", "alpaca", "plain")
-AUTO, CHECKPOINT, FALLBACK = "auto", "checkpoint", "vicuna_v1.1"
-"""`auto` uses the chat template of the checkpoint if it has one, otherwise the fallback."""
-
-
-def _known_template(name: str, names: tuple[str, ...]) -> str:
-    if name in names or name.endswith(".jinja"):
-        return name
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name!r} is not one of {', '.join(names)}, or a .jinja file{hint}")
-
-
-TemplateName = Annotated[str, AfterValidator(lambda name: _known_template(name, TEMPLATE_NAMES))]
-"""The name of a built-in conversation format, or the path of a Jinja file."""
-TemplateChoice = Annotated[str, AfterValidator(lambda name: _known_template(name, (AUTO, CHECKPOINT, *TEMPLATE_NAMES)))]
-
-
-class Section(BaseModel):
-    """Frozen and strict: an unknown key or a value of the wrong type is an error; it is never ignored or converted."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        str_min_length=1,
-        use_attribute_docstrings=True,
-    )
+from flacuna_jax.config.types import (
+    AUTO,
+    HEAD,
+    AlphaPattern,
+    Fraction,
+    Layers,
+    LocalPath,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RankPattern,
+    Section,
+    Target,
+    TemplateChoice,
+    by_pattern,
+    expand_all_linear,
+)
 
 
 class ArchitectureConfig(Section):
@@ -156,54 +118,13 @@ class ModelConfig(Section):
         return path
 
 
-def _expand_all_linear(value: Any) -> Any:
-    listed = (value,) if value == ALL_LINEAR else value
-    if not isinstance(listed, tuple):
-        return value
-    return tuple(name for item in listed for name in (PROJECTIONS if item == ALL_LINEAR else (item,)))
-
-
-def _as_pairs(value: Any) -> Any:
-    return tuple(value.items()) if isinstance(value, dict) else value
-
-
-NO_EXPRESSION = (re.error, RecursionError, OverflowError)
-"""The exceptions that `re.compile` raises for an invalid pattern."""
-
-
-def _are_expressions(pairs: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    for pattern, _ in pairs:
-        try:
-            re.compile(pattern)
-        except NO_EXPRESSION as error:
-            raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
-    return pairs
-
-
-def _in_order(layers: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(set(layers)))
-
-
-Layers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_in_order)]
-_Patterns = (BeforeValidator(_as_pairs), AfterValidator(_are_expressions), PlainSerializer(dict))
-RankPattern = Annotated[tuple[tuple[str, PositiveInt], ...], *_Patterns]
-AlphaPattern = Annotated[tuple[tuple[str, PositiveFloat], ...], *_Patterns]
-"""A mapping in YAML, stored as pairs so that a config is hashable."""
-
-
-def by_pattern(patterns: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
-    """PEFT's rule: the value of the first pattern that matches the module's whole name or a dotted suffix of it."""
-    matches = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(matches, default)
-
-
 class LoraConfig(Section):
     """LoRA (Hu et al., 2021): y = W x + alpha/rank · B A dropout(x). The defaults are the paper's values."""
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     dropout: Fraction = 0.05
-    targets: Annotated[tuple[Target, ...], BeforeValidator(_expand_all_linear), Field(min_length=1)] = (
+    targets: Annotated[tuple[Target, ...], BeforeValidator(expand_all_linear), Field(min_length=1)] = (
         "q_proj",
         "v_proj",
     )
@@ -279,7 +200,7 @@ class DataConfig(Section):
     template: TemplateChoice = AUTO
     """How conversations become text: the name of a format, a .jinja file, or checkpoint for the chat template of the
     base model. auto: the base model's chat template if it has one, otherwise vicuna_v1.1."""
-    template_variables: dict[str, bool | int | str] = {}
+    template_variables: dict[str, bool | int | str] = Field(default_factory=dict)
     """Passed to a Jinja template together with the messages, for example enable_thinking: false."""
     tools_as_text: bool = False
     """Whether tools, tool calls, tool results and reasoning are written as plain text if the template does not support

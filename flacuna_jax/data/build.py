@@ -5,7 +5,8 @@ from itertools import islice
 
 import numpy as np
 
-from flacuna_jax.config.schema import AUTO, FALLBACK, DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.types import AUTO, FALLBACK
 from flacuna_jax.data.conversation import Conversation, Segment, Template, TemplateRefusal, named_template
 from flacuna_jax.data.files import Place
 from flacuna_jax.data.formats import read_source

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config.schema import AUTO, CHECKPOINT
+from flacuna_jax.config.types import AUTO, CHECKPOINT
 from flacuna_jax.data.as_text import written_as_text
 from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
 from flacuna_jax.data.layouts import NAMES, our_template, source_of

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from flacuna_jax.config.schema import LocalPath, NonNegativeInt, PositiveFloat, PositiveInt, Section, TemplateName
+from flacuna_jax.config.types import LocalPath, NonNegativeInt, PositiveFloat, PositiveInt, Section, TemplateName
 
 Kind = Literal[
     "flan_rows",

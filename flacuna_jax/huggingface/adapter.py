@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.config.schema import HEAD, NO_EXPRESSION, TARGETS, LoraConfig, Target, by_pattern
+from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.types import HEAD, NO_EXPRESSION, TARGETS, Target, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config.schema import TARGETS
+from flacuna_jax.config.types import TARGETS
 from flacuna_jax.huggingface.adapter import CONFIG_FILE, LEGACY_WEIGHTS_FILE, WEIGHTS_FILE
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.safetensors_file import read_header

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flacuna_jax.config.schema import HEAD, LoraConfig, by_pattern
+from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.types import HEAD, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight

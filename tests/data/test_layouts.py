@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import TEMPLATE_NAMES, DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.types import TEMPLATE_NAMES
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import NAMES, Conversation, Turn, render, render_prompt, render_text
 from flacuna_jax.data.tokenization import Tokenizer, tokenize, tokenize_prompt

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from flacuna_jax.config.schema import PROJECTIONS, LoraConfig
+from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.huggingface import names
 from flacuna_jax.model.parameters import ModelSpec
 from tests.tiny import SMALL

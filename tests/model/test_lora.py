@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config.schema import HEAD, PROJECTIONS, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from flacuna_jax.config.schema import LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from flacuna_jax.config.types import HEAD, PROJECTIONS
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.model.lora import require_matches, row_norms
