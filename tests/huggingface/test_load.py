@@ -140,7 +140,9 @@ def test_wrong_shapes_are_named_with_the_right_ones(plain: Written, tmp_path: Pa
     rewrite(plain, tmp_path, **{"model.layers.2.mlp.down_proj.weight": down.t(), "lm_head.weight": torch.zeros(98, 48)})
     with pytest.raises(UserError) as raised:
         load(tmp_path, SMALL)
-    assert "model.layers.2.mlp.down_proj.weight has shape [112, 48], but config.json gives [48, 112]" in str(raised.value)
+    assert "model.layers.2.mlp.down_proj.weight has shape [112, 48], but config.json gives [48, 112]" in str(
+        raised.value
+    )
     assert "lm_head.weight has shape [98, 48], but config.json gives [97, 48]" in str(raised.value)
 
 

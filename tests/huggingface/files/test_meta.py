@@ -125,7 +125,10 @@ def save_changed(path: Path, rank: int, change: Callable[[dict], None]) -> None:
         (lambda path: save_changed(path, 1, lambda s: s.pop("output.weight")), "do not have the same tensors: output"),
         (lambda path: save_changed(path, 1, lambda s: s["norm.weight"].add_(1)), "norm.weight differs between"),
         (lambda path: save_changed(path, 1, lambda s: s.update({"norm.weight": s["norm.weight"].float()})), "dtype"),
-        (lambda path: [save_changed(path, rank, lambda s: s.update(x=torch.ones(2))) for rank in (0, 1)], "x does not belong to a LLaMA"),
+        (
+            lambda path: [save_changed(path, rank, lambda s: s.update(x=torch.ones(2))) for rank in (0, 1)],
+            "x does not belong to a LLaMA",
+        ),
         (
             lambda path: save_changed(path, 1, lambda s: s.update({"layers.1.attention.wo.weight": torch.ones(9, 9)})),
             "dtype|do not fit",
