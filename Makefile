@@ -1,8 +1,8 @@
 # Two commands do everything on a machine with make and Python 3.11 or newer:
-#   make demo   builds a small Flacuna from nothing: data, tokenizer, base model, LoRA, export, result table
+#   make demo   trains a small Flacuna from scratch: data, tokenizer, base model, LoRA, export, result table
 #   make test   installs the test dependencies and runs the test suite
 
-# The newest of 3.13, 3.12 and 3.11 that runs, pyenv's versions among them; the newest jax needs 3.12.
+# The newest available version of 3.13, 3.12 and 3.11, including those of pyenv; the newest jax needs 3.12.
 PYENV_ROOT ?= $(HOME)/.pyenv
 pythons = python$(1) $(wildcard $(PYENV_ROOT)/versions/$(1).*/bin/python3)
 running = $(firstword $(foreach name,$(1),$(shell $(name) -c 'import sys; print(sys.executable)' 2>/dev/null)))
@@ -11,25 +11,25 @@ PYTHON := $(call running,$(foreach version,3.13 3.12 3.11,$(call pythons,$(versi
 endif
 VENV ?= .venv
 
-# What compares with torch runs on Python 3.11, the oldest that is supported, with the jax that belongs to it.
+# Comparisons with torch run on Python 3.11, the oldest supported version, with its latest jax.
 ifndef PARITY_PYTHON
 PARITY_PYTHON := $(call running,$(call pythons,3.11))
 endif
 PARITY_VENV ?= .venv-parity
-# This version has CPU builds for 3.11, which is all that the comparisons need. Elsewhere pip's newest is taken.
+# This version has CPU builds for 3.11, which the comparisons need. Otherwise pip installs the newest version.
 TORCH ?= torch==2.13.0
 
 WHOLE_VENV ?= .venv-whole
 WHOLE_TORCH ?= torch
 WORKERS ?= 2
-# Public sample data (real tokenizer, a small trained LLaMA, Alpaca, ...): tests that need it skip where it is absent.
+# Public sample data (real tokenizer, a small trained LLaMA, Alpaca, ...): tests that need it are skipped without it.
 FLACUNA_TEST_DATA ?= $(firstword $(wildcard ../shared/data))
 export FLACUNA_TEST_DATA
 export JAX_PLATFORMS ?= cpu
 
 BIN = $(VENV)/bin
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
-# Ids of the tests that the newest Python's environment skipped.
+# Ids of the tests that were skipped on the newest Python.
 SKIPPED = $(VENV)/skipped-tests
 
 # SmolLM2-135M-Instruct, a chat model from PyPI: optional data of tests/test_smollm2.py.
@@ -40,8 +40,8 @@ SMOLLM2 ?= .models/smollm2-135m-instruct
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
 
-# Each test once: on the newest Python what needs no torch, then on 3.11, with torch, what was skipped there. A failure
-# in one does not keep the other from running.
+# Runs each test once: first those without torch on the newest Python, then the skipped ones on 3.11 with torch. The
+# second part runs even if the first fails.
 test: SELECT = -m "not slow"
 test-all: SELECT =
 test test-all:
@@ -63,7 +63,7 @@ endif
 test-whole: $(WHOLE_VENV)/.installed-whole
 	$(WHOLE_VENV)/bin/python $(PYTEST)
 
-# Fetches the model into the environment of the comparisons with torch, which converts it.
+# Downloads the model and converts it in the environment of the comparisons with torch.
 smollm2: $(PARITY_VENV)/.installed-parity
 	$(PARITY_VENV)/bin/python -m pip install --quiet gguf
 	$(PARITY_VENV)/bin/python scripts/fetch_smollm2.py $(SMOLLM2)
@@ -95,7 +95,7 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e ".[test,compilers,hub]"
 	touch $@ $(VENV)/.installed
 
-# torch first: a later resolution must not replace its CPU build.
+# torch first, so that a later resolution does not replace its CPU build.
 $(PARITY_VENV)/.installed-parity: pyproject.toml | $(PARITY_VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet "$(TORCH)"
 	$(@D)/bin/python -m pip install --quiet -e ".[test,parity,eval,hub]"

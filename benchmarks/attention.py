@@ -1,13 +1,13 @@
-"""Attention kernels against each other: ours, cuDNN, XLA and, where it is installed and has kernels, tokamax.
+"""Compares attention kernels: ours, cuDNN, XLA and, if it is installed and has kernels for the device, tokamax.
 
     python benchmarks/attention.py                       # [4, 1280, 40, 128] bfloat16; a small shape on a CPU
     python benchmarks/attention.py --json result.json
 
-Rows of one document (`causal`), and rows packed with documents of log-normal length. TFLOP/s count the visible pairs
-only: two products forward, five backward. cuDNN knows no packing: `cudnn` is its causal attention over whole rows
-(what a packed row costs without isolation), `cudnn, mask` gets the packing as a dense mask. `flacuna_jax` is our own
-kernels, `tokamax` the backend of that name, on Hopper and Blackwell. A contender that raises is shown with its error.
-Device-bound: calls are queued and waited for together.
+Rows of one document (`causal`), and rows packed with documents of log-normal length. TFLOP/s count only
+visible pairs: two products forward, five backward. cuDNN does not support packing: `cudnn` is its causal attention over
+whole rows (the cost of a packed row without isolation), `cudnn, mask` gets the packing as a dense mask. `flacuna_jax`
+is our own kernels, `tokamax` the backend of that name, on Hopper and Blackwell. An exception of a contender is shown in
+its row. Calls are queued and waited for together, so that the device is the bottleneck.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SHAPES = {
 
 
 def packed_segments(batch: int, length: int, mean: float | None, seed: int = 0) -> np.ndarray:
-    """int32 [batch, length] segment ids of full rows; one document per row without a mean."""
+    """int32 [batch, length] segment ids of full rows; one document per row if `mean` is None."""
     if mean is None:
         return np.ones((batch, length), np.int32)
     rng = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def arrays(shape: Shape) -> Arrays:
 
 
 def queued_seconds(call: Callable[[], Any], budget: float) -> float:
-    """Seconds per call of a device that never waits for the host: the best of three queues."""
+    """Seconds per call on a device that never waits for the host: the best of three queues."""
     jax.block_until_ready(call())
     begun = time.perf_counter()
     jax.block_until_ready(call())
@@ -121,7 +121,7 @@ def queued_seconds(call: Callable[[], Any], budget: float) -> float:
 
 
 class Passes(NamedTuple):
-    """A contender's forward pass, and both; each compiled once for all packings."""
+    """A contender's forward pass, and forward plus backward pass; each is compiled once for all packings."""
 
     forward: Any
     both: Any
@@ -136,7 +136,7 @@ def passes(contender: Contender) -> Passes:
 
 
 def measure(contender: Passes, inputs: Arrays, mask: PackedMask, budget: float) -> dict[str, float]:
-    """Seconds of the forward pass, and of both."""
+    """Seconds of the forward pass, and of both passes."""
     return {
         "forward_seconds": queued_seconds(lambda: contender.forward(*inputs, mask), budget),
         "both_seconds": queued_seconds(lambda: contender.both(*inputs, mask), budget),
@@ -155,13 +155,13 @@ def run(shape_name: str, budget: float, deadline: float = math.inf) -> dict[str,
         flops = 4 * visible_pairs(segments) * shape.heads * shape.dim
         for name, contender in compared.items():
             if (mean is not None and name == "cudnn") or time.monotonic() > deadline:
-                continue  # the same work whatever the packing
+                continue  # the same work for every packing
             result: dict[str, Any] = {"packing": f"mean {mean}" if mean else "causal", "contender": name}
             try:
                 result |= measure(contender, inputs, mask, budget)
                 result["forward_flops_per_second"] = flops / result["forward_seconds"]
                 result["both_flops_per_second"] = 3.5 * flops / result["both_seconds"]
-            except Exception as error:  # a contender's own failure is a finding, whatever it raises
+            except Exception as error:  # any exception of a contender is a result
                 result["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
             results.append(result)
     return {"shape": shape._asdict(), "ceiling_flops_per_second": ceiling, "results": results}
@@ -187,10 +187,10 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, help="default: what suits the device")
+    parser.add_argument("--shape", choices=SHAPES, help="default: depends on the device")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds of measurement per number")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="starts nothing new after this long")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="starts no new measurement after this time")
+    parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     shape = arguments.shape or ("cpu" if jax.devices()[0].platform == "cpu" else "13b")
     found = run(shape, arguments.budget, time.monotonic() + arguments.seconds)

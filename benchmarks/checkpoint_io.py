@@ -1,16 +1,16 @@
-"""Memory and speed of the crossings at the size of Vicuna-13B, against `cp` of the same bytes in the same run.
+"""Memory and speed of checkpoint operations at the size of Vicuna-13B, compared with `cp` of the same bytes.
 
     python benchmarks/checkpoint_io.py --directory /scratch            # 26 GB, needs 55 GB of disk
     python benchmarks/checkpoint_io.py --directory /scratch --layers 6 --peft   # real widths, 4.5 GB
 
 Writes a synthetic checkpoint (random half-precision weights, real shapes, 5 GB shards), then copies, converts and
-merges it, one crossing at a time, deleting behind itself. Every crossing, cp included, begins with nothing of the
+merges it, one operation at a time, and deletes the results. Every operation, including cp, begins with nothing of the
 source in memory and ends with its data on the disk (sync). convert and merge include reading everything back from
-there, merge also the logits of both sides. cp runs before and after the others, and they are compared with the faster
-of the two. With --peft the model is also loaded, merged and saved as PEFT's users do (merge_and_unload,
-save_pretrained), in memory; with --golden, 3 prompts of 45 tokens get 8 more from the files, which an export does
-besides merging. Prints one JSON object per line; peak_anonymous_gib leaves out mapped file pages, which the kernel can
-take back.
+the disk, merge also the logits of both sides. cp runs before and after the others, which are compared with the faster
+of the two. With --peft the model is also loaded, merged and saved by PEFT (merge_and_unload,
+save_pretrained), in memory; with --golden, 8 tokens are generated from the files for 3 prompts of 45 tokens, which an
+export does in addition to merging. Prints one JSON object per line; peak_anonymous_gib excludes mapped file pages,
+which the kernel can reclaim.
 """
 
 import argparse
@@ -51,7 +51,7 @@ HALF = np.dtype(np.float16)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, required=True, help="where there is room for two copies")
+    parser.add_argument("--directory", type=Path, required=True, help="directory with enough space for two copies")
     parser.add_argument("--layers", type=int, default=VICUNA_13B.num_layers)
     parser.add_argument("--peft", action="store_true", help="compare with PEFT; the model must fit into memory twice")
     parser.add_argument("--golden", action="store_true", help="also the answers of golden prompts")
@@ -147,7 +147,7 @@ def random_adapter(config: LlamaConfig) -> Adapter:
 
 
 def measure(work: Callable[[], None]) -> tuple[float, int]:
-    """Seconds until the result is on the disk, and the peak of anonymous memory above what was there, in bytes."""
+    """Seconds until the result is on the disk, and the peak increase of anonymous memory in bytes."""
     os.sync()
     before = anonymous_memory()
     with sampled(anonymous_memory) as samples:

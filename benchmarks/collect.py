@@ -13,7 +13,7 @@ from measure import write_json
 
 
 def joined(parts: Path) -> dict[str, Any]:
-    """{"environment": ..., and each part's own section}."""
+    """{"environment": ..., and a section for each part}."""
     document: dict[str, Any] = {"environment": json.loads((parts / "environment.json").read_text(encoding="utf-8"))}
     for path in sorted(parts.glob("*.json")):
         if path.name != "environment.json":

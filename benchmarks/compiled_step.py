@@ -1,13 +1,13 @@
-"""The 13B step as the compilers of absent machines make it, against its bars: memory, products, seconds to compile.
+"""Compiles the 13B step for absent machines, and checks its limits: memory, products, seconds to compile.
 
     pip install 'flacuna-jax[compilers]'          # no device is needed
     python benchmarks/compiled_step.py [cuda|tpu|all]
 
 LLaMA-13B, rows of 1280 tokens, adapters of rank 8 on q and v with dropout 0.05, bfloat16: the trainer's own step, each
-row compiled in a process of its own with no cache. `products` are those of a frozen projection with activations, per
-layer: 7 forward and 7 backward where no weight is multiplied twice. Seconds are to lower and to compile together, as
-the trainer does; --quickly is at the least effort for speed, which is how `flacuna plan` compiles for TPUs. Status 1 if
-a bar is missed.
+row compiled in a separate process without a cache. `products` is the number of products of a frozen projection with
+activations per layer: 7 forward and 7 backward if no product is recomputed. Seconds are for lowering and compiling
+together, as in the trainer; --quickly uses the lowest optimization effort, like `flacuna plan` for TPUs. The exit
+status is 1 if a limit is exceeded.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from measure import child, print_table, write_json
 from flacuna_jax.model.quantized import Quantization
 
 COMPILE_SECONDS = 20.0
-"""The bar for lowering and compiling together, on two cores."""
+"""The limit for lowering and compiling together, on two cores."""
 
 
 class Row(NamedTuple):
     target: str
     mesh: dict[str, int]
     rows: int
-    """Per device and pass."""
+    """Rows per device and pass."""
     quantization: Quantization | None = None
     most_gb: float | None = None
-    """The bar for arguments and temporaries together."""
+    """The limit for arguments and temporaries together."""
 
 
 ROWS = {
@@ -58,10 +58,10 @@ PROJECTIONS = {(HIDDEN, HIDDEN), (FEED_FORWARD, HIDDEN), (HIDDEN, FEED_FORWARD)}
 
 
 def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
-    """What the compiler makes of one row; in this process."""
+    """Compiles one row in this process and returns the results."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # plugins look for devices otherwise
+    jax.config.update("jax_platforms", "cpu")  # otherwise plugins search for devices
     from flacuna_jax.config.schema import LoraConfig, MeshConfig, TrainingConfig
     from flacuna_jax.deviceless import quick_options
     from flacuna_jax.model.llama import LlamaConfig
@@ -100,12 +100,12 @@ def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
 
 
 def trips(op_name: str) -> float:
-    """Of a loop whose count the compiler does not tell: over layers within the one over micro-batches."""
+    """Trip count of a loop that the compiler does not report: over layers within the loop over micro-batches."""
     return LAYERS if op_name.count("while") > 1 else 1
 
 
 def projection_products(program: Any) -> float:
-    """How often a frozen projection is multiplied in one micro-batch."""
+    """Number of products with a frozen projection in one micro-batch."""
 
     def meets_projection(use: Any) -> bool:
         operands = (use.computation.instructions[name] for name in use.instruction.operands[:2])
@@ -115,7 +115,7 @@ def projection_products(program: Any) -> float:
 
 
 def judged(row: Row, found: dict[str, Any]) -> list[str]:
-    """The bars that a row misses."""
+    """The limits that a row exceeds."""
     if "failed" in found:
         return [found["failed"]]
     missed = []
@@ -135,8 +135,8 @@ HEADER_AFTER = ("products", "lowered s", "compiled s", "verdict")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wanted", nargs="?", default="all", choices=(*ROWS, "all"))
-    parser.add_argument("--quickly", action="store_true", help="at the least effort for speed")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--quickly", action="store_true", help="use the lowest optimization effort")
+    parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:

@@ -1,14 +1,14 @@
-"""Preparing data for training: speed against TRL's own preparation, fill, memory at 1.34 million records, reading.
+"""Data preparation for training: speed compared with TRL, fill, memory for 1.34 million records, reading.
 
     python benchmarks/data_pipeline.py compare --records data/mini/flan_mini.json --tokenizer models/vicuna \
-        --trl-python /path/to/venv/bin/python        # a Python that has trl; without it only our side is measured
+        --trl-python /path/to/venv/bin/python        # a Python with trl; without it only our side is measured
     python benchmarks/data_pipeline.py scale --tokenizer models/vicuna --directory /scratch --records 1340000
     python benchmarks/data_pipeline.py read --tokenizer models/vicuna --directory /scratch
 
 `compare` gives both sides the same single-turn records, one process each, and reports tokens per second of CPU time:
 ours by `build_store` and `pack`, TRL's by `SFTTrainer._prepare_dataset` (datasets.map with the fast tokenizer,
 completion masks, bfd packing). `scale` writes synthetic records of FLAN-like lengths, prepares them in a process that
-is killed on the way, and again to the end. `read` measures packed batches per second, and restores the iterator on
+is killed before the end, and then completely. `read` measures packed batches per second, and restores the iterator on
 another number of hosts. Prints one JSON object per line.
 """
 
@@ -125,7 +125,7 @@ def trl(arguments: argparse.Namespace) -> None:
         use_cpu=True,
         bf16=False,
     )
-    trainer = object.__new__(trl.SFTTrainer)  # only its preparation is used, which needs no model
+    trainer = object.__new__(trl.SFTTrainer)  # only its data preparation is used, which needs no model
     trainer._tokenizer, trainer.chat_template, trainer.completion_only_loss = tokenizer, None, True
     cpu, wall = cpu_seconds(), time.perf_counter()
     prepared = trainer._prepare_dataset(dataset, tokenizer, settings, True, None, "train")
@@ -153,7 +153,8 @@ def trl(arguments: argparse.Namespace) -> None:
 
 
 def flan_like(count: int) -> Iterator[str]:
-    """Records with lengths like FLAN-mini's: most a hundred tokens or two, a tail of few-shot groups and long chats."""
+    """Records with lengths like FLAN-mini's: most have one or two hundred tokens, with a tail of few-shot groups and
+    chats."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -1,11 +1,11 @@
-"""Evaluation against lm-evaluation-harness's Hugging Face backend and transformers' generate, in one run.
+"""Compares evaluation with lm-evaluation-harness's Hugging Face backend and transformers' generate, in one run.
 
     python -m benchmarks.evaluation --data DIR [--subjects 4] [--questions 40]
 
-DIR holds `mmlu/data/{dev,val}` (or test) and `llama_tokenizer/`. Both sides get the same randomly drawn LLaMA (float32,
-on the CPU, all its cores) and the same token ids: MMLU 5-shot as the harness asks it, four one-token answers per
-question, and greedy decoding of prompts of mixed lengths. Each side is timed on its second pass over the same requests,
-so that neither compilation nor a cold start counts; the first pass is reported beside it.
+DIR contains `mmlu/data/{dev,val}` (or test) and `llama_tokenizer/`. Both sides get the same randomly drawn LLaMA
+(float32, on all cores of the CPU) and the same token ids: MMLU 5-shot as in the harness, four one-token answers per
+question, and greedy decoding of prompts of mixed lengths. The time is that of the second pass over the same requests,
+so that compilation and a cold start do not count; the first pass is reported too.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def score_with_hf(
     theirs = lm_eval.models.huggingface.HFLM(
         pretrained=str(directory), device="cpu", dtype="float32", batch_size=batch, add_bos_token=True
     )
-    # transformers reads this SentencePiece model in its own way: the same ids on both sides.
+    # transformers loads this SentencePiece model differently, so pass the same ids to both sides.
     theirs.tok_encode = ours.tok_encode
     return timed(lambda: theirs.loglikelihood(requests, disable_tqdm=True))
 
@@ -128,7 +128,7 @@ def compare_generation(directory: Path, prompts: int, new: int, batch: int) -> d
 def generate_with_transformers(
     directory: Path, texts: list[list[int]], new: int, batch: int
 ) -> tuple[Timing, list[list[int]]]:
-    """Batches of similar lengths, padded at the left: how transformers is used well."""
+    """Batches of similar lengths, padded at the left, which is an efficient use of transformers."""
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--batch", type=int, default=8, help="of the reference; ours packs by tokens")
+    parser.add_argument("--batch", type=int, default=8, help="batch size of the reference; ours packs by tokens")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"

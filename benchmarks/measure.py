@@ -1,4 +1,4 @@
-"""Timing, the matmul ceiling, and what a result has to say about where it was measured."""
+"""Timing, the matmul ceiling, and the environment of a measurement."""
 
 import importlib.metadata
 import json
@@ -33,7 +33,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def matmul_ceiling(dtype: str, size: int | None = None, budget: float = 3.0) -> float:
-    """FLOP/s of square products in `dtype` on the first device: what any share of a ceiling here is of.
+    """FLOP/s of square products in `dtype` on the first device, the reference for all fractions of a ceiling.
 
     Several products run in one program, so that launching is not measured.
     """
@@ -56,9 +56,9 @@ def matmul_ceiling(dtype: str, size: int | None = None, budget: float = 3.0) -> 
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what: device, versions, date. Names no host.
+    """The environment of a measurement: device, versions, date, but no host name.
 
-    Found out by a process of its own: one that has met an accelerator holds its memory.
+    It is determined in a separate process, because a process that has initialized an accelerator keeps its memory.
     """
     return child("measure.py")
 
@@ -101,9 +101,10 @@ def device_name() -> str:
 
 
 def child(script: str, *arguments: str, timeout: float | None = None) -> dict[str, Any]:
-    """Runs a benchmark in a process of its own, which has the device to itself, and returns the JSON it prints last.
+    """Runs a benchmark in a separate process, which has exclusive use of the device, and returns the JSON in its last
+    line.
 
-    A child that fails is a result too: {"failed": its last line}.
+    A failure of the child is a result too: {"failed": its last line}.
     """
     command = [sys.executable, str(Path(__file__).parent / script), *arguments]
     try:
@@ -139,7 +140,7 @@ def _cell(value: Any) -> str:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Written aside, then named: a reader never sees half a file."""
+    """Writes a temporary file and renames it, so that a reader never sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".writing")
     aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
-"""The kernels' numbers on the device that is here, judged by a float32 oracle.
+"""Checks the results of the kernels on the device of this machine against a float32 oracle.
 
     python benchmarks/numerics.py
 
 Attention, forward and gradients, in bfloat16 over packings, lengths, head sizes, grouped heads and a window: relative
 L2 against the float32 definition at most 5e-3, and at most twice the error of XLA's own bfloat16 attention; padding
-exactly 0; what another document holds changes no bit; two runs agree in every bit. On a GPU also the backend `cudnn`,
-on rows of one document, which need not agree in every bit, and on Hopper and Blackwell the backend `tokamax`, where it
-is installed. Cross-entropy against the plain computation. Status 1 if
-anything is out of bounds or raises. On a CPU the shapes are small and the backend is XLA's.
+exactly 0; other documents do not change any bit; two runs agree in every bit. On a GPU also the backend `cudnn`, on
+rows of one document, whose runs need not agree in every bit, and on Hopper and Blackwell the backend `tokamax`, if it
+is installed. Cross-entropy is compared with the plain computation. The exit status is 1 if anything is out of bounds or
+raises. On a CPU the shapes are small and the backend is XLA's.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from flacuna_jax.kernels.cross_entropy import token_losses
 from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
 
 BOUND = 5e-3
-"""Of bfloat16 results against float32: its rounding of inputs to the second product alone gives 2e-3 to 3e-3."""
+"""Maximum error of bfloat16 results; rounding the inputs of the second product alone gives 2e-3 to 3e-3."""
 NAMES = ("o", "dq", "dk", "dv")
 
 
@@ -67,7 +67,7 @@ TOKAMAX_CASES = (
     Case("tokamax, length 1000, head_dim 64", length=1000, dim=64, backend="tokamax"),
     Case("tokamax, grouped heads, window 256", mean=640, window=256, kv_heads=2, backend="tokamax"),
 )
-"""Few, since Mosaic takes seconds to compile each."""
+"""Only a few, because Mosaic needs seconds to compile each."""
 
 
 def relative(found: jax.Array, wanted: jax.Array) -> float:
@@ -104,7 +104,7 @@ def check_attention(case: Case, on_cpu: bool) -> dict[str, Any]:
     again = ours(*low, mask)
     errors = {n: (relative(f, e), relative(x, e)) for n, f, x, e in zip(NAMES, found, of_xla, exact, strict=True)}
 
-    # The last document of every row is drawn anew: nothing of the others may change.
+    # The last document of every row is replaced; the others must not change.
     last = jnp.asarray((segments == segments.max(axis=1, keepdims=True)) & (segments > 0))[..., None, None]
     other = [jnp.where(last, jax.random.normal(jax.random.key(9), x.shape).astype(x.dtype), x) for x in low]
     isolated = True
@@ -157,7 +157,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _or_failure(case: Case, on_cpu: bool) -> dict[str, Any]:
-    """A case that raises is bad, and keeps no other from being judged."""
+    """Runs a case; an exception counts as bad and does not prevent other cases."""
     try:
         return check_attention(case, on_cpu)
     except Exception as error:
@@ -176,7 +176,7 @@ def show(found: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     found = run()
     show(found)

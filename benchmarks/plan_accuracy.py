@@ -1,4 +1,4 @@
-"""Sets what `flacuna plan` predicts for the devices here beside what the same step takes.
+"""Compares the predictions of `flacuna plan` for the devices of this machine with measurements of the same step.
 
     python benchmarks/plan_accuracy.py --sizes 7b                    # on an accelerator
     python benchmarks/plan_accuracy.py --sizes 58m --length 512      # on a CPU
@@ -94,7 +94,7 @@ def _batch(rows: int, micro_rows: int, length: int) -> dict[str, np.ndarray]:
 
 
 def _reset_peak() -> int:
-    """Bytes that are taken before the arrays are; a CPU's high-water mark starts anew."""
+    """Bytes in use before the arrays are allocated; resets the high-water mark on a CPU."""
     if jax.devices()[0].memory_stats():
         return 0
     Path("/proc/self/clear_refs").write_text("5")
@@ -102,7 +102,7 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    """Per device; on a CPU, of the process."""
+    """Peak memory per device; on a CPU, of the process."""
     if statistics := jax.devices()[0].memory_stats():
         return statistics["peak_bytes_in_use"]
     status = Path("/proc/self/status").read_text()

@@ -1,10 +1,10 @@
-"""Makes the tables of docs/scaling.md: plans 13B and 65B, adapters and full fine-tuning, for machines that are absent.
+"""Creates the tables of docs/scaling.md: plans 13B and 65B, adapters and full fine-tuning, for absent machines.
 
     pip install 'flacuna-jax[compilers]'
     python benchmarks/scaling.py [cuda|tpu|all]
 
-Each row is what `flacuna plan` says; its arguments stand in the row. Rows whose compiler is missing are left out, with
-the reason on stderr.
+Each row is the result of `flacuna plan` with the arguments in the row. Rows without an installed compiler are skipped,
+with the reason on stderr.
 """
 
 import json
@@ -73,7 +73,7 @@ def row(options: str) -> str | None:
 
 
 def _spaced(option: str) -> str:
-    """YAML wants a space behind a colon."""
+    """Adds the space after a colon that YAML needs."""
     return option.replace(":", ": ").replace(",", ", ") if "{" in option else option
 
 

@@ -1,7 +1,7 @@
-"""Lets the benchmarks run on machines that have jax, flax and optax but not pydantic, which the config is written in.
+"""Makes the benchmarks run on machines with jax, flax and optax but without pydantic, which the config uses.
 
-Importing this module makes `import pydantic` work where it is not installed, and does nothing where it is. Only
-construction, defaults and attributes are stood in for: nothing is validated, so nothing here is fit for a run.
+Importing this module makes `import pydantic` work if it is not installed, and does nothing otherwise. It only provides
+construction, defaults and attributes. Nothing is validated, so it cannot be used for a run.
 """
 
 import importlib.util
@@ -38,12 +38,12 @@ def _field(*_: Any, default: Any = None, **__: Any) -> Any:
 
 
 def _leave(*_: Any, **__: Any) -> Callable[[Any], Any]:
-    """Serves as a decorator's maker and as what stands in an annotation."""
+    """Used as a decorator factory and in annotations."""
     return lambda function: function
 
 
 class _Pydantic(types.ModuleType):
-    """Whatever else the config imports by name changes nothing."""
+    """All other names that the config imports have no effect."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

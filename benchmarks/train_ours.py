@@ -1,4 +1,4 @@
-"""Our step, measured in a process of its own; `train_step.py` starts it and reads the JSON that it prints."""
+"""Measures our step in a separate process; `train_step.py` starts it and reads its JSON output."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def llama(shape: Shape) -> LlamaConfig:
 
 
 class Bench:
-    """Weights and data of one process, for several ways of running the step."""
+    """Weights and data of one process, for several variants of the step."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.shape = arguments, SHAPES[arguments.shape]
@@ -46,7 +46,7 @@ class Bench:
         ]
 
     def measure(self, remat: str, micro_batch: int, budget: float) -> dict[str, Any]:
-        """Compiles and times the step; whole rounds over the batches, so that every packing counts as often."""
+        """Compiles and times the step; in whole rounds over the batches, so that every packing has the same weight."""
         state = self.layout.begin(self.layout.fresh_adapters(1))
         config = StepConfig(NetworkConfig(self.spec, remat=remat))
         step = make_step(config, self.optimizer, self.mesh, self.layout.shardings)
@@ -100,7 +100,7 @@ class Bench:
 
 
 def _peak_bytes() -> int:
-    """Of the device since the process began; on a CPU, of the process."""
+    """Peak memory of the device since the start of the process; on a CPU, of the process."""
     statistics = jax.devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -1,8 +1,9 @@
-"""The peer: transformers and PEFT on the same shapes and documents, every mode in one process; see `train_step.py`.
+"""Measures the peer, transformers and PEFT, on the same shapes and documents, all modes in one process; see
+`train_step.py`.
 
-Modes: `padded`, a document per row padded to the full length, as the original trained; `longest`, padded to the longest
-of a micro-batch; `packed`, whole rows with positions that restart, from which transformers makes its mask. Each with
-and without gradient checkpointing. Attention is torch's scaled_dot_product_attention.
+Modes: `padded`, a document per row padded to the full length, as in the original training; `longest`, padded to the
+longest of a micro-batch; `packed`, whole rows with restarting positions, from which transformers derives its mask. Each
+with and without gradient checkpointing. Attention is torch's scaled_dot_product_attention.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def build(shape: Shape, targets: tuple[str, ...], dtype: torch.dtype, dropout: f
 
 
 def micro_batches(mode: str, arguments: argparse.Namespace) -> list[Rows]:
-    """The documents of our batches: whole rows, or shuffled, a document per row."""
+    """The documents of our batches: as whole rows, or shuffled with a document per row."""
     corpus, shape = CORPORA[arguments.corpus], SHAPES[arguments.shape]
     size, length = arguments.micro_batch, arguments.length
     rows = [
@@ -59,7 +60,7 @@ def micro_batches(mode: str, arguments: argparse.Namespace) -> list[Rows]:
     random.Random(0).shuffle(alone)
     groups = [alone[i : i + size] for i in range(0, len(alone) - size + 1, size)]
     if mode == "padded":
-        # Every micro-batch takes the same time, whichever documents are in it.
+        # Every micro-batch takes the same time, independent of its documents.
         return [lay(group, length) for group in groups[:PADDED_MICRO_BATCHES]]
     return [lay(group, max(len(member[0].tokens) for member in group)) for group in groups]
 

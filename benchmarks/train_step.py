@@ -1,12 +1,12 @@
-"""The whole training step against transformers + PEFT, on whatever device is here.
+"""Compares the whole training step with transformers + PEFT on the device of this machine.
 
     python benchmarks/train_step.py                          # the preset for this device
     python benchmarks/train_step.py --preset gpu --seconds 420 --json result.json --profile profile/
 
 Random weights in LLaMA's shapes, LoRA of rank 8 with dropout 0.05 on q,v or on all seven projections, rows of 1280
 tokens, AdamW with clipping. Both sides get the same documents: ours packed, the peer's packed and padded, with and
-without gradient checkpointing. Each side has a process, and so the device, to itself. Needs jax, flax and optax; torch,
-transformers and peft for the peer.
+without gradient checkpointing. Each side has a separate process, and so exclusive use of the device. Needs jax, flax
+and optax; torch, transformers and peft for the peer.
 
 tokens/s counts tokens of documents, never padding; supervised/s those that carry loss. "of ceiling" is 4 FLOP per token
 and matrix weight (forward and the gradient of activations; the head counted for every token, attention not at all)
@@ -34,7 +34,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One network, and the ways of running it. Variants are REMAT:MICRO_BATCH."""
+    """One network and its variants, written REMAT:MICRO_BATCH."""
 
     shape: str
     targets: str
@@ -65,7 +65,7 @@ PRESETS = {
         Case("tiny", "q,v", "tiny", "float32", 4, 2, ("dots:2",), (Peer("float32", budget=0.1),), 128, 0.2),
         Case("tiny", "all", "tiny", "float32", 4, 2, ("full:2",), (), 128, 0.2),
     ],
-    # The peer in bfloat16 too: torch multiplies it at twice the rate of float32 where the processor has AVX512-BF16.
+    # The peer also in bfloat16, which torch multiplies twice as fast as float32 on processors with AVX512-BF16.
     "cpu": [
         Case(
             "58m",
@@ -108,7 +108,8 @@ def _left(deadline: float) -> float:
 
 
 def rows_of(result: dict[str, Any]) -> list[list[Any]]:
-    """Of the table: a measurement each, speed relative to the peer's best of the same dtype and of any."""
+    """Rows of the table, one per measurement, with the speed relative to the peer's best with the same dtype and any
+    dtype."""
     if "failed" in result["ours"]:
         return [[result["case"], "flacuna_jax", result["ours"]["failed"], *[None] * 5]]
     ceiling = result["ours"]["ceiling_flops_per_second"]
@@ -136,7 +137,7 @@ def rows_of(result: dict[str, Any]) -> list[list[Any]]:
 
 
 def best_peer(result: dict[str, Any]) -> float | None:
-    """Supervised tokens per second of the peer's fastest mode of all."""
+    """Supervised tokens per second of the peer's fastest mode."""
     modes = [found for peer in result["peers"].values() for found in peer.get("modes", {}).values()]
     return max((found["supervised_per_second"] for found in modes if "failed" not in found), default=None)
 
@@ -145,7 +146,7 @@ HEADER = ("case", "side", "tokens/s", "supervised/s", "of best peer", "of ceilin
 
 
 def run(preset: str, seconds: float, profile: str | None = None, only_ours: bool = False) -> dict[str, Any]:
-    """All cases of a preset, until `seconds` are over; what was left out is named."""
+    """Runs all cases of a preset for at most `seconds`; skipped cases are listed."""
     deadline = time.monotonic() + seconds
     results, left_out = [], []
     for case in PRESETS[preset]:
@@ -167,11 +168,11 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="default: what suits the device")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="starts nothing new after this long")
+    parser.add_argument("--preset", choices=PRESETS, help="default: depends on the device")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="starts no new measurement after this time")
     parser.add_argument("--profile", help="directory for profiles of our step (TensorBoard, Perfetto)")
     parser.add_argument("--only-ours", action="store_true", help="without the peer")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     started = time.monotonic()
     here = environment()

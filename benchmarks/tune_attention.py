@@ -1,15 +1,15 @@
-"""Finds the fastest tiles of the attention kernels on the device that is here, and fills the table with them.
+"""Finds the fastest tiles of the attention kernels on the device of this machine, and writes them to the table.
 
-    python benchmarks/tune_attention.py                       # prints the best, and what the table has
-    python benchmarks/tune_attention.py --write               # and puts it into the package's tiles_measured.json
+    python benchmarks/tune_attention.py                       # prints the best tiles, and those in the table
+    python benchmarks/tune_attention.py --write               # also writes them to the package's tiles_measured.json
     python benchmarks/tune_attention.py --accept benchmarks/results/nvidia-h200-2026-01-01.json   # of another machine
 
-Where there is another backend for the device (tokamax, on Hopper and Blackwell), forward and backward of each are timed
-on the same rows, and the table says which is faster: `attention: auto` takes that one.
+If there is another backend for the device (tokamax, on Hopper and Blackwell), forward and backward of both are timed on
+the same rows, and recorded in the table; `attention: auto` selects the faster one.
 
-Forward, dq and dk/dv are timed apart, on packed rows [4, 1280, 40, head_dim] in bfloat16 with documents of 200 tokens
-on average. Candidates that the compiler refuses (shared memory) are left out and counted. On a CPU the kernels run
-interpreted, on a tiny shape with two candidates: that shows that the tuner works, not which tile is fast.
+Forward, dq and dk/dv are timed separately, on packed rows [4, 1280, 40, head_dim] in bfloat16 with documents of 200
+tokens on average. Candidates that do not compile (shared memory) are skipped and counted. On a CPU the kernels run
+interpreted, on a tiny shape with two candidates: this shows that the tuner works, not which tile is fast.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def candidates(platform: str, kernel: str) -> Iterator[GpuTile | TpuTile]:
     else:
         sides = {"forward": ((64, 128), (32, 64, 128)), "dq": ((64, 128), (32, 64)), "dkv": ((32, 64), (64, 128))}
         for (queries, keys), warps, stages in itertools.product(itertools.product(*sides[kernel]), (4, 8), (2, 3)):
-            if queries * keys <= 8192 or warps == 8:  # four warps have no registers for more scores
+            if queries * keys <= 8192 or warps == 8:  # four warps do not have enough registers for more scores
                 yield GpuTile(queries, keys, warps, stages)
 
 
@@ -73,9 +73,10 @@ class Tuner:
         self.dim = dim
 
     def compiled(self, kernel: str, tile: Any) -> Callable[[], Any] | None:
-        """The kernel's direction with this tile, the others' as in the table; None where it does not compile.
+        """The kernel's direction with this tile and the tiles in the table for the other kernels; None if it does not
+        compile.
 
-        The kernel that is not meant is dropped as dead code: dk and dv are not asked for where dq is tuned.
+        The other backward kernel is removed as dead code: dk and dv are not used when dq is tuned.
         """
         tiles = dataclasses.replace(self.start, **{kernel: tile})
 
@@ -91,7 +92,7 @@ class Tuner:
             return None
 
     def times(self, kernel: str) -> dict[Any, float | None]:
-        """Seconds of every candidate; None for those that the hardware does not hold."""
+        """Seconds of every candidate; None for those that do not fit the hardware."""
         tiles = list(dict.fromkeys([getattr(self.start, kernel), *candidates(self.platform, kernel)]))
         with ThreadPoolExecutor(COMPILING_THREADS) as pool:
             calls = list(pool.map(partial(self.compiled, kernel), tiles))
@@ -101,7 +102,7 @@ class Tuner:
         }
 
     def backends(self, best: dict[str, Any]) -> dict[str, float]:
-        """Seconds of forward and backward, ours with the best tiles and tokamax's; empty where ours has no rival."""
+        """Seconds of forward and backward, with our best tiles and with tokamax; empty without another backend."""
         kind = jax.devices()[0].device_kind
         if attention_tokamax.misfit(self.dim, "bfloat16", self.platform, kind) is not None:
             return {}
@@ -125,7 +126,7 @@ class Tuner:
 
 
 def tune(dims: tuple[int, ...], budget: float, deadline: float = math.inf) -> dict[str, Any]:
-    """The best tile of each kernel, by head_dim, and all that was timed."""
+    """The best tile of each kernel by head_dim, and all times."""
     found: dict[str, Any] = {"device_kind": jax.devices()[0].device_kind, "dims": {}}
     for dim in dims:
         if time.monotonic() > deadline:
@@ -162,7 +163,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def accept(found: dict[str, Any]) -> None:
-    """Puts the best tiles into the table that the package reads."""
+    """Writes the best tiles to the table of the package."""
     table = json.loads(MEASURED.read_text(encoding="utf-8"))
     entry = table.setdefault(found["device_kind"], {})
     for dim, of_dim in found["dims"].items():
@@ -174,10 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 64], help="head_dims to tune for")
     parser.add_argument("--budget", type=float, default=0.15, help="seconds of measurement per candidate")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begins no further head_dim after this long")
-    parser.add_argument("--write", action="store_true", help="fill the table of this package")
-    parser.add_argument("--accept", type=Path, help="fill it from a result of another machine; times nothing")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="starts no other head_dim after this time")
+    parser.add_argument("--write", action="store_true", help="write the table of this package")
+    parser.add_argument("--accept", type=Path, help="write it from a result of another machine, without timing")
+    parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     if arguments.accept:
         accept(json.loads(arguments.accept.read_text(encoding="utf-8"))["tiles"])

@@ -1,4 +1,4 @@
-"""What the step benchmarks train on: shapes, documents drawn by a seed, and the same documents packed or padded.
+"""Training data of the step benchmarks: shapes, documents drawn with a seed, and the same documents packed or padded.
 
 Token ids are random, lengths are not: they follow the two corpora named in `CORPORA`.
 """
@@ -48,7 +48,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a template, a prompt and an answer that carries the loss; tokens, both log-normal."""
+    """Documents of a template, a prompt and an answer with loss; lengths in tokens, both log-normal."""
 
     template: int
     prompt_median: float
@@ -87,7 +87,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed or padded rows, int32 [rows, length] each; `labels` are a row's own tokens, IGNORED where without loss."""
+    """Packed or padded rows, int32 [rows, length] each; `labels` are the row's tokens, or IGNORED without loss."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -107,7 +107,8 @@ class Rows:
         return int(self.segments.max(axis=1).sum())
 
     def step_batch(self, micro_batch: int) -> dict[str, np.ndarray]:
-        """As the step wants it: leaves [accumulation, micro_batch, length], targets one place to the left."""
+        """The batch for the step: leaves [accumulation, micro_batch, length], with targets shifted to the left by
+        one."""
         targets = np.zeros_like(self.tokens)
         targets[:, :-1] = self.tokens[:, 1:]
         loss_mask = np.zeros(self.tokens.shape, bool)
@@ -129,7 +130,8 @@ def documents(corpus: Corpus, vocab: int, seed: int) -> Iterator[Document]:
 
 
 def packed_documents(corpus: Corpus, vocab: int, rows: int, length: int, seed: int) -> list[list[Document]]:
-    """The documents of `rows` packed rows: drawn one after another, each into the fullest row with room."""
+    """The documents of `rows` packed rows: drawn one after another, each placed in the fullest row with enough
+    space."""
     members: list[list[Document]] = [[] for _ in range(rows)]
     room = [length] * rows
     misses = 0
@@ -146,7 +148,8 @@ def packed_documents(corpus: Corpus, vocab: int, rows: int, length: int, seed: i
 
 
 def lay(members: Sequence[Sequence[Document]], length: int) -> Rows:
-    """One row of `length` per member, its documents one after another; positions restart with each, and at padding."""
+    """One row of `length` per member with its documents in sequence; positions restart at each document and at
+    padding."""
     shape = (len(members), length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     labels = np.full(shape, IGNORED, np.int32)
@@ -164,13 +167,13 @@ def lay(members: Sequence[Sequence[Document]], length: int) -> Rows:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both sides of the step benchmark are told."""
+    """Adds the arguments of both sides of the step benchmark."""
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--targets", choices=TARGETS, default="q,v")
     parser.add_argument("--corpus", choices=CORPORA, required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--length", type=int, default=1280)
     parser.add_argument("--rows", type=int, default=8, help="packed rows per optimizer step")
-    parser.add_argument("--batches", type=int, default=2, help="distinct packings, which take turns")
+    parser.add_argument("--batches", type=int, default=2, help="number of packings, used in turn")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of measurement per variant or mode")

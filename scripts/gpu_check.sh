@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# Proves the kernels and measures the step on the device that is here, in one command and within 9 minutes:
+# Checks the kernels and measures the step on the device of this machine, with one command within 9 minutes:
 #
-#   scripts/gpu_check.sh [DIRECTORY]         # DIRECTORY: where the result goes, default benchmarks/results
+#   scripts/gpu_check.sh [DIRECTORY]         # DIRECTORY: for the result, default benchmarks/results
 #
-# Tunes the attention tiles (and uses them from then on), checks the kernels' numbers against a float32 oracle, times
-# attention against cuDNN, XLA and (on Hopper and Blackwell, where it is installed) tokamax, and the whole step of LLaMA
-# 13B and 7B against transformers + PEFT. Prints the tables
-# and writes DIRECTORY/DEVICE-DATE.json; a log and profiles of our step lie beside it. Status 1 if a number is wrong or a
-# part failed.
+# Tunes the attention tiles (and then uses them), checks the results of the kernels against a float32 oracle, and
+# compares the time of attention with cuDNN, XLA and (on Hopper and Blackwell, if it is installed) tokamax, and of the
+# whole step of LLaMA 13B and 7B with transformers + PEFT. Prints tables and writes DIRECTORY/DEVICE-DATE.json, with a log
+# and profiles of our step in the same directory. The exit status is 1 if a result is wrong or a part failed.
 #
-# Needs python with jax, flax, optax and pyyaml; torch, transformers and peft for the comparison, tokamax for its own. Without an accelerator
-# everything runs on a tiny preset, which shows that the command works.
+# Needs python with jax, flax, optax and pyyaml; torch, transformers and peft for the comparison, and tokamax for its
+# backend. Without an accelerator everything runs on a tiny preset, which shows that the command works.
 #
-# PYTHON: the interpreter (python3). SECONDS_IN_ALL: the time limit (530).
+# PYTHON: the interpreter (python3). SECONDS_IN_ALL: the total time limit in seconds (530).
 # Afterwards, to keep the tiles:  python benchmarks/tune_attention.py --accept DIRECTORY/DEVICE-DATE.json
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1

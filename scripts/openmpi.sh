@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on hosts that Open MPI reaches (versions 4 and 5): one process per host with all of its GPUs.
+# Trains on several hosts with Open MPI (versions 4 and 5): one process per host with all of its GPUs.
 #
 #   HOSTS=node1,node2 scripts/openmpi.sh configs/flacuna_13b.yaml --mesh='{replica: 2, fsdp: 8}'
 #
 # The checkout and the interpreter (FLACUNA_PYTHON, default: python) must be in the same place on every host. The first
-# host coordinates, at PORT (8476). If a process or a host fails, all start again and continue from the newest
+# host is the coordinator, at PORT (8476). If a process or a host fails, all restart and continue from the newest
 # checkpoint (RESTARTS, see restart.sh). MPIRUN_OPTIONS are passed on to mpirun.
 set -uo pipefail
 

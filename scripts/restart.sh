@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command until it is done, and again when it fails: preempted, a lost host, a crash.
+# Runs a command and restarts it until it succeeds: after a preemption, the loss of a host, or a crash.
 #
 #   scripts/restart.sh python -m flacuna_jax.train --config configs/flacuna_13b.yaml
 #
-# Every start continues from the newest checkpoint. Ends with the command's status when that is 0 (done) or 2 (the
-# input is wrong, a restart would not help), after RESTARTS restarts (20), or when it gets SIGTERM or SIGINT itself:
-# then the command gets the signal too, and may save before it ends.
+# Every start continues from the newest checkpoint. Exits with the command's status if that is 0 (done) or 2 (the input
+# is wrong, so a restart would not help), after RESTARTS restarts (20), or when it receives SIGTERM or SIGINT; then the
+# command receives the signal too, and can save before it ends.
 set -uo pipefail
 
 restarts=${RESTARTS:-20}
@@ -22,7 +22,7 @@ trap 'forward INT' INT
 for ((attempt = 0; ; attempt++)); do
     "$@" &
     child=$!
-    # A trapped signal ends `wait` early: wait on until the command itself has ended.
+    # A trapped signal ends `wait` early: continue waiting until the command itself has ended.
     while :; do
         wait "$child"
         status=$?

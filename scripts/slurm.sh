@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains under Slurm: one process per node with all of its GPUs. Coordinator and ranks are found by themselves.
+# Trains under Slurm: one process per node with all of its GPUs. Coordinator and ranks are detected automatically.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh configs/flacuna_13b.yaml --mesh='{replica: 2, fsdp: 8}'
 #
-# What stands behind the config goes to the trainer. sbatch's options go before the script and overrule those below.
-# FLACUNA_PYTHON names the interpreter (default: python, as found where you call sbatch).
+# Arguments after the config are passed to the trainer. sbatch's options go before the script and override those below.
+# FLACUNA_PYTHON is the interpreter (default: python, in the environment of the sbatch call).
 #
-# The job goes back into the queue by itself, and then continues from its newest checkpoint, when its time is up, when
-# it is preempted, and when a node or a process fails; at most MAX_RESTARTS (50) times. It does not if the trainer says
-# that its input is wrong (status 2). `scancel` ends it for good.
+# The job requeues itself, and then continues from its newest checkpoint, at the end of its time limit, after a
+# preemption, and when a node or a process fails, at most MAX_RESTARTS (50) times. It does not requeue itself if the
+# input is wrong (status 2). `scancel` ends it permanently.
 #
 #SBATCH --job-name=flacuna
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Five minutes before the end the trainer is told to save.
+# Five minutes before the end, the trainer receives SIGTERM and saves.
 #SBATCH --signal=TERM@300
 set -uo pipefail
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs from your own machine: makes the TPU, installs, trains on all of its hosts, starts again.
+# Trains on Cloud TPU VMs from your own machine: creates the TPU, installs, trains on all of its hosts, and restarts.
 #
 #   TYPE=v5litepod-16 ZONE=us-west4-a scripts/tpu_vm.sh my-tpu configs/flacuna_13b_tpu.yaml \
 #       --output_dir=/mnt/shared/runs/flacuna-13b
 #
-# SLICES=2 asks for two slices (say --mesh='{replica: 2, fsdp: 16}' then); SPOT=1 for preemptible ones. The checkout is
-# copied to the hosts as it stands here. If the TPU is taken away, it is asked for again, and training continues from
-# the newest checkpoint: `output_dir`, model and data must be on storage that all hosts share and that outlives them
-# (SETUP is a command run on every host first, to mount it). Nothing is deleted at the end:
+# SLICES=2 requests two slices (then set --mesh='{replica: 2, fsdp: 16}'), SPOT=1 preemptible ones. The checkout is copied
+# to the hosts unchanged. If the TPU is preempted, it is requested again, and training continues from the newest
+# checkpoint. Therefore `output_dir`, model and data must be on persistent storage that all hosts share (SETUP is a
+# command that runs first on every host, to mount it). Nothing is deleted at the end:
 #   gcloud compute tpus queued-resources delete my-tpu --zone=ZONE --force
 set -uo pipefail
 
@@ -25,7 +25,7 @@ state() {
     "${tpus[@]}" queued-resources describe "$name" --zone="$ZONE" --format='value(state.state)' 2>/dev/null
 }
 
-# Slices of one request are called NAME-0, NAME-1, ...; a single one has the name itself.
+# The slices of a request are named NAME-0, NAME-1, ...; a single slice is named NAME.
 nodes() {
     if ((slices == 1)); then echo "$name"; else seq -f "$name-%g" 0 $((slices - 1)); fi
 }
@@ -37,7 +37,7 @@ request() {
         --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
 }
 
-# Waits until the TPU is there; asks for it (again) if there is none or it was taken away.
+# Waits until the TPU is ready; requests it (again) if it does not exist or was preempted.
 obtain() {
     while :; do
         case $(state) in

@@ -10,7 +10,7 @@ from types import ModuleType
 import hypothesis
 import pytest
 
-# Drawn examples are the same in every run: a suite that passed passes again. HYPOTHESIS_PROFILE=default draws new ones.
+# Hypothesis draws the same examples in every run, for reproducibility. HYPOTHESIS_PROFILE=default draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--skipped-to",
         metavar="FILE",
-        help="append the ids of what is skipped, for another interpreter to run: pytest @FILE",
+        help="append the ids of skipped tests to this file, to run them with another interpreter: pytest @FILE",
     )
 
 
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _SkippedTo:
-    """Notes what is skipped, in every process of a distributed run; some ids are noted more than once."""
+    """Records skipped tests in every process of a distributed run; an id can be recorded more than once."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -66,7 +66,7 @@ def transformers() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Public sample data (LLaMA tokenizer, a small trained LLaMA, Alpaca, ...); skips where it is absent."""
+    """Public sample data (LLaMA tokenizer, a small trained LLaMA, Alpaca, ...); skips if it is absent."""
     directory = os.environ.get("FLACUNA_TEST_DATA", "")
     if not directory or not Path(directory).is_dir():
         pytest.skip("FLACUNA_TEST_DATA does not name a directory with the sample data")
@@ -87,7 +87,7 @@ def llama_tokenizer(test_data: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenised corpora go to a directory of the test session, never to the user's own cache."""
+    """Tokenised corpora are cached in a directory of the test session, never in the user's own cache."""
     directory = tmp_path_factory.mktemp("token_cache")
     os.environ["FLACUNA_CACHE"] = str(directory)
     return directory
@@ -95,7 +95,7 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def signals_of_a_terminal() -> Iterator[None]:
-    """SIGINT and SIGHUP have an effect, here and in processes that are started, also in a suite run by nohup or &."""
+    """Enables SIGINT and SIGHUP, here and in child processes, even if nohup or & started the suite."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     for number, handler in zip(before, (signal.default_int_handler, signal.SIG_DFL), strict=True):
         signal.signal(number, handler)
@@ -111,7 +111,7 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled_once(compiled_programs: Path) -> Iterator[None]:
-    """Whole runs, here and in processes of their own, share what XLA has compiled: a fourth of the time."""
+    """Whole runs, here and in separate processes, share compiled programs, which saves three quarters of the time."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -134,7 +134,7 @@ def compiled_once(compiled_programs: Path) -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A mounted directory with 1 MiB of space; skips where this user may not mount."""
+    """A mounted directory with 1 MiB of space; skips if this user may not mount."""
     directory = tmp_path / "small"
     directory.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True)

@@ -1,4 +1,5 @@
-"""A whole run's input, made in a temporary directory: tokenizer, instruction file, config. Needs no sample data."""
+"""Creates the input of a whole run in a temporary directory: tokenizer, instruction file, config, without sample
+data."""
 
 import json
 import random
@@ -21,7 +22,7 @@ SIZES = {
 
 
 def records(count: int, seed: int = 0) -> list[dict]:
-    """FLAN-mini records: reverse three words."""
+    """FLAN-mini records with the task of reversing three words."""
     rng = random.Random(seed)
     made = []
     for index in range(count):
@@ -58,7 +59,7 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 def write_run(directory: Path, count: int = 60, **sections) -> Path:
-    """Writes everything a run from scratch needs and returns its config; `sections` extend or replace those of it."""
+    """Writes the input of a run from scratch and returns its config; `sections` extend or replace its sections."""
     write_tokenizer(directory / "tokenizer")
     (directory / "data.json").write_text(json.dumps(records(count)))
     config = {

@@ -1,4 +1,4 @@
-"""The benchmarks: they run where only jax, flax and optax are, and both sides of a comparison get the same."""
+"""The benchmarks run with only jax, flax and optax, and both sides of a comparison get the same input."""
 
 import argparse
 import importlib
@@ -61,7 +61,7 @@ def test_both_sides_get_the_same_documents(benchmark_module):
         assert rows.tokens.shape == (2, 128)
 
 
-def test_targets_are_labels_one_place_on(benchmark_module):
+def test_targets_are_labels_shifted_by_one(benchmark_module):
     workload = benchmark_module("workload")
     rows = workload.lay(workload.packed_documents(workload.CORPORA["tiny"], 512, 2, 128, 0), 128)
     batch = {name: leaf[0] for name, leaf in rows.step_batch(2).items()}
@@ -80,7 +80,7 @@ def test_flops_count_the_visible_pairs(benchmark_module):
 
 
 def test_a_measured_tile_is_preferred(benchmark_module, tmp_path, monkeypatch):
-    """What the tuner accepts is what the kernels take, on that device and head_dim only."""
+    """The kernels use the accepted tiles, but only on that device and with that head_dim."""
     table = tmp_path / "tiles.json"
     table.write_text("{}")
     tuner = benchmark_module("tune_attention")
@@ -106,7 +106,7 @@ def test_a_measured_tile_is_preferred(benchmark_module, tmp_path, monkeypatch):
         tiles._measured_table.cache_clear()
 
 
-def test_the_table_of_measured_tiles_is_whole():
+def test_the_table_of_measured_tiles_is_complete():
     for kernels in (kernels for of_kind in tiles._measured_table().values() for kernels in of_kind.values()):
         assert set(kernels) - {"seconds"} == {"forward", "dq", "dkv"}
 
@@ -116,7 +116,7 @@ def test_results_are_named_after_device_and_day(benchmark_module):
     assert collect.file_name({"device": "NVIDIA H200", "date": "2026-11-22"}) == "nvidia-h200-2026-11-22.json"
 
 
-def test_a_step_that_misses_a_bar_is_named(benchmark_module):
+def test_a_step_that_exceeds_a_limit_is_named(benchmark_module):
     compiled_step = benchmark_module("compiled_step")
     row = compiled_step.Row("4xa6000", {"fsdp": 4}, 2, most_gb=22)
     good = {"together": 21e9, "products_per_layer": 14, "seconds": 5.0}

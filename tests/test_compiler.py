@@ -1,4 +1,4 @@
-"""Options of the compiler: that this jaxlib knows each, that the user's win, and the cache of programs."""
+"""Compiler options: the installed jaxlib knows each, the user's take precedence; and the cache of programs."""
 
 import os
 import subprocess
@@ -23,14 +23,14 @@ GPU = ALWAYS["cuda"] | SPLIT_WEIGHTS["cuda"]
 
 @pytest.mark.parametrize(("name", "value"), GPU.items())
 def test_this_jaxlib_knows_each_gpu_option(name, value):
-    """Every jaxlib knows the options of GPUs, also where there is none; an unknown name is refused."""
+    """Every jaxlib knows the options of GPUs, even without a GPU; an unknown name is an error."""
     lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(2))
     lowered.compile({name: value})
     with pytest.raises(jax.errors.JaxRuntimeError):
         lowered.compile({f"{name}_of_no_version": value})
 
 
-def test_what_the_user_names_is_the_users():
+def test_options_of_the_user_are_not_overridden():
     assert compiler_options("gpu", True, {}) == GPU == compiler_options("cuda", True, {})
     assert compiler_options("gpu", False, {}) == ALWAYS["cuda"]
     assert compiler_options("cpu", True, {}) == {}
@@ -40,7 +40,7 @@ def test_what_the_user_names_is_the_users():
 
 
 def test_the_step_is_compiled_with_them(monkeypatch, tmp_path):
-    """Seen by an option that leaves a trace; one that no compiler knows is left out."""
+    """Tested with an option that has a visible effect; an option that no compiler knows is omitted."""
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True, "xla_an_option_of_no_version": True}
     monkeypatch.setitem(SPLIT_WEIGHTS, "cpu", options)
     spec = ModelSpec(SMALL, LoraConfig(), "float32", "float32")
@@ -57,7 +57,7 @@ def test_the_step_is_compiled_with_them(monkeypatch, tmp_path):
     assert list(tmp_path.glob("*jit_step*"))
 
 
-def test_the_process_is_prepared_where_the_environment_says_nothing(tmp_path):
+def test_prepare_process_sets_only_unset_variables(tmp_path):
     environment = {"FLACUNA_CACHE": str(tmp_path)}
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
@@ -93,7 +93,7 @@ raise SystemExit(run_verb(verb, []))
 """
 
 
-def test_a_verbs_programs_are_found_again(tmp_path):
+def test_programs_of_a_verb_are_reused(tmp_path):
     environment = {**os.environ, "FLACUNA_CACHE": str(tmp_path), "JAX_LOG_COMPILES": "0"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     said = []
@@ -101,5 +101,5 @@ def test_a_verbs_programs_are_found_again(tmp_path):
         done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         said.append((done.stdout, sorted(path.name for path in (tmp_path / "compiled").glob("*-cache"))))
-    assert said[0][1], "a program was kept"
+    assert said[0][1], "a program was cached"
     assert said[0] == said[1]

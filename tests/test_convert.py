@@ -1,4 +1,4 @@
-"""`flacuna convert` from the outside: exit status, message, what is left on the disk."""
+"""`flacuna convert` from the command line: exit status, message, files on the disk."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_bad_input_exits_2_and_writes_nothing(
     assert {path.name for path in tmp_path.iterdir()} <= {"model"}
 
 
-def test_a_target_in_the_way_is_not_touched(story_llama: Path, tmp_path: Path) -> None:
+def test_an_existing_target_is_not_changed(story_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     assert run_verb(convert.main, [str(story_llama), str(tmp_path)]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]

@@ -1,4 +1,4 @@
-"""What JAX has announced to remove: users see nothing of it, and each announcement has its plan in the docs."""
+"""JAX's deprecations: users see no warnings, and the docs have a plan for each."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), (AxisType.Auto
 
 
 def test_users_see_no_deprecations():
-    """With Python's own filters, in a process as a user starts it."""
+    """With Python's default filters, in a process like that of a user."""
     done = subprocess.run([sys.executable, "-c", LOWER_THE_KERNELS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "eprecat" not in done.stderr + done.stdout

@@ -94,7 +94,7 @@ def test_a_pod_of_an_indexed_job_does_not_train_alone(monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--distributed.num_processes=1"):
         distributed.initialize(DistributedConfig(), JOB_SET)
-    distributed.initialize(DistributedConfig(num_processes=1), JOB_SET)  # on its own: nothing to join
+    distributed.initialize(DistributedConfig(num_processes=1), JOB_SET)  # alone: nothing to join
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def eight_gpus(tmp_path: Path) -> Path:
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x2),4(x2)", "SLURM_LOCALID": "3"}, [6, 7]),
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_NODEID": "0", "SLURM_LOCALID": "5"}, [5]),
         ({**OPEN_MPI_4, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, [4, 5, 6, 7]),
-        # The launcher gave each task GPUs of its own.
+        # The launcher assigned each task its own GPUs.
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "CUDA_VISIBLE_DEVICES": "3"}, [0]),
         (
             {

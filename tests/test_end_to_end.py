@@ -1,4 +1,4 @@
-"""`python -m flacuna_jax.train` as a user runs it: from nothing to a verified adapter, interrupted and continued."""
+"""`python -m flacuna_jax.train` as run by a user: from scratch to a verified adapter, interrupted and continued."""
 
 import functools
 import json
@@ -45,13 +45,13 @@ def adapter_bytes(directory: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, compiled_once: None) -> Path:
-    """A run that nobody disturbed: 60 examples, two epochs."""
+    """An uninterrupted run: 60 examples, two epochs."""
     directory = tmp_path_factory.mktemp("finished")
     assert run(write_run(directory)) == 0
     return directory
 
 
-def test_a_run_leaves_what_it_promises(finished, capsys):
+def test_a_run_writes_the_documented_files(finished, capsys):
     directory = finished / "run"
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"} <= {path.name for path in directory.iterdir()}
     record = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(finished, capsys):
     assert np.mean(list(curve.values())[-3:]) < np.mean(list(curve.values())[:3])
 
 
-def test_every_step_of_two_epochs_is_there_once(finished):
+def test_every_step_of_two_epochs_is_logged_once(finished):
     curve = losses(finished / "run")
     assert list(curve) == list(range(1, len(curve) + 1))
     records = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -115,7 +115,7 @@ def test_interrupted_runs_continue_to_the_same_bytes(finished, tmp_path, at):
     run_until(at, config, out)
     assert not (tmp_path / "run" / "adapter").exists()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9')  # what a power cut leaves behind
+        file.write('{"step": 9')  # as after a power cut
 
     assert run(config, out) == 0
     assert losses(tmp_path / "run") == losses(finished / "run")
@@ -137,8 +137,8 @@ def test_running_a_finished_run_again_changes_nothing(finished):
         ({"init": "random", "tokenizer": "t", "architecture": SIZES}, {}, []),
     ],
 )
-def test_a_run_ends_with_the_commands_that_go_on_from_it(model, lora, commands):
-    """Only those that its base, on a disk or drawn at random, allows."""
+def test_a_run_ends_with_commands_that_use_its_result(model, lora, commands):
+    """Only the commands that its base, from disk or random, permits."""
     config = parse_config(
         {"output_dir": "runs/x", "model": model, "lora": lora, "data": {"sources": [{"path": "data.json"}]}}
     )
@@ -159,8 +159,8 @@ def test_four_devices_give_the_same_run(finished, tmp_path):
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), atol=1e-5)
 
 
-def test_a_run_in_the_directory_of_its_data_is_refused(finished, tmp_path, capsys):
-    """It could not be continued: the next start would read metrics.jsonl as data."""
+def test_a_run_in_the_directory_of_its_data_is_an_error(finished, tmp_path, capsys):
+    """It could not be resumed, because the next start would read metrics.jsonl as data."""
     shutil.copy(finished / "data.json", tmp_path)
     for out, source in (
         (tmp_path / "run", tmp_path),
@@ -173,8 +173,8 @@ def test_a_run_in_the_directory_of_its_data_is_refused(finished, tmp_path, capsy
 
 
 @pytest.mark.parametrize("text", ["{{{ not: yaml", "\0\0\0", "an_old_setting: 3\n", "text"])
-def test_a_damaged_config_of_the_run_is_no_reason_not_to_continue(finished, tmp_path, text):
-    """It is what `auto` was decided by; the checkpoints hold the settings that count."""
+def test_a_damaged_config_of_the_run_does_not_prevent_resuming(finished, tmp_path, text):
+    """It has the resolved `auto` settings; the relevant settings are in the checkpoints."""
     shutil.copytree(finished / "run", tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(text)
     automatic = ["--mesh=auto", "--training.remat=auto"]
@@ -182,7 +182,7 @@ def test_a_damaged_config_of_the_run_is_no_reason_not_to_continue(finished, tmp_
     assert load_config(tmp_path / "run" / "config.yaml").mesh != "auto"
 
 
-def test_full_fine_tuning_ends_in_a_model_that_lora_starts_from(finished, tmp_path, capsys):
+def test_lora_can_start_from_the_model_of_full_fine_tuning(finished, tmp_path, capsys):
     base = tmp_path / "base"
     assert run(finished / "config.yaml", f"--output_dir={base}", "--lora=null", "--training.max_steps=4") == 0
     assert (base / "model" / "config.json").is_file()
@@ -211,8 +211,8 @@ def test_full_fine_tuning_ends_in_a_model_that_lora_starts_from(finished, tmp_pa
     )
 
 
-def test_an_adapter_can_be_continued_from(finished, tmp_path, capsys):
-    """The first loss of the second run is the base's with the first run's adapter, not with a fresh one."""
+def test_training_can_start_from_an_adapter(finished, tmp_path, capsys):
+    """The first loss of the second run is that of the base with the first run's adapter, not with a new one."""
     first, out = finished / "run" / "adapter", f"--output_dir={tmp_path / 'run'}"
     assert run(finished / "config.yaml", out, f"--lora.init_from={first}", "--training.max_steps=1") == 0
     fresh = losses(finished / "run")[1]
@@ -226,7 +226,7 @@ def test_an_adapter_can_be_continued_from(finished, tmp_path, capsys):
     assert run(finished / "config.yaml", out + "2", *other, "--training.max_steps=1", *advice) == 0
 
 
-def test_the_tokenizer_keeps_its_protocol(finished):
+def test_the_tokenizer_implements_the_protocol(finished):
     tokenizer: Tokenizer = load_tokenizer(finished / "tokenizer")
     assert tokenizer.encode("</s>") != [tokenizer.eos_id]
 
@@ -249,7 +249,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("overrides", "hint"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_end_with_status_2_and_one_message(finished, tmp_path, capsys, overrides, hint):
+def test_mistakes_exit_with_status_2_and_one_message(finished, tmp_path, capsys, overrides, hint):
     status = run(finished / "config.yaml", f"--output_dir={tmp_path / 'run'}", *overrides)
     said = capsys.readouterr().err
     assert status == 2, said
@@ -276,15 +276,15 @@ def test_a_torn_data_file_is_named_with_its_line(finished, tmp_path, capsys):
         ("--data.train_on=all", "data"),
     ],
 )
-def test_a_changed_setting_refuses_to_continue(finished, capsys, change, names):
+def test_resuming_with_a_changed_setting_is_an_error(finished, capsys, change, names):
     before = losses(finished / "run")
     assert run(finished / "config.yaml", change) == 2
     assert names in capsys.readouterr().err
     assert losses(finished / "run") == before
 
 
-def test_a_change_may_be_allowed_by_name(finished, tmp_path, capsys):
-    """Half as much data and an epoch more: refused with a diff, then continued where they are allowed."""
+def test_a_change_can_be_allowed_by_name(finished, tmp_path, capsys):
+    """Half the data and another epoch: an error with a diff, then continued with allow_changes."""
     shutil.copytree(finished / "run", tmp_path / "run")
     fewer = tmp_path / "fewer.json"
     fewer.write_text(json.dumps(json.loads((finished / "data.json").read_text())[:40]))
@@ -302,6 +302,6 @@ def test_a_change_may_be_allowed_by_name(finished, tmp_path, capsys):
     assert list(after) == list(range(1, len(after) + 1))
 
 
-def test_resume_never_refuses_a_used_directory(finished, capsys):
+def test_a_used_directory_is_an_error_with_resume_never(finished, capsys):
     assert run(finished / "config.yaml", "--checkpoint.resume=never") == 2
     assert "output_dir" in capsys.readouterr().err

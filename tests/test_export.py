@@ -1,4 +1,4 @@
-"""`flacuna export` from the outside, on run directories as training leaves them."""
+"""`flacuna export` from the command line, with run directories like those of training."""
 
 import itertools
 import json
@@ -102,7 +102,7 @@ def test_golden_prompts_that_take_minutes_are_announced(
     tick: float,
     announced: bool,
 ) -> None:
-    """On a clock on which every look at it takes so many seconds."""
+    """With a clock that advances by a fixed number of seconds at each reading."""
     ticks = itertools.count(step=tick)
     monkeypatch.setattr(deliver, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
     arguments = [str(run), str(tmp_path / "out"), "--format", "merged", "--golden-tokens", "3"]
@@ -138,7 +138,7 @@ def test_bad_arguments_exit_2_and_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_another_base_is_refused(
+def test_another_base_is_an_error(
     run: Path, story_llama: Path, config: LlamaConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
@@ -149,12 +149,12 @@ def test_another_base_is_refused(
     assert "is not the base that" in capsys.readouterr().err
 
 
-def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(export.main, [str(tmp_path), str(tmp_path / "out"), "--format", "adapter"]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
 
 
-def test_the_card_tells_settings_course_and_results(run: Path, tmp_path: Path) -> None:
+def test_the_card_has_settings_course_and_results(run: Path, tmp_path: Path) -> None:
     steps = [{"step": 1, "loss": 3.25}, {"step": 8, "note": "no loss"}, {"step": 40, "loss": 1.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
     outcomes = tuple(Outcome(str(i), "all", {"accuracy": float(i % 2)}, {}) for i in range(4))

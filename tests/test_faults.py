@@ -1,5 +1,5 @@
-"""Everything that can happen to a run from outside, done to it for real. In every case the next start continues to the
-bytes of a run that nobody disturbed, or says why not."""
+"""External faults during real runs. In every case the next start continues to the bytes of an undisturbed run, or
+reports why it cannot."""
 
 import contextlib
 import ctypes
@@ -69,7 +69,7 @@ def mounted(directory: Path, *options: str):
 
 
 def fill(filler: Path) -> None:
-    """Takes what room there is left on a disk."""
+    """Fills the remaining space of a disk."""
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_when_the_result_is_written(undisturbed, tmp_path, c
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_under_an_asynchronous_save(tmp_path):
-    """The save fails behind the step; the run ends with the next one, and the process does not linger."""
+    """The save fails after the step; the run ends with the next step, and the process exits."""
     config = write_run(tmp_path / "input", lora=None, training={"epochs": 8, "learning_rate": 1e-4})
     whole = start(config, f"--output_dir={tmp_path / 'whole'}")
     assert whole.wait(200) == 0
@@ -138,7 +138,7 @@ def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
         out = disk / "run"
 
         def protect():
-            # A read-only mount over it, as the system does it to a failing device; what is open stays open.
+            # A read-only mount over it, as the system does for a failing device; open files stay open.
             subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
 
@@ -156,7 +156,7 @@ def test_a_disk_that_becomes_read_only(undisturbed, tmp_path, capsys, at):
 
 @pytest.mark.parametrize("at", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_output_directory_that_vanishes(undisturbed, tmp_path, capsys, at):
-    """Removed between two saves, and right at one."""
+    """Removed between two saves, and during a save."""
     out = tmp_path / "run"
     assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(at, lambda: shutil.rmtree(out))) == 2
     said = capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_an_output_directory_that_is_moved_back(undisturbed, tmp_path, capsys):
     assert_same_run(out, undisturbed / "run")
 
 
-def test_a_result_whose_checkpoints_are_gone_is_not_written_over(undisturbed, tmp_path, capsys):
+def test_a_result_without_checkpoints_is_not_overwritten(undisturbed, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed / "run", out)
     shutil.rmtree(out / "checkpoints")
@@ -186,7 +186,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_written_over(undisturbed, tm
     assert (delivered(out), losses(out)) == before
 
 
-def test_a_run_that_has_done_more_steps_than_are_asked_for_is_refused(undisturbed, tmp_path, capsys):
+def test_a_run_with_more_steps_than_configured_is_an_error(undisturbed, tmp_path, capsys):
     arguments = undisturbed / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--training.schedule=constant"
     assert run(*arguments, "--training.max_steps=3") == 0
     before = delivered(tmp_path / "run")
@@ -196,8 +196,8 @@ def test_a_run_that_has_done_more_steps_than_are_asked_for_is_refused(undisturbe
 
 
 @pytest.mark.parametrize("place", [0.25, pytest.param(0.7, marks=pytest.mark.slow)])
-def test_one_changed_number_of_the_base_is_found(undisturbed, tmp_path, capsys, place):
-    """Its fingerprint, of samples, is the same; what is in memory is not."""
+def test_one_changed_number_of_the_base_is_detected(undisturbed, tmp_path, capsys, place):
+    """Its fingerprint, which samples the files, is the same, but not the values in memory."""
     base, out = tmp_path / "base", tmp_path / "run"
     config = undisturbed / "config.yaml"
     assert run(config, f"--output_dir={tmp_path / 'full'}", "--lora=null", "--training.max_steps=1") == 0
@@ -218,9 +218,9 @@ def test_one_changed_number_of_the_base_is_found(undisturbed, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("file", ["meta/metadata", pytest.param("trainable/manifest.ocdbt", marks=pytest.mark.slow)])
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed, file):
-    """Copied by somebody else: the message is about permission, and nothing is set aside. Root may read everything, so
-    the test becomes another user, from whom pytest's own directories are kept."""
+def test_a_checkpoint_without_read_permission_does_not_count_as_damaged(undisturbed, file):
+    """Copied by another user: the message is about permission, and nothing is set aside. Root may read everything, so
+    the test becomes another user, who has no access to pytest's own directories."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("becomes another user, which needs root and setpriv")
     script = (
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(undisturbed,
         (newest / file).chmod(0o600)
         probe = "import os, sys, jax, flacuna_jax; sys.exit(not os.path.isdir(sys.argv[1]))"
         if subprocess.run([*python, probe, out], capture_output=True, cwd=ROOT).returncode:
-            pytest.skip("another user may not come here: the interpreter, the package or TMPDIR is root's alone")
+            pytest.skip("another user has no access to the interpreter, the package or TMPDIR")
         result = subprocess.run([*python, script, out], capture_output=True, text=True, cwd=ROOT)
         assert "cannot be read: Permission denied" in result.stderr
         assert result.returncode == 2
@@ -265,7 +265,7 @@ EXT4_IOC_SHUTDOWN, WITHOUT_FLUSHING_THE_LOG = 0x8004587D, 2
 
 
 def power_cut(directory: Path) -> None:
-    """From now on nothing reaches the device any more, the journal's tail included; what is in memory is lost."""
+    """After this, nothing reaches the device any more, including the journal's tail; data in memory are lost."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.ioctl(descriptor, EXT4_IOC_SHUTDOWN, bytes(ctypes.c_uint32(WITHOUT_FLUSHING_THE_LOG)))
@@ -274,7 +274,7 @@ def power_cut(directory: Path) -> None:
 
 
 def cut_power_while_saving(tmp_path: Path, cuts: int, seed: int) -> None:
-    """Each life of the device ends at a random instant; what was reported as saved by then must be there."""
+    """Cuts the power at random times; everything reported as saved before must exist."""
     image, random = tmp_path / "image", np.random.default_rng(seed)
     with image.open("wb") as file:
         file.truncate(48 << 20)
@@ -288,11 +288,11 @@ def cut_power_while_saving(tmp_path: Path, cuts: int, seed: int) -> None:
             saver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             try:
                 said = saver.stdout.readline()
-                while "damaged and was skipped" in said:  # renamed, but not yet on the disk when the power went
+                while "damaged and was skipped" in said:  # renamed, but not yet on the disk at the power cut
                     said = saver.stdout.readline()
                 word, begun_at = said.split()
                 assert word == "started"
-                assert int(begun_at) >= reported - 1, "what was reported as saved is intact"
+                assert int(begun_at) >= reported - 1, "reported checkpoints are intact"
                 time.sleep(random.uniform(0.05, 1.5))
                 power_cut(disk)
             finally:
@@ -300,12 +300,12 @@ def cut_power_while_saving(tmp_path: Path, cuts: int, seed: int) -> None:
                 rest = saver.stdout.read().split("\n")[:-1]
                 saver.wait()
                 saver.stdout.close()
-            # Reports from after the cut do not count: the saver may have passed its last fsync just before it.
+            # Reports after the cut do not count: the last fsync may have finished just before it.
             reported = max([reported, *(int(line) for line in rest if line.isdigit())])
     assert reported > 0
 
 
-def test_a_power_cut_in_a_checkpoint_leaves_the_one_before(tmp_path):
+def test_a_power_cut_during_a_checkpoint_keeps_the_previous_one(tmp_path):
     cut_power_while_saving(tmp_path, cuts=2, seed=0)
 
 
@@ -345,7 +345,7 @@ def steps_logged(directory: Path) -> int:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS if n != signal.SIGTERM)]
 )
-def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed, tmp_path, number):
+def test_a_signal_saves_the_step_and_exits_with_its_own_status(undisturbed, tmp_path, number):
     out = tmp_path / "run"
     process = start(undisturbed / "config.yaml", f"--output_dir={out}", *LONG)
     try:
@@ -357,7 +357,7 @@ def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed
         process.kill()
         process.stdout.close()
     (saved,) = list_checkpoints(out)
-    assert saved == max(losses(out)) > 5, "the step that was done, not one at an interval"
+    assert saved == max(losses(out)) > 5, "the current step, not one at an interval"
     assert f"stopped: {number.name}: saved after step {saved}" in said
     assert "Traceback" not in said
     assert not (out / "adapter").exists()
@@ -365,7 +365,7 @@ def test_a_signal_saves_the_step_and_leaves_with_a_status_of_its_own(undisturbed
 
 
 def test_ctrl_c_in_a_pipeline_ends_the_reader_first_and_the_run_saves(undisturbed, tmp_path):
-    """`train | tee log`: a terminal sends SIGINT to both, and nobody reads what the run says while it saves."""
+    """`train | tee log`: a terminal sends SIGINT to both, and nobody reads the output of the run while it saves."""
     out = tmp_path / "run"
     words = [sys.executable, "-m", "flacuna_jax.train", "--config", undisturbed / "config.yaml", f"--output_dir={out}"]
     command = f"{shlex.join(map(str, [*words, *LONG]))} 2>&1 | cat; echo ${{PIPESTATUS[@]}} > {tmp_path / 'status'}"
@@ -382,8 +382,8 @@ def test_ctrl_c_in_a_pipeline_ends_the_reader_first_and_the_run_saves(undisturbe
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_closed_ends_the_run_saved(undisturbed, tmp_path):
-    """A lost connection: SIGHUP, and every print to the terminal fails from then on."""
+def test_a_run_saves_when_its_terminal_is_closed(undisturbed, tmp_path):
+    """A lost connection: SIGHUP, and every later print to the terminal fails."""
     out = tmp_path / "run"
     pid, terminal = pty.fork()
     if pid == 0:
@@ -401,7 +401,7 @@ def test_a_terminal_that_is_closed_ends_the_run_saved(undisturbed, tmp_path):
     assert list_checkpoints(out) == [max(losses(out))]
 
 
-def test_a_report_that_cannot_be_written_changes_no_status(undisturbed, tmp_path, capsys):
+def test_a_report_that_cannot_be_written_does_not_change_the_status(undisturbed, tmp_path, capsys):
     out = tmp_path / "run"
     (out / "report.html").mkdir(parents=True)
     assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(4, terminate)) == EXIT_STOPPED
@@ -427,7 +427,7 @@ def test_a_signal_in_the_last_save_is_answered_before_the_delivery(undisturbed, 
 
 
 def test_a_stopped_run_continues_to_the_same_bytes(undisturbed, tmp_path):
-    """SIGTERM three times in the life of one run, between saves and at one."""
+    """SIGTERM three times during a run, between saves and during one."""
     out = tmp_path / "run"
     for step in (1, 6, 9):
         assert run(undisturbed / "config.yaml", f"--output_dir={out}", hooks=at_step(step, terminate)) == EXIT_STOPPED
@@ -460,7 +460,7 @@ def evaluated(undisturbed, tmp_path_factory) -> Path:
 
 
 def evaluations(directory: Path) -> list[tuple]:
-    """What was measured, and what was answered, in the order of the files."""
+    """Metrics and sample answers, in the order of the files."""
     measured = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     answered = map(json.loads, (directory / "samples.jsonl").read_text().splitlines())
     losses_by_step = [(record["step"], record["eval/loss"]) for record in measured if "eval/loss" in record]
@@ -473,7 +473,7 @@ def assert_same_evaluated_run(directory: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("at", ["the last step", pytest.param("a step that is due", marks=pytest.mark.slow)])
-def test_stopped_between_a_step_and_its_evaluation_the_next_start_makes_it(undisturbed, evaluated, tmp_path, at):
+def test_an_evaluation_skipped_by_a_stop_is_done_by_the_next_start(undisturbed, evaluated, tmp_path, at):
     out, step = tmp_path / "run", max(losses(evaluated)) if at == "the last step" else 10
     arguments = undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED
     assert run(*arguments, hooks=at_step(step, terminate)) == EXIT_STOPPED
@@ -482,8 +482,10 @@ def test_stopped_between_a_step_and_its_evaluation_the_next_start_makes_it(undis
     assert_same_evaluated_run(out, evaluated)
 
 
-def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evaluated, tmp_path, monkeypatch, capsys):
-    """Stopped before it, stopped again in it, killed right behind it; a kill is an exception here, which saves
+def test_an_evaluation_after_the_last_checkpoint_is_repeated_once(
+    undisturbed, evaluated, tmp_path, monkeypatch, capsys
+):
+    """Stopped before it, stopped again during it, killed directly after it; a kill is an exception here, which saves
     nothing."""
     out = tmp_path / "run"
     arguments = undisturbed / "config.yaml", f"--output_dir={out}", EVALUATED
@@ -497,7 +499,7 @@ def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evalua
     with monkeypatch.context() as patched:
         patched.setattr(HeldOut, "measure", stop_in_it)
         assert run(*arguments) == EXIT_STOPPED
-    assert list_checkpoints(out)[-1] == 10, "no step is taken before the evaluation that is due"
+    assert list_checkpoints(out)[-1] == 10, "no step is done before the pending evaluation"
 
     def killed():
         raise Stopped
@@ -514,7 +516,7 @@ def test_an_evaluation_that_no_checkpoint_knows_is_made_once(undisturbed, evalua
 
 
 def grows(directory: Path, by: int = 1):
-    """Whether the log has grown since it was shortest: it is cut back to the checkpoint that a run continues from."""
+    """Whether the log has grown since it was shortest, because a resumed run cuts it back to its checkpoint."""
     shortest = [steps_logged(directory)]
 
     def has_grown() -> bool:
@@ -527,7 +529,7 @@ def grows(directory: Path, by: int = 1):
 
 @dataclasses.dataclass(frozen=True)
 class Killed:
-    """What `kill_again_and_again` did."""
+    """Counts of `kill_again_and_again`."""
 
     continued: int
     """Starts that found a checkpoint."""
@@ -537,7 +539,7 @@ class Killed:
 def kill_again_and_again(
     tmp_path: Path, config: Path, settings: list[str], kills: int, until: Callable[[Path, subprocess.Popen], None]
 ) -> Killed:
-    """SIGKILL, each when `until` returns; then the run ends in the bytes of one that nobody killed, or this raises."""
+    """Sends SIGKILL each time `until` returns; raises unless the run then ends with the bytes of an undisturbed run."""
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "FLACUNA_CACHE": str(tmp_path / "tokens")}
     whole = start(config, f"--output_dir={tmp_path / 'whole'}", *settings, **compiled)
     assert whole.wait(600) == 0, whole.stdout.read()
@@ -557,13 +559,13 @@ def kill_again_and_again(
             process.kill()
             process.stdout.close()
         if status == 0:
-            # It was through: what it left is compared, and the rest of the kills go to another one.
+            # The run has finished: compare its result, and use another run for the other kills.
             assert_same_run(out, tmp_path / "whole")
             shutil.rmtree(out)
             continue
         assert status == -signal.SIGKILL, said
         assert "Traceback" not in said
-        assert "damaged" not in said, "a kill leaves whole checkpoints"
+        assert "damaged" not in said, "a kill leaves only complete checkpoints"
         continued += "resuming after step" in said
         died_at.append(max(losses(out), default=0) if steps_logged(out) else 0)
     last = start(config, f"--output_dir={out}", *settings, **compiled)
@@ -578,14 +580,14 @@ def kill_again_and_again(
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_at_random_it_ends_in_the_same_bytes(tmp_path):
-    """While it starts, compiles, steps, saves, evaluates. Set FLACUNA_KILLS for another number."""
+def test_a_run_killed_fifty_times_at_random_ends_with_the_same_bytes(tmp_path):
+    """Kills during start, compilation, steps, saves and evaluations. FLACUNA_KILLS sets another number."""
     random = np.random.default_rng(int(os.environ.get("FLACUNA_KILL_SEED", "0")))
     kills = int(os.environ.get("FLACUNA_KILLS", "50"))
     config = write_run(tmp_path / "input", training={"epochs": 60, "batch_size": 8}, checkpoint={"every_steps": 3})
 
     def until(out: Path, process: subprocess.Popen) -> None:
-        # Some die while they start; most some steps after they have begun to write.
+        # Some are killed during the start; most are some steps after their first write.
         if random.random() < 0.15:
             time.sleep(random.uniform(0, 6))
         else:
@@ -597,14 +599,14 @@ def test_killed_fifty_times_at_random_it_ends_in_the_same_bytes(tmp_path):
 
 
 def saving(directory: Path) -> bool:
-    """Whether a checkpoint is being written that is not whole yet."""
+    """Whether a checkpoint is being written and is not complete yet."""
     return any((directory / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.slow
-def test_killed_in_asynchronous_saves_it_ends_in_the_same_bytes(tmp_path):
-    """Full fine-tuning saves while it goes on. Each kill falls into a save, or just behind one; nothing half-done is
-    taken for a checkpoint, and none is lost that was whole."""
+def test_a_run_killed_in_asynchronous_saves_ends_with_the_same_bytes(tmp_path):
+    """Full fine-tuning saves asynchronously. Each kill is during a save, or directly after one; no incomplete
+    checkpoint is used, and no complete one is lost."""
     random = np.random.default_rng(int(os.environ.get("FLACUNA_KILL_SEED", "0")))
     kills = int(os.environ.get("FLACUNA_KILLS", "24"))
     sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 256, "num_layers": 4}

@@ -1,4 +1,4 @@
-"""`flacuna generate` from the outside: models, runs, templates, and what is refused."""
+"""`flacuna generate` from the command line: models, runs, templates, and errors."""
 
 import io
 import json
@@ -22,13 +22,13 @@ from tests.vocabularies import llama_template
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 STORY = "Once upon a time, there was a"
-# bfloat16 rounding may turn a near-tie; these tests compare words, so they compute in float32.
+# bfloat16 rounding can change near-ties; these tests compare texts, so they compute in float32.
 PRECISE = ["--dtype", "float32", "--max-new-tokens", "12"]
 
 
 @pytest.fixture
 def run(story_llama: Path, tmp_path: Path) -> Path:
-    """A finished run: its config and an adapter that changes what the base says."""
+    """A finished run: its config and an adapter that changes the base's answers."""
     path = tmp_path / "run"
     path.mkdir()
     config = read_architecture(story_llama)
@@ -52,10 +52,10 @@ def _say(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_answers_are_transformers_answers(
+def test_answers_equal_those_of_transformers(
     story_llama: Path, capsys: pytest.CaptureFixture[str], torch: ModuleType, transformers: ModuleType
 ) -> None:
-    """The whole way, from text to text, with the template and without."""
+    """From text to text, with and without the template."""
     tokenizer = load_tokenizer(story_llama)
     reference = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32)
 
@@ -71,7 +71,7 @@ def test_answers_are_transformers_answers(
     assert "\n".join(_say(capsys, *model, STORY)) == expected(prompt)
 
 
-def test_a_run_brings_its_base_adapter_and_template(
+def test_a_run_provides_base_adapter_and_template(
     run: Path, story_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spelled_out = ["--model", str(story_llama), "--adapter", str(run), "--template", "vicuna_v0"]
@@ -84,13 +84,13 @@ def test_a_run_brings_its_base_adapter_and_template(
 def test_an_adapter_outside_of_its_run(
     run: Path, story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What else is called config.yaml beside it is none of its business."""
+    """An unrelated config.yaml in its parent directory is ignored."""
     (run / "adapter").rename(tmp_path / "mine")
     (tmp_path / "config.yaml").write_text("services: [web]")
     assert _say(capsys, "--model", str(story_llama), "--adapter", str(tmp_path / "mine"), *PRECISE, STORY)
 
 
-def test_chat_takes_a_run_as_generate_does(
+def test_chat_accepts_a_run_like_generate(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = _say(capsys, "--run", str(run), *PRECISE, STORY)
@@ -135,7 +135,7 @@ def test_a_template_file_system_text_and_stops(
     answer = say(STORY)
     assert say("--system", system, STORY) == answer
     assert say("--raw", f"{system} USER: {STORY} ASSISTANT:") == answer
-    assert say("--template", str(tmp_path / "mine.jinja"), STORY) == answer  # the file holds the system text
+    assert say("--template", str(tmp_path / "mine.jinja"), STORY) == answer  # the file contains the system text
     assert say("--system", "Be brief.", STORY) != answer
     stop = answer[4:7]
     assert say("--stop", stop, STORY) == answer[: answer.index(stop)]

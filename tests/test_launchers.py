@@ -1,4 +1,4 @@
-"""The launchers of scripts/, with stand-ins for the commands of the cluster."""
+"""The launchers in scripts/, with replacements for the commands of the cluster."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ SCRIPTS = ROOT / "scripts"
 
 
 class Cluster:
-    """A directory of stand-in commands, each of which notes its arguments."""
+    """A directory of replacement commands, each of which records its arguments."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.notes = directory, directory / "calls"
@@ -30,7 +30,7 @@ class Cluster:
         path.chmod(0o755)
 
     def ends(self, name: str, *statuses: int) -> None:
-        """A command that ends with one status after the other."""
+        """A command that exits with the given statuses, one after the other."""
         ladder = "".join(f"{number}) exit {status};; " for number, status in enumerate(statuses, 1))
         self.command(name, f'case $(grep -c "^{name} " "$NOTES") in {ladder} esac')
 
@@ -57,13 +57,13 @@ def cluster(tmp_path: Path) -> Cluster:
     ("statuses", "restarts", "expected", "starts"),
     [((0,), 3, 0, 1), ((2,), 3, 2, 1), ((1, 137, 0), 3, 0, 3), ((1, 1, 2), 3, 2, 3), ((1, 1, 1, 7), 3, 7, 4)],
 )
-def test_restart_goes_on_until_done_or_hopeless(cluster, statuses, restarts, expected, starts):
+def test_restart_repeats_until_success_or_wrong_input(cluster, statuses, restarts, expected, starts):
     cluster.ends("train", *statuses)
     assert cluster.run("restart.sh", "train", "--a=b c", RESTARTS=str(restarts)).returncode == expected
     assert cluster.calls == ["train --a=b c"] * starts
 
 
-def test_restart_passes_signals_on_and_lets_the_command_save(cluster):
+def test_restart_forwards_signals_and_lets_the_command_save(cluster):
     cluster.command("train", "trap 'sleep 0.5; echo saved >> \"$NOTES\"; exit 75' TERM; while :; do sleep 0.05; done")
     process = subprocess.Popen([SCRIPTS / "restart.sh", "train"], env=cluster.environment)
     deadline = time.monotonic() + 20
@@ -80,7 +80,7 @@ def test_restart_passes_signals_on_and_lets_the_command_save(cluster):
     ("status", "restarts", "expected", "requeued"),
     [(0, "0", 0, False), (2, "0", 2, False), (75, "0", 0, True), (137, "3", 0, True), (1, "50", 1, False)],
 )
-def test_slurm_puts_the_job_back_into_the_queue(cluster, status, restarts, expected, requeued):
+def test_slurm_requeues_the_job(cluster, status, restarts, expected, requeued):
     cluster.ends("srun", status)
     cluster.command("scontrol")
     result = cluster.run(
@@ -100,13 +100,13 @@ def test_open_mpi_starts_one_process_per_host_with_the_first_as_coordinator(clus
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("slurm.sh", []), ("openmpi.sh", ["c.yaml"]), ("tpu_vm.sh", ["t"])])
-def test_a_wrong_call_says_the_right_one(cluster, script, arguments):
+def test_a_wrong_call_prints_the_usage(cluster, script, arguments):
     result = cluster.run(script, *arguments)
     assert (result.returncode, result.stderr.startswith("usage:")) == (2, True)
 
 
-def test_a_tpu_that_is_taken_away_is_asked_for_again(cluster):
-    """Nothing there; active; training fails because it is taken away; asked for anew; done."""
+def test_a_preempted_tpu_is_requested_again(cluster):
+    """No TPU; active; training fails because of a preemption; requested again; done."""
     cluster.command(
         "gcloud",
         """
@@ -155,7 +155,7 @@ def test_job_sets_agree_with_themselves_and_the_config(name):
         jobset, subdomain = document["metadata"]["name"], document["metadata"]["name"]
         assert config.distributed.num_processes == pods
         assert config.distributed.coordinator.startswith(f"{jobset}-{group['name']}-0-0.{subdomain}:")
-    # A wrong input ends the job; everything else starts it again.
+    # Wrong input ends the job; all other failures restart it.
     assert document["spec"]["failurePolicy"]["maxRestarts"] > 0
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
     assert pod["terminationGracePeriodSeconds"] >= 60

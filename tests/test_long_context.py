@@ -1,4 +1,4 @@
-"""16k tokens on one device, for real: rows of whole conversations through remat and the chunked loss, against PEFT."""
+"""16k tokens on one device: rows of whole conversations with remat and the chunked loss, against PEFT."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ LORA = LoraConfig(rank=4, targets=("q_proj", "v_proj"), dropout=0.0)
 
 
 def joined(path: Path, tokens: list[int], tokenizer) -> list[dict]:
-    """Conversations of nearly so many tokens, of Alpaca's questions and answers one after another."""
+    """Conversations of almost the given number of tokens, joined from Alpaca's questions and answers."""
     records, made = iter(json.loads(path.read_text(encoding="utf-8"))), []
     for wanted in tokens:
         turns, length = [], 60  # the system text
@@ -45,7 +45,7 @@ def joined(path: Path, tokens: list[int], tokenizer) -> list[dict]:
 
 
 def torch_loss(model, examples) -> "torch.Tensor":
-    """Document by document, the head in chunks that the backward pass computes again: 32,000 × 16k logits are 2 GB."""
+    """Document by document, with the head in recomputed chunks, because 32,000 × 16k logits are 2 GB."""
     total, supervised = torch.zeros(()), 0
     for example in examples:
         ids = torch.tensor(np.asarray(example.ids, np.int64))
@@ -65,8 +65,10 @@ def torch_loss(model, examples) -> "torch.Tensor":
 
 
 @pytest.mark.slow
-def test_a_row_of_16k_has_pefts_loss_and_gradients(test_data: Path, llama_tokenizer: Path, tmp_path: Path) -> None:
-    """One document that fills the row, then one row of three: linear scaling of a model of 2k, remat full."""
+def test_a_row_of_16k_has_the_loss_and_gradients_of_peft(
+    test_data: Path, llama_tokenizer: Path, tmp_path: Path
+) -> None:
+    """One document that fills the row, then one row of three: linear scaling of a 2k model, remat full."""
     torch.manual_seed(0)
     sizes = transformers.LlamaConfig(
         vocab_size=32000, **SIZES, num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.2

@@ -1,4 +1,4 @@
-"""Methods put together, as a user runs them; and every snippet of docs/methods.md is a config."""
+"""Combinations of methods, run as by a user; and every snippet of docs/methods.md is a config."""
 
 import json
 import re
@@ -35,12 +35,12 @@ def test_snippets_of_the_docs_are_settings(snippet: str) -> None:
 
 
 def test_every_section_has_a_snippet() -> None:
-    assert len(SNIPPETS) >= len(SECTIONS) - 1  # the last says what was compared with what
+    assert len(SNIPPETS) >= len(SECTIONS) - 1  # the last section lists comparisons
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model from scratch, by Lion and full fine-tuning, whose rows are as long as NF4's blocks."""
+    """A model trained from scratch with Lion and full fine-tuning, whose rows are as long as NF4's blocks."""
     directory = tmp_path_factory.mktemp("base")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
     architecture = {**sizes, "max_position_embeddings": 256}
@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """DoRA with patterns beside an NF4 base at twice its context, LoRA+ under Adafactor: trained, continued, merged."""
+    """DoRA with patterns on an NF4 base at twice its context, LoRA+ with Adafactor: trained, continued, merged."""
     settings = [
         f"--model={{path: {base / 'run' / 'model'}, dtype: float32, quantization: nf4}}",
         "--model.rope_scaling={type: linear}",
@@ -74,7 +74,10 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert np.abs(moved).max() > 1e-3
 
     again = tmp_path / "again"
-    resumed = [*settings, f"--lora.init_from={run / 'adapter'}"]  # as many steps: what is compiled serves again
+    resumed = [
+        *settings,
+        f"--lora.init_from={run / 'adapter'}",
+    ]  # the same number of steps, so that compiled programs are reused
     assert flacuna(["train", "--config", str(base / "config.yaml"), f"--output_dir={again}", *resumed]) == 0
     first, second = (
         json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])["loss"] for directory in (run, again)
@@ -84,7 +87,7 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     loaded = ModelLoader("float32").load(ModelAddress(base / "run" / "model", run))
     assert loaded.spec.config.rope_scaling is not None
     assert loaded.spec.config.rope_scaling.factor == 2
-    assert loaded.spec.quantization == "nf4", "as the run saw it"
+    assert loaded.spec.quantization == "nf4", "like the run"
     capsys.readouterr()
     merged = ["--format", "merged", "--golden-tokens", "0"]
     assert flacuna(["export", str(run), str(tmp_path / "merged"), *merged, "--merge-base", "stored"]) == 0
@@ -95,11 +98,11 @@ def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureF
     (trained,) = loaded.loglikelihood(asked)
     for directory, same in (("rounded", True), ("merged", False)):
         (score,) = ModelLoader("float32").load(ModelAddress(tmp_path / directory)).loglikelihood(asked)
-        # Three log-probabilities, each rounded in float32; NF4 moves them a thousand times as far.
+        # Three log-probabilities, each rounded in float32; NF4 changes them a thousand times as much.
         assert (abs(score.log_probability - trained.log_probability) < 1e-4) == same
     on_stored = ModelLoader("float32", stored_base=True).load(ModelAddress(base / "run" / "model", run))
     assert on_stored.loglikelihood(asked)[0].log_probability == pytest.approx(score.log_probability, abs=1e-4)
-    assert on_stored.fingerprint != loaded.fingerprint, "answers of one are not taken from the other's cache"
+    assert on_stored.fingerprint != loaded.fingerprint, "the answers are cached separately"
     for layer, module in ((0, "layers/q_proj"), (1, "layers/down_proj")):
         name = f"{loaded.spec.linear[module].of_layer(layer)}.weight"
         kernel = load_file(base / "run" / "model" / "model.safetensors")[name]

@@ -42,7 +42,7 @@ def start_hosts(config: Path, *overrides: str, hosts: int = 2, per_host: dict[in
 
 
 def finish(processes: list[subprocess.Popen], seconds: int = 280) -> list[tuple[int, str]]:
-    """The status of each and what it said; all are read at once, because one whose pipe is full stops all."""
+    """The status and output of each; all are read concurrently, because one with a full pipe would block all."""
     try:
         with ThreadPoolExecutor(len(processes)) as readers:
             said = list(readers.map(lambda process: process.communicate(timeout=seconds)[0], processes))
@@ -72,25 +72,25 @@ def two_hosts(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(expected: Path, actual: Path) -> None:
-    """The same batches in the same order, and losses that differ by rounding only."""
+    """The same batches in the same order, and losses that differ only by rounding."""
     records = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (expected, actual)]
     for name in ("step", "epoch", "examples", "rows", "tokens", "supervised_tokens"):
         assert [record[name] for record in records[1]] == [record[name] for record in records[0]], name
     np.testing.assert_allclose(*([record["loss"] for record in run] for run in records[::-1]), atol=1e-5)
 
 
-def test_two_hosts_train_what_one_trains(alone, two_hosts):
+def test_two_hosts_train_the_same_as_one(alone, two_hosts):
     assert_same_run(alone / "run", two_hosts)
     assert (two_hosts / "adapter" / "adapter_model.safetensors").is_file()
 
-    # One host continues what two have written, and finds nothing left to do.
+    # One host resumes the run of two, which is already complete.
     before = adapter_bytes(two_hosts)
     assert run(alone / "config.yaml", f"--output_dir={two_hosts}") == 0
     assert adapter_bytes(two_hosts) == before
 
 
 def back_at(step: int, run_directory: Path, copy: Path) -> str:
-    """A copy of a run as it was when the checkpoint of `step` was its newest; the option that continues it."""
+    """A copy of a run at the time when the checkpoint of `step` was its newest, and the option that resumes it."""
     shutil.copytree(run_directory, copy, ignore=shutil.ignore_patterns("adapter"))
     for checkpoint in (copy / "checkpoints").iterdir():
         if checkpoint.name.isdigit() and int(checkpoint.name) > step:
@@ -101,12 +101,12 @@ def back_at(step: int, run_directory: Path, copy: Path) -> str:
 @pytest.mark.parametrize(
     "mesh", ["{fsdp: 1}", "{data: 2, tensor: 2}", "{replica: 2, fsdp: 2}"], ids=["1 device", "data × tensor", "replica"]
 )
-def test_one_process_continues_what_two_began_on_any_mesh(alone, two_hosts, tmp_path, mesh):
+def test_one_process_resumes_a_run_of_two_on_any_mesh(alone, two_hosts, tmp_path, mesh):
     assert run(alone / "config.yaml", back_at(2, two_hosts, tmp_path / "run"), f"--mesh={mesh}") == 0
     assert_same_run(alone / "run", tmp_path / "run")
 
 
-def test_two_processes_continue_what_one_began(alone, tmp_path):
+def test_two_processes_resume_a_run_of_one(alone, tmp_path):
     out = back_at(4, alone / "run", tmp_path / "run")
     results = finish(start_hosts(alone / "config.yaml", out, "--mesh={data: 2, fsdp: 2}"))
     assert [status for status, _ in results] == [0, 0], results
@@ -172,7 +172,7 @@ def test_a_killed_host_stops_the_others_and_the_restart_continues(alone, tmp_pat
 
 
 def test_a_signal_to_one_host_stops_all_at_the_same_step(alone, tmp_path):
-    """Schedulers tell the hosts at different times. All save once, and leave with the status that says so."""
+    """Schedulers signal the hosts at different times. All save once, and exit with the status for a signal."""
     out = f"--output_dir={tmp_path / 'run'}"
     never = ["--checkpoint.every_steps=100000", "--training.max_steps=5000", "--training.epochs=5000"]
     processes = start_hosts(alone / "config.yaml", out, *never)
@@ -190,7 +190,7 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_late_host_is_waited_for(alone, tmp_path):
+def test_hosts_wait_for_a_late_host(alone, tmp_path):
     first = start_hosts(alone / "config.yaml", f"--output_dir={tmp_path / 'run'}", "--training.max_steps=1")
     first[1].send_signal(signal.SIGSTOP)
     time.sleep(15)

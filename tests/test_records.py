@@ -1,4 +1,4 @@
-"""From a data file to the tokens that carry loss, and what `prepare` and `train` say on the way."""
+"""From a data file to the tokens with loss, and the output of `prepare` and `train`."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def build(
 
 
 def with_loss(store: TokenStore, tokenizer: Any, index: int = 0) -> list[str]:
-    """The texts of the spans that carry loss."""
+    """The texts of the spans with loss."""
     example = store.example(index)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], example.loss_mask, [0]])))
     return [tokenizer.decode(example.ids[start:end].tolist()) for start, end in edges.reshape(-1, 2)]
@@ -112,7 +112,7 @@ def test_unknown_tokens_with_loss_are_counted(tmp_path: Path, tokenizer: Any, mo
     assert build(tmp_path, tokenizer, record)[1].sources[0].unknown_tokens == 0
 
 
-def test_what_prepare_says(
+def test_the_output_of_prepare(
     tmp_path: Path, llama_tokenizer: Path, story_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -141,7 +141,7 @@ def test_what_prepare_says(
     assert "split train" in said
 
 
-def test_variables_of_torchrun_are_noticed() -> None:
+def test_variables_of_torchrun_are_reported() -> None:
     assert unread_launcher({}) is None
     assert unread_launcher({"WORLD_SIZE": "1", "RANK": "0"}) is None
     said = unread_launcher({"WORLD_SIZE": "8", "RANK": "3"})

@@ -1,4 +1,4 @@
-"""What data and environment may try: nothing of it leaves the output directory, and no secret gets into it."""
+"""Untrusted data and environment: nothing is written outside of the output directory, and no secret in it."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ SECRETS = {
     "MY_PASSWORD": "password-1d7c0ffee",
 }
 NAMES = ["../../outside", "/tmp/absolute", "..", "a/../../b", "<script>alert(1)</script>", "%s{0}$title", "CON"]
-"""Ids and sources of records, as whoever wrote the data pleases."""
+"""Malicious ids and sources of records."""
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, compiled_once) -> Path:
-    """A run with everything on, over records with such names."""
+    """A run with all features, on records with such names."""
     directory = tmp_path_factory.mktemp("safety")
     config = write_run(
         directory,
@@ -72,7 +72,7 @@ def test_a_profile_is_in_its_directory(ran):
     assert list((ran / "profile").rglob("*.xplane.pb"))
 
 
-def test_errors_and_refusals_name_no_secret(ran, capsys, monkeypatch):
+def test_error_messages_contain_no_secret(ran, capsys, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     config = ran.parent / "config.yaml"
@@ -82,7 +82,7 @@ def test_errors_and_refusals_name_no_secret(ran, capsys, monkeypatch):
     assert "1d7c0ffee" not in said.out + said.err
 
 
-def test_links_that_lead_in_a_circle(tmp_path, ran, capsys):
+def test_circular_links(tmp_path, ran, capsys):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     assert run(ran.parent / "config.yaml", f"--output_dir={tmp_path / 'circle'}") == 2
     assert "circle cannot be written" in capsys.readouterr().err

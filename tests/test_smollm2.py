@@ -1,6 +1,6 @@
-"""A chat model that this project did not choose, from end to end: its own template, its own end of answers.
+"""An independent chat model from end to end, with its own template and end of answers.
 
-SmolLM2-135M-Instruct as `make smollm2` fetches it; the tests are skipped where it is not there.
+SmolLM2-135M-Instruct, downloaded by `make smollm2`; the tests are skipped without it.
 """
 
 import json
@@ -33,12 +33,12 @@ def smollm2() -> Path:
     default = Path(__file__).parents[1] / ".models" / "smollm2-135m-instruct"
     directory = Path(os.environ.get("FLACUNA_SMOLLM2", default))
     if not (directory / "config.json").is_file():
-        pytest.skip("SmolLM2 is not there (make smollm2)")
+        pytest.skip("SmolLM2 is not installed (make smollm2)")
     return directory
 
 
-def test_greedy_answers_are_those_of_transformers(smollm2: Path) -> None:
-    """Through the checkpoint's own template, with no option given, in float32."""
+def test_greedy_answers_equal_those_of_transformers(smollm2: Path) -> None:
+    """With the checkpoint's own template, without options, in float32."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from flacuna_jax import Decoding, load_model
@@ -63,7 +63,7 @@ def test_greedy_answers_are_those_of_transformers(smollm2: Path) -> None:
         assert answer.finish == ("eos" if ended else "length")
 
 
-def test_a_trained_and_merged_model_stops_at_its_own_mark(smollm2: Path, tmp_path: Path) -> None:
+def test_a_trained_and_merged_model_stops_at_its_own_marker(smollm2: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from flacuna_jax import export, train

@@ -50,7 +50,7 @@ def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def described(paths: Iterable[str]) -> dict[str, Parameter]:
-    """What the network says of these parameters, which have the sizes of `SMALL`."""
+    """The descriptions of these parameters in the network, with the sizes of `SMALL`."""
     config = dataclasses.replace(SMALL, biases=("q_proj",))
     known = ModelSpec(config).base | ModelSpec(config, LoraConfig(use_dora=True)).adapters
     return {path: known[path] for path in paths}

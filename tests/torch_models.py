@@ -1,4 +1,4 @@
-"""transformers' models of the test sizes, and their weights in our layout; importers skip where torch is absent."""
+"""transformers' models of the test sizes, and their weights in our layout; importers skip without torch."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def config_of(model: transformers.LlamaForCausalLM) -> LlamaConfig:
 
 
 def from_torch(model: torch.nn.Module, config: LlamaConfig) -> Params:
-    """Stacks a torch state dict by hand, independently of the package's own loader."""
+    """Stacks a torch state dict manually, independently of the package's own loader."""
     state = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
     params = {}
     for name in ModelSpec(config).base_shapes:

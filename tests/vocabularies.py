@@ -1,4 +1,4 @@
-"""Special tokens and thin tokenizers for tests, with no code of the package between a test and its expectation."""
+"""Special tokens and simple tokenizers for tests, independent of the package's tokenizer code."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ LLAMA = SpecialTokens({"<unk>": Special(0), "<s>": Special(1), "</s>": Special(2
 
 
 def llama_template(name: str) -> Template:
-    """One of our formats, or a .jinja file, with LLaMA's special tokens."""
+    """A built-in format, or a .jinja file, with LLaMA's special tokens."""
     return named_template(name, LLAMA)
 
 

@@ -27,8 +27,8 @@ def _prompts(records: tuple[corpus.Record, ...]) -> list[str]:
     return [record["conversations"][0]["value"] for record in records]
 
 
-def test_every_family_is_there_and_none_dominates(built: Corpus) -> None:
-    """Facts run out (few held-out capitals, a template each); composed content does not."""
+def test_every_family_exists_and_none_dominates(built: Corpus) -> None:
+    """Facts are limited (few held-out capitals, one template each); composed content is not."""
     for records, wanted in ((built.train, SIZES.instructions), (built.held_out, SIZES.held_out)):
         counts = Counter(record["source"] for record in records)
         for family in FAMILIES:
@@ -41,15 +41,15 @@ def test_no_prompt_occurs_twice(built: Corpus) -> None:
 
 
 def test_held_out_facts_are_in_no_instruction(built: Corpus) -> None:
-    """Looks at the words themselves: a held-out country stands in no instruction, few-shot ones included."""
+    """Checks the words themselves: no instruction contains a held-out country, including few-shot ones."""
     text = "\n".join(turn["value"] for record in built.train for turn in record["conversations"])
     held_out = [key.split(":", 1)[1] for key in built.keys["held_out"] if key.startswith("capitals:")]
     assert held_out
     assert not [country for country in held_out if country in text]
 
 
-def test_held_out_passages_were_never_heard(built: Corpus) -> None:
-    """Composed content (a review, a passage, a list) appears in neither of the corpora that are trained on."""
+def test_held_out_passages_are_in_no_training_data(built: Corpus) -> None:
+    """Composed content (a review, a passage, a list) is in neither of the training corpora."""
     trained = "\n".join(t["value"] for r in (*built.conversations, *built.train) for t in r["conversations"])
     names = [family.name for family in FAMILIES if not family.facts]
     passages = [key.split(":", 1) for key in built.keys["held_out"]]
@@ -58,7 +58,7 @@ def test_held_out_passages_were_never_heard(built: Corpus) -> None:
     assert not [content for content in passages if content in trained]
 
 
-def test_both_sides_of_an_opposite_lie_on_one_side(built: Corpus) -> None:
+def test_both_words_of_an_opposite_are_on_the_same_side(built: Corpus) -> None:
     def paired(side: str) -> set[str]:
         pairs = [key.split(":")[1].split("/") for key in built.keys[side] if key.startswith("opposites:")]
         return {word for pair in pairs for word in pair}
@@ -88,7 +88,7 @@ def test_a_function_of_the_seed(built: Corpus, tmp_path: Path) -> None:
 
 
 def test_records_are_flan_mini(built: Corpus, tmp_path: Path) -> None:
-    """Our own reader takes every record of every file, and drops none."""
+    """Our own reader reads every record of every file, and drops none."""
     write_corpus(built, tmp_path)
     for name, records in (
         (corpus.BASE_FILE, built.conversations),
@@ -118,13 +118,13 @@ def test_every_wording_fits_every_item(family: corpus.Family) -> None:
             assert target
 
 
-def test_targets_that_reason_conclude(built: Corpus) -> None:
+def test_targets_with_reasoning_have_a_conclusion(built: Corpus) -> None:
     targets = [r["conversations"][1]["value"] for r in built.train if r["source"] == "reasoning"]
     assert all(target.count(ANSWER_MARK) == 1 for target in targets)
 
 
 def test_answers_are_right() -> None:
-    """Recomputes what can be recomputed from the item's own words."""
+    """Recomputes the answers that follow from the item's own words."""
     rng = Random(1)
     families = {family.name: family for family in FAMILIES}
     for _ in range(200):

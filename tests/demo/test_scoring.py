@@ -1,4 +1,4 @@
-"""What counts as right in the demo's table."""
+"""The criteria for right answers in the demo's table."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_scores_by_family_and_their_average() -> None:
     assert [(s.family, s.count) for s in scores] == [("a", 1), ("b", 3)]
     assert [s.exact for s in scores] == pytest.approx([0, 100 / 3])
     assert [s.mentioned for s in scores] == pytest.approx([100, 100 / 3])
-    assert average(scores).exact == pytest.approx(100 / 6)  # families count the same, items do not
+    assert average(scores).exact == pytest.approx(100 / 6)  # families have equal weights, items do not
     assert average(scores).count == 4
 
 

@@ -1,4 +1,4 @@
-"""The demo's tokenizer against the conventions of LLaMA's, by our own loader and by transformers."""
+"""The demo's tokenizer follows the conventions of LLaMA's, with our loader and with transformers."""
 
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_special_ids_and_bytes_are_llamas(directory: Path) -> None:
+def test_special_ids_and_bytes_equal_those_of_llama(directory: Path) -> None:
     model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     assert (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) == (0, 1, 2, -1)
     assert model.vocab_size() == VOCAB_SIZE
@@ -36,7 +36,7 @@ def test_text_survives(directory: Path, text: str) -> None:
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
 
 
-def test_digits_stand_alone(directory: Path) -> None:
+def test_digits_are_single_tokens(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     assert len(tokenizer.encode("4711")) == len(tokenizer.encode("4")) + 3
 

@@ -1,4 +1,4 @@
-"""Small sources in the layouts that their publishers use, and a tokenizer that needs no file."""
+"""Small sources in their published layouts, and a tokenizer that needs no file."""
 
 import gzip
 import json
@@ -87,7 +87,7 @@ def code_search_rows(count: int, language: str = "python", partition: str = "tra
 
 
 def contest_rows(count: int) -> list[dict[str, Any]]:
-    """As on the hub: solutions is a struct of two lists; 1 Python 2, 2 C++, 3 Python, 4 Java, 0 unknown."""
+    """As on the Hub: solutions is a struct of two lists; 1 Python 2, 2 C++, 3 Python, 4 Java, 0 unknown."""
     return [
         {
             "name": f"{i}_A",

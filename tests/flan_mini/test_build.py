@@ -74,7 +74,7 @@ def everything(tmp_path: Path) -> tuple[dict[str, Any], ...]:
     )  # fmt: skip
 
 
-def test_the_mixture_has_exactly_what_was_asked_for(tmp_path: Path, everything: tuple[dict[str, Any], ...]) -> None:
+def test_the_mixture_has_exactly_the_configured_numbers(tmp_path: Path, everything: tuple[dict[str, Any], ...]) -> None:
     built = run(sources.config(tmp_path / "out", *everything, max_length=1500))
     found = records(built)
     assert len(found) == built.records == len(built.statistics) == sum(source["examples"] for source in everything)
@@ -92,7 +92,7 @@ def test_the_mixture_has_exactly_what_was_asked_for(tmp_path: Path, everything: 
     assert {record["source"] for record in found} >= {"a:1.0.0", "task001_n", "stream_qed", "cot_gsm8k_ii", "sharegpt"}
 
 
-def test_lengths_are_those_that_training_sees(tmp_path: Path, everything: tuple[dict[str, Any], ...]) -> None:
+def test_lengths_equal_those_in_training(tmp_path: Path, everything: tuple[dict[str, Any], ...]) -> None:
     built = run(sources.config(tmp_path / "out", *everything, max_length=1500))
     measured = []
     for record in records(built):
@@ -106,12 +106,12 @@ def test_lengths_are_those_that_training_sees(tmp_path: Path, everything: tuple[
     assert Counter(measured) == Counter(pairs)
 
 
-def test_workers_and_file_order_change_no_byte(
+def test_workers_and_file_order_do_not_change_the_bytes(
     tmp_path: Path, everything: tuple[dict[str, Any], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"max_length": 1500}
     one = run(sources.config(tmp_path / "one", *everything, **settings))
-    monkeypatch.setattr(collection, "UNIT_FILES", 1)  # more jobs, so that two workers have something to share
+    monkeypatch.setattr(collection, "UNIT_FILES", 1)  # more jobs, so that two workers share them
     two = run(sources.config(tmp_path / "two", *everything, workers=2, **settings))
     assert one.path.read_bytes() == two.path.read_bytes()
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two")]
@@ -175,7 +175,7 @@ def test_every_item_is_accounted_for(tmp_path: Path) -> None:
     assert (one.distinct, one.used, one.failed, one.untried, one.records) == (11, 10, 1, 0, 10)
 
 
-def test_a_short_source_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_a_source_with_too_few_records_is_an_error_with_the_reason(tmp_path: Path) -> None:
     sources.jsonl(tmp_path / "rows.jsonl", sources.flan_rows(10) + sources.flan_rows(2))
     source = {"name": "flan", "kind": "flan_rows", "path": str(tmp_path / "rows.jsonl"), "examples": 11}
     with pytest.raises(
@@ -200,7 +200,7 @@ def test_scale_is_proportional(tmp_path: Path, everything: tuple[dict[str, Any],
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet"])
-def test_other_formats_hold_the_same_records(
+def test_other_formats_have_the_same_records(
     tmp_path: Path, everything: tuple[dict[str, Any], ...], format_: str
 ) -> None:
     expected = records(run(sources.config(tmp_path / "json", *everything[:2])))
@@ -209,7 +209,7 @@ def test_other_formats_hold_the_same_records(
     assert [raw.value for raw in read_records(built.path, COLUMNS, policy)] == expected
 
 
-def test_a_finished_build_is_found_and_a_changed_one_says_what_changed(
+def test_a_finished_build_is_found_and_changes_are_reported(
     tmp_path: Path, everything: tuple[dict[str, Any], ...]
 ) -> None:
     def look(config: FlanMiniConfig) -> tuple[bool, str]:
@@ -231,7 +231,7 @@ def test_a_finished_build_is_found_and_a_changed_one_says_what_changed(
     assert "inputs.flan.a_zs_opt.jsonl" in look(config)[1]
 
 
-def test_a_tampered_collection_is_not_taken_for_finished(
+def test_a_modified_collection_does_not_count_as_finished(
     tmp_path: Path, everything: tuple[dict[str, Any], ...]
 ) -> None:
     config = sources.config(tmp_path / "out", *everything[:1])
@@ -265,7 +265,7 @@ build(config, find_inputs(config, "characters", print), load_characters, print)
 
 
 @pytest.mark.parametrize("after", [2, 7, 12])
-def test_a_killed_build_continues_and_ends_in_the_same_bytes(
+def test_a_killed_build_continues_to_the_same_bytes(
     tmp_path: Path, everything: tuple[dict[str, Any], ...], after: int
 ) -> None:
     config = sources.config(tmp_path / "out", *everything, max_length=1500)
@@ -327,7 +327,7 @@ def test_the_demos_corpus_goes_through_the_builder_unchanged(tmp_path: Path) -> 
 
 
 def test_raw_rows_of_the_benchmarks_become_records(tmp_path: Path, test_data: Path) -> None:
-    """The datasets behind FLAN 2021, as their authors distribute them."""
+    """The datasets of FLAN 2021, as distributed by their authors."""
     raw = test_data / "flan2021_raw_samples"
     for name in ("super_glue/rte/1.0.2", "piqa/plain_text/1.1.0", "ai2_arc/ARC-Easy/1.0.0"):
         with zipfile.ZipFile(raw / name / "dummy_data.zip") as archive:
@@ -349,7 +349,7 @@ def test_raw_rows_of_the_benchmarks_become_records(tmp_path: Path, test_data: Pa
 
 
 @pytest.mark.parametrize("settings", [{"include": ("typo*",)}, {"exclude": ("*",)}, {"shares": {"fs_opt": 1.0}}])
-def test_a_source_of_which_nothing_is_wanted_is_short_of_all(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_source_without_usable_items_lacks_all_records(tmp_path: Path, settings: dict[str, Any]) -> None:
     flan = str(sources.jsonl(tmp_path / "flan.jsonl", sources.flan_rows(20)))
     (tmp_path / "alpaca.json").write_text(json.dumps(sources.alpaca_rows(5)))
     both = (

@@ -1,4 +1,4 @@
-"""Torn, huge, deeply nested, wrongly encoded and hostile records: no crash, and no record without an account."""
+"""Torn, huge, deeply nested, wrongly encoded and malicious records: no crash, and every record is counted."""
 
 import contextlib
 import gzip
@@ -65,7 +65,7 @@ def source(kind: str, path: Path) -> MixtureSource:
 
 
 def account(kind: str, path: Path) -> tuple[int, SourceReport]:
-    """The records that gave an item, and the report."""
+    """The records with an item, and the report."""
     report = SourceReport(str(path))
     one = source(kind, path)
     config = sources.config(path.parent, one, on_bad_record="skip")
@@ -89,14 +89,14 @@ def test_any_json_is_read_or_counted(kind: str, tmp_path: Path, data: st.DataObj
     path = tmp_path / "fuzz.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, report = account(kind, path)
-    if kind not in ("natural_instructions", "sharegpt"):  # there a row may hold several records
+    if kind not in ("natural_instructions", "sharegpt"):  # there a row may contain several records
         assert report.read == len(rows)
 
 
 @pytest.mark.parametrize("kind", sorted(FIELDS))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=200), name=st.sampled_from(["x.json", "x.jsonl", "x.jsonl.gz", "x.parquet"]))
-def test_any_bytes_are_read_or_counted_or_refused(kind: str, tmp_path: Path, junk: bytes, name: str) -> None:
+def test_any_bytes_are_read_or_counted_or_an_error(kind: str, tmp_path: Path, junk: bytes, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(junk)[: max(4, len(junk))] if name.endswith("gz") else junk)
     with contextlib.suppress(UserError):  # a whole file that cannot be read at all: UTF-16, no known column

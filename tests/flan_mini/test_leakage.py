@@ -19,7 +19,7 @@ def scan(tmp_path: Path, items: list[str], ngram: int = 3) -> LeakageScan:
     return LeakageScan({"bench": str(path)}, ngram)
 
 
-def test_coverage_is_the_part_of_an_items_ngrams_that_were_seen(tmp_path: Path) -> None:
+def test_coverage_is_the_fraction_of_an_items_ngrams_in_the_records(tmp_path: Path) -> None:
     found = scan(tmp_path, ["a b c d e", "p q r s", "x y"])
     found.add("task1", ["Now: A, b; c! d"], ["q r"])
     found.add("task2", ["nothing"], ["p q r"])
@@ -33,7 +33,7 @@ def test_coverage_is_the_part_of_an_items_ngrams_that_were_seen(tmp_path: Path) 
     assert result.worst[0][1] == "a b c d e"
 
 
-def test_ngrams_do_not_run_over_the_end_of_a_text(tmp_path: Path) -> None:
+def test_ngrams_do_not_extend_over_the_end_of_a_text(tmp_path: Path) -> None:
     found = scan(tmp_path, ["a b c"])
     found.add("t", ["a b", "c"], ["a", "b c"])
     found.add("t", ["b c a"], [])

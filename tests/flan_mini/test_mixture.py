@@ -25,11 +25,11 @@ def test_without_caps_allocation_is_proportional_to_one(total: int, weights: lis
         assert abs(count - total * weight / sum(weights)) < 1
 
 
-def test_what_a_full_task_cannot_take_goes_to_the_others() -> None:
+def test_the_excess_of_a_full_task_goes_to_the_others() -> None:
     assert allocate(100, [1.0, 1.0, 2.0], [5, 1000, 1000]) == [5, 32, 63]
 
 
-def test_rate_cap_limits_the_weight_of_a_task_and_not_its_records() -> None:
+def test_rate_cap_limits_the_weight_of_a_task_not_its_records() -> None:
     available = {("big", ""): 1_000_000, ("small", ""): 1_000}
     result = quotas(3_000, available, available, None, 5_000)
     assert result == {("big", ""): 2_500, ("small", ""): 500}
@@ -44,20 +44,20 @@ def test_types_share_before_tasks_do() -> None:
     assert sum(result.values()) == 400  # types that are missing, or cannot give their share, leave it to the others
 
 
-def test_order_is_a_bijection_that_the_seed_decides() -> None:
+def test_order_is_a_bijection_that_depends_on_the_seed() -> None:
     keys = np.arange(100_000, dtype=np.uint64)
     assert len(np.unique(ranks(keys, 1))) == len(keys)
     assert not np.array_equal(np.argsort(ranks(keys, 1)), np.argsort(ranks(keys, 2)))
-    # Neighbours in key are strangers in order.
+    # Neighbouring keys are not neighbours in the order.
     assert abs(np.corrcoef(keys.astype(float), np.argsort(np.argsort(ranks(keys, 1))))[0, 1]) < 0.02
 
 
 @given(st.lists(st.text(), max_size=4), st.lists(st.text(), max_size=4))
-def test_hashes_tell_sequences_apart(one: list[str], other: list[str]) -> None:
+def test_hashes_distinguish_sequences(one: list[str], other: list[str]) -> None:
     assert (hash64(*one) == hash64(*other)) == (one == other)
 
 
-def test_an_item_is_told_by_its_content() -> None:
+def test_an_item_is_identified_by_its_content() -> None:
     item = Item("t", "f", {"a": "1", "b": ["2"]})
     assert item.key() == Item("t", "f", {"b": ["2"], "a": "1"}, same_as=("x",), size=3).key()
     assert item.key() != Item("t", "f", {"a": "1", "b": "2"}).key()
@@ -65,7 +65,7 @@ def test_an_item_is_told_by_its_content() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 42])
-def test_the_order_is_what_it_has_always_been(seed: int) -> None:
-    """Collections built with an older version must come out the same: these numbers may not change."""
+def test_the_order_never_changes(seed: int) -> None:
+    """Collections must be the same as with older versions, so these numbers must not change."""
     expected = {0: [9080446654069053331, 8733647672263106449], 42: [11028477970262551856, 665191590178982809]}
     assert ranks(np.array([1, 2], np.uint64), seed).tolist() == expected[seed]

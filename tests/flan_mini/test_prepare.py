@@ -56,7 +56,7 @@ def test_builds_reports_and_finds_again(collection: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     out = collection.parent / "out"
     assert "miss: building, nothing has been built yet" in said
-    assert "⟦ It is" in said  # what carries loss is marked
+    assert "⟦ It is" in said  # tokens with loss are marked
     assert "130 records" in said
     report = (out / "report.md").read_text()
     assert "DROP: drop:2.0.0" in report  # held-in, by name
@@ -105,7 +105,7 @@ def test_mistakes_exit_with_status_2(
 
 
 @pytest.mark.parametrize("count", ["-1", "two"])
-def test_show_wants_a_number(collection: Path, capsys: pytest.CaptureFixture[str], count: str) -> None:
+def test_show_needs_a_number(collection: Path, capsys: pytest.CaptureFixture[str], count: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--config", str(collection), f"--show={count}"])
     assert f"{count!r} is not a whole number >= 0" in capsys.readouterr().err
@@ -139,7 +139,7 @@ def test_a_training_config_is_tokenised_packed_and_reported(
     assert kept + held_out == 40
     assert run_verb(main, [*command, "--training.warmup_steps=3000"]) == 2
     printed = capsys.readouterr()
-    assert printed.out.count("with loss") == 2, "the data are shown all the same"
+    assert printed.out.count("with loss") == 2, "the data are shown anyway"
     assert "training.warmup_steps 3000 is not shorter" in printed.err
     assert run_verb(main, [*command, "--scale", "0.5"]) == 2
     assert run_verb(main, [*command, "--cache", "/dev/null/cache"]) == 2

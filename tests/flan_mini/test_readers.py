@@ -51,7 +51,7 @@ class TestFlanRows:
             assert (items[0].task, items[0].type, items[0].family) == ("x:1.0.0", "fs_opt", "ready")
         assert len(found) == 1
 
-    def test_p3_rows_take_their_task_from_the_directory_and_may_be_grouped(self, tmp_path: Path) -> None:
+    def test_p3_rows_get_their_task_from_the_directory_and_may_be_grouped(self, tmp_path: Path) -> None:
         row = {"inputs_pretokenized": "Q", "targets_pretokenized": "A", "inputs": [1, 2], "targets": [3]}
         sources.parquet(tmp_path / "quoref_Guess_Answer" / "train-00000-of-00001.parquet", [row])
         sources.parquet(tmp_path / "quoref_Guess_Answer" / "validation-00000-of-00001.parquet", [row])
@@ -145,7 +145,7 @@ class TestCode:
             if item.fields["language"] == "Python":
                 assert item.fields["docstring"].splitlines()[0] not in item.fields["code"]
 
-    def test_docstring_is_cut_only_where_it_is_one(self) -> None:
+    def test_only_docstrings_are_removed(self) -> None:
         code = 'def f():\n    """Say hi."""\n    return "Say hi."'
         assert without_docstring(code, "Say hi.") == 'def f():\n    return "Say hi."'
         assert without_docstring('s = "Say hi."', "Say hi.") == 's = "Say hi."'
@@ -164,7 +164,7 @@ class TestCode:
         assert report.read == 5
         assert Counter(item.type for item in items)["direct"] == 5 + 5 + 5 + 1 + 5
 
-    def test_which_solutions_are_taken_does_not_depend_on_their_order(self, tmp_path: Path) -> None:
+    def test_the_choice_of_solutions_does_not_depend_on_their_order(self, tmp_path: Path) -> None:
         programs = [f"print({i})" for i in range(30)]
         keys = []
         for name, order in (("a", programs), ("b", programs[::-1])):
@@ -205,7 +205,7 @@ class TestPromptsource:
         assert len(names) == sum(file.read_text().count(": !Template\n") for file in files)
         released = json.loads((test_data / "flan_mini_facts/train_eval_key_list.json").read_text())
         known = set(released["train_key_list"]) | set(released["eval_key_list"])
-        assert len(known & set(names)) > 80  # our names for the templates are the released collection's
+        assert len(known & set(names)) > 80  # our names for the templates equal those of the released collection
 
     def test_a_template_cannot_reach_python(self, tmp_path: Path) -> None:
         (tmp_path / "t/x").mkdir(parents=True)
@@ -217,7 +217,7 @@ class TestPromptsource:
         with pytest.raises(UserError, match=r"unsafe|attribute"):
             read(kind="promptsource", path=str(tmp_path / "rows"), templates=str(tmp_path / "t"))
 
-    def test_rows_without_templates_are_an_error_that_says_where(self, tmp_path: Path) -> None:
+    def test_rows_without_templates_are_an_error_with_their_place(self, tmp_path: Path) -> None:
         sources.jsonl(tmp_path / "rows/y/train.jsonl", [{"text": "hi"}])
         (tmp_path / "t").mkdir()
         with pytest.raises(UserError, match=r"no templates\.yaml"):

@@ -20,7 +20,7 @@ loop:</p><pre><div class="bg-black"><div class="flex"><span>python</span><button
 <p>See <a href="https://example.org">this</a>.</p></div>"""
 
 
-def test_a_rendered_answer_becomes_the_markdown_it_was() -> None:
+def test_a_rendered_answer_becomes_its_original_markdown() -> None:
     assert html_to_markdown(PAGE) == (
         "Use `map`, **not** a loop:\n\n```python\ndef f(x):\n    return x < 1\n```\n\n1. First\n2. Second\n"
         "   - nested\n   - twice\n\n| a | b |\n| --- | --- |\n| 1 | x \\| y |\n\nSee [this](https://example.org)."
@@ -47,7 +47,7 @@ def test_elements(html: str, markdown: str) -> None:
     assert html_to_markdown(html) == markdown
 
 
-def test_only_rendered_answers_are_taken_for_html() -> None:
+def test_only_rendered_answers_count_as_html() -> None:
     assert is_html(PAGE)
     assert not is_html("Use <p>text</p> for a paragraph.")
     assert not is_html("<html> is the outermost element")
@@ -60,7 +60,7 @@ def test_no_html_breaks_the_converter(html: str) -> None:
         html_to_markdown(f"<div>{html}</div>")
 
 
-def test_clean_keeps_users_markup_and_turns_answers_into_markdown() -> None:
+def test_clean_keeps_users_markup_and_converts_answers_to_markdown() -> None:
     conversation, changes = clean(chat("x", "<p>what is this?</p>", "<p>A paragraph.</p>"))
     assert [turn.text for turn in conversation.turns] == ["<p>what is this?</p>", "A paragraph."]
     assert changes == [MADE_MARKDOWN]
@@ -92,7 +92,7 @@ def test_ends_are_cut_to_pairs() -> None:
         ({"conversations": [{"from": "tool", "value": "a"}]}, "unknown role"),
     ],
 )
-def test_what_is_taken_out(record: object, reason: str) -> None:
+def test_removed_conversations(record: object, reason: str) -> None:
     with pytest.raises(CleaningError) as raised:
         clean(record)
     assert raised.value.reason == reason
@@ -101,14 +101,14 @@ def test_what_is_taken_out(record: object, reason: str) -> None:
 @pytest.mark.parametrize(
     "answer", ["Sorry for the delay. Here it is.", "I cannot stress enough how good it is.", "Sure."]
 )
-def test_ordinary_answers_are_no_refusals(answer: str) -> None:
+def test_ordinary_answers_do_not_count_as_refusals(answer: str) -> None:
     clean(chat("x", "q", answer))
 
 
 @pytest.mark.parametrize(
     "record", [3, {"id": "x"}, {"conversations": [3]}, {"conversations": [{"from": "human", "value": 1}]}]
 )
-def test_what_is_no_conversation_is_a_bad_record(record: object) -> None:
+def test_a_record_that_is_not_a_conversation_is_a_bad_record(record: object) -> None:
     with pytest.raises(BadRecord):
         clean(record)
 

@@ -26,7 +26,7 @@ def test_every_template_shows_the_question_and_asks_for_the_answer(name: str) ->
             prompt
         )
         assert prompt == prompt.strip()
-        # What the model is to say is not in what it is told, unless the family gives it away by design.
+        # The prompt does not contain the answer, unless the family reveals it by design.
         for placeholder in wording.target.placeholders:
             assert f"<{placeholder}>" not in prompt, prompt
 
@@ -37,12 +37,12 @@ def test_values_are_text_and_never_templates(values: dict[str, str]) -> None:
     assert filled == f"x {values['a']} y {values['b']} z"
 
 
-def test_braces_in_values_and_templates_stay() -> None:
+def test_braces_in_values_and_templates_are_kept() -> None:
     assert pattern("f{x} {code}").fill({"x": "{code}", "code": "{x}"}) == "f{code} {x}"
     assert pattern("{ not } {Not} {code}").fill({"code": "1"}) == "{ not } {Not} 1"
 
 
-def test_without_options_their_line_goes() -> None:
+def test_without_options_their_line_is_removed() -> None:
     assert pattern("a\n{options}\nAnswer:").fill({}) == "a\nAnswer:"
     assert pattern("a\n{options}\nAnswer:").fill({}, "- x") == "a\n- x\nAnswer:"
 
@@ -52,7 +52,7 @@ def test_every_option_style_can_be_answered(seed: int, options: list[str], data:
     style = draw_style(load_shapes().options, Random(seed))
     block = style.block(options)
     answers = [style.answer(option, options) for option in options]
-    assert len(set(answers)) == len(options)  # no two options have one answer
+    assert len(set(answers)) == len(options)  # no two options have the same answer
     for option, answer in zip(options, answers, strict=True):
         assert option in block
         assert answer in block
@@ -66,7 +66,7 @@ def test_marker_styles() -> None:
     assert OptionStyle("", "({i}) {}", "\n", True).answer("x11", [f"x{i}" for i in range(12)]) == "(12)"
 
 
-def test_an_answer_that_fills_its_own_options_braces_is_text() -> None:
+def test_an_answer_with_braces_is_text() -> None:
     style = OptionStyle("", "{A}. {}", "\n", False)
     assert style.block(["{A}", "{}"]) == "A. {A}\nB. {}"
 
@@ -80,7 +80,7 @@ def nli(i: int) -> Item:
     return Item("t", "nli", fields)
 
 
-def test_a_group_never_holds_its_own_query_as_exemplar() -> None:
+def test_a_group_never_has_its_own_query_as_exemplar() -> None:
     pool = [(i, nli(i)) for i in range(6)]
     for key, item in pool:
         draft = writer(1.0).draft(key, item, pool)
@@ -90,7 +90,7 @@ def test_a_group_never_holds_its_own_query_as_exemplar() -> None:
         assert draft.prompt(()) == draft.query
 
 
-def test_an_item_is_worded_alike_whatever_else_is_there() -> None:
+def test_the_wording_of_an_item_does_not_depend_on_other_items() -> None:
     pool = [(i, nli(i)) for i in range(20)]
     drafts = [writer(0.5).draft(key, item, pool) for key, item in pool]
     assert [writer(0.5).draft(key, item, pool) for key, item in reversed(pool)] == drafts[::-1]
@@ -125,7 +125,7 @@ def test_natural_instructions_use_their_own_examples() -> None:
     assert counts == {(2, False), (1, True)}
 
 
-def test_own_families_join_and_replace_ours(tmp_path: Path) -> None:
+def test_custom_families_extend_and_replace_ours(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "nli:\n  core: '{premise}'\n  templates: [['{premise}?', '{answer}']]\nnew:\n  core: x\n  templates: [[x, y]]\n"
     )

@@ -1,4 +1,4 @@
-"""The compiled step: what it exchanges, multiplies and holds, on CPU devices and for machines that are absent."""
+"""The compiled step: its communication, products and memory, on CPU devices and for absent machines."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def compiled(workload, layout, devices):
 
 
 def exchanged(collectives, at_least=1000):
-    """(kind, bytes, partners) → times; exchanges of a few numbers left out."""
+    """(kind, bytes, partners) → count, without collectives of a few numbers."""
     found = Counter()
     for collective in collectives:
         if collective.nbytes >= at_least:
@@ -40,13 +40,13 @@ def exchanged(collectives, at_least=1000):
 
 @pytest.fixture(scope="module")
 def sharded():
-    """A LoRA step on four CPU devices; float32, so that the CPU compiler widens nothing."""
+    """A LoRA step on four CPU devices; float32, so that the CPU compiler converts nothing."""
     workload = make_workload(dtype="float32")
     layout = Layout(MeshConfig(fsdp=4), "dots", 2)
     return workload, layout, compiled(workload, layout, jax.devices()[:4])
 
 
-def test_exactly_the_expected_exchanges(sharded):
+def test_exactly_the_expected_collectives(sharded):
     """Every layer's weights gathered once forward and once backward, the tables once, the gradients reduced once."""
     workload, layout, step = sharded
     found, micro_batches = exchanged(step.work.collectives), workload.micro_batches(layout)
@@ -59,7 +59,7 @@ def test_exactly_the_expected_exchanges(sharded):
         ("all-gather", square, 4): 2 * 4 * per_step,
         ("all-gather", rectangular, 4): 2 * 3 * per_step,
     }
-    # XLA:CPU reduces each array by itself, other compilers join them: the sum of bytes is what counts.
+    # XLA:CPU reduces each array separately, other compilers join them, so compare the sum of bytes.
     reductions = {key: times for key, times in found.items() if key[0] != "all-gather"}
     assert {kind for kind, *_ in reductions} == {"all-reduce"}
     adapters = 4 * sum(2 * NETWORK.num_layers * 8 * 128 for _ in workload.spec.lora.targets)
@@ -69,7 +69,7 @@ def test_exactly_the_expected_exchanges(sharded):
 def test_estimates_agree_with_the_program(sharded):
     workload, layout, step = sharded
     estimated = estimate_work(workload, layout)
-    # XLA's attention for the CPU is made of batched products; nothing else in the step is.
+    # Only attention uses batched products on the CPU.
     products = [p for p in step.program.matrix_products() if "batch_dims" not in p[0].instruction.attributes]
     assert sum(use.times * flops for use, flops in products) == pytest.approx(estimated.matrix_flops, rel=0.02)
     assert step.arguments == pytest.approx(sum(argument_bytes(workload, layout).values()), rel=0.01)
@@ -80,11 +80,12 @@ def test_estimates_agree_with_the_program(sharded):
     assert layer_gathers[0] == layer_gathers[1]
 
 
-def test_full_fine_tuning_exchanges_a_layer_at_a_time():
+def test_full_fine_tuning_communicates_one_layer_at_a_time():
     workload = make_workload(lora=None, dtype="float32")
     layout = Layout(MeshConfig(fsdp=4), "full", 2)
     step = compiled(workload, layout, jax.devices()[:4])
-    # A layer's gradients at most at once (XLA:CPU joins and does not scatter them), or the two tables': no whole stack.
+    # At most one layer's gradients at once (XLA:CPU joins and does not scatter them) or the two tables', no whole
+    # stack.
     layer = 4 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128)
     assert max(nbytes for _, nbytes, _ in exchanged(step.work.collectives)) <= layer
     assert step.arguments == pytest.approx(sum(argument_bytes(workload, layout).values()), rel=0.01)
@@ -134,8 +135,9 @@ print(json.dumps({"held": held, "arguments": predicted.arguments, "peak": predic
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
-def test_predicted_memory_is_what_a_run_takes():
-    """The same program, predicted and run: arguments to the byte, the peak to 10 %, beside what the process had."""
+def test_predicted_memory_equals_that_of_a_run():
+    """The same program, predicted and run: arguments to the byte, the peak to 10 %, without the memory that the process
+    already had."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout.splitlines()[-1])
@@ -144,8 +146,8 @@ def test_predicted_memory_is_what_a_run_takes():
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_the_head_meets_each_chunk_twice(devices):
-    """Logits, and the gradient of the activations: how often is the planner's word, the compiler has no count."""
+def test_the_head_multiplies_each_chunk_twice(devices):
+    """Logits, and the gradient of the activations. The planner gives the count, which the compiler does not know."""
     workload, layout = make_workload(dtype="float32"), Layout(MeshConfig(fsdp=devices), "dots", 2)
     step = compiled(workload, layout, jax.devices()[:devices])
     head = sum(
@@ -156,7 +158,7 @@ def test_the_head_meets_each_chunk_twice(devices):
     assert head == 2 * chunks * 2 * rows * NETWORK.vocab_size * NETWORK.hidden_size
 
 
-def test_a_plan_of_the_devices_here(workload):
+def test_a_plan_for_the_present_devices(workload):
     machine = present_machine(jax.devices()[:4])
     layout = Layout(MeshConfig(fsdp=2, data=2), "dots", 2)
     plan = compiled_plan(workload, layout, machine, jax.devices()[:4])
@@ -169,7 +171,7 @@ def test_a_plan_of_the_devices_here(workload):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LLaMA-13B for machines that are absent, as the paper trains it.
+# LLaMA-13B with the paper's training for absent machines.
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_13b_on_four_a6000(absent, paper, mesh, limit):
     assert step.peak <= limit
     assert step.peak == pytest.approx(estimated_plan(paper, layout, parse_target("4xA6000")).peak, rel=0.1)
 
-    # With `dots` no weight is multiplied twice: seven products forward, seven backward.
+    # With `dots` no product with a weight is recomputed: seven products forward, seven backward.
     weights = {(5120, 5120), (13824, 5120), (5120, 13824)}
     products = Counter()
     for use, _ in step.program.matrix_products():
@@ -218,11 +220,11 @@ def test_13b_on_four_a6000(absent, paper, mesh, limit):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "micro_batch"), [(MeshConfig(fsdp=4), 2), (MeshConfig(data=4), 1)])
-def test_without_remat_no_gathered_weight_is_kept(absent, paper, mesh, micro_batch):
+def test_without_remat_no_gathered_weight_is_saved(absent, paper, mesh, micro_batch):
     layout = Layout(mesh, "none", micro_batch)
     step = compiled(paper, layout, absent("4xA6000"))
     assert step.peak == pytest.approx(estimated_plan(paper, layout, parse_target("4xA6000")).peak, rel=0.1)
-    assert step.peak <= 41e9, "a stack of gathered weights would be 25 GB more"
+    assert step.peak <= 41e9, "a stack of gathered weights would need 25 GB more"
 
 
 @pytest.mark.slow
@@ -231,7 +233,7 @@ def test_8_bit_weights_are_not_held_twice(absent, paper):
     workload = paper.with_spec(replace(paper.spec, quantization="int8_product"))
     step = compiled(workload, Layout(MeshConfig(), "dots", 8), absent("h200"))
     assert step.arguments <= 13.5e9
-    assert step.temporaries <= 51e9, "of bfloat16 weights 49.7 GB"
+    assert step.temporaries <= 51e9, "with bfloat16 weights 49.7 GB"
 
 
 @pytest.mark.slow
@@ -262,7 +264,7 @@ def test_13b_on_a_tpu_slice(absent, paper):
     assert step.peak <= 9e9
     found = exchanged(step.work.collectives)
     assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
-    # At least effort the compiler does not join the arrays' reductions: each crosses once.
+    # With its lowest effort the compiler does not join the reductions of arrays.
     reductions = {key: times for key, times in found.items() if key[0] == "all-reduce"}
     assert sum(nbytes * times for (_, nbytes, _), times in reductions.items()) == pytest.approx(4 * 6_553_600, abs=8)
     per_pass = paper.micro_batches(layout) * LLAMA_13B.num_layers
@@ -286,6 +288,6 @@ def test_only_adapter_gradients_cross_tpu_slices(absent, paper):
     between = [collective for collective in step.work.collectives if collective.group == (0, 16)]
     assert {collective.kind for collective in between} == {"all-reduce"}
     sent = sum(collective.nbytes * collective.times for collective in between)
-    # Each of a slice's 16 devices sends its sixteenth; small arrays (the loss, its count) are padded to a tile.
+    # Each of the 16 devices of a slice sends a sixteenth; small arrays (the loss, its count) are padded to a tile.
     assert sent == pytest.approx(4 * 6_553_600 / 16, rel=0.02)
     assert all(max(collective.group) < 16 for collective in step.work.collectives if collective not in between)

@@ -1,4 +1,4 @@
-"""Counts read from a compiled program, against programs whose counts are known."""
+"""Counts read from compiled programs, against known counts."""
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,11 @@ def program():
     return compiled_scan(make_mesh(MeshConfig(fsdp=4)), PartitionSpec(None, "fsdp"))
 
 
-def test_products_in_loops_count_as_often_as_they_run(program):
+def test_products_in_loops_are_multiplied_by_the_trip_count(program):
     assert program.matrix_flops == LAYERS * 2 * (ROWS // 4) * WIDTH * WIDTH
 
 
-def test_exchanges_have_kind_bytes_partners_and_count(program):
+def test_collectives_have_kind_bytes_partners_and_count(program):
     gather, reduction = sorted(program.collectives, key=lambda collective: collective.kind)
     assert (gather.kind, gather.nbytes, gather.times) == ("all-gather", WIDTH * WIDTH * 4, LAYERS)
     assert gather.group == (0, 1, 2, 3)
@@ -45,9 +45,9 @@ def test_exchanges_have_kind_bytes_partners_and_count(program):
     assert reduction.received == 2 * 4 * 3 / 4
 
 
-def test_traffic_takes_slices_of_stacks_for_slices(program):
+def test_traffic_counts_only_slices_of_stacks(program):
     weights = LAYERS * WIDTH * WIDTH * 4
-    # Own shards read, gathered weights written and read, activations of some 8 kB: not the whole stack in every layer.
+    # Shards read, gathered weights written and read, about 8 kB of activations: not the whole stack in every layer.
     assert weights < program.memory_traffic < 6 * weights
 
 
@@ -65,11 +65,11 @@ def test_traffic_takes_slices_of_stacks_for_slices(program):
         ("source_target_pairs={{3,1},{1,3}}, x", (1, 3)),
     ],
 )
-def test_partners_in_every_spelling(text, group):
+def test_partners_in_every_form(text, group):
     assert replica_group(text) == group
 
 
-def test_the_gpu_and_tpu_spellings():
+def test_the_gpu_and_tpu_forms():
     text = """HloModule m
 %body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
   %p = (s32[], bf16[8,16]{1,0}) parameter(0)
@@ -93,15 +93,15 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
     assert found == [
         ("all-gather", 256, 3, True),
         ("reduce-scatter", 256, 3, False),
-        ("all-gather", 256, 1, True),  # in two fusions, one channel: one exchange
+        ("all-gather", 256, 1, True),  # in two fusions with one channel: one collective
     ]
     assert program.matrix_flops == 3 * 2 * 8 * 8 * 16
     copy = next(use for use in program.uses if use.instruction.opcode == "copy")
-    assert program._traffic(copy) == 256, "what lies on chip is not traffic"
+    assert program._traffic(copy) == 256, "on-chip memory is not traffic"
 
 
 @pytest.mark.parametrize("shape", ["f32[5]{0}", "((f32[5]{0}), f32[5]{0})"], ids=["to jax 0.11", "from jax 0.12"])
-def test_a_reduction_that_is_started_counts_once(shape):
+def test_an_asynchronous_reduction_counts_once(shape):
     text = f"""HloModule jit_step
 
 ENTRY %main (a: f32[5]) -> f32[5] {{
@@ -115,7 +115,7 @@ ENTRY %main (a: f32[5]) -> f32[5] {{
 
 
 def test_a_loop_counts_up_to_the_constant_in_its_condition():
-    """TPU programs note no counts, and a compiler may name a loop after something else."""
+    """TPU programs have no counts, and a compiler may give a loop another name."""
     text = """HloModule jit_step
 
 %body (b: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
@@ -143,8 +143,8 @@ ENTRY %main (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
     assert Program(traced, lambda op_name: 3.0).matrix_flops == 3 * 2 * 8 * 8 * 8
 
 
-def test_exchanges_between_tpu_slices_are_what_devices_send():
-    """A piece of a two-slice program: an all-reduce within each slice, then each of 16 devices sends its sixteenth."""
+def test_collectives_between_tpu_slices_count_the_sent_bytes():
+    """A piece of a two-slice program: an all-reduce within each slice, then each of 16 devices sends a sixteenth."""
     attributes = (
         '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",'
         '_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"'

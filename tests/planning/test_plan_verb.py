@@ -21,7 +21,7 @@ def no_plugin(monkeypatch):
 
 @pytest.fixture
 def refusing_compiler(monkeypatch):
-    """A compiler that is installed and does not compile."""
+    """A compiler that is installed but fails."""
 
     def refuse(workload, layout, devices):
         raise RuntimeError("INVALID_ARGUMENT: no such thing\nand a long dump")
@@ -34,7 +34,7 @@ def run(*arguments):
     return run_verb(verb.main, ["--config", PAPER, *arguments])
 
 
-def test_without_the_compiler_it_says_which_extra_brings_it_and_estimates(capsys):
+def test_without_the_compiler_it_names_the_extra_and_estimates(capsys):
     assert run("--target", "4xA6000", "--json", "--price", "0.5") == 0
     printed = capsys.readouterr()
     assert "flacuna-jax[compilers]" in printed.err.replace("\n", "")
@@ -49,7 +49,7 @@ def test_without_the_compiler_it_says_which_extra_brings_it_and_estimates(capsys
     assert "flacuna-jax[compilers]" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_what_the_compiler_refuses_is_estimated_and_says_so(capsys, refusing_compiler):
+def test_if_the_compiler_fails_the_plan_is_estimated_and_says_so(capsys, refusing_compiler):
     assert run("--target", "4xA6000") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "source ESTIMATED from the sizes, because the compiler failed" in printed
@@ -62,7 +62,7 @@ def test_what_the_compiler_refuses_is_estimated_and_says_so(capsys, refusing_com
     assert "no such thing" in document["refused"]
 
 
-def test_a_search_says_what_was_refused(capsys, refusing_compiler):
+def test_a_search_reports_failed_compilations(capsys, refusing_compiler):
     assert run("--target", "4xA6000", "--search") == 0
     printed = capsys.readouterr()
     assert "because the compiler failed" in " ".join(printed.out.split())
@@ -82,21 +82,21 @@ def test_a_compiler_that_does_not_know_the_machine(capsys, monkeypatch):
     assert json.loads(printed.out)["source"] == "estimated"
 
 
-def test_devices_that_are_left_out_are_told(capsys):
+def test_unused_devices_are_reported(capsys):
     assert run("--target", "4xA6000", "--mesh={fsdp: 2}", "--examples", "1000") == 0
     printed = capsys.readouterr()
     assert "mesh uses 2 of 4 devices; mesh: auto uses all" in " ".join(printed.err.split())
     assert "minutes" in printed.out
 
 
-def test_what_does_not_fit_gets_advice(capsys):
+def test_advice_if_a_plan_does_not_fit(capsys):
     assert run("--target", "4x3090", "--training.remat=none") == 0
     printed = capsys.readouterr().out
     assert "DOES NOT FIT" in printed
     assert "nearest layout that fits (estimated): fsdp 4, remat dots" in " ".join(printed.split())
 
 
-def test_search_ranks_and_draws(capsys, tmp_path):
+def test_search_ranks_and_writes_a_chart(capsys, tmp_path):
     picture = tmp_path / "plan.html"
     assert run("--target", "4xA6000", "--search", "--json", "--html", str(picture)) == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
@@ -124,8 +124,8 @@ def test_mistakes(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("sizes", ["7b", "13b", "30b", "65b"])
-def test_sizes_are_those_of_the_releases(sizes, capsys):
-    """The parameters that the LLaMA paper and the files state."""
+def test_sizes_equal_those_of_the_releases(sizes, capsys):
+    """The numbers of parameters in the LLaMA paper and the files."""
     total = {"7b": 6_738_415_616, "13b": 13_015_864_320, "30b": 32_528_943_616, "65b": 65_285_660_672}[sizes]
     assert run("--target", "v5p:4x4x8", "--json", "--sizes", sizes, "--mesh={fsdp: 128}", "--lora=null") == 0
     arguments = json.loads(capsys.readouterr().out)["memory"]["arguments_by_kind"]
@@ -149,4 +149,4 @@ def test_real_data_are_counted(test_data, llama_tokenizer, story_llama, tmp_path
     assert document["steps"] == 4  # 64 examples, 16 a step
 
     assert run("--target", "4xA6000", *changes, *small, "--evaluation={fraction: 0.5}") == 0
-    assert json.loads(capsys.readouterr().out)["steps"] in (2, 3)  # what is held out is not trained on
+    assert json.loads(capsys.readouterr().out)["steps"] in (2, 3)  # held-out records are not trained on

@@ -30,7 +30,7 @@ def test_a_ring_across_hosts_shares_the_ports_of_a_host():
     )
 
 
-def test_exchanges_that_overlap_cost_only_what_exceeds_the_rest():
+def test_overlapped_communication_costs_only_the_excess():
     machine = parse_target("4xA6000")
     second = 154.8e12 * MATRIX_SHARE["cuda"]
     exchange = Collective("all-gather", int(32e9 * LINK_SHARE["PCIe 4"] * 4 / 3), (0, 1, 2, 3), 1, False, "")

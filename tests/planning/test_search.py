@@ -1,4 +1,4 @@
-"""Which layouts are considered, how they rank, and what `mesh: auto` and `remat: auto` become."""
+"""Candidate layouts, their ranking, and the resolution of `mesh: auto` and `remat: auto`."""
 
 import dataclasses
 from typing import get_args
@@ -24,23 +24,24 @@ from tests.planning.conftest import make_workload
 PAPER = make_workload(LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128), LoraConfig(), 1280, 27)
 
 
-def test_candidates_use_every_device_and_cut_no_head():
+def test_candidates_use_every_device_and_split_no_head():
     workload = make_workload(LlamaConfig(512, 128, 352, 2, 6, 6, 16))
     found = {layout.mesh for layout in candidates(workload, parse_target("2x4xA6000"))}
     assert all(mesh.devices == 8 for mesh in found)
-    assert {mesh.tensor for mesh in found} == {1, 2}, "six heads are not divided by four"
+    assert {mesh.tensor for mesh in found} == {1, 2}, "six heads cannot be divided by four"
     assert MeshConfig(replica=2, fsdp=4) in found, "a copy of the weights per host"
     assert MeshConfig(fsdp=8) in found
 
 
-def test_rows_are_divided_exactly_where_the_config_says_so():
+def test_rows_are_divided_exactly_if_the_config_fixes_them():
     training = PAPER.training.model_copy(update={"batch_unit": "rows", "batch_size": 24})
     workload = dataclasses.replace(PAPER, training=training)
     assert all(24 % (c.micro_batch * c.shards) == 0 for c in candidates(workload, parse_target("4xA6000")))
 
 
-def test_what_the_paper_s_machine_wants():
-    """On PCIe replicated weights beat sharded ones; full recomputation is never wanted where memory does not ask."""
+def test_the_best_layout_for_the_papers_machine():
+    """With PCIe, replicated weights are faster than sharded ones; full recomputation is never best if memory
+    suffices."""
     machine = parse_target("4xA6000")
     ranking = search(choices(PAPER, machine), machine, None)
     best = ranking[0]
@@ -55,7 +56,7 @@ def test_what_the_paper_s_machine_wants():
 
 @pytest.mark.parametrize("optimizer", get_args(TrainingConfig.model_fields["optimizer"].annotation))
 @pytest.mark.parametrize("lora", [LoraConfig(), None], ids=["lora", "full"])
-def test_the_optimizer_state_is_as_large_as_the_estimate_says(optimizer, lora):
+def test_the_optimizer_state_has_the_estimated_size(optimizer, lora):
     workload = make_workload(lora=lora, dtype="float32")
     training = workload.training.model_copy(update={"optimizer": optimizer})
     workload = dataclasses.replace(workload, training=training)
@@ -68,27 +69,27 @@ def test_the_optimizer_state_is_as_large_as_the_estimate_says(optimizer, lora):
     assert argument_bytes(workload, Layout(mesh, "dots", 2))["optimizer state"] == held
 
 
-def test_faster_links_change_the_answer():
+def test_faster_links_change_the_result():
     layout = Layout(MeshConfig(fsdp=8), "dots", 2)
     assert estimated_plan(PAPER, layout, parse_target("8xH100")).time.bound == "arithmetic"
 
 
-def test_the_nearest_change_that_fits():
+def test_the_nearest_layout_that_fits():
     machine = parse_target("4x3090")
     tight = estimated_plan(PAPER, Layout(MeshConfig(fsdp=4), "none", 2), machine)
     assert not tight.fits
     nearest = nearest_fit(tight, None)
     assert nearest.fits
-    assert nearest.layout == Layout(MeshConfig(fsdp=4), "dots", 2), "one change is enough, and the mesh may stay"
+    assert nearest.layout == Layout(MeshConfig(fsdp=4), "dots", 2), "one change is enough, without changing the mesh"
     single = estimated_plan(PAPER, Layout(MeshConfig(), "dots", 1), parse_target("3090"))
     in_fewer_bits = nearest_fit(single, None)
     assert in_fewer_bits.fits
-    assert in_fewer_bits.workload.spec.quantization is not None, "26 GB do not go into 24"
+    assert in_fewer_bits.workload.spec.quantization is not None, "26 GB do not fit into 24"
     tiny = dataclasses.replace(parse_target("3090").target, memory=6 * 10**9)
     assert nearest_fit(dataclasses.replace(single, machine=Machine(tiny)), None) is None
 
 
-def test_a_search_ranks_quantised_bases_where_they_are_needed():
+def test_a_search_ranks_quantised_bases_if_they_are_needed():
     card = parse_target("3090")
     best = search(choices(PAPER, card), card, None)[0]
     assert best.fits
@@ -107,7 +108,7 @@ def run_config(**changes) -> RunConfig:
     return RunConfig.model_validate({**tree, **changes})
 
 
-def test_on_cpus_the_answer_is_immediate():
+def test_on_cpus_the_result_is_immediate():
     devices = jax.devices()[:4]
     assert choose_layout(run_config(), PAPER.spec, devices) == (MeshConfig(fsdp=4), "dots")
     kept = run_config(mesh={"data": 2}, training={"remat": "full"})
@@ -122,7 +123,7 @@ class FakeGpu:
     process_index: int = 0
 
 
-def test_on_accelerators_four_are_compiled_at_most_and_the_answer_is_kept(monkeypatch, tmp_path):
+def test_on_accelerators_at_most_four_are_compiled_and_the_result_is_cached(monkeypatch, tmp_path):
     monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
     tried = []
 
@@ -137,7 +138,7 @@ def test_on_accelerators_four_are_compiled_at_most_and_the_answer_is_kept(monkey
     assert 1 <= len(tried) <= 4
     assert {layout.micro_batch for layout in tried} == {2}
     assert choose_layout(run_config(), PAPER.spec, devices) == chosen
-    assert len(tried) <= 4, "the second answer is remembered"
+    assert len(tried) <= 4, "the second result comes from the cache"
     tried.clear()
     mesh, _ = choose_layout(run_config(mesh={"fsdp": 4}), PAPER.spec, devices)
     assert mesh == MeshConfig(fsdp=4)
@@ -187,7 +188,7 @@ def test_assumed_statistics_follow_the_config():
     config = run_config()
     packed = assumed_statistics(config.data, config.training)
     assert packed.assumed
-    assert packed.rows_per_step == 27  # 128 examples of 256 tokens in rows of 1280, nearly full
+    assert packed.rows_per_step == 27  # 128 examples of 256 tokens in rows of 1280, almost full
     assert packed.steps == pytest.approx(1_340_153 / 128, rel=0.05)
     unpacked = run_config(data={"sources": ({"path": "d"},), "packing": "none"}, training={"batch_unit": "rows"})
     single = assumed_statistics(unpacked.data, unpacked.training)

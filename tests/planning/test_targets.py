@@ -1,4 +1,4 @@
-"""Names of machines, and what is known of them."""
+"""Names of machines and their facts."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_targets_are_read(text, kind, hosts, per_host, torus):
 
 
 @pytest.mark.parametrize("text", ["4xA7000", "0xH100", "v5p:4x4", "h100:4x4", "2x2xv5p:4x4x4", "", "4x"])
-def test_mistakes_name_what_was_said(text):
+def test_mistakes_name_the_input(text):
     with pytest.raises(UserError, match="target"):
         parse_target(text)
 

@@ -1,4 +1,4 @@
-"""Runs whose output_dir is a bucket, against an emulator of Google Cloud Storage that speaks HTTP on this machine."""
+"""Runs whose output_dir is a bucket, against a local emulator of Google Cloud Storage."""
 
 import contextlib
 import importlib
@@ -48,7 +48,7 @@ def undisturbed(tmp_path_factory, compiled_once) -> Path:
 
 
 @pytest.mark.parametrize(("name", "hint"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_written_to_is_refused(undisturbed, monkeypatch, tmp_path, capsys, name, hint):
+def test_unsupported_or_unreachable_buckets_are_errors(undisturbed, monkeypatch, tmp_path, capsys, name, hint):
     monkeypatch.chdir(tmp_path)
     assert run(undisturbed / "config.yaml", f"--output_dir={name}") == 2
     assert hint in capsys.readouterr().err
@@ -78,7 +78,7 @@ class Emulator:
 
 @pytest.fixture(scope="module")
 def emulator():
-    """Every process that is started from here sees it."""
+    """All child processes use it."""
     pytest.importorskip("gcsfs")
     found = Emulator()
     found.start()
@@ -86,8 +86,8 @@ def emulator():
     download = objects.download
 
     def with_generation(request, response, storage, *rest):
-        """As the service does: TensorStore makes its next write conditional on what it read."""
-        with contextlib.suppress(objects.NotFound):  # which `download` tells
+        """Like the service: TensorStore makes its next write conditional on what it read."""
+        with contextlib.suppress(objects.NotFound):  # `download` reports it
             place = request.params["bucket_name"], request.params["object_id"]
             response["x-goog-generation"] = storage.get_file_obj(*place)["generation"]
         return download(request, response, storage, *rest)
@@ -97,14 +97,14 @@ def emulator():
         patched.setenv("STORAGE_EMULATOR_HOST", found.url)
         patched.setenv("TENSORSTORE_GCS_HTTP_URL", found.url)
         patched.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
-        patched.setenv("NO_GCE_CHECK", "true")  # nobody looks for Google's own network first
+        patched.setenv("NO_GCE_CHECK", "true")  # no search for Google's own network
         yield found
     found.stop()
 
 
 @pytest.fixture
 def machine(emulator, tmp_path, monkeypatch):
-    """What makes this process another machine: its caches are elsewhere. Beats are quick, so that tests are."""
+    """Simulates another machine with other caches. Heartbeats are short, so that tests are fast."""
     monkeypatch.setattr(bucket_module, "BEAT_SECONDS", 0.3)
     monkeypatch.setattr(bucket_module, "SETTLE_SECONDS", 0.1)
 
@@ -129,7 +129,7 @@ def assert_same_run(name: str, expected: Path, tmp_path: Path) -> Path:
     return found
 
 
-def test_a_run_in_a_bucket_is_the_run_it_would_be_elsewhere(undisturbed, machine, tmp_path, capsys):
+def test_a_run_in_a_bucket_equals_a_local_run(undisturbed, machine, tmp_path, capsys):
     out = "gs://runs/whole"
     assert run(undisturbed / "config.yaml", f"--output_dir={out}", "--checkpoint.keep=2") == 0
     found = assert_same_run(out, undisturbed / "run", tmp_path)
@@ -146,7 +146,7 @@ def test_a_run_in_a_bucket_is_the_run_it_would_be_elsewhere(undisturbed, machine
     assert "already contains a run" in capsys.readouterr().err
 
 
-def test_killed_it_goes_on_elsewhere_from_the_bucket_alone(undisturbed, machine, tmp_path, capsys):
+def test_a_killed_run_continues_on_another_machine_from_the_bucket(undisturbed, machine, tmp_path, capsys):
     out = f"--output_dir={(name := 'gs://runs/killed')}"
     process = start(undisturbed / "config.yaml", out, "--training.epochs=2")
     try:
@@ -178,8 +178,8 @@ def stopped_after_six(undisturbed: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_not_whole_is_never_taken(undisturbed, machine, tmp_path, capsys):
-    """Its last object is missing, as after a kill in the middle of a save."""
+def test_an_incomplete_checkpoint_is_never_used(undisturbed, machine, tmp_path, capsys):
+    """Its last object is missing, as after a kill during a save."""
     name = "gs://runs/half"
     stopped_after_six(undisturbed, name)
     newest = list_checkpoints(name)[-1]
@@ -191,8 +191,8 @@ def test_a_checkpoint_that_is_not_whole_is_never_taken(undisturbed, machine, tmp
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_and_set_aside(undisturbed, machine, tmp_path):
-    """Continued in a process of its own: this one remembers what it wrote."""
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(undisturbed, machine, tmp_path):
+    """Continued in a separate process, because this one has a cache of its writes."""
     name = "gs://runs/damaged"
     stopped_after_six(undisturbed, name)
     newest = list_checkpoints(name)[-1]
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(undisturbed, machine,
 
 @pytest.fixture
 def stranger():
-    """Another run's sign of life, for as long as the test goes on."""
+    """The heartbeat of another run during the test."""
     over = threading.Event()
 
     def live(name: str) -> None:
@@ -231,7 +231,7 @@ def stranger():
         thread.join()
 
 
-def test_a_bucket_where_another_run_lives_is_refused(undisturbed, machine, stranger, capsys):
+def test_a_bucket_in_use_by_another_run_is_an_error(undisturbed, machine, stranger, capsys):
     stranger("gs://runs/taken")
     time.sleep(0.3)
     assert run(undisturbed / "config.yaml", "--output_dir=gs://runs/taken") == 2
@@ -249,7 +249,7 @@ def test_a_run_whose_bucket_is_taken_over_stops(undisturbed, machine, stranger, 
 
 @pytest.fixture
 def finished(machine, story_llama, tmp_path) -> Path:
-    """gs://runs/read as it lies on a disk: a checkpoint of step 5, and an adapter that is that of step 10."""
+    """The local copy of gs://runs/read: a checkpoint of step 5, and the adapter of step 10."""
     path, config = tmp_path / "read", read_architecture(story_llama)
     path.mkdir()
     (path / "config.yaml").write_text(settings(story_llama, path, LORA.model_dump(mode="json")).to_yaml())
@@ -277,11 +277,11 @@ def test_a_copy_follows_the_bucket(finished, story_llama, capsys):
     assert address.name.endswith("+read")
     weights = address.adapter / "adapter_model.safetensors"
     assert weights.read_bytes() == (finished / "adapter" / weights.name).read_bytes()
-    assert (address.adapter.parent / "config.yaml").is_file()  # the settings that the base is read with
+    assert (address.adapter.parent / "config.yaml").is_file()  # the settings for reading the base
     before = weights.stat()
     local_run("gs://runs/read")
-    assert weights.stat().st_ino == before.st_ino  # nothing has changed, so nothing was copied
-    time.sleep(1)  # what a bucket's times are good to
+    assert weights.stat().st_ino == before.st_ino  # unchanged, so not copied
+    time.sleep(1)  # the resolution of times in a bucket
     there = bucket_module.bucket_path("gs://runs/read/adapter")
     (there / weights.name).write_bytes(bytes(before.st_size))
     (there / "README.md").unlink()
@@ -299,13 +299,13 @@ def test_two_hosts_write_into_one_bucket(undisturbed, machine, tmp_path):
     assert [status for status, _ in results] == [0, 0], results
     assert list_checkpoints(name) == [9, 12, 14]
     found, expected = losses(copy_of(name, tmp_path / "copy")), losses(undisturbed / "run")
-    # Other devices hold the rows, so sums are added up in another order.
+    # The rows are on other devices, so the summation order differs.
     assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_a_bucket_that_stops_answering(undisturbed, machine, emulator):
-    """Between two saves: within one, TensorStore tries for a quarter of an hour."""
+    """Between two saves; during a save, TensorStore would retry for a quarter of an hour."""
     name = "gs://runs/away"
     command = [
         undisturbed / "config.yaml",

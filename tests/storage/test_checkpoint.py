@@ -109,15 +109,15 @@ def test_bfloat16_survives(tmp_path):
     assert restore_adapters(tmp_path)[0]["norm/weight"].dtype == jnp.bfloat16
 
 
-def test_retention_counts_in_numbers_not_in_letters(tmp_path):
+def test_retention_sorts_steps_as_numbers(tmp_path):
     save_steps(tmp_path, [8, 9, 10, 100], keep=2)
     assert list_checkpoints(tmp_path) == [10, 100]
     restored, _ = restore(tmp_path)
     assert restored.step == 100
 
 
-def test_the_best_stay_beside_the_last(tmp_path):
-    """As a run does it: the best are known at each save, and what was best before may be so no longer."""
+def test_the_best_are_kept_in_addition_to_the_last(tmp_path):
+    """As in a run: the best are given at each save, and an earlier best may no longer be one."""
     with Checkpointer(tmp_path, keep=2, asynchronous=False) as checkpointer:
         for step, best in ((8, [8]), (9, [8]), (10, [8]), (11, [8, 10]), (100, [10]), (101, [10])):
             checkpointer.save(step, *state_after(step), META, best=best)
@@ -156,7 +156,7 @@ def test_asynchronous_save_allows_donation(tmp_path):
     assert restore_adapters(tmp_path)[0]["layers/q_proj/weight"].tobytes() == expected.tobytes()
 
 
-def test_a_half_written_checkpoint_is_ignored_and_swept_away(tmp_path):
+def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     save_steps(tmp_path, [10])
     half = tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "10", half)
@@ -190,17 +190,17 @@ DAMAGES = {
 }
 
 
-# A read that the library abandoned may report to its closed event loop later; there is nothing left to do about it.
+# An abandoned read of the library may report to its closed event loop later, which cannot be prevented.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("third", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_file_never_yields_wrong_values(tmp_path, third):
-    """Every kind of damage to every file: the newest comes back exactly, or the one before does with a message."""
+    """Every kind of damage to every file: either the newest is restored exactly, or the previous one with a message."""
     save_steps(tmp_path / "good", [10, 20])
     root = tmp_path / "good" / "checkpoints" / "20"
     files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size]
     noticed = set()
     for number, (name, damage) in enumerate(itertools.product(files, DAMAGES)):
-        # Each file meets a third of the damages in the quick set; over all files every damage occurs many times.
+        # In the quick set each file gets a third of the damages; over all files every damage occurs many times.
         if number % 3 != third:
             continue
         run_dir = tmp_path / f"run{number}"
@@ -233,7 +233,7 @@ def test_a_step_can_be_saved_again_after_its_damaged_checkpoint_was_set_aside(tm
     assert {path.name for path in (tmp_path / "unreadable_checkpoints").iterdir()} == {"20.0", "20.1"}
 
 
-def test_a_changed_value_in_meta_is_found_out(tmp_path):
+def test_a_changed_value_in_meta_is_detected(tmp_path):
     save_steps(tmp_path, [10, 20])
     meta = tmp_path / "checkpoints" / "20" / "meta" / "metadata"
     meta.write_text(meta.read_text().replace('"rows_per_step": 12', '"rows_per_step": 13'))
@@ -251,7 +251,7 @@ def test_no_intact_checkpoint_is_an_error_and_never_a_fresh_start(tmp_path):
     assert list_checkpoints(tmp_path) == [10, 20]
 
 
-def test_check_refuses_before_any_array_is_read(tmp_path):
+def test_check_fails_before_any_array_is_read(tmp_path):
     save_steps(tmp_path, [10])
     shutil.rmtree(tmp_path / "checkpoints" / "10" / "trainable")
 
@@ -262,11 +262,11 @@ def test_check_refuses_before_any_array_is_read(tmp_path):
         restore(tmp_path, check=refuse)
 
 
-def test_other_shapes_and_dtypes_are_refused_not_cast(tmp_path):
+def test_other_shapes_and_dtypes_are_errors_not_cast(tmp_path):
     save_steps(tmp_path, [10])
     params, opt_state = (abstract(tree) for tree in state_after(0))
     wider = {**params, "norm/weight": jax.ShapeDtypeStruct((32,), jnp.float32, sharding=params["norm/weight"].sharding)}
-    with pytest.raises(UserError, match=r"norm/weight as float32\[16\], this run has float32\[32\]"):
+    with pytest.raises(UserError, match=r"norm/weight as float32\[16\], but this run has float32\[32\]"):
         restore(tmp_path, (wider, opt_state))
     half = {**params, "norm/weight": params["norm/weight"].update(dtype=jnp.bfloat16)}
     with pytest.raises(UserError, match=r"this run has bfloat16\[16\]"):
@@ -275,7 +275,7 @@ def test_other_shapes_and_dtypes_are_refused_not_cast(tmp_path):
         restore(tmp_path, ({path: params[path] for path in list(params)[:2]}, opt_state))
 
 
-def test_restore_adapters_needs_no_optimizer_and_takes_any_step(tmp_path):
+def test_restore_adapters_needs_no_optimizer_and_accepts_any_step(tmp_path):
     save_steps(tmp_path, [10, 20])
     shutil.rmtree(tmp_path / "checkpoints" / "20" / "optimizer")
     arrays, meta = restore_adapters(tmp_path)
@@ -290,7 +290,7 @@ def test_restore_adapters_explains_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint: it is not"):
         restore_adapters(tmp_path)
     save_steps(tmp_path, [10, 20])
-    with pytest.raises(UserError, match="no checkpoint of step 15; there are 10, 20"):
+    with pytest.raises(UserError, match="no checkpoint of step 15; available steps are 10, 20"):
         restore_adapters(tmp_path, step=15)
     shutil.rmtree(tmp_path / "checkpoints" / "20" / "trainable")
     with pytest.raises(UserError, match=r"is damaged.*other checkpoints: 10"):
@@ -298,7 +298,7 @@ def test_restore_adapters_explains_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_is_one_message_and_leaves_the_checkpoint_before(small_disk, asynchronous, capfd):
+def test_a_full_disk_is_one_message_and_keeps_the_previous_checkpoint(small_disk, asynchronous, capfd):
     run_dir = small_disk / "run"
     small, large = ({"norm/weight": jax.random.normal(jax.random.key(0), (size,))} for size in (1000, 500_000))
     count = {"count": jnp.int32(1)}
@@ -320,8 +320,8 @@ def test_a_full_disk_is_one_message_and_leaves_the_checkpoint_before(small_disk,
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EMFILE])
-def test_a_disk_that_is_gone_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch, number):
-    """A network's mount whose server went away, as TensorStore puts it."""
+def test_an_unavailable_disk_differs_from_a_damaged_checkpoint(tmp_path, monkeypatch, number):
+    """A network mount whose server is unavailable, with TensorStore's message."""
     save_steps(tmp_path, [10])
 
     def fail(*_, **__):
@@ -344,7 +344,7 @@ def test_a_path_that_is_a_file_is_one_message(tmp_path):
         Checkpointer(tmp_path / "run", keep=1, asynchronous=False)
 
 
-def test_killed_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+def test_a_kill_during_a_deletion_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, keep=1, asynchronous=False) as checkpointer:
         checkpointer.save(1, *state_after(1), META)
 
@@ -378,7 +378,7 @@ with t.Checkpointer(Path(sys.argv[1]), keep=2, asynchronous=sys.argv[2] == "True
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_killed_at_any_instant_it_goes_on_from_a_whole_checkpoint(tmp_path, asynchronous):
+def test_after_a_kill_at_any_time_it_continues_from_a_complete_checkpoint(tmp_path, asynchronous):
     random = np.random.default_rng(0)
     reached = 0
     for _ in range(12):
@@ -395,12 +395,12 @@ def test_killed_at_any_instant_it_goes_on_from_a_whole_checkpoint(tmp_path, asyn
             assert_is_state_after(restored.step, restored)
             assert restored.step >= reached
             reached = restored.step
-            # A kill between a save and the removal of what is older leaves one more, until the next save.
+            # A kill between a save and the deletion of older checkpoints leaves one more, until the next save.
             assert len(list_checkpoints(tmp_path)) <= 6
     assert reached > 12
 
 
-def test_writes_that_end_after_a_failed_save_print_nothing(tmp_path, capfd, monkeypatch):
+def test_writes_that_finish_after_a_failed_save_print_nothing(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     for _ in range(2):
         Checkpointer(tmp_path, keep=1, asynchronous=False).close()

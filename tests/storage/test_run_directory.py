@@ -1,4 +1,4 @@
-"""One run at a time in a directory, and files that are whole."""
+"""One run at a time in a directory, and atomic files."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_creates_the_directory_with_its_parents(tmp_path):
     assert (tmp_path / "runs" / "first" / "config.yaml").read_text() == "seed: 1\n"
 
 
-def test_a_second_run_is_refused_with_the_pid_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_a_second_run_fails_with_the_pid_and_a_killed_one_leaves_no_lock(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "locked\n"
@@ -53,7 +53,7 @@ def test_a_second_run_is_refused_with_the_pid_and_a_killed_one_leaves_no_lock(tm
         assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
-def test_a_lock_file_that_somebody_removes_does_not_let_a_second_run_in(tmp_path):
+def test_removing_the_lock_file_does_not_permit_a_second_run(tmp_path):
     with open_run_directory(tmp_path):
         (tmp_path / ".lock").unlink()
         with (
@@ -65,7 +65,7 @@ def test_a_lock_file_that_somebody_removes_does_not_let_a_second_run_in(tmp_path
         pass
 
 
-def test_the_lock_ends_with_the_block_also_after_an_exception(tmp_path):
+def test_the_lock_ends_with_the_block_even_after_an_exception(tmp_path):
     with pytest.raises(KeyError), open_run_directory(tmp_path):
         raise KeyError
     with open_run_directory(tmp_path):
@@ -80,7 +80,7 @@ def test_other_hosts_neither_lock_nor_write(tmp_path):
 
 
 @pytest.mark.parametrize("product", ["config.yaml", "metrics.jsonl", "checkpoints", "adapter"])
-def test_resume_never_refuses_a_used_directory(tmp_path, product):
+def test_a_used_directory_is_an_error_with_resume_never(tmp_path, product):
     (tmp_path / "notes.txt").write_text("a user's own file")
     with open_run_directory(tmp_path, resume="never"):
         pass
@@ -94,7 +94,7 @@ def test_resume_never_refuses_a_used_directory(tmp_path, product):
         pass
 
 
-def test_metrics_are_cut_back_to_the_checkpoint_and_the_torn_line_goes(tmp_path):
+def test_metrics_are_cut_back_to_the_checkpoint_without_the_torn_line(tmp_path):
     run = RunDirectory(tmp_path, str(tmp_path))
     write_records(run.metrics, range(1, 8), tail='{"step": 8, "lo')
     assert run.cut_back(5) == CutBack(kept=5, later=2, torn=1)
@@ -135,7 +135,7 @@ def test_a_complete_last_line_without_its_newline_is_kept(tmp_path):
     assert run.metrics.read_text().endswith('{"step": 2}\n')
 
 
-def test_a_fresh_start_empties_metrics_and_a_missing_file_is_no_error(tmp_path):
+def test_a_start_from_zero_empties_metrics_and_accepts_a_missing_file(tmp_path):
     run = RunDirectory(tmp_path, str(tmp_path))
     assert run.cut_back(7) == CutBack(0, 0, 0)
     write_records(run.metrics, [1, 2])
@@ -143,15 +143,15 @@ def test_a_fresh_start_empties_metrics_and_a_missing_file_is_no_error(tmp_path):
     assert run.metrics.read_text() == ""
 
 
-def test_records_without_a_step_survive_a_resume(tmp_path):
+def test_records_without_a_step_are_kept_on_resume(tmp_path):
     run = RunDirectory(tmp_path, str(tmp_path))
     run.metrics.write_text('{"kind": "plan", "rows": 5}\n{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     run.cut_back(1)
     assert records(run.metrics) == [{"kind": "plan", "rows": 5}, {"step": 1, "loss": 2.0}]
 
 
-def test_an_evaluation_that_the_checkpoint_does_not_know_is_removed_with_its_samples(tmp_path):
-    """Saved after step 2 before its evaluation, continued and measured, killed: it will be measured again."""
+def test_an_evaluation_after_the_checkpoint_is_removed_with_its_samples(tmp_path):
+    """Saved after step 2 before its evaluation, continued and evaluated, killed: it will be evaluated again."""
     run = RunDirectory(tmp_path, str(tmp_path))
     steps = '{"step": 1, "loss": 2.0}\n{"step": 1, "kind": "evaluation"}\n{"step": 2, "loss": 1.0}\n'
     run.metrics.write_text(steps + '{"step": 2, "kind": "evaluation"}\n')
@@ -163,7 +163,7 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_removed_with_its_sam
 
 
 @pytest.mark.parametrize("product", ["adapter", "model"])
-def test_a_result_without_checkpoints_is_not_written_over(tmp_path, product):
+def test_a_result_without_checkpoints_is_not_overwritten(tmp_path, product):
     run = RunDirectory(tmp_path, str(tmp_path))
     run.require_undelivered()
     (tmp_path / product).mkdir()
