@@ -181,7 +181,7 @@ def through_layers(
             made.append((k, v))
             return attend(q, k, v, index)
 
-        x_btd = nnx.merge(graph, state)(x_btd, rope, attend_here)
+        x_btd = nnx.merge(graph, state)(x_btd, model.config.rope_in(index, rope), attend_here)
         return x_btd, made[0]
 
     x_btd = model.embed(tokens_bt)
@@ -194,4 +194,4 @@ def through_layers(
             x_btd, of_layer = apply_block(x_btd, index, state)
             made.append(of_layer)
         k_lbtkn, v_lbtkn = (jnp.stack(of_layers) for of_layers in zip(*made, strict=True))
-    return model.norm(x_btd), k_lbtkn, v_lbtkn
+    return model.final(x_btd), k_lbtkn, v_lbtkn

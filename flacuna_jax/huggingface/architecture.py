@@ -10,7 +10,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, meta_settings
 from flacuna_jax.huggingface.files.place import require_directory
-from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.llama import Family, LlamaConfig
 from flacuna_jax.model.rope import RopeScaling
 
 CONFIG_FILE = "config.json"
@@ -31,12 +31,41 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Key → (whether a value changes the network beyond what is implemented, the message)."""
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ARCHITECTURES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
 _BIASED = {
     "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
 }
 """Key → the projections that have a bias if it is true."""
+_BIAS_KEYS: dict[Family, tuple[str, ...]] = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": (),
+    "qwen2": (),
+    "qwen3": ("attention_bias",),
+    "olmo2": ("attention_bias",),
+    "granite": ("attention_bias", "mlp_bias"),
+    "smollm3": ("attention_bias", "mlp_bias"),
+}
+"""The keys of `_BIASED` that a family knows."""
+_MULTIPLIERS = {
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Granite's keys, which are names of our fields, and transformers' defaults."""
+_KV_HEADS_AS_HEADS = ("llama", "olmo2", "granite")
+"""Families in which all heads have their own keys if num_key_value_heads is missing; elsewhere the default differs."""
+_WINDOW_BY_FLAG = ("qwen2", "qwen3", "smollm3")
+"""Families whose sliding_window counts if use_sliding_window is true."""
 
 
 def read_settings(directory: str | Path) -> dict[str, Any]:
@@ -74,13 +103,13 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
             raise UserError(f"{origin}: {key} is {_shown(raw[key])}; {why}")
     sizes = {ours: _size(raw, theirs, origin) for theirs, ours in _REQUIRED.items()}
     heads = sizes["num_heads"]
-    # Only LLaMA has had checkpoints from before grouped queries; the others' default differs.
-    kv_heads = _size(raw, "num_key_value_heads", origin, heads if family == "llama" else None)
+    kv_heads = _size(raw, "num_key_value_heads", origin, heads if family in _KV_HEADS_AS_HEADS else None)
     if heads % kv_heads:
         raise UserError(f"{origin}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
+    known_head_dim = 128 if family == "qwen3" else None  # transformers' default for a file without it
+    if raw.get("head_dim") is None and known_head_dim is None and sizes["hidden_size"] % heads:
         raise UserError(f"{origin}: hidden_size {sizes['hidden_size']} is not a multiple of the {heads} heads")
-    head_dim = _size(raw, "head_dim", origin, sizes["hidden_size"] // heads)
+    head_dim = _size(raw, "head_dim", origin, known_head_dim or sizes["hidden_size"] // heads)
     if head_dim % 2:
         raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embedding turns pairs")
     # The first conversions of LLaMA, and Vicuna 1.5 with 16k, call the context length max_sequence_length.
@@ -98,7 +127,32 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         rope_scaling=_rope_scaling(raw, origin, positions),
         sliding_window=_sliding_window(raw, origin, sizes["num_layers"]),
         biases=_biases(raw, origin),
+        norms="after" if family == "olmo2" else "before",
+        qk_norm={"qwen3": "head", "olmo2": "all"}.get(family),
+        layers_without_rope=_layers_without_rope(raw, origin, sizes["num_layers"]),
+        **_multipliers(raw, origin),
     )
+
+
+def _multipliers(raw: Mapping[str, Any], origin: str) -> dict[str, float]:
+    if raw["model_type"] != "granite":
+        return {}
+    return {key: _number(raw, key, origin, default) for key, default in _MULTIPLIERS.items()}
+
+
+def _layers_without_rope(raw: Mapping[str, Any], origin: str, layers: int) -> tuple[int, ...]:
+    """SmolLM3: `no_rope_layers` has 0 for a layer without rotary embedding, or every `no_rope_layer_interval`-th is."""
+    if raw["model_type"] != "smollm3":
+        return ()
+    rotated = raw.get("no_rope_layers")
+    if rotated is None:
+        interval = _size(raw, "no_rope_layer_interval", origin, 4)
+        return tuple(layer for layer in range(layers) if (layer + 1) % interval == 0)
+    if not isinstance(rotated, list) or len(rotated) != layers or any(flag not in (0, 1) for flag in rotated):
+        raise UserError(
+            f"{origin}: no_rope_layers is {rotated!r}, not a list of 0 or 1 for each of the {layers} layers"
+        )
+    return tuple(layer for layer, flag in enumerate(rotated) if not flag)
 
 
 def _shown(value: Any) -> str:
@@ -110,21 +164,21 @@ def _shown(value: Any) -> str:
 def _biases(raw: Mapping[str, Any], origin: str) -> tuple[str, ...]:
     if raw["model_type"] == "qwen2":
         return ("q_proj", "k_proj", "v_proj")
-    biased = tuple(name for key, names in _BIASED.items() if _flag(raw, key, origin) for name in names)
-    if raw["model_type"] != "llama" and biased:
-        raise UserError(f"{origin}: attention_bias and mlp_bias have no meaning for model_type {raw['model_type']!r}")
-    return biased
+    family, set_keys = raw["model_type"], [key for key in _BIASED if _flag(raw, key, origin)]
+    if unknown := [key for key in set_keys if key not in _BIAS_KEYS[family]]:
+        raise UserError(f"{origin}: {unknown[0]} has no meaning for model_type {family!r}")
+    return tuple(name for key in set_keys for name in _BIASED[key])
 
 
 def _sliding_window(raw: Mapping[str, Any], origin: str, layers: int) -> int | None:
     """Number of keys visible to a query; the default of transformers for Mistral is 4096 if the setting is missing."""
     family, window = raw["model_type"], raw.get("sliding_window")
-    if family == "llama":
-        if window:
-            raise UserError(f"{origin}: sliding_window is {window!r}; LLaMA has none")
-        return None
     if family == "mistral":
         window = raw.get("sliding_window", 4096)
+    elif family not in _WINDOW_BY_FLAG:
+        if window:
+            raise UserError(f"{origin}: sliding_window is {window!r}; {family} has none")
+        return None
     elif not _flag(raw, "use_sliding_window", origin):
         return None
     if window is None:
@@ -258,15 +312,20 @@ def hugging_face_config(
 
 
 def _family_settings(config: LlamaConfig) -> dict[str, Any]:
-    if config.family == "llama":
-        return {key: set(names) <= set(config.biases) for key, names in _BIASED.items()}
-    window: dict[str, Any] = {"sliding_window": config.sliding_window}
-    if config.family == "mistral":  # with layer_types, transformers 5 would load it as a Ministral
-        return window
-    # transformers 5 derives layer_types from other settings, unless the file still has those of the base.
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
-    used = {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    return {**window, **used, "layer_types": [kind] * config.num_layers}
+    family = config.family
+    written: dict[str, Any] = {key: set(_BIASED[key]) <= set(config.biases) for key in _BIAS_KEYS[family]}
+    if family == "granite":
+        written |= {key: getattr(config, key) for key in _MULTIPLIERS}
+    if family == "smollm3":
+        written["no_rope_layers"] = [int(layer not in config.layers_without_rope) for layer in range(config.num_layers)]
+    if family == "mistral":  # with layer_types, transformers 5 would load it as a Ministral
+        written["sliding_window"] = config.sliding_window
+    if family in _WINDOW_BY_FLAG:
+        # transformers 5 derives layer_types from other settings, unless the file still has those of the base.
+        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+        used = {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+        written |= {"sliding_window": config.sliding_window, **used, "layer_types": [kind] * config.num_layers}
+    return written
 
 
 def _scaling_settings(scaling: RopeScaling | None) -> dict[str, Any]:

@@ -160,18 +160,19 @@ class StreamedModel:
         with _in_float32():
             self._rope = Rope.at(jnp.asarray(positions_bt), self._config.rope_frequencies)
             embedded = [_embed(side.weights, self._spec.embedding, tokens_bt) for side in self._sides]
-            self._x_btd = jnp.asarray(np.concatenate(embedded))
+            self._x_btd = jnp.asarray(np.concatenate(embedded)) * self._config.embedding_multiplier
 
     def through(self, layer: int) -> None:
         self._layer = layer
         with _in_float32():
-            self._x_btd = self._block(self._x_btd, self._rope, functools.partial(self._attend, layer, self._slots_t))
+            rope = self._config.rope_in(layer, self._rope)
+            self._x_btd = self._block(self._x_btd, rope, functools.partial(self._attend, layer, self._slots_t))
 
     def finish(self, *, last_only: bool = False) -> np.ndarray:
         """Reads the head and returns the logits."""
         with _in_float32():
             hidden_btd = self._norm(self._x_btd[:, -1:] if last_only else self._x_btd)
-            return np.asarray(self._project(self._spec.head, hidden_btd))
+            return np.asarray(self._project(self._spec.head, hidden_btd / self._config.logits_scaling))
 
     def _read(self, path: str, module: nnx.Module, x: jax.Array) -> jax.Array:
         """Applies a small module of the network, such as a norm, with the weights of each side."""

@@ -28,6 +28,8 @@ from flacuna_jax.model.rope import Rope, RopeScaling, ntk_theta, rope_frequencie
 from flacuna_jax.model.sharding import constrain
 from flacuna_jax.model.variables import Axes, BaseParam, ModuleName, ParamInfo
 
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3"]
+
 EMBEDDING, HEAD = ModuleName("model.embed_tokens"), ModuleName("lm_head")
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -47,17 +49,44 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    family: Literal["llama", "mistral", "qwen2"] = "llama"
+    family: Family = "llama"
     """Hugging Face's model_type; the network depends only on the other fields."""
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     """Maximum number of keys visible to a query, including itself (Mistral)."""
     biases: tuple[str, ...] = ()
     """Projections with a bias (Qwen2: q, k and v)."""
+    # The fields below are not in the repr, which identifies the base of runs that began before they existed.
+    norms: Literal["before", "after"] = dataclasses.field(default="before", repr=False)
+    """Whether attention and feed-forward normalise their input, or their output (OLMo 2)."""
+    qk_norm: Literal["head", "all"] | None = dataclasses.field(default=None, repr=False)
+    """A norm of queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
+    layers_without_rope: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    """Layers in which queries and keys are not rotated (SmolLM3)."""
+    embedding_multiplier: float = dataclasses.field(default=1.0, repr=False)
+    """Granite scales embeddings, ..."""
+    attention_multiplier: float | None = dataclasses.field(default=None, repr=False)
+    """... the products of queries and keys (None: 1 / sqrt(head_dim)), ..."""
+    residual_multiplier: float = dataclasses.field(default=1.0, repr=False)
+    """... what a layer adds to the residual stream, ..."""
+    logits_scaling: float = dataclasses.field(default=1.0, repr=False)
+    """... and divides the logits by this number."""
+
+    @property
+    def query_multiplier(self) -> float:
+        """Of rotated queries; attention itself divides by sqrt(head_dim)."""
+        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * math.sqrt(self.head_dim)
 
     @property
     def rope_frequencies(self) -> np.ndarray:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    def rope_in(self, layer: jax.Array | int, rope: Rope) -> Rope:
+        """The rotary embedding of a layer, from that of the positions."""
+        if not self.layers_without_rope:
+            return rope
+        without = np.isin(np.arange(self.num_layers), self.layers_without_rope)
+        return rope.unless(jnp.asarray(without)[layer])
 
     def stretched(self, kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: float) -> "LlamaConfig":
         """Sizes for a context `factor` times as long. `ntk` only changes `rope_theta`, so every program can load it."""
@@ -133,15 +162,22 @@ class Block(nnx.Module):
             )
 
         # The numbers distinguish the dropout keys of the projections; changing a number changes its random stream.
-        self.input_layernorm = norm("input_layernorm", d)
+        if config.norms == "before":
+            self.input_layernorm = norm("input_layernorm", d)
         self.q_proj = project("self_attn.q_proj", d, q, ("heads", None), 0)
+        if config.qk_norm is not None:
+            self.q_norm = norm("self_attn.q_norm", config.head_dim if config.qk_norm == "head" else q)
         self.k_proj = project("self_attn.k_proj", d, kv, ("kv_heads", None), 1)
+        if config.qk_norm is not None:
+            self.k_norm = norm("self_attn.k_norm", config.head_dim if config.qk_norm == "head" else kv)
         self.v_proj = project("self_attn.v_proj", d, kv, ("kv_heads", None), 2)
         self.o_proj = project("self_attn.o_proj", q, d, (None, "heads"), 3)
         self.post_attention_layernorm = norm("post_attention_layernorm", d)
         self.gate_proj = project("mlp.gate_proj", d, f, ("ffn", None), 4)
         self.up_proj = project("mlp.up_proj", d, f, ("ffn", None), 5)
         self.down_proj = project("mlp.down_proj", f, d, (None, "ffn"), 6)
+        if config.norms == "after":
+            self.post_feedforward_layernorm = norm("post_feedforward_layernorm", d)
 
     def __call__(
         self,
@@ -156,19 +192,39 @@ class Block(nnx.Module):
         attend: (q_bthn, k_btkn, v_btkn) → o_bthn.
         row_keys_b: dropout keys, one per row; None evaluates.
         """
-        n = self.config.head_dim
-        h_btd = self.input_layernorm(x_btd)
-        q_bthn = _split_heads(self.q_proj(h_btd, row_keys_b), n, "heads")
-        k_btkn = _split_heads(self.k_proj(h_btd, row_keys_b), n, "kv_heads")
-        v_btkn = _split_heads(self.v_proj(h_btd, row_keys_b), n, "kv_heads")
-        o_bthn = attend(rope.rotate(q_bthn), rope.rotate(k_btkn), v_btkn)
-        o_bto = o_bthn.reshape(*o_bthn.shape[:2], -1)
-        x_btd = constrain(x_btd + self.o_proj(o_bto, row_keys_b), "batch", None, None)
+        config, before = self.config, self.config.norms == "before"
+        h_btd = self.input_layernorm(x_btd) if before else x_btd
+        q_bthn, k_btkn, v_btkn = self._queries_keys_values(h_btd, row_keys_b)
+        q_bthn = _scaled(rope.rotate(q_bthn), config.query_multiplier)
+        o_bthn = attend(q_bthn, rope.rotate(k_btkn), v_btkn)
+        o_btd = self.o_proj(o_bthn.reshape(*o_bthn.shape[:2], -1), row_keys_b)
+        if not before:
+            o_btd = self.post_attention_layernorm(o_btd)
+        x_btd = constrain(x_btd + _scaled(o_btd, config.residual_multiplier), "batch", None, None)
 
-        h_btd = self.post_attention_layernorm(x_btd)
+        h_btd = self.post_attention_layernorm(x_btd) if before else x_btd
         gate_btf = jax.nn.silu(self.gate_proj(h_btd, row_keys_b))
         h_btf = constrain(gate_btf * self.up_proj(h_btd, row_keys_b), "batch", None, "ffn")
-        return constrain(x_btd + self.down_proj(h_btf, row_keys_b), "batch", None, None)
+        o_btd = self.down_proj(h_btf, row_keys_b)
+        if not before:
+            o_btd = self.post_feedforward_layernorm(o_btd)
+        return constrain(x_btd + _scaled(o_btd, config.residual_multiplier), "batch", None, None)
+
+    def _queries_keys_values(
+        self, h_btd: jax.Array, row_keys_b: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        n, qk_norm = self.config.head_dim, self.config.qk_norm
+        q_bto = self.q_proj(h_btd, row_keys_b)
+        q_bthn = _split_heads(self.q_norm(q_bto) if qk_norm == "all" else q_bto, n, "heads")
+        q_bthn = self.q_norm(q_bthn) if qk_norm == "head" else q_bthn
+        k_bto = self.k_proj(h_btd, row_keys_b)
+        k_btkn = _split_heads(self.k_norm(k_bto) if qk_norm == "all" else k_bto, n, "kv_heads")
+        k_btkn = self.k_norm(k_btkn) if qk_norm == "head" else k_btkn
+        return q_bthn, k_btkn, _split_heads(self.v_proj(h_btd, row_keys_b), n, "kv_heads")
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * factor
 
 
 def _split_heads(x_bti: jax.Array, head_dim: int, axis: str) -> jax.Array:
@@ -243,18 +299,23 @@ class Llama(nnx.Module):
         def apply_block(x_btd: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
             index, state = layer
             keys_b = None if row_keys_b is None else fold_keys(row_keys_b, index)
-            return nnx.merge(block_graph, state)(x_btd, rope, attend, keys_b), None
+            return nnx.merge(block_graph, state)(x_btd, self.config.rope_in(index, rope), attend, keys_b), None
 
         apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(self.config.num_layers), block_state))
-        return self.norm(x_btd)
+        return self.final(x_btd)
+
+    def final(self, x_btd: jax.Array) -> jax.Array:
+        """The hidden states that the head is applied to, from the last layer's."""
+        return _scaled(self.norm(x_btd), 1 / self.config.logits_scaling)
 
     def mask(self, segment_ids_bt: jax.Array, *, one_document: bool = False) -> PackedMask:
         """The visible keys of each query of packed rows in this network; `one_document` as in `make_packed_mask`."""
         return make_packed_mask(segment_ids_bt, self.config.sliding_window, one_document=one_document)
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:
-        return constrain(jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0), "batch", None, None)
+        x_btd = jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0)
+        return constrain(_scaled(x_btd, self.config.embedding_multiplier), "batch", None, None)
 
     def head(self) -> jax.Array:
         """The language-model head [vocab, model] in the compute dtype; an adapter adds columns, as many as its rank.

@@ -63,6 +63,10 @@ class Rope:
         angle = positions_bt.astype(jnp.float32)[:, :, None, None] * frequencies
         return cls(jnp.cos(angle), jnp.sin(angle))
 
+    def unless(self, switched_off: jax.Array) -> "Rope":
+        """No rotation where the bool scalar is True."""
+        return Rope(jnp.where(switched_off, 1.0, self.cos), jnp.where(switched_off, 0.0, self.sin))
+
     def rotate(self, x_bthn: jax.Array) -> jax.Array:
         x1, x2 = jnp.split(x_bthn.astype(jnp.float32), 2, axis=-1)
         rotated = jnp.concatenate([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin], axis=-1)

@@ -62,6 +62,19 @@ FAMILY = {
         "Qwen2",
         {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
     ),
+    "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "OLMo 2": ("Olmo2", {"num_key_value_heads": 2}),
+    "Granite": (
+        "Granite",
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "SmolLM3": ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0}),
 }
 DOCUMENTS = [np.random.default_rng(i).integers(3, 97, size).tolist() for i, size in enumerate((17, 40, 9, 23, 31))]
 ROWS = [[0, 1], [2, 3], [4]]
@@ -93,6 +106,8 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     path = tmp_path_factory.mktemp("member")
     model.eval().float().save_pretrained(path)
     config = read_architecture(path)
@@ -139,7 +154,7 @@ def test_packed_logits_equal_transformers(member: Member) -> None:
     assert_equal_logits(packed_logits(member.spec, member.params), torch_logits(member.reference))
 
 
-@always("LLaMA 3.1", "Mistral", "Qwen2 with a window")
+@always("LLaMA 3.1", "Mistral", "Qwen2 with a window", "Qwen3", "OLMo 2", "Granite", "SmolLM3")
 @pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 14])
 def test_greedy_continuations_equal_transformers(member: Member, shared: int) -> None:
     """Prompts of mixed lengths in one batch, with or without a prefix that is computed once."""
@@ -199,7 +214,7 @@ def test_tensors_are_written_in_the_order_of_a_forward_pass(member: Member) -> N
     assert list(dict.fromkeys(asked)) == [(path, layer or 0) for path, layer in tensors_in_order(member.config)]
 
 
-@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2")
+@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2", "Qwen3", "OLMo 2", "Granite", "SmolLM3")
 def test_adapters_and_merges_equal_those_of_peft(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)
