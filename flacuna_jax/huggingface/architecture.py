@@ -54,27 +54,27 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
 
 
 def read_architecture(directory: str | Path) -> LlamaConfig:
-    """Sizes of the LLaMA in a directory of Hugging Face's, Meta's or our own form.
+    """Sizes of the LLaMA in a directory in the format of Hugging Face, Meta or this project.
 
     Raises:
-      UserError: config.json is missing, incomplete, or asks for something this project does not compute.
+      UserError: config.json is missing or incomplete, or has a setting that is not implemented.
     """
     file = PARAMS_FILE if is_meta(Path(directory)) else CONFIG_FILE
     return parse_architecture(read_settings(directory), str(Path(directory) / file))
 
 
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
-    """`LlamaConfig` from the content of a config.json; `origin` names it in errors."""
+    """`LlamaConfig` from the content of a config.json; `origin` is its name in error messages."""
     family = raw.get("model_type")
-    if family not in tuple(_ARCHITECTURES):  # which a list may be asked for, too
+    if family not in tuple(_ARCHITECTURES):  # also works for unhashable values
         known = ", ".join(_ARCHITECTURES)
-        raise UserError(f"{origin}: model_type is {family!r}; checkpoints of the LLaMA family can be used: {known}")
+        raise UserError(f"{origin}: model_type is {family!r}; supported are {known}")
     for key, (changes, why) in _UNSUPPORTED.items():
         if key in raw and changes(raw[key]):
             raise UserError(f"{origin}: {key} is {_shown(raw[key])}; {why}")
     sizes = {ours: _size(raw, theirs, origin) for theirs, ours in _REQUIRED.items()}
     heads = sizes["num_heads"]
-    # Only LLaMA has had checkpoints from before grouped queries; the others' default differs.
+    # Only LLaMA has checkpoints that are older than grouped queries; the default of others differs.
     kv_heads = _size(raw, "num_key_value_heads", origin, heads if family == "llama" else None)
     if heads % kv_heads:
         raise UserError(f"{origin}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -82,8 +82,8 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         raise UserError(f"{origin}: hidden_size {sizes['hidden_size']} is not a multiple of the {heads} heads")
     head_dim = _size(raw, "head_dim", origin, sizes["hidden_size"] // heads)
     if head_dim % 2:
-        raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embedding turns pairs")
-    # The first conversions of LLaMA, and Vicuna 1.5 with 16k, call the context length max_sequence_length.
+        raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embeddings rotate pairs of dimensions")
+    # In early conversions of LLaMA and in Vicuna 1.5 16k, the context length is max_sequence_length.
     sequence = _size(raw, "max_sequence_length", origin, 1)
     positions = max(sequence, _size(raw, "max_position_embeddings", origin, 2048 if sequence == 1 else sequence))
     return LlamaConfig(
@@ -102,7 +102,7 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
 
 
 def _shown(value: Any) -> str:
-    """A setting in a message; of the settings of a quantisation, its method."""
+    """A setting for a message; for quantisation settings, the method."""
     method = value.get("quant_method") if isinstance(value, dict) else None
     return f"of quant_method {method!r}" if method else repr(value)
 
@@ -112,7 +112,7 @@ def _biases(raw: Mapping[str, Any], origin: str) -> tuple[str, ...]:
         return ("q_proj", "k_proj", "v_proj")
     biased = tuple(name for key, names in _BIASED.items() if _flag(raw, key, origin) for name in names)
     if raw["model_type"] != "llama" and biased:
-        raise UserError(f"{origin}: attention_bias and mlp_bias have no meaning for model_type {raw['model_type']!r}")
+        raise UserError(f"{origin}: attention_bias and mlp_bias do not apply to model_type {raw['model_type']!r}")
     return biased
 
 
@@ -190,7 +190,7 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
     rope = _rope_settings(raw, key, origin)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{origin}: {key} asks for a partial rotary embedding, which is not implemented")
+        raise UserError(f"{origin}: {key} has a partial rotary embedding, which is not implemented")
     if kind == "default":
         return None
     where = f"{origin}: {key}"
@@ -202,7 +202,7 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
             if kind == "dynamic"
             else ""
         )
-        raise UserError(f"{where} asks for {kind!r}; linear and llama3 are implemented{hint}")
+        raise UserError(f"{where} has {kind!r}; only linear and llama3 are implemented{hint}")
     low, high = (_number(rope, key, where, 0.0) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise UserError(f"{where}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")
