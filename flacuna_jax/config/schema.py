@@ -106,7 +106,7 @@ class ModelConfig(Section):
         if self.init == "pretrained" and self.path is None:
             raise ValueError("path is missing: a checkpoint directory (or init: random with an architecture)")
         if self.init == "pretrained" and self.architecture is not None:
-            raise ValueError("architecture is for init: random; a pretrained checkpoint brings its own")
+            raise ValueError("architecture needs init: random; a pretrained checkpoint has its own")
         if self.init == "random" and (self.architecture is None or (self.tokenizer or self.path) is None):
             raise ValueError("init: random needs architecture and tokenizer")
         return self

@@ -26,7 +26,7 @@ def check_plain(template: str, turns: Sequence[Turn], tools: Tools) -> None:
     for index, (first, second) in enumerate(pairwise(turns)):
         if first.role == second.role:
             where = f"turns {index + 1} and {index + 2}"
-            raise TemplateRefusal(f"{template} needs alternating turns, but {where} are both of role {first.role!r}")
+            raise TemplateRefusal(f"{template} needs alternating turns, but {where} are both of role {first.role}")
 
 
 def written_as_text(system: str, turns: Sequence[Turn], tools: Tools) -> tuple[str, list[Turn]]:

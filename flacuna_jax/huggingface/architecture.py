@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,6 +55,7 @@ _BIAS_KEYS: dict[Family, tuple[str, ...]] = {
     "smollm3": ("attention_bias", "mlp_bias"),
 }
 """The keys of `_BIASED` that a family knows."""
+_QK_NORMS: dict[Family, Literal["head", "all"]] = {"qwen3": "head", "olmo2": "all"}
 _MULTIPLIERS = {
     "embedding_multiplier": 1.0,
     "attention_multiplier": 1.0,
@@ -83,21 +84,21 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
 
 
 def read_architecture(directory: str | Path) -> LlamaConfig:
-    """Sizes of the LLaMA in a directory of Hugging Face's, Meta's or our own form.
+    """Sizes of the LLaMA in a directory in the format of Hugging Face, Meta or this project.
 
     Raises:
-      UserError: config.json is missing, incomplete, or asks for something this project does not compute.
+      UserError: config.json is missing or incomplete, or has a setting that is not implemented.
     """
     file = PARAMS_FILE if is_meta(Path(directory)) else CONFIG_FILE
     return parse_architecture(read_settings(directory), str(Path(directory) / file))
 
 
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
-    """`LlamaConfig` from the content of a config.json; `origin` names it in errors."""
+    """`LlamaConfig` from the content of a config.json; `origin` is its name in error messages."""
     family = raw.get("model_type")
-    if family not in tuple(_ARCHITECTURES):  # which a list may be asked for, too
+    if family not in tuple(_ARCHITECTURES):  # also works for unhashable values
         known = ", ".join(_ARCHITECTURES)
-        raise UserError(f"{origin}: model_type is {family!r}; checkpoints of the LLaMA family can be used: {known}")
+        raise UserError(f"{origin}: model_type is {family!r}; supported are {known}")
     for key, (changes, why) in _UNSUPPORTED.items():
         if key in raw and changes(raw[key]):
             raise UserError(f"{origin}: {key} is {_shown(raw[key])}; {why}")
@@ -111,8 +112,8 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         raise UserError(f"{origin}: hidden_size {sizes['hidden_size']} is not a multiple of the {heads} heads")
     head_dim = _size(raw, "head_dim", origin, known_head_dim or sizes["hidden_size"] // heads)
     if head_dim % 2:
-        raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embedding turns pairs")
-    # The first conversions of LLaMA, and Vicuna 1.5 with 16k, call the context length max_sequence_length.
+        raise UserError(f"{origin}: head_dim {head_dim} is odd; rotary embeddings rotate pairs of dimensions")
+    # In early conversions of LLaMA and in Vicuna 1.5 16k, the context length is max_sequence_length.
     sequence = _size(raw, "max_sequence_length", origin, 1)
     positions = max(sequence, _size(raw, "max_position_embeddings", origin, 2048 if sequence == 1 else sequence))
     return LlamaConfig(
@@ -128,13 +129,13 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         sliding_window=_sliding_window(raw, origin, sizes["num_layers"]),
         biases=_biases(raw, origin),
         norms="after" if family == "olmo2" else "before",
-        qk_norm={"qwen3": "head", "olmo2": "all"}.get(family),
+        qk_norm=_QK_NORMS.get(family),
         layers_without_rope=_layers_without_rope(raw, origin, sizes["num_layers"]),
         **_multipliers(raw, origin),
     )
 
 
-def _multipliers(raw: Mapping[str, Any], origin: str) -> dict[str, float]:
+def _multipliers(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if raw["model_type"] != "granite":
         return {}
     return {key: _number(raw, key, origin, default) for key, default in _MULTIPLIERS.items()}
@@ -149,14 +150,12 @@ def _layers_without_rope(raw: Mapping[str, Any], origin: str, layers: int) -> tu
         interval = _size(raw, "no_rope_layer_interval", origin, 4)
         return tuple(layer for layer in range(layers) if (layer + 1) % interval == 0)
     if not isinstance(rotated, list) or len(rotated) != layers or any(flag not in (0, 1) for flag in rotated):
-        raise UserError(
-            f"{origin}: no_rope_layers is {rotated!r}, not a list of 0 or 1 for each of the {layers} layers"
-        )
+        raise UserError(f"{origin}: no_rope_layers is {rotated!r}, not a 0 or 1 for each of the {layers} layers")
     return tuple(layer for layer, flag in enumerate(rotated) if not flag)
 
 
 def _shown(value: Any) -> str:
-    """A setting in a message; of the settings of a quantisation, its method."""
+    """A setting for a message; for quantisation settings, the method."""
     method = value.get("quant_method") if isinstance(value, dict) else None
     return f"of quant_method {method!r}" if method else repr(value)
 
@@ -166,7 +165,7 @@ def _biases(raw: Mapping[str, Any], origin: str) -> tuple[str, ...]:
         return ("q_proj", "k_proj", "v_proj")
     family, set_keys = raw["model_type"], [key for key in _BIASED if _flag(raw, key, origin)]
     if unknown := [key for key in set_keys if key not in _BIAS_KEYS[family]]:
-        raise UserError(f"{origin}: {unknown[0]} has no meaning for model_type {family!r}")
+        raise UserError(f"{origin}: {unknown[0]} does not apply to model_type {family!r}")
     return tuple(name for key in set_keys for name in _BIASED[key])
 
 
@@ -244,7 +243,7 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
     rope = _rope_settings(raw, key, origin)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{origin}: {key} asks for a partial rotary embedding, which is not implemented")
+        raise UserError(f"{origin}: {key} has a partial rotary embedding, which is not implemented")
     if kind == "default":
         return None
     where = f"{origin}: {key}"
@@ -256,7 +255,7 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
             if kind == "dynamic"
             else ""
         )
-        raise UserError(f"{where} asks for {kind!r}; linear and llama3 are implemented{hint}")
+        raise UserError(f"{where} has {kind!r}; only linear and llama3 are implemented{hint}")
     low, high = (_number(rope, key, where, 0.0) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise UserError(f"{where}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")

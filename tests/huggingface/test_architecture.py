@@ -127,7 +127,7 @@ def test_missing_sizes_get_the_conventional_defaults() -> None:
             "low_freq_factor 4 is not below high_freq_factor 4",
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "differ"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters asks for 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters has 'yarn'"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta is 500000.0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"rope_scaling": 3}, "rope_scaling is 3"),
