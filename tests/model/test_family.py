@@ -21,13 +21,17 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.huggingface.names import parse_adapter_name
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, Params, tensors_in_order
 from flacuna_jax.model.rope import ntk_theta, rope_frequencies
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
-from tests.tiny import packed_batch
+from flacuna_jax.training.network import NetworkConfig
+from flacuna_jax.training.step import StepConfig, loss_and_gradients
+from tests.tiny import in_steps, packed_batch, to_device
 from tests.torch_models import torch, transformers
+from tests.training.test_step_against_peft import run_ours, run_torch, torch_loss
 
 peft = pytest.importorskip("peft")
 
@@ -254,3 +258,48 @@ def test_ntk_is_dynamic_scaling_at_its_longest_input(length: int) -> None:
     expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
     ours = rope_frequencies(12, ntk_theta(1e4, 12, length / 128), None)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
+
+
+@always("Qwen3", "OLMo 2", "Granite", "SmolLM3")
+def test_training_equals_that_of_peft(member: Member) -> None:
+    """Gradients of packed rows, and 12 steps of AdamW with clipping, against PEFT on the documents one by one."""
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets="all-linear")
+    base = transformers.AutoModelForCausalLM.from_pretrained(member.path, attn_implementation="eager")
+    targets = [target for target in lora.targets if target != "lm_head"]
+    settings = peft.LoraConfig(r=4, lora_alpha=8.0, target_modules=targets, task_type="CAUSAL_LM")
+    reference = peft.get_peft_model(base, settings)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in reference.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    spec = dataclasses.replace(member.spec, lora=lora)
+    adapters = adapters_of(reference, spec)
+    batch = to_device(in_steps(packed_batch(DOCUMENTS, [*ROWS, []], 64), 2))
+    step = StepConfig(NetworkConfig(spec))
+
+    loss, _, gradients = jax.jit(loss_and_gradients, static_argnums=0)(
+        step, adapters, member.params, batch, jnp.int32(0)
+    )
+    expected = torch_loss(reference, DOCUMENTS)
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), abs=1e-4)
+    for path, value in adapters_of(reference, spec, gradients=True).items():
+        assert np.linalg.norm(gradients[path] - value) < 1e-4 * np.linalg.norm(value), path
+
+    batches = [batch] * 12
+    losses, _ = run_ours(spec, member.params, adapters, batches, 5e-3)
+    reference.zero_grad()
+    theirs = run_torch(reference, [DOCUMENTS] * 12, 5e-3)
+    assert theirs[-1] < theirs[0] - 0.05
+    np.testing.assert_allclose(losses, theirs, atol=2e-4)
+
+
+def adapters_of(model: "peft.PeftModel", spec: ModelSpec, gradients: bool = False) -> Params:
+    """PEFT's tensors, or their gradients, stacked in our layout."""
+    params = {path: np.zeros(shape, np.float32) for path, shape in spec.lora_shapes.items()}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            path, layer = parse_adapter_name(name, spec.config)
+            params[path][layer] = (parameter.grad if gradients else parameter.detach()).numpy()
+    return {path: jnp.asarray(value) for path, value in params.items()}
