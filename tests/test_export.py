@@ -125,7 +125,7 @@ def test_a_run_of_all_weights(story_llama: Path, config: LlamaConfig, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--format", "adapter", "--step", "7"], "no checkpoint of step 7; there are 5, 10"),
+        (["--format", "adapter", "--step", "7"], "no checkpoint of step 7; available steps are 5, 10"),
         (["--format", "adapter", "--dtype", "float16"], "float32 or bfloat16"),
         (["--format", "merged", "--base", "nowhere"], "'nowhere' does not exist here"),
     ],

@@ -206,7 +206,7 @@ def test_13b_on_four_a6000(absent, paper, mesh, limit):
 
     found = exchanged(step.work.collectives)
     reductions = {key: times for key, times in found.items() if key[0] == "all-reduce"}
-    assert reductions == {("all-reduce", 4 * (6_553_600 + 1), 4): 1}, "adapter gradients and loss, once, in float32"
+    assert reductions == {("all-reduce", 4 * (6_553_600 + 2), 4): 1}, "adapter gradients, loss and weight, once"
     assert {kind for kind, *_ in found} == {"all-reduce"} | ({"all-gather"} if mesh.fsdp > 1 else set())
     if mesh.fsdp > 1:
         gathers = Counter({key: times for key, times in found.items() if key[0] == "all-gather"})
