@@ -19,7 +19,6 @@ from flax import nnx
 from flacuna_jax.kernels.attention import attention
 from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.model.rope import Rope
 
 SCORED_TOGETHER = 128
 """Number of positions whose logits exist at the same time."""
@@ -171,7 +170,7 @@ def through_layers(
       attend: (q, k, v, layer) to o; the layer is a number if `layers` are given.
       layers: the parameters of each layer, if they are not stacked.
     """
-    rope = Rope.at(positions_bt, model.config.rope_frequencies)
+    rope = model.config.rope_at(positions_bt)
     graph, stacked = nnx.split(model.layers)
 
     def apply_block(x_btd: jax.Array, index: int | jax.Array, state: nnx.State) -> tuple[jax.Array, Any]:

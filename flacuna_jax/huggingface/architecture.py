@@ -1,5 +1,6 @@
 """Converts between `LlamaConfig` and config.json of transformers 4 (`rope_theta`) and 5 (`rope_parameters`)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,17 @@ _REQUIRED = {
 }
 """Hugging Face key → our field, for sizes that have no sensible default."""
 
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""Hugging Face's name → ours; written with the first of the names."""
+
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "hidden_act": (lambda value: value not in ("silu", "swish"), "only silu is implemented"),
+    "hidden_act": (lambda value: value not in tuple(_ACTIVATIONS), "only silu and gelu are implemented"),
     "quantization_config": (bool, "the weights are quantised; start from the half-precision checkpoint"),
     "partial_rotary_factor": (lambda value: value not in (None, 1, 1.0), "partial rotary embedding is not implemented"),
 }
@@ -128,6 +138,7 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
         rope_scaling=_rope_scaling(raw, origin, positions),
         sliding_window=_sliding_window(raw, origin, sizes["num_layers"]),
         biases=_biases(raw, origin),
+        activation=_ACTIVATIONS[raw.get("hidden_act", "silu")],
         norms="after" if family == "olmo2" else "before",
         qk_norm=_QK_NORMS.get(family),
         layers_without_rope=_layers_without_rope(raw, origin, sizes["num_layers"]),
@@ -247,15 +258,12 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
     if kind == "default":
         return None
     where = f"{origin}: {key}"
-    if kind == "linear":
-        return RopeScaling("linear", _number(rope, "factor", where, 0.0))
+    if kind in ("linear", "dynamic"):
+        return RopeScaling(kind, _number(rope, "factor", where, 0.0))
+    if kind == "yarn":
+        return _yarn(raw, rope, where, positions)
     if kind != "llama3":
-        hint = (
-            "; model.rope_scaling: {type: ntk} has the same effect for a fixed maximum length"
-            if kind == "dynamic"
-            else ""
-        )
-        raise UserError(f"{where} has {kind!r}; only linear and llama3 are implemented{hint}")
+        raise UserError(f"{where} has {kind!r}; only linear, llama3, yarn and dynamic are implemented")
     low, high = (_number(rope, key, where, 0.0) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise UserError(f"{where}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")
@@ -265,6 +273,28 @@ def _parse_scaling(raw: Mapping[str, Any], key: str, origin: str, positions: int
         low,
         high,
         _size(rope, "original_max_position_embeddings", where, positions),
+    )
+
+
+def _yarn(raw: Mapping[str, Any], rope: Mapping[str, Any], where: str, positions: int) -> RopeScaling:
+    """YaRN with transformers' defaults."""
+    original = _size(rope, "original_max_position_embeddings", where, positions)
+    factor = _number(rope, "factor", where, positions / original)
+    scales = [_number(rope, key, where, 1.0) for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    stated = rope.get("attention_factor")
+    computed = magnitude(scales[0]) / magnitude(scales[1]) if len(scales) == 2 else magnitude(1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        beta_fast=_number(rope, "beta_fast", where, 32.0),
+        beta_slow=_number(rope, "beta_slow", where, 1.0),
+        attention_factor=computed if stated is None else _number(rope, "attention_factor", where, 1.0),
+        truncate=_flag({"truncate": True} | dict(rope), "truncate", where),
     )
 
 
@@ -297,7 +327,7 @@ def hugging_face_config(
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation),
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -333,8 +363,12 @@ def _scaling_settings(scaling: RopeScaling | None) -> dict[str, Any]:
         return {"rope_type": "default"}
     written = {"rope_type": scaling.kind, "type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        written |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
+    if scaling.kind == "yarn":
+        names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
         written |= {name: getattr(scaling, name) for name in names}
+    if scaling.kind in ("llama3", "yarn"):
+        written["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     return written
 
 

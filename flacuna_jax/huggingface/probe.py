@@ -25,7 +25,6 @@ from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.lora import LoRALinear, row_norms
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.model.rope import Rope
 from flacuna_jax.model.variables import path_of
 
 Weights = Callable[[str, int, slice], np.ndarray]
@@ -158,7 +157,7 @@ class StreamedModel:
         self._filled += len(self._slots_t)
         positions_bt = np.maximum(self._slots_t - self._first_b[:, None], 0)
         with _in_float32():
-            self._rope = Rope.at(jnp.asarray(positions_bt), self._config.rope_frequencies)
+            self._rope = self._config.rope_at(jnp.asarray(positions_bt))
             embedded = [_embed(side.weights, self._spec.embedding, tokens_bt) for side in self._sides]
             self._x_btd = jnp.asarray(np.concatenate(embedded)) * self._config.embedding_multiplier
 

@@ -9,9 +9,10 @@ the order in which a forward pass uses them, which is also their order in writte
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,13 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smol
 
 EMBEDDING, HEAD = ModuleName("model.embed_tokens"), ModuleName("lm_head")
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,8 @@ class LlamaConfig:
     """A norm of queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
     layers_without_rope: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     """Layers in which queries and keys are not rotated (SmolLM3)."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = dataclasses.field(default="silu", repr=False)
+    """Of the gates. gelu_tanh is the approximation by tanh."""
     embedding_multiplier: float = dataclasses.field(default=1.0, repr=False)
     """Granite scales embeddings, ..."""
     attention_multiplier: float | None = dataclasses.field(default=None, repr=False)
@@ -81,6 +91,10 @@ class LlamaConfig:
     def rope_frequencies(self) -> np.ndarray:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
+    def rope_at(self, positions_bt: jax.Array) -> Rope:
+        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+        return Rope.at(positions_bt, self.rope_frequencies, factor)
+
     def rope_in(self, layer: jax.Array | int, rope: Rope) -> Rope:
         """The rotary embedding of a layer, from that of the positions."""
         if not self.layers_without_rope:
@@ -88,7 +102,7 @@ class LlamaConfig:
         without = np.isin(np.arange(self.num_layers), self.layers_without_rope)
         return rope.unless(jnp.asarray(without)[layer])
 
-    def stretched(self, kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: float) -> "LlamaConfig":
+    def stretched(self, kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: Any) -> "LlamaConfig":
         """Sizes for a context `factor` times as long. `ntk` only changes `rope_theta`, so every program can load it."""
         own = self.max_position_embeddings
         longer = dataclasses.replace(self, max_position_embeddings=math.ceil(own * factor))
@@ -203,7 +217,7 @@ class Block(nnx.Module):
         x_btd = constrain(x_btd + _scaled(o_btd, config.residual_multiplier), "batch", None, None)
 
         h_btd = self.post_attention_layernorm(x_btd) if before else x_btd
-        gate_btf = jax.nn.silu(self.gate_proj(h_btd, row_keys_b))
+        gate_btf = ACTIVATIONS[config.activation](self.gate_proj(h_btd, row_keys_b))
         h_btf = constrain(gate_btf * self.up_proj(h_btd, row_keys_b), "batch", None, "ffn")
         o_btd = self.down_proj(h_btf, row_keys_b)
         if not before:
@@ -289,7 +303,7 @@ class Llama(nnx.Module):
           remat: a key of REMAT_POLICIES.
           attention_backend: see `kernels.attention`.
         """
-        rope = Rope.at(positions_bt, self.config.rope_frequencies)
+        rope = self.config.rope_at(positions_bt)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attention(q, k, v, mask, backend=attention_backend)

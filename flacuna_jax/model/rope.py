@@ -18,13 +18,23 @@ import numpy as np
 class RopeScaling:
     """The scaling of frequencies, with the names of transformers' config.json."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn", "dynamic"]
     factor: float
     """Ratio of the extended context length to the original one."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """The context length of pre-training. llama3 only, like the two factors, which select the wavelengths to scale."""
+    """The context length of pre-training, for llama3 and yarn. The two factors before are llama3's, and select the
+    wavelengths to scale."""
+    # yarn only; not in the repr, which identifies the base of runs that began before they existed.
+    beta_fast: float = dataclasses.field(default=32.0, repr=False)
+    """Pairs that turn more often than this within the original context are kept, ..."""
+    beta_slow: float = dataclasses.field(default=1.0, repr=False)
+    """... and pairs that turn less often than this are divided by the factor."""
+    attention_factor: float = dataclasses.field(default=1.0, repr=False)
+    """Multiplies cos and sin, and so the products of queries and keys by its square."""
+    truncate: bool = dataclasses.field(default=True, repr=False)
+    """Whether the bounds of the two ranges are rounded to whole pairs."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -32,7 +42,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
     linear (Chen et al., 2023, arXiv:2306.15595) divides all frequencies by the factor. llama3 (Dubey et al., 2024,
     arXiv:2407.21783) divides frequencies with a wavelength above original / low_freq_factor, keeps those with a
-    wavelength below original / high_freq_factor, and interpolates smoothly in between.
+    wavelength below original / high_freq_factor, and interpolates smoothly in between. yarn (Peng et al., 2023,
+    arXiv:2309.00071) does the same by the number of turns within the original context, linearly in the index of the
+    pair. dynamic scales only inputs that are longer than the model's context, which are not accepted here.
     """
     frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None and scaling.kind == "linear":
@@ -42,7 +54,25 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
+    if scaling is not None and scaling.kind == "yarn":
+        kept = 1 - _yarn_ramp(head_dim, theta, scaling)
+        frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
     return frequency.astype(np.float32)
+
+
+def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """From 0 for pairs that are kept to 1 for pairs that are divided by the factor, float64 [head_dim / 2]."""
+
+    def pair(turns: float) -> float:
+        """The index of the pair that turns this often within the original context."""
+        wavelength = scaling.original_max_position_embeddings / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    return np.clip((np.arange(head_dim // 2) - first) / (last - first or 0.001), 0.0, 1.0)
 
 
 def ntk_theta(theta: float, head_dim: int, factor: float) -> float:
@@ -59,9 +89,11 @@ class Rope:
     sin: jax.Array
 
     @classmethod
-    def at(cls, positions_bt: jax.Array, frequencies: np.ndarray) -> "Rope":
+    def at(cls, positions_bt: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> "Rope":
+        """`factor` multiplies the rotated vectors."""
         angle = positions_bt.astype(jnp.float32)[:, :, None, None] * frequencies
-        return cls(jnp.cos(angle), jnp.sin(angle))
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return cls(cos, sin) if factor == 1 else cls(cos * factor, sin * factor)
 
     def unless(self, switched_off: jax.Array) -> "Rope":
         """No rotation where the bool scalar is True."""

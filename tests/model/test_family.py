@@ -53,12 +53,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 FAMILY = {
     "LLaMA 1": ("Llama", {"num_key_value_heads": 4}),
     "LLaMA 2, 70B": ("Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
     "LLaMA 3.1": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "Vicuna 1.5, 16k": ("Llama", {"num_key_value_heads": 4, "rope_parameters": LINEAR}),
+    "LLaMA with YaRN and GELU": ("Llama", {"rope_parameters": YARN, "hidden_act": "gelu"}),
+    "LLaMA with dynamic scaling": ("Llama", {"rope_parameters": DYNAMIC, "hidden_act": "gelu_pytorch_tanh"}),
     "LLaMA with biases": ("Llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 6, "head_dim": 16}),
     "Qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -80,6 +84,7 @@ FAMILY = {
     ),
     "SmolLM3": ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0}),
 }
+NEWER = ("Qwen3", "OLMo 2", "Granite", "SmolLM3")
 DOCUMENTS = [np.random.default_rng(i).integers(3, 97, size).tolist() for i, size in enumerate((17, 40, 9, 23, 31))]
 ROWS = [[0, 1], [2, 3], [4]]
 
@@ -158,7 +163,7 @@ def test_packed_logits_equal_transformers(member: Member) -> None:
     assert_equal_logits(packed_logits(member.spec, member.params), torch_logits(member.reference))
 
 
-@always("LLaMA 3.1", "Mistral", "Qwen2 with a window", "Qwen3", "OLMo 2", "Granite", "SmolLM3")
+@always("LLaMA 3.1", "LLaMA with YaRN and GELU", "Mistral", "Qwen2 with a window", *NEWER)
 @pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 14])
 def test_greedy_continuations_equal_transformers(member: Member, shared: int) -> None:
     """Prompts of mixed lengths in one batch, with or without a prefix that is computed once."""
@@ -218,7 +223,7 @@ def test_tensors_are_written_in_the_order_of_a_forward_pass(member: Member) -> N
     assert list(dict.fromkeys(asked)) == [(path, layer or 0) for path, layer in tensors_in_order(member.config)]
 
 
-@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2", "Qwen3", "OLMo 2", "Granite", "SmolLM3")
+@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2", *NEWER)
 def test_adapters_and_merges_equal_those_of_peft(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)
@@ -240,14 +245,26 @@ def test_adapters_and_merges_equal_those_of_peft(member: Member, tmp_path: Path)
     assert_equal_logits(ours, torch_logits(merged.eval()))
 
 
-@pytest.mark.parametrize("rope", [LLAMA3, LINEAR, {**LLAMA3, "original_max_position_embeddings": 8192, "factor": 32.0}])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LLAMA3,
+        LINEAR,
+        {**LLAMA3, "original_max_position_embeddings": 8192, "factor": 32.0},
+        YARN,
+        {**YARN, "beta_fast": 20.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {**YARN, "attention_factor": 1.3, "original_max_position_embeddings": 4096, "truncate": False},
+        DYNAMIC,
+    ],
+)
 @pytest.mark.parametrize("head_dim", [12, 128])
 def test_frequencies_equal_transformers(rope: dict, head_dim: int, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**SIZES, head_dim=head_dim, rope_parameters=rope)
     config.save_pretrained(tmp_path)
     expected, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
-    assert factor == 1
     ours = read_architecture(tmp_path)
+    assert ours.rope_scaling is not None
+    assert ours.rope_scaling.attention_factor == pytest.approx(factor)
     np.testing.assert_allclose(ours.rope_frequencies, expected.numpy(), rtol=1e-6)
 
 
@@ -260,7 +277,7 @@ def test_ntk_is_dynamic_scaling_at_its_longest_input(length: int) -> None:
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
 
 
-@always("Qwen3", "OLMo 2", "Granite", "SmolLM3")
+@always(*NEWER)
 def test_training_equals_that_of_peft(member: Member) -> None:
     """Gradients of packed rows, and 12 steps of AdamW with clipping, against PEFT on the documents one by one."""
     lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets="all-linear")
