@@ -75,7 +75,7 @@ def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
         (H200, {"dtype": jnp.float32}, VERSION, "supports bfloat16 and float16, not float32"),
         (H200, {"dim": 256}, VERSION, "supports head_dim up to 128, not 256"),
         (H200, {}, None, r"needs tokamax .* not installed: pip install 'flacuna-jax\[tokamax\]' \(Python 3.12\)"),
-        (H200, {}, "0.0.12", "needs tokamax 0.0.17, and 0.0.12 is installed: pip install 'tokamax==0.0.17'"),
+        (H200, {}, "0.0.12", "needs tokamax 0.0.17, but 0.0.12 is installed: pip install 'tokamax==0.0.17'"),
     ],
 )
 def test_unsupported_arguments_are_errors(
