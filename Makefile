@@ -35,7 +35,16 @@ SKIPPED = $(VENV)/skipped-tests
 # SmolLM2-135M-Instruct, a chat model from PyPI: optional data of tests/test_smollm2.py.
 SMOLLM2 ?= .models/smollm2-135m-instruct
 
-.PHONY: demo test test-all test-newest test-skipped test-whole smollm2 lint types format clean
+# Packages and modules whose tests take seconds and need neither torch nor a compiled step, for `make test-quick`.
+QUICK = tests/config tests/data tests/logs tests/demo tests/huggingface/files tests/test_architecture.py \
+	tests/test_arguments.py tests/test_cli.py tests/test_launchers.py tests/test_source_code.py \
+	$(addprefix tests/evaluation/test_,protocol.py scoring.py suite.py tables.py) \
+	$(addprefix tests/flan_mini/test_,config.py mixture.py readers.py templates.py) \
+	$(addprefix tests/huggingface/test_,answer_ends.py tokenizer.py) tests/kernels/test_packed_mask.py \
+	$(addprefix tests/planning/test_,roofline.py targets.py) $(addprefix tests/run/test_,resume.py stop.py) \
+	tests/storage/test_run_directory.py $(addprefix tests/training/test_,flops.py guard.py history.py loop.py)
+
+.PHONY: demo test test-all test-quick test-newest test-skipped test-whole smollm2 lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
@@ -46,6 +55,9 @@ test: SELECT = -m "not slow"
 test-all: SELECT =
 test test-all:
 	status=0; for part in test-newest test-skipped; do $(MAKE) $$part SELECT='$(SELECT)' || status=1; done; exit $$status
+
+test-quick: $(VENV)/.installed-test
+	$(BIN)/python $(PYTEST) -m "not slow" $(QUICK)
 
 test-newest: $(VENV)/.installed-test
 	rm -f $(SKIPPED)

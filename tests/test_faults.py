@@ -249,7 +249,7 @@ def test_a_checkpoint_without_read_permission_does_not_count_as_damaged(undistur
 
 SAVER = """
 import sys
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests/training"]
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests/storage"]
 from pathlib import Path
 import test_checkpoint as t
 with t.Checkpointer(Path(sys.argv[1]), keep=2, asynchronous=False) as checkpointer:

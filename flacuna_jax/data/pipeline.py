@@ -139,7 +139,7 @@ def plan_epochs(
     for epoch in range(epochs):
         examples = epoch_examples(store.source_index, weights, seed, epoch)
         if not len(examples):
-            raise UserError("data.sources: the weights leave no example in an epoch")
+            raise UserError("data.sources: with these weights, an epoch has no example")
         rows = pack(lengths[examples], max_length, packing, seed, epoch).rows
         rows_of_step = rows_of_step or rows_per_step(rows, len(examples))
         epoch_steps = -(-rows // rows_of_step)
