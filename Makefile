@@ -115,6 +115,8 @@ $(PARITY_VENV)/.installed-parity: pyproject.toml | $(PARITY_VENV)/bin/python
 
 $(WHOLE_VENV)/.installed-whole: pyproject.toml | $(WHOLE_VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet "$(WHOLE_TORCH)"
+	# XLA writes PTX for the newest CUDA libraries, which are torch's; this is the assembler that reads it.
+	$(@D)/bin/python -m pip install --quiet nvidia-cuda-nvcc
 	$(@D)/bin/python -m pip install --quiet -e ".[test,compilers,parity,eval,hub]"
 	touch $@
 

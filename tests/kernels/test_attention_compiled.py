@@ -88,11 +88,19 @@ def resources(dump: Path) -> dict[str, Resources]:
 
 
 def ptxas() -> str:
+    """The newest assembler: XLA writes PTX for the newest CUDA libraries, of which torch brings its own."""
     nvidia = pytest.importorskip("nvidia", reason="ptxas comes with nvidia-cuda-nvcc-cu12")
-    for place in nvidia.__path__:
-        for program in Path(place).glob("cuda_nvcc/bin/ptxas"):
-            return str(program)
-    pytest.skip("ptxas is not installed: pip install flacuna-jax[compilers]")
+    programs = [program for place in nvidia.__path__ for program in Path(place).glob("*/bin/ptxas")]
+    if not programs:
+        pytest.skip("ptxas is not installed: pip install flacuna-jax[compilers]")
+    return str(max(programs, key=_release))
+
+
+def _release(program: Path) -> tuple[int, ...]:
+    said = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    assert found is not None, said
+    return tuple(map(int, found.groups()))
 
 
 QUICK: tuple[str, dict[str, Any]] = ("a6000", {})
