@@ -24,10 +24,10 @@ from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.storage import bucket as bucket_module
 from flacuna_jax.storage.checkpoint import Checkpointer, list_checkpoints
 from flacuna_jax.storage.local_run import local_run
+from tests.faults.runs import delivered, start, wait_for
 from tests.small_run import write_run
 from tests.test_end_to_end import at_step, losses, run, terminate
 from tests.test_export import LORA, random_params, settings
-from tests.test_faults import delivered, start, wait_for
 from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
