@@ -21,9 +21,10 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES
+from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.card import Facts
-from flacuna_jax.huggingface.chat_template import open_template
+from flacuna_jax.huggingface.chat_template import load_template, open_template
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.files.rounded import RoundedBase
@@ -49,8 +50,8 @@ Say = Callable[[str], None]
 class Export:
     """What `export_run` writes."""
 
-    run: str
-    """Output directory of a training run, finished or not."""
+    run: str | None
+    """Output directory of a training run, finished or not. None: `adapter` and `model` are given."""
     out: str
     """Directory to create."""
     format: Literal["adapter", "merged"]
@@ -73,6 +74,10 @@ class Export:
     """Length of the answers in golden_prompts.json; 0 leaves the file out."""
     shard_bytes: int = SHARD_BYTES
     """Size of the largest weight file of a merged model."""
+    adapter: str | None = None
+    """Without a run: directory of any PEFT adapter, to be merged into `model`, ..."""
+    model: str | None = None
+    """... a checkpoint in Hugging Face's, Meta's or the native form."""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -91,8 +96,14 @@ def export_run(export: Export, say: Say = lambda _: None) -> None:
       UserError: the run, its base or `out` is not usable, or the adapter cannot be served as `check` demands.
       VerificationError: the files do not hold what was to be written.
     """
-    run, target = local_run(export.run), Path(export.out)
+    target = Path(export.out)
     check_target(target)
+    if export.run is None:
+        _merge_adapter(export, say, target)
+        return
+    if export.adapter is not None or export.model is not None:
+        raise UserError("--adapter and --model replace RUN; give either a run, or an adapter and a model")
+    run = local_run(export.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; give the output directory of a training run")
     settings = load_config(run / "config.yaml")
@@ -127,6 +138,38 @@ def export_run(export: Export, say: Say = lambda _: None) -> None:
             )
 
 
+def _merge_adapter(export: Export, say: Say, target: Path) -> None:
+    """Merges an adapter that need not be of one of our runs."""
+    if export.adapter is None or export.model is None:
+        raise UserError("give a run to export, or --adapter DIR and --model DIR to merge any PEFT adapter")
+    if export.format != "merged":
+        raise UserError("--format adapter: the adapter is one already; --format merged merges it into --model")
+    if (option := next((name for name in _OF_A_RUN if getattr(export, name) is not None), None)) is not None:
+        raise UserError(f"--{option.replace('_', '-')} is an option for a run, not for --adapter and --model")
+    base, adapter_directory = Path(export.model), local_run(export.adapter)
+    if (adapter_directory / "adapter").is_dir():
+        adapter_directory /= "adapter"
+    config, reader = read_architecture(base), open_checkpoint(base, once=True)
+    adapter = read_adapter(adapter_directory, config)
+    tokenizer = load_tokenizer(reader.directory)
+    check_vocabulary(tokenizer, config.vocab_size, reader.directory)
+    template = load_template(reader.directory, tokenizer=tokenizer)
+    ends = answer_ends(template, tokenizer, reader.directory)
+    beside = deliver.Companions(
+        reader.directory,
+        None,
+        {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        ends,
+        base_name=export.base_name or adapter.base_name or str(base),
+        facts=Facts({"adapter": str(adapter_directory)}),
+        golden=_golden(template, tokenizer, config, ends, export.golden_tokens, say),
+    )
+    _write_merged(export, say, target, reader, config, adapter, beside)
+
+
+_OF_A_RUN = ("base", "step", "merge_base", "results")
+
+
 def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorReader) -> TensorReader | None:
     """The dequantised base that a quantised run trained on; None if that is the stored base."""
     if settings.model.quantization is None:
@@ -155,6 +198,7 @@ def _adapter(
     if step is None and (run / "adapter").is_dir():
         adapter = read_adapter(run / "adapter", config)
         return adapter, adapter.is_trained
+    assert export.run is not None
     params, meta = restore_adapters(export.run, step)
     recorded = meta.get("fingerprints", {}).get("base")
     if recorded is not None and recorded != fingerprint(reader, config):
@@ -273,7 +317,7 @@ def _report(written: deliver.Delivery, say: Say) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("export", "Writes a run as a PEFT adapter or a merged Hugging Face model, and verifies it.")
-    parser.add_argument("run", metavar="RUN", help="output directory of a training run")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="output directory of a training run")
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--format", required=True, choices=("adapter", "merged"))
     parser.add_argument(
@@ -281,6 +325,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(STORED_DTYPES),
         help="default: float32 for an adapter, the base's dtype for a merged model",
     )
+    parser.add_argument("--adapter", metavar="DIR", help="without RUN: any PEFT adapter, to merge into --model")
+    parser.add_argument("--model", metavar="DIR", help="the checkpoint that --adapter is merged into")
     parser.add_argument(
         "--base-name", help="name of the base model in adapter_config.json; default: model.name, or its path"
     )

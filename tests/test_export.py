@@ -93,6 +93,42 @@ def test_a_merged_model(
     assert "USER:" in (out / "tokenizer_config.json").read_text()
 
 
+def test_any_adapter_is_merged_into_any_checkpoint(
+    run: Path, story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the run's settings, to the same weights as with them."""
+    assert run_verb(export.main, [str(run), str(tmp_path / "of_run"), "--format", "merged"]) == 0
+    adapter = tmp_path / "downloaded"
+    (run / "adapter").rename(adapter)
+    arguments = ["--adapter", str(adapter), "--model", str(story_llama), "--format", "merged"]
+    assert run_verb(export.main, [str(tmp_path / "out"), *arguments]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("of_run", "out")]
+    assert weights[0] == weights[1]
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    assert "read back and verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["OUT", "--format", "merged"], "give a run to export, or --adapter DIR and --model DIR"),
+        (["OUT", "--format", "adapter", "--adapter", "A", "--model", "M"], "the adapter is one already"),
+        (
+            ["OUT", "--format", "merged", "--adapter", "A", "--model", "M", "--step", "5"],
+            "--step is an option for a run",
+        ),
+        (["RUN", "OUT", "--format", "merged", "--adapter", "A"], "--adapter and --model replace RUN"),
+    ],
+)
+def test_a_merge_without_a_run_needs_adapter_and_model(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    given = [{"OUT": str(tmp_path / "out"), "RUN": str(run)}.get(word, word) for word in arguments]
+    assert run_verb(export.main, given) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("tick", "announced"), [(60.0, True), (0.01, False)])
 def test_golden_prompts_that_take_minutes_are_announced(
     run: Path,
