@@ -65,6 +65,17 @@ _BIAS_KEYS: dict[Family, tuple[str, ...]] = {
     "smollm3": ("attention_bias", "mlp_bias"),
 }
 """The keys of `_BIASED` that a family knows."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NOT_YET = {
+    "phi3": "fused projections",
+    "gemma": "scaled embeddings and other norms",
+    "gemma2": "soft caps and windows in some layers",
+    "gemma3_text": "two rotary bases and windows in some layers",
+    "gemma3": "an image encoder",
+    "olmo3": "windows in some layers",
+    "cohere": "parallel blocks",
+}
+"""Frequent model types → what the network would need."""
 _QK_NORMS: dict[Family, Literal["head", "all"]] = {"qwen3": "head", "olmo2": "all"}
 _MULTIPLIERS = {
     "embedding_multiplier": 1.0,
@@ -106,9 +117,16 @@ def read_architecture(directory: str | Path) -> LlamaConfig:
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
     """`LlamaConfig` from the content of a config.json; `origin` is its name in error messages."""
     family = raw.get("model_type")
-    if family not in tuple(_ARCHITECTURES):  # also works for unhashable values
+    if experts := next((key for key in _EXPERTS if raw.get(key)), None):
+        raise UserError(
+            f"{origin}: model_type {family!r} is a mixture of experts ({experts} {raw[experts]!r}); expert layers are not "
+            "implemented"
+        )
+    if family not in tuple(_ARCHITECTURES):  # works for a list, too
         known = ", ".join(_ARCHITECTURES)
-        raise UserError(f"{origin}: model_type is {family!r}; supported are {known}")
+        missing = _NOT_YET.get(family) if isinstance(family, str) else None
+        why = f", which needs {missing}; these are not implemented" if missing else ""
+        raise UserError(f"{origin}: model_type is {family!r}{why}; supported are {known}")
     for key, (changes, why) in _UNSUPPORTED.items():
         if key in raw and changes(raw[key]):
             raise UserError(f"{origin}: {key} is {_shown(raw[key])}; {why}")

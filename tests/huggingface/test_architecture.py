@@ -109,7 +109,9 @@ def test_missing_sizes_get_the_conventional_defaults() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2', which needs soft caps and windows in some layers"),
+        ({"model_type": "bert"}, "model_type is 'bert'; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (num_local_experts 8); expert layers"),
         ({"model_type": "mistral"}, "num_key_value_heads is missing"),
         ({"model_type": "mistral", "num_key_value_heads": 8, "attention_bias": True}, "attention_bias"),
         ({"sliding_window": 9}, "sliding_window is 9"),
