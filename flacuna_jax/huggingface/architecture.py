@@ -119,8 +119,8 @@ def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
     family = raw.get("model_type")
     if experts := next((key for key in _EXPERTS if raw.get(key)), None):
         raise UserError(
-            f"{origin}: model_type {family!r} is a mixture of experts ({experts} {raw[experts]!r}); expert layers are not "
-            "implemented"
+            f"{origin}: model_type {family!r} is a mixture of experts ({experts} {raw[experts]!r}); expert layers "
+            "are not implemented"
         )
     if family not in tuple(_ARCHITECTURES):  # works for a list, too
         known = ", ".join(_ARCHITECTURES)
