@@ -381,7 +381,7 @@ def test_unsupported_content_is_rejected_or_written_as_text(loaded: Loaded) -> N
     supervised = theirs.decode(example.ids[example.loss_mask])
     assert "weather" in supervised
     assert "sunny</tool" not in supervised
-    with pytest.raises(TemplateRefusal, match="alternate"):
+    with pytest.raises(TemplateRefusal, match="alternating turns"):
         tokenize(Conversation("", "", (Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c"))), strict, ours)
 
 

@@ -271,7 +271,7 @@ def test_sampling_depends_only_on_seed_and_prompt(story_llama: Path) -> None:
 
 def test_requests_that_do_not_fit_are_errors(story_llama: Path) -> None:
     model = story_model(story_llama)
-    with pytest.raises(UserError, match=r"prompt 1 has 513 tokens, the model's context 512"):
+    with pytest.raises(UserError, match=r"prompt 1 has 513 tokens; the model's context is 512"):
         model.generate([GenerationRequest((5,) * 513, 3)])
     with pytest.raises(UserError, match="score request 2 has 600 tokens"):
         model.loglikelihood([ScoreRequest((1,), (5,)), ScoreRequest((1,), (5,) * 600)])

@@ -200,7 +200,7 @@ def test_valid_targets_of_a_config_are_the_modules_of_the_network() -> None:
 
 def test_a_target_that_the_network_does_not_have_is_named() -> None:
     modules = [module for module in ModelSpec(SMALL).linear.values() if module.last != "gate_proj"]
-    with pytest.raises(UserError, match=r"lora\.targets: the model has no gate_proj; it has "):
+    with pytest.raises(UserError, match=r"lora\.targets: the model has no module gate_proj; it has "):
         require_matches(LoraConfig(targets=("gate_proj",)), modules)
 
 
@@ -219,7 +219,7 @@ def test_a_layer_that_does_not_exist_is_named() -> None:
 @pytest.mark.parametrize("pattern", ["q_prj", "layers", r"layers\.1\..*", "k_proj"])
 def test_a_pattern_without_a_matching_adapter_is_named(key: str, pattern: str) -> None:
     lora = LoraConfig(targets=("q_proj", "v_proj"), layers_to_transform=(0, 2), **{key: {"v_proj": 3, pattern: 4}})
-    with pytest.raises(UserError, match=rf"lora\.{key}: .* such as model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(UserError, match=rf"lora\.{key}: .* an example of a name is model\.layers\.0\.self_attn\.q_proj"):
         ModelSpec.of_run(SMALL, ModelConfig(path="x"), lora)
     assert ModelSpec(SMALL, lora).ranks, "other adapters may have such a pattern"
 
