@@ -27,9 +27,14 @@ class Weighted(NamedTuple):
     sum: jax.Array
     weight: jax.Array
 
+    @property
+    def divisor(self) -> jax.Array:
+        """The weight; 1 if there is none."""
+        return jnp.where(self.weight > 0, self.weight, 1.0)
+
     def mean(self) -> jax.Array:
-        """0 if there is no weight."""
-        return self.sum / jnp.where(self.weight > 0, self.weight, 1.0)
+        """sum / weight; 0 if there is no weight."""
+        return self.sum / self.divisor
 
 
 class Terms(NamedTuple):

@@ -24,7 +24,7 @@ from flacuna_jax.model.sharding import constrain, row_shards
 from flacuna_jax.model.variables import Parameter
 from flacuna_jax.training.guard import skips
 from flacuna_jax.training.network import Batch, NetworkConfig
-from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective, Terms, Weighted, objective_of
+from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective, Terms, objective_of
 
 
 class StepMetrics(NamedTuple):
@@ -107,7 +107,8 @@ def loss_and_gradients(
     if config.spec.lora is not None:
         copied = _copied(config.spec)
         gradients = {path: jnp.sum(g, axis=1) if path in copied else g for path, g in gradients.items()}
-    gradients = jax.tree.map(lambda gradient: Weighted(gradient, found.loss.weight).mean(), gradients)
+    divisor = found.loss.divisor
+    gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
     return found.loss.mean(), {name: scalar.mean() for name, scalar in found.scalars.items()}, gradients
 
 
