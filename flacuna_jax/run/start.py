@@ -69,7 +69,7 @@ def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpoi
     for change in rounding_changes(restored.meta, meta):
         say(f"note: results are equal only up to rounding, not bit for bit: {change}")
     for change in (*allowed_changes(restored.meta, meta, allowed), *filter(None, [other_base])):
-        say(f"note: results differ from here on, accepted by checkpoint.allow_changes: {change}")
+        say(f"note: results may differ from here on, accepted by checkpoint.allow_changes: {change}")
     same_metric = (restored.meta["config"].get("evaluation") or {}).get("metric") == (
         config.evaluation.metric if config.evaluation else None
     )

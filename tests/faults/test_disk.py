@@ -159,7 +159,7 @@ def test_one_changed_number_of_the_base_is_detected(undisturbed, tmp_path, capsy
     assert "base_checksum: " in said
     assert "--checkpoint.allow_changes=[base]" in said
     assert run(*arguments, "--checkpoint.allow_changes=[base]") == 0
-    assert "results differ from here on, accepted by checkpoint.allow_changes: base_checksum" in capsys.readouterr().out
+    assert "may differ from here on, accepted by checkpoint.allow_changes: base_checksum" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["meta/metadata", pytest.param("trainable/manifest.ocdbt", marks=pytest.mark.slow)])
