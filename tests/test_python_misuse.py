@@ -7,7 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax import Decoding, Export, Request, StateHook, StepHook, Turn, UserError, export_run, load_model
+from flacuna_jax import (
+    Decoding,
+    Export,
+    Options,
+    Request,
+    StateHook,
+    StepHook,
+    Turn,
+    UserError,
+    evaluate_model,
+    export_run,
+    load_model,
+)
 from flacuna_jax.config.files import load_config
 from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.run.training_run import open_run
@@ -42,6 +54,21 @@ MISTAKES = {
 def test_mistakes_in_questions(says: str, model: ChatModel) -> None:
     with pytest.raises(UserError, match=says):
         MISTAKES[says](model)
+
+
+def test_a_single_task_is_put_into_a_list(model: ChatModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tasks must be a list: \['mmlu:0'\]"):
+        evaluate_model(model, "mmlu:0", tmp_path)
+
+
+def test_a_limit_is_positive(model: ChatModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="limit is 0; it must be 1 or more"):
+        evaluate_model(model, ["mmlu:0"], tmp_path, Options(limit=0))
+
+
+def test_an_unknown_dtype(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dtype 'float17' is not one of bfloat16, float32"):
+        load_model(tmp_path, dtype="float17")  # type: ignore[arg-type]
 
 
 def test_an_unknown_export_format() -> None:
