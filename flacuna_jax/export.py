@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +44,7 @@ from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.storage.local_run import local_run
 
 Say = Callable[[str], None]
+Format = Literal["adapter", "merged"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Export:
     """Output directory of a training run, finished or not. None: `adapter` and `model` are given."""
     out: str
     """Directory to create."""
-    format: Literal["adapter", "merged"]
+    format: Format
     """A PEFT adapter, or a whole Hugging Face model; a run that trained every weight has only the latter."""
     dtype: str | None = None
     """Of the weights in the files. None: float32 for an adapter, that of the base for a merged model."""
@@ -96,6 +97,8 @@ def export_run(export: Export, say: Say = lambda _: None) -> None:
       UserError: the run, its base or `out` is not usable, or the adapter cannot be served as `check` demands.
       VerificationError: the files do not hold what was to be written.
     """
+    if export.format not in get_args(Format):
+        raise UserError(f"format {export.format!r} is not one of {', '.join(get_args(Format))}")
     target = Path(export.out)
     check_target(target)
     if export.run is None:
@@ -319,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("export", "Writes a run as a PEFT adapter or a merged Hugging Face model, and verifies it.")
     parser.add_argument("run", metavar="RUN", nargs="?", help="output directory of a training run")
     parser.add_argument("out", metavar="OUT", help="directory to create")
-    parser.add_argument("--format", required=True, choices=("adapter", "merged"))
+    parser.add_argument("--format", required=True, choices=get_args(Format))
     parser.add_argument(
         "--dtype",
         choices=sorted(STORED_DTYPES),

@@ -164,6 +164,8 @@ def load_model(
       UserError: no model, or two; a directory that is missing or is no model; a template that does not exist.
     """
     address, trained = find_model(*(None if path is None else os.fspath(path) for path in (model, adapter, run)))
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype {dtype!r} is not one of bfloat16, float32")
     loader = ModelLoader(dtype, placement=Placement(rows=batch_size))
     used = None if raw else template_of(address, template, trained, say)
     return ChatModel(loader.load(address), used)

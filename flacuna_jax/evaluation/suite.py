@@ -79,6 +79,10 @@ def evaluate_model(
     Raises:
       UserError: an unknown task, missing or malformed files, or a missing permission.
     """
+    if isinstance(tasks, str):
+        raise UserError(f"tasks must be a list: [{tasks!r}]")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"limit is {options.limit}; it must be 1 or more, or None")
     runs = [task.load(Path(data), options) for task in named_tasks(tasks)]
     language_model = model.language_model if isinstance(model, ChatModel) else model
     return [result for run in runs for result in run(language_model)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from flacuna_jax.data.conversation import Conversation, Template, Turn
+from flacuna_jax.data.conversation import Conversation, Template, TemplateRefusal, Turn
 from flacuna_jax.data.tokenization import Tokenizer, tokenize, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.decode import GREEDY, Sampling
@@ -64,7 +64,12 @@ class ChatModel:
         """Token ids of a prompt in the template, up to the beginning of the answer."""
         if self.template is not None:
             turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-            return tuple(tokenize_prompt(turns, self.template, self.tokenizer, system))
+            if not turns or turns[-1].role == "assistant":
+                raise UserError("a conversation must end with a turn of the user or of a tool, which the model answers")
+            try:
+                return tuple(tokenize_prompt(turns, self.template, self.tokenizer, system))
+            except TemplateRefusal as refusal:
+                raise UserError(str(refusal)) from None
         if not isinstance(prompt, str):
             raise UserError("a conversation needs a template; load the model with one")
         return encode_prompt(self.tokenizer, prompt)
@@ -87,8 +92,12 @@ class ChatModel:
         """One request per prompt; equal prompts are sampled with different seeds.
 
         Raises:
-          UserError: a prompt and its answer may exceed the model's context.
+          UserError: `prompts` is a single prompt, a prompt does not end with a turn of the user, or a prompt and its
+            answer may exceed the model's context.
         """
+        _require_list(prompts, "prompts")
+        if decoding.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens is {decoding.max_new_tokens}; it must be 0 or more")
         made = []
         for index, prompt in enumerate(prompts):
             request = self.request(prompt, dataclasses.replace(decoding, seed=decoding.seed + index))
@@ -114,7 +123,16 @@ class ChatModel:
 
         With a template, an answer is the tokens that training would supervise, the one that ends it included, so that
         the result is minus the training loss of the answer, summed. Without one, it is the text's tokens.
+
+        Raises:
+          UserError: the numbers of prompts and answers differ, or an answer is empty.
         """
+        _require_list(prompts, "prompts")
+        _require_list(answers, "answers")
+        if len(prompts) != len(answers):
+            raise UserError(f"{len(prompts)} prompts and {len(answers)} answers; give one answer per prompt")
+        if "" in answers:
+            raise UserError(f"answer {answers.index('') + 1} is empty; it has no tokens to score")
         pairs = zip(prompts, answers, strict=True)
         return self.language_model.loglikelihood([self._score_request(*pair, system) for pair in pairs])
 
@@ -127,3 +145,9 @@ class ChatModel:
         first, last = np.flatnonzero(example.loss_mask)[[0, -1]]
         ids = example.ids.tolist()
         return ScoreRequest(tuple(ids[:first]), tuple(ids[first : last + 1]))
+
+
+def _require_list(values: Sequence[object], name: str) -> None:
+    """A single prompt would be taken for a list of characters or of turns."""
+    if isinstance(values, str) or (len(values) > 0 and isinstance(values[0], Turn)):
+        raise UserError(f"{name} must be a list; put a single one into a list, too")

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from flacuna_jax.data.pipeline import StepInfo
+from flacuna_jax.errors import UserError
 from flacuna_jax.logs.metrics import Throughput, Tracker, TrainRecord, peak_memory_bytes
 from flacuna_jax.logs.progress import Progress
 from flacuna_jax.training.loop import StepRecord
@@ -69,6 +70,8 @@ class StepLog:
             yield
 
     def _record(self, result: StepRecord, info: StepInfo) -> TrainRecord:
+        if taken := result.scalars.keys() & (TrainRecord.names() | {"kind"}):
+            raise UserError(f"the objective has a scalar {min(taken)!r}, but every run logs that name; rename it")
         rates = self.throughput.lap()
         mfu = None
         if rates.flops_per_second is not None and self._peak_flops is not None:

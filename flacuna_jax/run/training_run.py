@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from flacuna_jax import distributed
 from flacuna_jax.config.files import require_settings
@@ -164,14 +165,27 @@ class TrainingRun:
 
     def add_hook(self, hook: StepHook | StateHook) -> None:
         """Adds a hook that is called after the run's own hooks. Its time does not count as training."""
+        if not isinstance(hook, StepHook | StateHook):
+            raise UserError(f"{hook!r} is not a hook; add StepHook(every=1, call=...) or StateHook(every=1, call=...)")
         if isinstance(hook, StepHook):
             self._added.append(dataclasses.replace(hook, call=functools.partial(self._call_step_hook, hook)))
         else:
             self._added.append(dataclasses.replace(hook, call=functools.partial(self._call_state_hook, hook)))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes numbers to metrics.jsonl and the trackers; the report draws each as a curve."""
-        self._watch.tracker.log({"step": step, "kind": "hook", **numbers})
+        """Writes numbers to metrics.jsonl and the trackers; the report draws each as a curve.
+
+        Args:
+          step: at which they are drawn.
+          numbers: by name, of Python or arrays without dimensions.
+
+        Raises:
+          UserError: a value is not a number, or its name is "step" or "kind".
+        """
+        record = {"step": step, "kind": "hook"}
+        if taken := record.keys() & numbers.keys():
+            raise UserError(f"run.log cannot log a number named {min(taken)!r}, which every record has; rename it")
+        self._watch.tracker.log(record | {name: _number(name, value) for name, value in numbers.items()})
 
     def train(self, until: int | None = None) -> End:
         """Trains to step `until`, or to the end of the run.
@@ -258,7 +272,10 @@ class TrainingRun:
 
     def _call_state_hook(self, hook: StateHook, state: TrainState) -> Request | None:
         with self._watch.log.aside("calling a hook"):
-            return hook.call(state)
+            answer = hook.call(state)
+        if not (answer is None or isinstance(answer, Request)):
+            raise UserError(f"a StateHook returned {answer!r}; return None, or a Request to save or to finish")
+        return answer
 
     @functools.cached_property
     def _watch(self) -> Watch:
@@ -304,3 +321,11 @@ class TrainingRun:
         """Whether early stopping has already ended this run."""
         settings = self.setup.config.evaluation
         return settings is not None and self._history.is_exhausted(settings.patience)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.shape == ():
+        return float(value)
+    raise UserError(f"run.log: {name!r} is {value!r}, which is not a number")

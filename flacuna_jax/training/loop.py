@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import Step, StepMetrics
@@ -59,6 +60,10 @@ class Hook:
 
     every: int | None = None
     at: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise UserError(f"every is {self.every}; a hook is called after every 1 or more steps")
 
     def is_due(self, step: int, total_steps: int) -> bool:
         return step in self.at or (self.every is not None and (step % self.every == 0 or step == total_steps))
