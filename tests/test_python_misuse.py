@@ -93,6 +93,8 @@ def test_mistakes_in_hooks(tmp_path: Path) -> None:
         run.add_hook(StateHook(every=1, call=lambda state: answers[2 * (state.step - 1)]))  # type: ignore[arg-type]
         with pytest.raises(UserError, match="a StateHook returned True; return None, or a Request"):
             run.train()
+        with pytest.raises(UserError, match="an exception ended training"):
+            run.train()
     (line, *_) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 0, "kind": "hook", "a": 1, "b": 2, "c": 3, "d": None}
 

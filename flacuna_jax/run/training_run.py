@@ -147,6 +147,7 @@ class TrainingRun:
         self._added: list[StepHook | StateHook] = []
         self._last_loss: float | None = None
         self._end: End = "paused"
+        self._interrupted = False
         self._began = time.monotonic()
 
     @property
@@ -195,8 +196,14 @@ class TrainingRun:
 
         Raises:
           BadStep: the loss or its gradient is not finite or a spike, and the settings end the run.
-          UserError: the output directory cannot be written.
+          UserError: the output directory cannot be written, or an earlier call raised an exception.
         """
+        if self._interrupted:
+            raise UserError(
+                "an exception ended training, and the steps since the newest checkpoint are lost; open the run again to "
+                "continue from there"
+            )
+        self._interrupted = True
         with self._stop.deferred():
             watch = self._watch
             loop = Loop(
@@ -222,6 +229,7 @@ class TrainingRun:
             self._checkpointer.wait()
             if self._end != "paused":
                 self._outputs.close()
+        self._interrupted = False
         return self._end
 
     def save(self) -> None:

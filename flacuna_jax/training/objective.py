@@ -33,7 +33,7 @@ class Weighted(NamedTuple):
         return jnp.where(self.weight > 0, self.weight, 1.0)
 
     def mean(self) -> jax.Array:
-        """sum / weight; 0 if there is no weight."""
+        """sum / weight; the sum itself if there is no weight."""
         return self.sum / self.divisor
 
 
