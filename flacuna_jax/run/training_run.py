@@ -200,8 +200,8 @@ class TrainingRun:
         """
         if self._interrupted:
             raise UserError(
-                "an exception ended training, and the steps since the newest checkpoint are lost; open the run again to "
-                "continue from there"
+                "an exception ended training, and the steps since the newest checkpoint are lost; open the run again "
+                "to continue from there"
             )
         self._interrupted = True
         with self._stop.deferred():
