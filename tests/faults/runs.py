@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from flacuna_jax.run.stop import SIGNALS
 from tests.test_end_to_end import losses
 
 ROOT = Path(__file__).parents[2]
@@ -41,9 +39,6 @@ def steps_logged(directory: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS if n != signal.SIGTERM)]
-)
 def assert_same_run(directory: Path, expected: Path) -> None:
     assert losses(directory) == losses(expected)
     assert delivered(directory) == delivered(expected)

@@ -16,6 +16,7 @@ import pytest
 
 from flacuna_jax.cli import EXIT_STOPPED
 from flacuna_jax.run import training_run
+from flacuna_jax.run.stop import SIGNALS
 from flacuna_jax.storage.checkpoint import list_checkpoints
 from flacuna_jax.training.loop import StateHook
 from tests.faults.runs import LONG, assert_same_run, start, steps_logged, wait_for
@@ -24,6 +25,9 @@ from tests.test_end_to_end import at_step, losses, run, terminate
 pytestmark = pytest.mark.usefixtures("compiled_once", "signals_of_a_terminal")
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS if n != signal.SIGTERM)]
+)
 def test_a_signal_saves_the_step_and_exits_with_its_own_status(undisturbed, tmp_path, number):
     out = tmp_path / "run"
     process = start(undisturbed / "config.yaml", f"--output_dir={out}", *LONG)
