@@ -35,6 +35,7 @@ from flacuna_jax.huggingface.merged import SHARD_BYTES
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
+from flacuna_jax.inference import find_adapter
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.run.deliver import companions
@@ -149,9 +150,8 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         raise UserError("--format adapter: the adapter is one already; --format merged merges it into --model")
     if (option := next((name for name in _OF_A_RUN if getattr(export, name) is not None), None)) is not None:
         raise UserError(f"--{option.replace('_', '-')} is an option for a run, not for --adapter and --model")
-    base, adapter_directory = Path(export.model), local_run(export.adapter)
-    if (adapter_directory / "adapter").is_dir():
-        adapter_directory /= "adapter"
+    base, adapter_directory = Path(export.model), find_adapter(local_run(export.adapter))
+    assert adapter_directory is not None
     config, reader = read_architecture(base), open_checkpoint(base, once=True)
     adapter = read_adapter(adapter_directory, config)
     tokenizer = load_tokenizer(reader.directory)

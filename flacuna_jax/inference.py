@@ -77,7 +77,7 @@ class ModelLoader:
     def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
         """Raises UserError if a directory is missing or is not a model, adapter or tokenizer of this architecture."""
         require_directory(address.base)
-        adapter_directory = _adapter_directory(address.adapter)
+        adapter_directory = find_adapter(address.adapter)
         run = _run_of(adapter_directory)
         config = read_architecture(address.base)
         quantization, held_dtype = None, self.dtype
@@ -186,7 +186,7 @@ def find_model(model: str | None, adapter: str | None, run: str | None) -> tuple
         raise UserError("give the model: --model DIR, --model DIR --adapter DIR, or --run DIR")
     if run is None:
         address = ModelAddress.of(str(model), adapter)
-        trained = _run_of(_adapter_directory(address.adapter))
+        trained = _run_of(find_adapter(address.adapter))
         return address, None if trained is None else trained.data
     return _model_of_run(local_run(run))
 
@@ -226,7 +226,7 @@ def _run_of(adapter_directory: Path | None) -> RunConfig | None:
 
 def tokenizer_directory(address: ModelAddress) -> Path:
     """The directory of a model's tokenizer: that of the adapter's run if it still exists, else the base's."""
-    run = _run_of(_adapter_directory(address.adapter))
+    run = _run_of(find_adapter(address.adapter))
     configured = None if run is None or run.model.tokenizer is None else Path(run.model.tokenizer)
     return configured if configured is not None and configured.is_dir() else address.base
 
@@ -257,7 +257,7 @@ def template_of(
     return template
 
 
-def _adapter_directory(path: Path | None) -> Path | None:
+def find_adapter(path: Path | None) -> Path | None:
     """The directory of an adapter, given itself or the training run that contains it."""
     if path is None:
         return None
