@@ -264,7 +264,7 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
 
 
 def _nearest_value(kind: str, value: Any, limits: Mapping[str, Any]) -> str | None:
-    """The nearest valid value, or for a value of the wrong type the one probably meant; None if there is none."""
+    """A suggestion: the nearest valid value, or the value of the right type that was probably meant; else None."""
     if kind in ("greater_than", "less_than"):
         limit, way, word = (limits["gt"], 1, "above") if kind == "greater_than" else (limits["lt"], -1, "below")
         return str(limit + way) if isinstance(limit, int) else f"any number {word} {limit:g}"

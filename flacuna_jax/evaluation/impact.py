@@ -122,7 +122,7 @@ def judge_prompt(aspect: Aspect, text: str, prompt: str) -> str:
 
 
 def last_digit(review: str) -> int:
-    """The original's reading of a review: the last digit; 1 if it is not 1 to 5, or if there is none."""
+    """The original's reading of a review: its last digit, or 1 if it has no digit or the last one is not 1 to 5."""
     digits = [int(c) for c in review if c.isdigit() and c in "0123456789"]
     return digits[-1] if digits and 1 <= digits[-1] <= 5 else 1
 

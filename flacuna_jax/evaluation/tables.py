@@ -71,7 +71,7 @@ def make_tables(
 
 
 def _select(column: Column, reading: Reading, results: Sequence[TaskResult]) -> TaskResult | None:
-    """The result for a column, restricted to the column's group; None if there is none."""
+    """The result for a column, restricted to the column's group; None if the task was not run."""
     found = next((r for r in results if r.task == column.task and r.shots == column.shots), None)
     if found is None or column.scores[reading] not in found.score_names:
         return None

@@ -149,7 +149,7 @@ def _record(entry: dict[str, Any]) -> Record:
 
 
 def compare(expected: Record, found: Sequence[int]) -> str | None:
-    """Describes the difference between a continuation and the recorded one; None if there is none.
+    """Describes the difference between a continuation and the recorded one; None if they agree.
 
     A first difference with a margin below `CLOSE` is attributed to rounding, and the tokens after it are ignored.
     """

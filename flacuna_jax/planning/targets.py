@@ -214,7 +214,7 @@ _COMPILE_ONLY_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # libtpu warns on standard error if there is none. The topology that we ask for is the one that counts.
+    # Without a type, libtpu prints a warning. Its value has no effect: the requested topology is compiled for.
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
 }
 

@@ -173,7 +173,7 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
 
 
 def _decided_before(config: RunConfig) -> RunConfig | None:
-    """The settings of the run in `output_dir`; None if there is none, or if its config.yaml is damaged or has settings
+    """The settings of the run in `output_dir`. None without a run, or if its config.yaml is damaged or has settings
     with old names. That is not an error, because checkpoints contain the settings too."""
     text = read_text(config.output_dir, "config.yaml")
     try:

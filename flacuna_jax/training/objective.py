@@ -29,11 +29,11 @@ class Weighted(NamedTuple):
 
     @property
     def divisor(self) -> jax.Array:
-        """The weight; 1 if there is none."""
+        """The weight, or 1 if the weight is 0."""
         return jnp.where(self.weight > 0, self.weight, 1.0)
 
     def mean(self) -> jax.Array:
-        """sum / weight; the sum itself if there is no weight."""
+        """sum / weight; the sum itself if the weight is 0."""
         return self.sum / self.divisor
 
 

@@ -48,7 +48,7 @@ def test_a_signal_saves_the_step_and_exits_with_its_own_status(undisturbed, tmp_
 
 
 def test_ctrl_c_in_a_pipeline_ends_the_reader_first_and_the_run_saves(undisturbed, tmp_path):
-    """`train | tee log`: a terminal sends SIGINT to both, and nobody reads the output of the run while it saves."""
+    """`train | tee log`: a terminal sends SIGINT to both, so the run saves after its output has lost its reader."""
     out = tmp_path / "run"
     words = [sys.executable, "-m", "flacuna_jax.train", "--config", undisturbed / "config.yaml", f"--output_dir={out}"]
     command = f"{shlex.join(map(str, [*words, *LONG]))} 2>&1 | cat; echo ${{PIPESTATUS[@]}} > {tmp_path / 'status'}"

@@ -111,7 +111,7 @@ def attempt(policy: BadRecordPolicy, where: object, make: Callable[[], list[Item
 
 
 def text_of(record: Mapping[str, Any], *names: str) -> str:
-    """The text under the first of `names` that the record has; raises BadRecord if there is none, or if it is not
+    """The text under the first of `names` that the record has; raises BadRecord if it has none of them, or if it is not
     text."""
     value = optional(record, *names)
     if value is None:
