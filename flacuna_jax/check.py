@@ -21,6 +21,7 @@ from flacuna_jax.huggingface.answer_ends import checkpoint_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.files.native import is_native, read_manifest
 from flacuna_jax.huggingface.files.pieces import file_digest
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.golden import FILE, Record, compare, compare_text, read_golden
 from flacuna_jax.huggingface.other_encoder import encoder_of
@@ -33,7 +34,7 @@ _SECONDS = 120
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
-    directory = Path(arguments.directory)
+    directory = local_checkpoint(arguments.directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give the output of `flacuna export` or `flacuna convert`")
     if (directory / CONFIG_FILE).is_file():
@@ -144,7 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         "Compares an exported or converted model, or a server of it, with the results recorded at export.",
     )
-    parser.add_argument("directory", metavar="DIR", help="output of `flacuna export` or `flacuna convert`")
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        help="output of `flacuna export` or `flacuna convert`, or an export on the Hub, as hf:NAME[@REVISION]",
+    )
     parser.add_argument(
         "--server", metavar="URL", help="an OpenAI-compatible server to check, for example http://localhost:8000"
     )

@@ -18,6 +18,7 @@ from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.files.delta import DeltaReader
 from flacuna_jax.huggingface.files.meta import is_meta
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import CheckpointReader, open_checkpoint
 from flacuna_jax.huggingface.files.released import BASE, DequantisedBase, released_adapter
 from flacuna_jax.huggingface.files.tensors import TensorReader
@@ -31,7 +32,8 @@ class Conversion:
     """What `convert_model` writes."""
 
     model: str
-    """Directory of a checkpoint in Hugging Face's or Meta's form, or of the released Flacuna's training checkpoint."""
+    """A checkpoint in Hugging Face's or Meta's form, or the released Flacuna's training checkpoint: a directory, or
+    hf:NAME[@REVISION]."""
     out: str
     """Directory to create."""
     delta: str | None = None
@@ -113,8 +115,8 @@ def _tokenizer_source(conversion: Conversion, reader: TensorReader) -> Path:
             raise UserError(
                 f"--tokenizer {conversion.tokenizer}: the directory has no tokenizer.model or tokenizer.json"
             )
-        return Path(conversion.tokenizer)
-    places = [reader.directory, Path(conversion.model)]
+        return local_checkpoint(conversion.tokenizer, weights=False)
+    places = [reader.directory, local_checkpoint(conversion.model)]
     if is_meta(places[1]):
         places.append(places[1].resolve().parent)
     return next((place for place in places if tokenizer_files(place)), reader.directory)
@@ -131,10 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="directory with safetensors, .bin or consolidated.*.pth files; the released Flacuna gives its adapter",
+        help="directory with safetensors, .bin or consolidated.*.pth files, or hf:NAME[@REVISION]; the released "
+        "Flacuna gives its adapter",
     )
     parser.add_argument("out", metavar="OUT", help="directory to create")
-    parser.add_argument("--delta", metavar="DIR", help="a published delta to add to MODEL, its base")
+    parser.add_argument("--delta", metavar="DIR", help="a published delta (also hf:NAME) to add to MODEL, its base")
     parser.add_argument(
         "--base", action="store_true", help="from the released Flacuna, convert its int8 base instead of its adapter"
     )

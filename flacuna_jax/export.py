@@ -13,11 +13,12 @@ import numpy as np
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import LoraConfig, RunConfig
+from flacuna_jax.config.schema import LoraConfig, ModelConfig, RunConfig
 from flacuna_jax.convert import STORED_DTYPES
 from flacuna_jax.data.conversation import Template, Turn, render_prompt, render_text
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
+from flacuna_jax.hub import is_hub_name
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.adapter_writing import DTYPES
@@ -26,6 +27,7 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.chat_template import load_template, open_template
 from flacuna_jax.huggingface.directories import check_target
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.files.rounded import RoundedBase
 from flacuna_jax.huggingface.files.tensors import TensorReader
@@ -34,6 +36,7 @@ from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
+from flacuna_jax.huggingface.upload import prepare_upload
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
 from flacuna_jax.inference import find_adapter
 from flacuna_jax.model.llama import LlamaConfig
@@ -61,9 +64,10 @@ class Export:
     dtype: str | None = None
     """Of the weights in the files. None: float32 for an adapter, that of the base for a merged model."""
     base: str | None = None
-    """Where the base model is now. None: at the run's model.path."""
+    """Where the base model is now: a directory, or hf:NAME[@REVISION]. None: at the run's model.path."""
     base_name: str | None = None
-    """Name of the base in adapter_config.json and the model card. None: the run's model.name, or its path."""
+    """Name of the base in adapter_config.json and the model card. None: the run's model.name, or the base's name on the
+    Hub, or its path."""
     step: int | None = None
     """Step of a checkpoint. None: the finished adapter, or else the newest checkpoint."""
     merge_base: Literal["dequantised", "stored"] | None = None
@@ -79,7 +83,11 @@ class Export:
     adapter: str | None = None
     """Without a run: directory of any PEFT adapter, to be merged into `model`, ..."""
     model: str | None = None
-    """... a checkpoint in Hugging Face's, Meta's or the native form."""
+    """... a checkpoint in Hugging Face's, Meta's or the native form. Both may be hf:NAME[@REVISION]."""
+    push: str | None = None
+    """Repository on the Hub to upload `out` to after its verification, NAME[@BRANCH]; created if it does not exist."""
+    public: bool = False
+    """Whether a repository that is created for `push` is public."""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -88,20 +96,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def export_run(export: Export, say: Say = lambda _: None) -> None:
-    """Writes a training run in Hugging Face's form, reads the files back and verifies them.
+    """Writes a training run in Hugging Face's form, reads the files back and verifies them; then uploads them if asked.
 
     Args:
       export: the run, the directory to create, and options.
       say: receives notes and a line about the result.
 
     Raises:
-      UserError: the run, its base or `out` is not usable, or the adapter cannot be served as `check` demands.
+      UserError: the run, its base or `out` is not usable, the adapter cannot be served as `check` demands, or the Hub
+        does not accept the upload; the token is checked first.
       VerificationError: the files do not hold what was to be written.
     """
     if export.format not in get_args(Format):
         raise UserError(f"format {export.format!r} is not one of {', '.join(get_args(Format))}")
+    if export.public and export.push is None:
+        raise UserError("--public needs --push NAME")
     target = Path(export.out)
     check_target(target)
+    upload = None if export.push is None else prepare_upload(export.push, public=export.public)
+    _write(export, say, target)
+    if upload is not None:
+        say(f"pushed to {upload.send(target)}")
+
+
+def _write(export: Export, say: Say, target: Path) -> None:
     if export.run is None:
         _merge_adapter(export, say, target)
         return
@@ -119,9 +137,11 @@ def export_run(export: Export, say: Say = lambda _: None) -> None:
     reader = open_checkpoint(base, once=True)
     adapter, trained = _adapter(export, say, run, settings, settings.lora, config, reader)
     facts = run_facts(run, settings, export.results)
-    name = export.base_name or settings.model.name or str(base)
+    name = _base_name(export, settings)
     if export.format == "adapter":
-        _export_adapter(export, say, target, dataclasses.replace(adapter, base_name=name), config, trained, facts)
+        revision = settings.model.base_revision if name == settings.model.base_name else None
+        adapter = dataclasses.replace(adapter, base_name=name, base_revision=revision)
+        _export_adapter(export, say, target, adapter, config, trained, facts)
     else:
         beside = dataclasses.replace(_companions(export, say, settings, config, facts), base_name=name)
         seen = _seen_by_training(settings, config, reader)
@@ -150,7 +170,7 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         raise UserError("--format adapter: the adapter is one already; --format merged merges it into --model")
     if (option := next((name for name in _OF_A_RUN if getattr(export, name) is not None), None)) is not None:
         raise UserError(f"--{option.replace('_', '-')} is an option for a run, not for --adapter and --model")
-    base, adapter_directory = Path(export.model), find_adapter(local_run(export.adapter))
+    base, adapter_directory = local_checkpoint(export.model), find_adapter(local_run(export.adapter))
     assert adapter_directory is not None
     config, reader = read_architecture(base), open_checkpoint(base, once=True)
     adapter = read_adapter(adapter_directory, config)
@@ -163,8 +183,8 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         None,
         {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
         ends,
-        base_name=export.base_name or adapter.base_name or str(base),
-        facts=Facts({"adapter": str(adapter_directory)}),
+        base_name=export.base_name or adapter.base_name or ModelConfig(path=export.model).base_name,
+        facts=Facts({"adapter": export.adapter if is_hub_name(export.adapter) else str(adapter_directory)}),
         golden=_golden(template, tokenizer, config, ends, export.golden_tokens, say),
     )
     _write_merged(export, say, target, reader, config, adapter, beside)
@@ -181,10 +201,16 @@ def _seen_by_training(settings: RunConfig, config: LlamaConfig, reader: TensorRe
 
 
 def _base_directory(export: Export, settings: RunConfig) -> Path:
-    base = Path(export.base or settings.model.path or "")
+    base = local_checkpoint(export.base or settings.model.path or "")
     if not base.is_dir() or settings.model.path is None:
         raise UserError(f"the run's base model {str(base)!r} does not exist here; give its directory with --base DIR")
     return base
+
+
+def _base_name(export: Export, settings: RunConfig) -> str | None:
+    """The given name, or that of the run; a base that was moved has its new path, unless the run has its name."""
+    moved = settings.model.name is None and not is_hub_name(str(settings.model.path))
+    return export.base_name or (export.base if export.base and moved else settings.model.base_name)
 
 
 def _adapter(
@@ -241,7 +267,7 @@ def _export_full(export: Export, say: Say, run: Path, target: Path, settings: Ru
     facts = run_facts(run, settings, export.results)
     beside = dataclasses.replace(
         _companions(export, say, settings, config, facts, of=run / "model"),
-        base_name=settings.model.name or settings.model.path,
+        base_name=settings.model.base_name,
     )
     _write_merged(export, say, target, reader, config, None, beside)
 
@@ -274,7 +300,7 @@ def _companions(
     if of is not None:  # it contains the tokenizer with the run's template
         model = settings.model.model_copy(update={"path": str(of), "tokenizer": str(of)})
         settings = settings.model_copy(update={"model": model})
-    directory = Path(settings.model.tokenizer_path)
+    directory = settings.model.tokenizer_path
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     template = open_template(settings.data, directory, tokenizer)
@@ -328,10 +354,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(STORED_DTYPES),
         help="default: float32 for an adapter, the base's dtype for a merged model",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="without RUN: any PEFT adapter, to merge into --model")
-    parser.add_argument("--model", metavar="DIR", help="the checkpoint that --adapter is merged into")
     parser.add_argument(
-        "--base-name", help="name of the base model in adapter_config.json; default: model.name, or its path"
+        "--adapter", metavar="DIR", help="without RUN: any PEFT adapter (also hf:NAME), to merge into --model"
+    )
+    parser.add_argument("--model", metavar="DIR", help="the checkpoint (also hf:NAME) that --adapter is merged into")
+    parser.add_argument(
+        "--base-name",
+        help="name of the base model in adapter_config.json; default: model.name, or its name on the Hub, or its path",
     )
     parser.add_argument(
         "--merge-base",
@@ -345,6 +374,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="step of the checkpoint to export; default: the final adapter, or the newest checkpoint",
     )
+    parser.add_argument(
+        "--push",
+        metavar="NAME[@BRANCH]",
+        help="then upload OUT to this repository on the Hugging Face Hub, which is created as a private one",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: create a public repository")
     parser.add_argument(
         "--check", choices=("vllm",), action="append", default=[], help="fail if vLLM could not serve the adapter"
     )

@@ -19,11 +19,12 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
 from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
+from flacuna_jax.hub import name_of
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
-from flacuna_jax.huggingface.files.place import require_directory
+from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
@@ -34,7 +35,7 @@ from flacuna_jax.storage.local_run import local_run
 
 @dataclasses.dataclass(frozen=True)
 class ModelAddress:
-    """A base model and an optional adapter. Written `DIR` or `DIR+ADAPTER`."""
+    """A base model and an optional adapter on this machine. Written `DIR` or `DIR+ADAPTER`; both may be hf:NAME."""
 
     base: Path
     adapter: Path | None = None
@@ -48,16 +49,16 @@ class ModelAddress:
 
     @classmethod
     def of(cls, base: str, adapter: str | None) -> "ModelAddress":
-        """Either may be (part of) a run in a bucket, which is copied to this machine. Raises UserError."""
-        return cls(local_run(base), local_run(adapter) if adapter else None)
+        """Either may be a name on the Hub, or (part of) a run in a bucket: they are downloaded. Raises UserError."""
+        return cls(local_checkpoint(local_run(base)), local_checkpoint(local_run(adapter)) if adapter else None)
 
     @property
     def name(self) -> str:
-        base = self.base.absolute().name  # "." has no name
+        base = name_of(self.base)
         if self.adapter is None:
             return base
         run = self.adapter.absolute()
-        return f"{base}+{run.parent.name if run.name == 'adapter' else run.name}"
+        return f"{base}+{run.parent.name if run.name == 'adapter' else name_of(run)}"
 
 
 @dataclasses.dataclass
@@ -122,9 +123,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `addressed_model` reads."""
     parser.add_argument("--run", metavar="DIR", help="a training run; uses its base, adapter and template")
     parser.add_argument(
-        "--model", metavar="DIR", help="a Hugging Face LLaMA directory or a converted one, instead of --run"
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face LLaMA directory, a converted one, or hf:NAME[@REVISION], instead of --run",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for --model, or the run that trained one")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="a PEFT adapter for --model, also as hf:NAME[@REVISION], or the run that trained one",
+    )
 
 
 def add_template_option(add: Callable[..., object]) -> None:
@@ -150,8 +157,8 @@ def load_model(
     """Loads a model with its tokenizer and template.
 
     Args:
-      model: directory of a Hugging Face checkpoint, or of one that `flacuna convert` wrote.
-      adapter: directory of a PEFT adapter for it, or of the run that trained one.
+      model: directory of a Hugging Face checkpoint, or of one that `flacuna convert` wrote; or hf:NAME[@REVISION].
+      adapter: directory of a PEFT adapter for it, or of the run that trained one; or hf:NAME[@REVISION].
       run: output directory of a finished training run, instead of `model` and `adapter`.
       template: name of a template, a .jinja file, or "checkpoint". None: that of the run, else of the checkpoint, else
         vicuna_v1.1.
@@ -197,7 +204,7 @@ def _model_of_run(run: Path) -> tuple[ModelAddress, DataConfig]:
     config = load_config(run / "config.yaml")
     if config.lora is None:
         return ModelAddress(_finished(run, "model")), config.data
-    return ModelAddress(Path(str(config.model.path)), _finished(run, "adapter")), config.data
+    return ModelAddress(local_checkpoint(str(config.model.path)), _finished(run, "adapter")), config.data
 
 
 def _finished(run: Path, product: str) -> Path:
@@ -227,8 +234,10 @@ def _run_of(adapter_directory: Path | None) -> RunConfig | None:
 def tokenizer_directory(address: ModelAddress) -> Path:
     """The directory of a model's tokenizer: that of the adapter's run if it still exists, else the base's."""
     run = _run_of(find_adapter(address.adapter))
-    configured = None if run is None or run.model.tokenizer is None else Path(run.model.tokenizer)
-    return configured if configured is not None and configured.is_dir() else address.base
+    if run is None or run.model.tokenizer is None:
+        return address.base
+    configured = local_checkpoint(run.model.tokenizer, weights=False)
+    return configured if configured.is_dir() else address.base
 
 
 def template_of(
@@ -261,6 +270,7 @@ def find_adapter(path: Path | None) -> Path | None:
     """The directory of an adapter, given itself or the training run that contains it."""
     if path is None:
         return None
+    path = local_checkpoint(path)
     if not path.is_dir():
         raise UserError(f"{path}: this adapter directory does not exist")
     return path / "adapter" if (path / "adapter").is_dir() else path

@@ -25,6 +25,7 @@ from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import open_template
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
@@ -192,19 +193,24 @@ def _architecture(config: RunConfig, note: Note) -> LlamaConfig:
     if model.architecture is not None:
         return architecture_sizes(model.architecture, model.tokenizer_path)
     path = Path(str(model.path))
-    if path.is_dir():
-        return read_architecture(path)
+    missing = f"{path} does not exist here"
+    try:
+        directory = local_checkpoint(path, weights=False)
+    except UserError as error:  # for example without a connection to the Hub
+        directory, missing = path, str(error)
+    if directory.is_dir():
+        return read_architecture(directory)
     named = re.search(r"(?<!\d)(7|13|30|65)b", path.name.lower())
     if named is None:
-        raise UserError(f"model.path: {path} does not exist here; give --sizes, one of {', '.join(LLAMA_SIZES)}")
-    note(f"note: {path} does not exist here; using the sizes of LLaMA-{named[1]}B, because of its name")
+        raise UserError(f"model.path: {missing}; give --sizes, one of {', '.join(LLAMA_SIZES)}")
+    note(f"note: {missing}; using the sizes of LLaMA-{named[1]}B, because of its name")
     return LLAMA_SIZES[named[0]]
 
 
 def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statistics:
     """Computed from the data if they and the tokenizer are on this machine, otherwise assumed."""
     missing = [source.path for source in config.data.sources if not Path(source.path).exists()]
-    if not Path(config.model.tokenizer_path).exists():
+    if not missing and not _is_here(config.model.tokenizer_path):
         missing.append(config.model.tokenizer_path)
     if missing:
         note(f"note: not found: {', '.join(missing)}; the statistics of the data are assumed")
@@ -215,6 +221,14 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
     store, _ = hold_out(store, config.evaluation)
     return measured_statistics(plan_steps(store, config.data, config.training, seed=config.seed, shards=None), store)
+
+
+def _is_here(tokenizer: str) -> bool:
+    """Whether a tokenizer is on this machine, or can be downloaded."""
+    try:
+        return local_checkpoint(tokenizer, weights=False).is_dir()
+    except UserError:
+        return False
 
 
 def _advice(advice: Plan | None, machine: Machine) -> str:

@@ -24,7 +24,6 @@ from flacuna_jax.data.document import Document, to_html, to_markdown
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.formats import COLUMNS, read_source
 from flacuna_jax.data.held_out import hold_out
-from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_steps
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
@@ -39,6 +38,7 @@ from flacuna_jax.flan_mini.manifest import find_built, write_manifest
 from flacuna_jax.flan_mini.report import leakage_parts, mixture_document
 from flacuna_jax.flan_mini.work import writing
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.run.model import context_warning, network_sizes
 
@@ -109,15 +109,16 @@ def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool =
     """Builds (or finds) the collection in `config.directory`, with manifest and report, and returns it."""
     _make_directory(config.directory, "output_dir")
     scan = _leakage_scan(config.leakage)
-    tokenizer = load_tokenizer(config.tokenizer)
-    inputs = find_inputs(config, tokenizer_fingerprint(config.tokenizer), say)
+    directory = local_checkpoint(config.tokenizer, weights=False)
+    tokenizer = load_tokenizer(directory)
+    inputs = find_inputs(config, tokenizer_fingerprint(directory), say)
     found = find_built(config, inputs)
     if found.built is not None and not rebuild:
         say(f"hit: {found.built.path} is up to date ({found.why})")
         built = found.built
     else:
         say("building again, as requested" if found.built is not None else f"miss: building, {found.why}")
-        built = build(config, inputs, partial(load_tokenizer, config.tokenizer), say)
+        built = build(config, inputs, partial(load_tokenizer, directory), say)
         write_manifest(config, inputs, built)
     leakage = _leakage(scan, _record_texts(built.path), say)
     document = mixture_document(config, built.accounts, built.statistics, leakage)
@@ -140,7 +141,6 @@ def prepare_run(
     if output is not None:
         _make_directory(Path(output), "--output")
     scan = _leakage_scan(LeakageConfig(files=benchmarks) if benchmarks else None)
-    config = config.model_copy(update={"data": local_sources(config.data, cache / "downloads")})
     directory = config.model.tokenizer_path
     tokenizer = load_tokenizer(directory)
     template = open_template(config.data, directory, tokenizer)

@@ -32,6 +32,7 @@ from flacuna_jax.config.types import (
     by_pattern,
     expand_all_linear,
 )
+from flacuna_jax.hub import HubName, is_hub_name
 
 
 class ArchitectureConfig(Section):
@@ -85,9 +86,11 @@ class RopeScalingConfig(Section):
 
 class ModelConfig(Section):
     path: LocalPath | None = None
-    """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`."""
+    """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`; or hf:NAME[@REVISION], a
+    model of the Hugging Face Hub, which is downloaded into the Hub's cache."""
     name: str | None = None
-    """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to `path` as given."""
+    """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to the name on the
+    Hub, or to `path` as given."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are always float32."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -99,7 +102,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = None
     """For inputs longer than the model's context; null uses the rotary embedding of the checkpoint unchanged."""
     tokenizer: LocalPath | None = None
-    """Directory with tokenizer.model or tokenizer.json; defaults to `path`."""
+    """Directory with tokenizer.model or tokenizer.json, or hf:NAME[@REVISION]; defaults to `path`."""
 
     @model_validator(mode="after")
     def source_of_weights(self) -> "ModelConfig":
@@ -116,6 +119,22 @@ class ModelConfig(Section):
         path = self.tokenizer or self.path
         assert path is not None, "the validator requires one of them"
         return path
+
+    @property
+    def base_name(self) -> str | None:
+        """The name of the base model in adapters and model cards; None if there is no base."""
+        on_hub = self._on_hub
+        return self.name or (self.path if on_hub is None else on_hub.name)
+
+    @property
+    def base_revision(self) -> str | None:
+        """The revision of the model on the Hub that `base_name` names, if `path` has one."""
+        on_hub = self._on_hub
+        return on_hub.revision if on_hub is not None and self.base_name == on_hub.name else None
+
+    @property
+    def _on_hub(self) -> HubName | None:
+        return HubName.parse(self.path) if self.path is not None and is_hub_name(self.path) else None
 
 
 class LoraConfig(Section):
@@ -142,8 +161,8 @@ class LoraConfig(Section):
     use_dora: bool = False
     """DoRA (Liu et al., 2024): train the norm of each row of W + B A separately from its direction."""
     init_from: LocalPath | None = None
-    """PEFT adapter directory to initialize the adapters from; its settings must equal these. null starts with new
-    adapters."""
+    """PEFT adapter to initialize the adapters from, a directory or hf:NAME[@REVISION]; its settings must equal these.
+    null starts with new adapters."""
 
     @model_validator(mode="after")
     def targets_fit_together(self) -> "LoraConfig":
@@ -168,7 +187,7 @@ class LoraConfig(Section):
 class SourceConfig(Section):
     path: LocalPath
     """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, optionally compressed), a directory, a pattern such as
-    data/*.jsonl, or hf:NAME[:CONFIG[:SPLIT]], which is downloaded once. See docs/data.md."""
+    data/*.jsonl, or hf:NAME[@REVISION][:CONFIG[:SPLIT]], a dataset of the Hugging Face Hub. See docs/data.md."""
     format: Literal[
         "auto",
         "flan_mini",

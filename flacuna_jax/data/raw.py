@@ -78,6 +78,10 @@ class RawRecord(NamedTuple):
     unread: tuple[str, ...] = ()
 
 
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that describe data files and contain no records."""
+
+
 class FileKind(NamedTuple):
     format: Format
     compression: str
@@ -93,6 +97,11 @@ def kind_of(path: Path) -> FileKind | None:
     if found is None or (compression and found in ("parquet", "arrow")):
         return None
     return FileKind(found, compression)
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file contains records, by its name."""
+    return kind_of(path) is not None and path.name not in DESCRIPTIONS
 
 
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)

@@ -1,4 +1,4 @@
-"""The files of a source (one file, a directory or a glob), their splits, and their descriptions.
+"""The files of a source (one file, a directory, a glob or a dataset of the Hub), and their descriptions.
 
 From a directory with several splits, the source's `split` is read, or else every split that is not for validation or
 test by its name. Names are interpreted like those of `datasets`: train-00000-of-00001.parquet, test.jsonl,
@@ -8,23 +8,16 @@ validation/part-1.json. For a directory that `datasets` wrote with save_to_disk,
 import dataclasses
 import glob
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flacuna_jax.data.dataset_info import FileDescription, read_descriptions
-from flacuna_jax.data.raw import KNOWN_SUFFIXES, kind_of
+from flacuna_jax.data.hub import dataset_files
+from flacuna_jax.data.raw import DESCRIPTIONS, KNOWN_SUFFIXES, is_data_file, kind_of
+from flacuna_jax.data.splits import is_of_split, label_of, split_of
 from flacuna_jax.errors import UserError
-from flacuna_jax.hub_cache import require_no_cache_directory
-
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files that describe data files and contain no records."""
-_SPLIT_WORDS: Mapping[str, frozenset[str]] = {
-    "train": frozenset({"train", "training"}),
-    "validation": frozenset({"validation", "valid", "val", "dev"}),
-    "test": frozenset({"test", "testing", "eval", "evaluation"}),
-}
+from flacuna_jax.hub import is_hub_name, snapshot_of
 
 
 class DataFiles(NamedTuple):
@@ -66,13 +59,12 @@ def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
         looks_like_hub = not path.is_absolute() and len(path.parts) == 2 and not path.suffix
         hint = f"; for a dataset of the Hub, write hf:{path}" if looks_like_hub else ""
         raise UserError(f"{path}: no such file or directory ({setting}){hint}")
-    require_no_cache_directory(path)
     everything = sorted(
         file
         for file in path.rglob("*")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
-    files = tuple(file for file in everything if kind_of(file) and file.name not in _DESCRIPTIONS)
+    files = tuple(file for file in everything if is_data_file(file))
     ignored = tuple(str(file.relative_to(path)) for file in everything if not kind_of(file))
     if not files:
         found = f"; it contains {', '.join(ignored[:5])}" if ignored else ""
@@ -82,12 +74,15 @@ def find_files(path: Path, setting: str = "data.sources") -> DataFiles:
 
 def source_files(path: str, split: str | None = None) -> SourceFiles:
     """The files that a source is read from. Raises UserError for a path without any, or without the wanted `split`."""
-    root = Path(path)
+    if is_hub_name(path):
+        dataset = dataset_files(path, split)
+        return SourceFiles(dataset.root, dataset.files, notes=(dataset.note,))
+    root = snapshot_of(Path(path))
     found = find_files(root)
     if not root.is_dir():
         if root.is_file():
             root = root.parent
-            if split is not None and not _is_of_split(Path(found.files[0].name), split):
+            if split is not None and not is_of_split(Path(found.files[0].name), split):
                 raise UserError(
                     f"{found.files[0]}: split: {split} selects files of a directory, but this is a file; remove split"
                 )
@@ -106,36 +101,10 @@ def source_files(path: str, split: str | None = None) -> SourceFiles:
     return SourceFiles(root, found.files, found.ignored, notes, descriptions)
 
 
-def split_of(path: Path) -> str | None:
-    """The split of a relative path by the words in it: train, validation or test; None if it has none of them.
-
-    The extensions of the file name do not count. "train" anywhere takes precedence, for example over a dataset named
-    "dev".
-    """
-    words = [set(re.split(r"[^a-z]+", part.lower())) for part in (*path.parts[:-1], path.name.split(".")[0])]
-    return next((name for name, known in _SPLIT_WORDS.items() if any(part & known for part in words)), None)
-
-
-def _exact_split(path: Path) -> str | None:
-    """The exact name of the split in names of the Hub and save_to_disk: train_sft in
-    train_sft-00000-of-00001.parquet."""
-    sharded = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?", path.name.split(".")[0])
-    if sharded and sharded[1] != "data":
-        return sharded[1].rpartition("-")[2]
-    return path.parts[-2] if len(path.parts) > 1 else path.name.split(".")[0]
-
-
-def _is_of_split(path: Path, split: str) -> bool:
-    wanted = split_of(Path(split))
-    if path.stem.endswith(f"-{split}"):  # the form of `hub.py` for downloaded files
-        return True
-    return _exact_split(path) == split or (wanted is not None and split == wanted and split_of(path) == wanted)
-
-
 def _of_split(root: Path, found: DataFiles, split: str) -> tuple[DataFiles, tuple[str, ...]]:
-    files = tuple(file for file in found.files if _is_of_split(file.relative_to(root), split))
+    files = tuple(file for file in found.files if is_of_split(file.relative_to(root), split))
     if not files:
-        names = sorted({_label(file.relative_to(root)) for file in found.files})
+        names = sorted({label_of(file.relative_to(root)) for file in found.files})
         raise UserError(f"{root}: no file has split: {split}; available are {', '.join(names[:10])}")
     if len(files) == len(found.files):
         return found, ()
@@ -148,7 +117,7 @@ def _training(root: Path, found: DataFiles) -> tuple[DataFiles, tuple[str, ...]]
     files = tuple(file for file in found.files if splits[file] in (None, "train"))
     left = [file.relative_to(root) for file in found.files if splits[file] not in (None, "train")]
     if not files:
-        names = sorted({_label(file) for file in left})
+        names = sorted({label_of(file) for file in left})
         raise UserError(
             f"{root}: by their names, all of its data files are for validation or test ({', '.join(names[:10])}); "
             f"to train on one of them, set split: {names[0]} in this source"
@@ -161,16 +130,12 @@ def _training(root: Path, found: DataFiles) -> tuple[DataFiles, tuple[str, ...]]
     return DataFiles(files, found.ignored), (note,)
 
 
-def _label(path: Path) -> str:
-    return _exact_split(path) or split_of(path) or path.name
-
-
 def _count(files: Sequence[Path]) -> str:
     return f"{len(files)} file{'s' if len(files) != 1 else ''}"
 
 
 def _require_data_file(path: Path) -> None:
-    if path.name in _DESCRIPTIONS:
+    if path.name in DESCRIPTIONS:
         raise UserError(f"{path}: this file describes data files and has no records; give its directory, {path.parent}")
     if kind_of(path) is None:
         hint = (
@@ -183,7 +148,7 @@ def _require_data_file(path: Path) -> None:
 
 def _glob(pattern: Path, setting: str) -> DataFiles:
     found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if Path(name).is_file())
-    files = tuple(file for file in found if kind_of(file) and file.name not in _DESCRIPTIONS)
+    files = tuple(file for file in found if is_data_file(file))
     if not files:
         names = ", ".join(file.name for file in found[:3])
         what = f"matches {names}, none of which" if found else "matches no file that"

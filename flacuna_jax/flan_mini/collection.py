@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flacuna_jax.data.conversation import template_source
-from flacuna_jax.data.hub import local_path
+from flacuna_jax.data.files import DataFiles
+from flacuna_jax.data.hub import dataset_files
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.account import SourceAccount, Statistics
 from flacuna_jax.flan_mini.config import FlanMiniConfig, MixtureSource
@@ -23,6 +24,7 @@ from flacuna_jax.flan_mini.readers import READERS
 from flacuna_jax.flan_mini.stages import LoadTokenizer, fetch, records_path, scan, write
 from flacuna_jax.flan_mini.templates import family, load_families
 from flacuna_jax.flan_mini.work import Crew, Job, Result, load_result, save_result
+from flacuna_jax.hub import is_hub_name, snapshot_of
 from flacuna_jax.source_code import source_digest
 
 UNIT_BYTES, UNIT_FILES = 64 << 20, 64
@@ -71,9 +73,7 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
     sources = []
     hashes: dict[str, dict[str, str]] = {}
     for source in config.sources:
-        path = local_path(source.path, config.directory / "downloads", f"sources.{source.name}")
-        source = source.model_copy(update={"path": path})
-        found = READERS[source.kind].find(source)
+        source, found = _find(source)
         files = SourceFiles(source, _units(found.files), found.ignored)
         sources.append(files)
         hashes[source.name] = _hashes(source, files)
@@ -90,6 +90,17 @@ def find_inputs(config: FlanMiniConfig, tokenizer_hash: str, say: Say) -> Inputs
         "family_templates": {path.name: file_hash(path) for path in extra},
     }
     return Inputs(tuple(sources), hashes, parts)
+
+
+def _find(source: MixtureSource) -> tuple[MixtureSource, DataFiles]:
+    """A source with its path on this machine, and its files; for a dataset of the Hub, those of its split."""
+    if not is_hub_name(source.path):
+        source = source.model_copy(update={"path": str(snapshot_of(Path(source.path)))})
+        return source, READERS[source.kind].find(source)
+    dataset = dataset_files(source.path)
+    source = source.model_copy(update={"path": str(dataset.root)})
+    found, chosen = READERS[source.kind].find(source), frozenset(dataset.files)
+    return source, DataFiles(tuple(file for file in found.files if file in chosen), found.ignored)
 
 
 def _check_families(config: FlanMiniConfig) -> None:

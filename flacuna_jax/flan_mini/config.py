@@ -80,7 +80,8 @@ class MixtureSource(Section):
     """Name of the source in reports and ids."""
     kind: Kind
     path: LocalPath
-    """A file or directory in the source's published layout, or hf:NAME[:CONFIG[:SPLIT]] for a dataset of the Hub."""
+    """A file or directory in the source's published layout, or hf:NAME[@REVISION][:CONFIG[:SPLIT]] for a dataset of the
+    Hub."""
     examples: PositiveInt
     """Number of records at scale 1."""
     rate_cap: PositiveInt | None = None
@@ -139,7 +140,7 @@ class FlanMiniConfig(Section):
     scale: PositiveFloat = 1.0
     """Factor for the `examples` of every source."""
     tokenizer: LocalPath
-    """Directory with tokenizer.model or tokenizer.json, which is used to measure lengths."""
+    """Directory with tokenizer.model or tokenizer.json, or hf:NAME[@REVISION]; it is used to measure lengths."""
     template: TemplateName = "vicuna_v1.1"
     """The conversation format for measuring lengths."""
     max_length: Annotated[int, Field(ge=64)] = 1280

@@ -16,6 +16,7 @@ from flacuna_jax.config.types import HEAD, NO_EXPRESSION, TARGETS, Target, by_pa
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import read_json
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import CheckpointReader
 from flacuna_jax.huggingface.files.safetensors_file import read_header
 from flacuna_jax.huggingface.files.tensors import MappedFiles, ReadableTensor, StoredTensor, cast, host_device
@@ -57,11 +58,13 @@ class Adapter:
       params: float32 arrays under our paths: A [layers, rank, in], B [layers, out, rank] and, with DoRA, magnitudes
         [layers, out], with zeros beyond a layer's own rank. Arrays of the head have no layer axis.
       base_name: the name of the base model in the adapter's settings.
+      base_revision: its revision on the Hub.
     """
 
     spec: ModelSpec
     params: dict[str, np.ndarray]
     base_name: str | None = None
+    base_revision: str | None = None
 
     @property
     def lora(self) -> LoraConfig:
@@ -139,7 +142,7 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
       UserError: files are missing or damaged, a tensor is unexpected, missing or has the wrong shape, or a setting
         changes the computation in a way that plain LoRA cannot represent.
     """
-    directory = Path(directory)
+    directory = local_checkpoint(directory)
     settings = _read_settings(directory)
     source, tensors = _open_weights(directory)
     modules = _group(source, tensors, config)
@@ -151,7 +154,8 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
             raise UserError(
                 f"{directory / CONFIG_FILE} gives {name} rank {lora.rank_of(name)}, but its tensors have rank {rank}"
             )
-    return _adapter(source, modules, ModelSpec(config, lora), settings.get("base_model_name_or_path"))
+    adapter = _adapter(source, modules, ModelSpec(config, lora), settings.get("base_model_name_or_path"))
+    return dataclasses.replace(adapter, base_revision=settings.get("revision"))
 
 
 def read_training_checkpoint(

@@ -43,7 +43,7 @@ def write_adapter_files(
     ordered = sorted(tensors)
     described = [(name, tensors[name].shape, stored) for name in ordered]
     write_file(directory / WEIGHTS_FILE, described, (functools.partial(tensors.__getitem__, name) for name in ordered))
-    card = adapter_card(adapter.lora, adapter.base_name, facts or Facts())
+    card = adapter_card(adapter.lora, adapter.base_name, adapter.base_revision, facts or Facts())
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -54,7 +54,7 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_name,
-        "revision": None,
+        "revision": adapter.base_revision,
         "inference_mode": True,
         "auto_mapping": None,
         "r": lora.rank,

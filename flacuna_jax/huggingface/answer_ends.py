@@ -10,12 +10,14 @@ from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.files.place import local_checkpoint
 
 GENERATION_CONFIG = "generation_config.json"
 
 
-def checkpoint_ends(directory: Path) -> tuple[int, ...]:
+def checkpoint_ends(directory: str | Path) -> tuple[int, ...]:
     """The ids in generation_config.json, or in config.json if that file does not exist, as in transformers."""
+    directory = local_checkpoint(directory, weights=False)
     for file in (GENERATION_CONFIG, "config.json"):
         path = directory / file
         if path.is_file():
@@ -30,7 +32,7 @@ def _ids(value: Any, path: Path) -> tuple[int, ...]:
     return tuple(one for one in values if one >= 0)
 
 
-def answer_ends(template: Template | None, tokenizer: Tokenizer, directory: Path | None) -> tuple[int, ...]:
+def answer_ends(template: Template | None, tokenizer: Tokenizer, directory: str | Path | None) -> tuple[int, ...]:
     """All tokens that end an answer, those of the template first.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, meta_settings
-from flacuna_jax.huggingface.files.place import require_directory
+from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
 from flacuna_jax.model.llama import Family, LlamaConfig
 from flacuna_jax.model.rope import RopeScaling
 
@@ -96,7 +96,7 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: there is neither config.json nor params.json, or it cannot be read.
     """
-    directory = require_directory(directory)
+    directory = require_directory(directory, weights=False)
     if (directory / CONFIG_FILE).is_file():
         return read_json(directory / CONFIG_FILE)
     if is_meta(directory):
@@ -110,8 +110,9 @@ def read_architecture(directory: str | Path) -> LlamaConfig:
     Raises:
       UserError: config.json is missing or incomplete, or has a setting that is not implemented.
     """
-    file = PARAMS_FILE if is_meta(Path(directory)) else CONFIG_FILE
-    return parse_architecture(read_settings(directory), str(Path(directory) / file))
+    directory = local_checkpoint(directory, weights=False)
+    file = PARAMS_FILE if is_meta(directory) else CONFIG_FILE
+    return parse_architecture(read_settings(directory), str(directory / file))
 
 
 def parse_architecture(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
@@ -331,10 +332,12 @@ def hugging_face_config(
     Args:
       config: sizes.
       dtype: dtype of the stored weights.
-      source: the base's config.json; its settings outside of the network (token ids, initializer_range) are kept.
+      source: the base's config.json; its settings outside of the network (token ids, initializer_range) are kept,
+        except auto_map, which names Python files of the base that are not copied.
       token_ids: bos_token_id, eos_token_id, pad_token_id if the source does not have them.
     """
     written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1})
+    written.pop("auto_map", None)
     return (token_ids | written) | {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,

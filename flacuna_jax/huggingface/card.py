@@ -25,15 +25,17 @@ class Facts:
     results: Sequence[Measured] = ()
 
 
-def adapter_card(lora: LoraConfig, base_name: str | None, facts: Facts) -> str:
+def adapter_card(lora: LoraConfig, base_name: str | None, base_revision: str | None, facts: Facts) -> str:
     """README.md of an adapter: what it is, its origin, and how to load it."""
     base = base_name or "the base model"
-    rows = {"base model": base, "DoRA" if lora.use_dora else "LoRA": described(lora)} | dict(facts.rows)
+    described_base = base + (f", revision {base_revision}" if base_revision else "")
+    revision = f", revision={json.dumps(base_revision)}" if base_revision else ""
+    rows = {"base model": described_base, "DoRA" if lora.use_dora else "LoRA": described(lora)} | dict(facts.rows)
     usage = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{revision})",
         'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
     ]
     return _card("LoRA adapter", ["library_name: peft", "tags: [lora, flacuna]"], base_name, rows, facts.results, usage)

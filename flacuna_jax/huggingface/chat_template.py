@@ -11,6 +11,7 @@ from flacuna_jax.data.jinja_template import read_jinja_file
 from flacuna_jax.data.tokenization import Tokenizer, with_notes_on_marks
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG
 
@@ -30,11 +31,12 @@ class ChatTemplate(NamedTuple):
     sources: Mapping[str, str]
 
 
-def read_chat_template(directory: Path) -> ChatTemplate | None:
+def read_chat_template(directory: str | Path) -> ChatTemplate | None:
     """The template of a checkpoint or tokenizer directory, from the files that transformers reads; None if it has none.
 
     Raises UserError for a template that is neither text nor a list of named texts, or has no default.
     """
+    directory = local_checkpoint(directory, weights=False)
     if (directory / JINJA).is_file():
         named = {path.stem: read_jinja_file(path) for path in sorted((directory / ADDITIONAL).glob("*.jinja"))}
         return ChatTemplate(directory / JINJA, {"default": read_jinja_file(directory / JINJA), **named})
@@ -65,12 +67,12 @@ def resolve_name(name: str, directory: str | Path) -> str:
     """Resolves `auto` for a checkpoint or tokenizer directory; returns other names unchanged."""
     if name != AUTO:
         return name
-    return FALLBACK if read_chat_template(Path(directory)) is None else CHECKPOINT
+    return FALLBACK if read_chat_template(directory) is None else CHECKPOINT
 
 
 def describe_choice(asked: str, directory: str | Path) -> str:
     """A line that names the template in use and the reason."""
-    found = read_chat_template(Path(directory))
+    found = read_chat_template(directory)
     if resolve_name(asked, directory) == CHECKPOINT and found is not None:
         return f"the checkpoint's own ({found.path})"
     return asked if asked != AUTO else f"{FALLBACK}, since {directory} has no chat template"
@@ -122,7 +124,7 @@ def choose_template(
     if resolved != CHECKPOINT:
         template = named_template(resolved, tokenizer.special, tools_as_text=tools_as_text, variables=variables)
         return with_notes_on_marks(template, tokenizer)
-    found = read_chat_template(Path(directory))
+    found = read_chat_template(directory)
     if found is None:
         raise UserError(f"data.template: {directory} has no chat template ({JINJA}, or chat_template in {CONFIG})")
     template = template_from_jinja(

@@ -176,7 +176,7 @@ def write_model(
     companions: Companions,
     *,
     dtype: np.dtype,
-    model_source: Path | None = None,
+    model_source: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
 ) -> Delivery:
@@ -204,7 +204,7 @@ def _write_weights(
     tensors: list[PendingTensor],
     shard_bytes: int,
     meant: Side,
-    model_source: Path | None,
+    model_source: str | Path | None,
     companions: Companions,
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
     """Writes weights and settings, and reads them back. Returns the file names, and the logits of the intended model
@@ -244,7 +244,7 @@ def _write_settings(
     partial: Path,
     config: LlamaConfig,
     tensors: list[PendingTensor],
-    model_source: Path | None,
+    model_source: str | Path | None,
     companions: Companions,
 ) -> None:
     write_settings(

@@ -153,7 +153,7 @@ def write_settings(
     config: LlamaConfig,
     dtypes: Sequence[np.dtype],
     *,
-    model_source: Path | None,
+    model_source: str | Path | None,
     tokenizer_source: Path,
     chat_template: str | None,
     token_ids: Mapping[str, int | None],

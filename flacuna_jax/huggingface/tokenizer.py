@@ -11,7 +11,7 @@ from pathlib import Path
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.fast_tokenizer import FILE as FAST
 from flacuna_jax.huggingface.fast_tokenizer import FastTokenizer
-from flacuna_jax.huggingface.files.place import require_directory
+from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
 from flacuna_jax.huggingface.sentencepiece_tokenizer import FILE as SENTENCEPIECE
 from flacuna_jax.huggingface.sentencepiece_tokenizer import SentencePieceTokenizer
 from flacuna_jax.huggingface.tokenizer_settings import ADDED, CONFIG, MAP, TokenizerSettings, read_tokenizer_settings
@@ -25,7 +25,7 @@ AnyTokenizer = SentencePieceTokenizer | FastTokenizer
 
 
 def load_tokenizer(directory: str | Path) -> AnyTokenizer:
-    """Loads the tokenizer of a checkpoint directory.
+    """Loads the tokenizer of a checkpoint directory, or of a model on the Hub (hf:NAME[@REVISION]).
 
     The first of these is used: tokenizer.model if it is a SentencePiece model without added tokens; tokenizer.json;
     vocab.json and merges.txt (which need transformers); tokenizer.model with added tokens.
@@ -33,7 +33,7 @@ def load_tokenizer(directory: str | Path) -> AnyTokenizer:
     Raises:
       UserError: There is no tokenizer, it is damaged or lacks EOS, or two of the files disagree.
     """
-    directory = require_directory(directory)
+    directory = require_directory(directory, weights=False)
     settings = read_tokenizer_settings(directory)
     has_fast = (directory / FAST).is_file()
     if (directory / SENTENCEPIECE).is_file() and not _is_tiktoken(directory):
@@ -135,12 +135,13 @@ def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int, directory: str | 
 
 def tokenizer_files(directory: str | Path) -> list[Path]:
     """The existing tokenizer files, which are copied with a model."""
-    return [Path(directory) / name for name in FILES if (Path(directory) / name).is_file()]
+    directory = local_checkpoint(directory, weights=False)
+    return [directory / name for name in FILES if (directory / name).is_file()]
 
 
 def tokenizer_fingerprint(directory: str | Path) -> str:
     """SHA-256 of everything that token ids depend on: the vocabulary file, and special tokens changed by settings."""
-    directory = Path(directory)
+    directory = local_checkpoint(directory, weights=False)
     for names in ((SENTENCEPIECE,), (FAST,), (VOCABULARY, MERGES)):
         if all((directory / name).is_file() for name in names):
             digest = hashlib.sha256(b"".join((directory / name).read_bytes() for name in names))

@@ -9,7 +9,6 @@ from flacuna_jax.config.schema import DataConfig, RunConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.held_out import hold_out, keys, lowest, select
-from flacuna_jax.data.hub import local_sources
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.store_cache import cached_store, default_directory
@@ -76,7 +75,6 @@ def evaluation_data(config: RunConfig) -> DataConfig:
 def _tokenised(
     config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
 ) -> tuple[TokenStore, DataReport]:
-    data = local_sources(data, default_directory() / "downloads")
     try:
         tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
         store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)

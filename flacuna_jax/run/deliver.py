@@ -19,6 +19,7 @@ from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.chat_template import resolve_name
+from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.probe import probe_ids
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import (
@@ -50,7 +51,7 @@ def deliver_result(
             setup.source.config,
             companions(config, setup.template, setup.tokenizer),
             dtype=jnp.dtype(config.model.dtype),
-            model_source=Path(config.model.path) if config.model.path else None,
+            model_source=config.model.path,
             replace=True,
         )
     else:
@@ -63,7 +64,8 @@ def deliver_result(
         adapter = Adapter(
             ModelSpec(setup.source.config, config.lora.model_copy(update={"init_from": None})),
             {name: np.asarray(value, np.float32) for name, value in trained.items()},
-            config.model.name or config.model.path,
+            config.model.base_name,
+            config.model.base_revision,
         )
         alone = jax.process_count() == 1
         delivery = deliver.write_adapter(
@@ -96,12 +98,11 @@ def what_next(config: RunConfig) -> list[str]:
 def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> deliver.Companions:
     """Files of this run's model other than its weights: the tokenizer's files, and the chat template of training unless
     it is the template of the checkpoint."""
-    directory = Path(config.model.tokenizer_path)
-    base = Path(config.model.path) if config.model.path else None
+    directory = local_checkpoint(config.model.tokenizer_path, weights=False)
     jinja = None if resolve_name(config.data.template, directory) == CHECKPOINT else template.jinja
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     end = tokenizer.special.spellings[template.ends[0]] if template.ends else None
-    return deliver.Companions(directory, jinja, token_ids, answer_ends(template, tokenizer, base), end)
+    return deliver.Companions(directory, jinja, token_ids, answer_ends(template, tokenizer, config.model.path), end)
 
 
 def _on_every_host(params: Params) -> dict[str, Any]:

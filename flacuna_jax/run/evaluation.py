@@ -121,6 +121,5 @@ def _on_parameters(setup: Setup, evaluator: Evaluator) -> Tasks:
 
 
 def _as_language_model(setup: Setup, params: Params) -> LlamaLanguageModel:
-    files = setup.config.model.path
-    ends = answer_ends(None, setup.tokenizer, Path(files) if files else None)
+    ends = answer_ends(None, setup.tokenizer, setup.config.model.path)
     return LlamaLanguageModel(setup.spec, params, setup.tokenizer, setup.mesh, "model in training", ends=ends)

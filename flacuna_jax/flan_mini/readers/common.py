@@ -8,7 +8,7 @@ from typing import Any
 from flacuna_jax.data.files import DataFiles, Place, RawRecord, find_files, kind_of, read_records
 from flacuna_jax.data.formats import BadRecord
 from flacuna_jax.data.report import BadRecordPolicy
-from flacuna_jax.data.source_files import split_of
+from flacuna_jax.data.splits import split_of
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import MixtureSource
 from flacuna_jax.flan_mini.items import Item, bad_unicode
