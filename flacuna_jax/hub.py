@@ -66,7 +66,8 @@ def is_hub_name(path: str | Path) -> bool:
 def fetch(name: HubName, kind: Kind, choose: Choose) -> Snapshot:
     """Downloads those files of a repository that are not in the cache yet, once in a process.
 
-    Several processes on a host share the cache, in which huggingface_hub locks each file that it downloads.
+    huggingface_hub locks each file that it downloads, so that several processes on a host download it once. If a
+    connection ends, it tries again from that byte; in a later process, from the beginning of that file.
 
     Raises:
       UserError: huggingface_hub is not installed; the repository or the revision does not exist, is gated or cannot be
@@ -168,8 +169,8 @@ def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind) -
         cache = client.constants.HF_HUB_CACHE
         return f"the disk of {cache} is full; free space, or set HF_HOME to a directory on another disk"
     return (
-        f"the transfer failed ({type(error).__name__}: {_first_line(error)}). Run the command again: it continues the "
-        "transfer. If the files are already in the cache, HF_HUB_OFFLINE=1 uses them without a connection"
+        f"the transfer failed ({type(error).__name__}: {_first_line(error)}). Run the command again: it transfers only "
+        "the files that are missing. If all are in the cache, HF_HUB_OFFLINE=1 uses them without a connection"
     )
 
 

@@ -98,30 +98,13 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["Hub"]:
+def hub(tmp_path: Path) -> Iterator["Hub"]:
     """A stand-in of the Hugging Face Hub, which huggingface_hub talks to, with an empty cache and without a token."""
-    constants = pytest.importorskip("huggingface_hub.constants", reason="needs the hub extra")
-    from flacuna_jax.data.hub import dataset_files
-    from flacuna_jax.hub import fetch
-    from tests.hub_server import serve
+    pytest.importorskip("huggingface_hub", reason="needs the hub extra")
+    from tests.hub_server import hub_for_client
 
-    with serve() as server:
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-            "HF_HUB_CACHE": str(tmp_path / "hub_cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "no_token"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,  # another protocol, for which there is no stand-in
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for remembered in (fetch, dataset_files):
-            remembered.cache_clear()
+    with hub_for_client(tmp_path) as server:
         yield server
-        for remembered in (fetch, dataset_files):
-            remembered.cache_clear()
 
 
 @pytest.fixture

@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from flacuna_jax.data.hub import dataset_files
+from flacuna_jax.hub import fetch
+
 TOKEN, READ_ONLY, USER = "hf_write", "hf_read", "ann"
 LARGE = 2000
 """Files from this size on are stored as the Hub stores large files: a redirect leads to them."""
@@ -88,6 +93,31 @@ def serve() -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield hub
         server.shutdown()
+
+
+@contextlib.contextmanager
+def hub_for_client(directory: Path) -> Iterator[Hub]:
+    """A stand-in that huggingface_hub talks to in this process, with an empty cache in `directory` and no token."""
+    from huggingface_hub import constants
+
+    remembered = (fetch, dataset_files)
+    with serve() as hub, pytest.MonkeyPatch.context() as patch:
+        settings = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(directory / "hub_cache"),
+            "HF_TOKEN_PATH": str(directory / "no_token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,  # another protocol, for which there is no stand-in
+        }
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        patch.delenv("HF_TOKEN", raising=False)
+        for function in remembered:
+            function.cache_clear()
+        yield hub
+        for function in remembered:
+            function.cache_clear()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -68,19 +68,27 @@ def test_a_revision(hub: Hub) -> None:
     assert local_checkpoint(f"hf:o/n@{commit}", weights=False).name == commit
 
 
-def test_an_interrupted_download_continues(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the same command, in which the client tries again, and in the next one."""
+def test_an_interrupted_transfer_continues(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     file_download = pytest.importorskip("huggingface_hub.file_download")
     monkeypatch.setattr(file_download.constants, "DOWNLOAD_CHUNK_SIZE", 100)
     monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
     hub.add("o/n", MODEL)
-    hub.interruptions += [1050, 0, 0, 0, 0, 0, 0]
-    with pytest.raises(UserError, match=r"^hf:o/n: the transfer failed .* Run the command again: it continues"):
+    hub.interruptions += [1050, 2050]
+    assert (local_checkpoint("hf:o/n") / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.ranges == ["bytes=1000-", "bytes=3000-"]
+
+
+def test_after_a_failure_only_the_missing_files_are_transferred(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_download = pytest.importorskip("huggingface_hub.file_download")
+    monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
+    hub.add("o/n", MODEL)
+    hub.interruptions += [0] * 10
+    with pytest.raises(UserError, match=r"^hf:o/n: the transfer failed .* Run the command again: it transfers only"):
         local_checkpoint("hf:o/n")
     hub.interruptions.clear()
-    hub.ranges.clear()
+    hub.requests.clear()
     assert (local_checkpoint("hf:o/n") / "model.safetensors").read_bytes() == WEIGHTS
-    assert hub.ranges == ["bytes=1000-"]
+    assert hub.downloaded() == ["model.safetensors"]
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +145,7 @@ def test_a_hub_that_does_not_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(
-        UserError, match=r"^hf:o/n: the transfer failed \(ConnectError: .*it continues .*HF_HUB_OFFLINE"
-    ):
+    with pytest.raises(UserError, match=r"^hf:o/n: the transfer failed \(ConnectError: .*HF_HUB_OFFLINE=1 uses them"):
         local_checkpoint("hf:o/n")
 
 

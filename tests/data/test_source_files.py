@@ -11,7 +11,8 @@ from flacuna_jax.config.schema import SourceConfig
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
-from flacuna_jax.data.source_files import source_files, split_of
+from flacuna_jax.data.source_files import source_files
+from flacuna_jax.data.splits import split_of
 from flacuna_jax.errors import UserError
 
 
@@ -126,19 +127,17 @@ def test_patterns(tmp_path: Path) -> None:
     assert answers(tmp_path / "odd[1].jsonl") == ["odd"]
 
 
-def test_the_message_for_a_directory_of_the_hub_cache_names_its_snapshot(tmp_path: Path) -> None:
+def test_a_directory_of_the_hub_cache_is_read_at_its_snapshot(tmp_path: Path) -> None:
     snapshot = tmp_path / "datasets--o--n" / "snapshots" / "abc"
     write(snapshot / "train.jsonl", record("a"))
-    with pytest.raises(UserError, match=rf"directory of the Hub cache; give its snapshot: {snapshot}"):
-        read(tmp_path / "datasets--o--n")
-    assert answers(snapshot) == ["a"]
+    assert answers(tmp_path / "datasets--o--n") == ["a"]
 
 
 # --- What other programs write -----------------------------------------------------------------------------------
 
 
 def test_what_datasets_saves(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+    datasets = pytest.importorskip("datasets", reason="files are written by datasets")
     rows = [record(str(number), messages=None, number=number) for number in range(50)]
     dataset = datasets.Dataset.from_list(rows)
     dataset.shuffle(seed=1).select(range(20)).save_to_disk(tmp_path / "one", num_shards=3)
@@ -160,7 +159,7 @@ def test_what_datasets_saves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
 def test_what_datasets_exports(tmp_path: Path, suffix: str) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+    datasets = pytest.importorskip("datasets", reason="files are written by datasets")
     rows = [record(answer, input=text) for answer, text in (('a,\n"b"', ""), ("c", "é\t;"), (" d", "x"))]
     dataset = datasets.Dataset.from_list(rows)
     path = tmp_path / f"data.{suffix}"
@@ -175,7 +174,7 @@ def test_what_datasets_exports(tmp_path: Path, suffix: str) -> None:
 
 
 def test_nulls_in_columns_of_objects_are_removed(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+    datasets = pytest.importorskip("datasets", reason="files are written by datasets")
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "1"}}}
     other = {"type": "function", "function": {"name": "g", "arguments": {"b": "2"}}}
     rows = [
@@ -196,7 +195,7 @@ def test_nulls_in_columns_of_objects_are_removed(tmp_path: Path) -> None:
 
 
 def test_lists_in_csv_must_be_json(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+    datasets = pytest.importorskip("datasets", reason="files are written by datasets")
     turns = [{"from": "human", "value": "it's"}, {"from": "gpt", "value": "a"}]
     datasets.Dataset.from_list([{"conversations": turns}]).to_csv(tmp_path / "a.csv")
     with pytest.raises(UserError, match=r"a\.csv, line 2 \(record 1\): .*a Python repr"):
@@ -377,7 +376,7 @@ def test_two_formats_in_one_file(tmp_path: Path) -> None:
 
 
 def test_ignored_fields_are_reported_by_name(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="needs the hub extra")
+    datasets = pytest.importorskip("datasets", reason="files are written by datasets")
     rows = [record("a", category="x", score=number or None, empty=None) for number in range(3)]
     write(tmp_path / "a.jsonl", *rows)
     _, report = read(tmp_path / "a.jsonl")

@@ -96,6 +96,8 @@ def test_settings_of_the_base_outside_of_the_network_are_kept() -> None:
     config = parse_architecture(VICUNA, "config.json")
     raw = hugging_face_config(config, np.dtype(np.float16), VICUNA, bos_token_id=7)
     assert {**raw, **VICUNA} == raw
+    with_code = {**VICUNA, "auto_map": {"AutoModelForCausalLM": "modeling.Model"}}  # a file that is not copied
+    assert hugging_face_config(config, np.dtype(np.float16), with_code, bos_token_id=7) == raw
 
 
 def test_missing_sizes_get_the_conventional_defaults() -> None:

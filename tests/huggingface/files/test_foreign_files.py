@@ -43,14 +43,12 @@ def test_a_byte_order_mark_in_config_json(checkpoint: Path) -> None:
     assert read_architecture(checkpoint) == expected
 
 
-def test_the_message_for_a_directory_of_the_hub_cache_names_its_snapshot(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_directory_of_the_hub_cache_is_opened_at_its_snapshot(checkpoint: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
     snapshot.parent.mkdir(parents=True)
     checkpoint.rename(snapshot)
-    for read in (read_architecture, open_checkpoint):
-        with pytest.raises(UserError, match=rf"directory of the Hub cache; give its snapshot: {snapshot}"):
-            read(tmp_path / "models--o--n")
-    assert read_architecture(snapshot).hidden_size
+    assert read_architecture(tmp_path / "models--o--n") == read_architecture(snapshot)
+    assert open_checkpoint(tmp_path / "models--o--n").directory == snapshot
 
 
 def test_buffers_of_rotary_embedding_are_ignored(checkpoint: Path) -> None:

@@ -17,15 +17,15 @@ def test_a_directory_is_accepted(tmp_path: Path) -> None:
     [
         (
             "lmsys/vicuna-7b-v1.1",
-            "checkpoint directory; .*: hf download lmsys/vicuna-7b-v1.1 --local-dir models/vicuna-7b-v1.1$",
+            "checkpoint directory; for a model of the Hugging Face Hub, write hf:lmsys/vicuna-7b-v1.1$",
         ),
-        ("models/vicuna-7b", "checkpoint directory; .*: hf download NAME --local-dir models/vicuna-7b$"),
-        ("mine/base", "checkpoint directory; .*: hf download NAME --local-dir mine/base$"),
+        ("models/vicuna-7b", "checkpoint directory; for a model of the Hugging Face Hub, write hf:NAME$"),
+        ("mine/base", "checkpoint directory; for a model of the Hugging Face Hub, write hf:NAME$"),
         ("/nowhere/at/all", "checkpoint directory$"),
         ("vicuna", "checkpoint directory$"),
     ],
 )
-def test_the_message_for_a_hub_name_has_the_download_command(
+def test_the_message_for_a_name_on_the_hub_has_its_prefix(
     path: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
