@@ -66,8 +66,7 @@ class Export:
     base: str | None = None
     """Where the base model is now: a directory, or hf:NAME[@REVISION]. None: at the run's model.path."""
     base_name: str | None = None
-    """Name of the base in adapter_config.json and the model card. None: the run's model.name, or the base's name on the
-    Hub, or its path."""
+    """Name of the base in adapter_config.json and the model card. None: the run's model.name, or the base's own."""
     step: int | None = None
     """Step of a checkpoint. None: the finished adapter, or else the newest checkpoint."""
     merge_base: Literal["dequantised", "stored"] | None = None
@@ -137,9 +136,10 @@ def _write(export: Export, say: Say, target: Path) -> None:
     reader = open_checkpoint(base, once=True)
     adapter, trained = _adapter(export, say, run, settings, settings.lora, config, reader)
     facts = run_facts(run, settings, export.results)
-    name = _base_name(export, settings)
+    model = settings.model if export.base is None else settings.model.model_copy(update={"path": export.base})
+    name = export.base_name or model.base_name
     if export.format == "adapter":
-        revision = settings.model.base_revision if name == settings.model.base_name else None
+        revision = model.base_revision if name == model.base_name else None
         adapter = dataclasses.replace(adapter, base_name=name, base_revision=revision)
         _export_adapter(export, say, target, adapter, config, trained, facts)
     else:
@@ -205,12 +205,6 @@ def _base_directory(export: Export, settings: RunConfig) -> Path:
     if not base.is_dir() or settings.model.path is None:
         raise UserError(f"the run's base model {str(base)!r} does not exist here; give its directory with --base DIR")
     return base
-
-
-def _base_name(export: Export, settings: RunConfig) -> str | None:
-    """The given name, or that of the run; a base that was moved has its new path, unless the run has its name."""
-    moved = settings.model.name is None and not is_hub_name(str(settings.model.path))
-    return export.base_name or (export.base if export.base and moved else settings.model.base_name)
 
 
 def _adapter(

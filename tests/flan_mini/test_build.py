@@ -25,6 +25,7 @@ from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.flan_mini.manifest import find_built, write_manifest
 from tests.flan_mini import sources
 from tests.flan_mini.sources import load_characters
+from tests.hub_server import Hub, read_files
 from tests.vocabularies import llama_template
 
 
@@ -72,6 +73,33 @@ def everything(tmp_path: Path) -> tuple[dict[str, Any], ...]:
         {"name": "alpaca_gpt4", "kind": "alpaca", "path": str(root / "alpaca.json"), "examples": 25},
         {"name": "sharegpt", "kind": "sharegpt", "path": str(root / "chats.json"), "examples": 25},
     )  # fmt: skip
+
+
+def test_datasets_of_the_hub_give_the_same_bytes_as_copies(
+    tmp_path: Path, everything: tuple[dict[str, Any], ...], hub: Hub
+) -> None:
+    copies = [source for source in everything if source["name"] in ("flan", "code_search", "alpaca_gpt4")]
+    on_hub = []
+    for source in copies:
+        path, name = Path(source["path"]), f"lab/{source['name']}"
+        files = read_files(path) if path.is_dir() else {path.name: path.read_bytes()}
+        if source["name"] == "code_search":
+            files = {
+                "all/train.jsonl.gz": files["python/train/x.jsonl.gz"],
+                "ruby/train.jsonl": b"another",
+                "all/test.jsonl": b"held out",
+            }
+            files["README.md"] = (
+                b"---\nconfigs:\n- {config_name: all, data_files: all/tr*}\n- {config_name: ruby}\n---\n"
+            )
+            name = f"{name}:all"
+        hub.add(name.partition(":")[0], files, "dataset")
+        on_hub.append(source | {"path": f"hf:{name}"})
+    expected, found = (
+        run(sources.config(tmp_path / name, *made)) for name, made in (("copies", copies), ("hub", on_hub))
+    )
+    assert found.sha256 == expected.sha256
+    assert [one for one in hub.downloaded() if one.startswith(("all/", "ruby/"))] == ["all/train.jsonl.gz"]
 
 
 def test_the_mixture_has_exactly_the_configured_numbers(tmp_path: Path, everything: tuple[dict[str, Any], ...]) -> None:
@@ -252,6 +280,7 @@ from flacuna_jax.flan_mini.collection import build, find_inputs
 from flacuna_jax.config.files import load_config
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from tests.flan_mini.sources import load_characters
+from tests.hub_server import Hub, read_files
 config = load_config(sys.argv[1], schema=FlanMiniConfig)
 save, left = work.save_result, [int(sys.argv[2])]
 def save_and_die(path, result):

@@ -5,8 +5,10 @@ import pytest
 from flacuna_jax.config.files import load_config
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
+from flacuna_jax.hub import is_hub_name
 
 SHIPPED = Path(__file__).parents[2] / "configs/flan_mini.yaml"
+ON_HUB = SHIPPED.with_name("flan_mini_hub.yaml")
 
 PAPER = {
     "flan2021": 388, "p3": 320, "niv2": 200, "cot": 100, "code_search": 100,
@@ -14,12 +16,14 @@ PAPER = {
 }  # fmt: skip
 
 
-def test_the_shipped_config_is_the_papers_mixture() -> None:
-    config = load_config(SHIPPED, schema=FlanMiniConfig)
+@pytest.mark.parametrize("path", [SHIPPED, ON_HUB], ids=["copies", "hub"])
+def test_the_shipped_configs_are_the_papers_mixture(path: Path) -> None:
+    config = load_config(path, schema=FlanMiniConfig)
     assert {source.name: round(source.examples / 1000) for source in config.sources} == PAPER
     assert sum(source.examples for source in config.sources) == pytest.approx(1_340_153, rel=1e-3)
     assert config.max_length == 1280
-    assert "flacuna prepare --config configs/flan_mini.yaml" in SHIPPED.read_text()
+    assert f"flacuna prepare --config configs/{path.name}" in path.read_text()
+    assert {is_hub_name(source.path) for source in config.sources} == {path == ON_HUB}
 
 
 @pytest.mark.parametrize(
