@@ -15,6 +15,10 @@ from flacuna_jax.errors import UserError
 
 PREFIX = "hf:"
 _WORTH_TELLING = 1 << 30
+_AGAIN = (
+    "; run again, the same command transfers only the missing files. If all are in the cache, HF_HUB_OFFLINE=1 uses "
+    "them without a connection"
+)
 
 Kind = Literal["model", "dataset"]
 Choose = Callable[[Sequence[str]], Sequence[str]]
@@ -83,7 +87,7 @@ def fetch(name: HubName, kind: Kind, choose: Choose) -> Snapshot:
         raise
     except Exception as error:
         # The client raises its own errors, those of its HTTP library and of the file system.
-        raise UserError(f"{name}: {explained(client, error, name, kind)}") from error
+        raise UserError(f"{name}: {explained(client, error, name, kind, _AGAIN)}") from error
 
 
 def _download(client: ModuleType, repository: Path, name: HubName, kind: Kind, choose: Choose) -> Snapshot:
@@ -143,8 +147,8 @@ def import_client(what: str) -> ModuleType:
     return huggingface_hub
 
 
-def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind) -> str:
-    """What an error of the client means and what to do about it."""
+def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind, advice: str = "") -> str:
+    """What an error of the client means and what to do about it; `advice` is for a connection that failed."""
     errors, endpoint = client.errors, client.constants.ENDPOINT
     page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name.name}"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -168,10 +172,7 @@ def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind) -
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         cache = client.constants.HF_HUB_CACHE
         return f"the disk of {cache} is full; free space, or set HF_HOME to a directory on another disk"
-    return (
-        f"the transfer failed ({type(error).__name__}: {_first_line(error)}). Run the command again: it transfers only "
-        "the files that are missing. If all are in the cache, HF_HUB_OFFLINE=1 uses them without a connection"
-    )
+    return f"the connection to {endpoint} failed ({type(error).__name__}: {_first_line(error)}){advice}"
 
 
 def _first_line(error: Exception) -> str:

@@ -69,7 +69,7 @@ install() { # with the newest Python that the hosts have
     for node in $(nodes); do
         "${tpus[@]}" tpu-vm scp --recurse "$root" "$node:flacuna_jax" --zone="$ZONE" --worker=all || return
     done
-    on_every_host "${SETUP:-true} && cd flacuna_jax && $python -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+    on_every_host "${SETUP:-true} && cd flacuna_jax && $python -m venv .venv && .venv/bin/pip install -q -e '.[tpu,hub]'"
 }
 
 printf -v arguments ' %q' "$@"

@@ -10,6 +10,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         # transformers and TRL
         "model_name_or_path": "model.path",
         "model_name": "model.path",
+        "model_revision": "model.path (hf:NAME@REVISION)",
         "torch_dtype": "model.dtype",
         "bf16": "model.dtype",
         "fp16": "model.dtype",
@@ -47,6 +48,7 @@ OURS: Mapping[str, str] = MappingProxyType(
         "target_modules": "lora.targets",
         # axolotl and LLaMA-Factory
         "base_model": "model.path",
+        "revision_of_model": "model.path (hf:NAME@REVISION)",
         "adapter": "lora (null trains every weight)",
         "lora_target_modules": "lora.targets",
         "lora_target_linear": "lora.targets (all-linear)",
@@ -105,6 +107,7 @@ OURS_IN_A_SOURCE: Mapping[str, str] = MappingProxyType(
         "chat_template": "data.template, for all sources",
         "name": "path: hf:NAME:CONFIG",
         "subset": "path: hf:NAME:CONFIG",
+        "revision": "path: hf:NAME@REVISION",
         "dataset": "path",
         "file": "path",
         "file_name": "path",
