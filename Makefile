@@ -37,7 +37,7 @@ SMOLLM2 ?= .models/smollm2-135m-instruct
 
 # Packages and modules whose tests take seconds and need neither torch nor a compiled step, for `make test-quick`.
 QUICK = tests/config tests/data tests/logs tests/demo tests/huggingface/files tests/test_architecture.py \
-	tests/test_arguments.py tests/test_cli.py tests/test_launchers.py tests/test_source_code.py \
+	tests/test_arguments.py tests/test_cli.py tests/test_hub.py tests/test_launchers.py tests/test_source_code.py \
 	$(addprefix tests/evaluation/test_,protocol.py scoring.py suite.py tables.py) \
 	$(addprefix tests/flan_mini/test_,config.py mixture.py readers.py templates.py) \
 	$(addprefix tests/huggingface/test_,answer_ends.py tokenizer.py) tests/kernels/test_packed_mask.py \

@@ -128,18 +128,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _handle(self) -> None:
-        url = urllib.parse.urlsplit(self.path)
-        path = urllib.parse.unquote(url.path)
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if not self._is_chunked else self._chunks()
+        self.body = (
+            self._chunks() if self._is_chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        )
         if self.hub.refuse and self.hub.refuse in path:
             self._send(500, {"error": "out of order"})
             return
-        for method, pattern, answer in self._routes:
-            if found := re.fullmatch(pattern, path) if self.command in method else None:
-                answer(self, *found.groups(), body) if self.command not in ("GET", "HEAD") else answer(
-                    self, *found.groups()
-                )
+        for methods, pattern, answer in self._routes:
+            if self.command in methods and (found := re.fullmatch(pattern, path)):
+                answer(self, *found.groups())
                 return
         self._send(404, {"error": f"no route {self.command} {path}"})
 
@@ -245,8 +244,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         role = "write" if self._token == TOKEN else "read"
         self._send(200, {"name": USER, "auth": {"accessToken": {"role": role}}})
 
-    def _create(self, body: bytes) -> None:
-        asked = json.loads(body)
+    def _create(self) -> None:
+        asked = json.loads(self.body)
         name = f"{asked.get('organization') or USER}/{asked['name']}"
         if ("model", name) in self.hub.repositories:
             self._send(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
@@ -255,7 +254,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.hub.repositories["model", name] = Repository({"main": {".gitattributes": b""}}, private=private)
         self._send(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
-    def _branch(self, name: str, branch: str, body: bytes) -> None:
+    def _branch(self, name: str, branch: str) -> None:
         found = self.hub.repositories["model", name]
         if branch in found.branches:
             self._send(409, {"error": "Reference already exists"})
@@ -263,14 +262,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         found.branches[branch] = dict(found.branches["main"])
         self._send(200, {})
 
-    def _preupload(self, name: str, revision: str, body: bytes) -> None:
+    def _preupload(self, name: str, revision: str) -> None:
         modes = [
             {"path": one["path"], "uploadMode": "lfs" if one["size"] >= LARGE else "regular", "shouldIgnore": False}
-            for one in json.loads(body)["files"]
+            for one in json.loads(self.body)["files"]
         ]
         self._send(200, {"files": modes})
 
-    def _batch(self, name: str, body: bytes) -> None:
+    def _batch(self, name: str) -> None:
         objects = [
             {
                 **one,
@@ -279,26 +278,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     "verify": {"href": f"{self.hub.url}/verify"},
                 },
             }
-            for one in json.loads(body)["objects"]
+            for one in json.loads(self.body)["objects"]
         ]
         self._send(200, {"transfer": "basic", "objects": objects})
 
-    def _store(self, digest: str, body: bytes) -> None:
-        assert hashlib.sha256(body).hexdigest() == digest
-        self.hub.large[digest] = body
+    def _store(self, digest: str) -> None:
+        assert hashlib.sha256(self.body).hexdigest() == digest
+        self.hub.large[digest] = self.body
         self._send(200)
 
-    def _verify(self, body: bytes) -> None:
-        asked = json.loads(body)
+    def _verify(self) -> None:
+        asked = json.loads(self.body)
         self._send(200 if len(self.hub.large[asked["oid"]]) == asked["size"] else 422, {})
 
-    def _validate(self, body: bytes) -> None:
+    def _validate(self) -> None:
         self._send(200, {"errors": [], "warnings": []})
 
-    def _write(self, name: str, revision: str, body: bytes) -> None:
+    def _write(self, name: str, revision: str) -> None:
         found = self.hub.repositories["model", name]
         files = found.branches[revision]
-        for line in map(json.loads, body.splitlines()):
+        for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             match line["key"]:
                 case "header":

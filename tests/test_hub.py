@@ -1,5 +1,8 @@
 """Names on the Hugging Face Hub, by the real client and a local stand-in of the Hub."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +163,21 @@ def test_a_directory_of_the_cache_is_opened_at_its_snapshot(tmp_path: Path) -> N
     assert local_checkpoint(directory) == directory / "snapshots" / "def"
     assert name_of(directory / "snapshots" / "def") == "model"
     assert snapshot_of(tmp_path / "models--elsewhere") == tmp_path / "models--elsewhere"
+
+
+def test_processes_of_a_host_download_a_file_once(hub: Hub, tmp_path: Path) -> None:
+    hub.add("o/n", MODEL)
+    program = "from flacuna_jax.huggingface.files.place import local_checkpoint as at; print(at('hf:o/n'))"
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **settings, "HF_HUB_DISABLE_XET": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=60) for process in started]
+    assert len({out for out, _ in outputs}) == 1
+    assert [error for _, error in outputs] == [b"", b"", b""]
+    assert (Path(outputs[0][0].decode().strip()) / "model.safetensors").read_bytes() == WEIGHTS
+    assert sum(request.startswith("GET /large/") for request in hub.requests) == 1

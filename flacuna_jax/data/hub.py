@@ -91,7 +91,9 @@ def _read_card(path: Path, name: DatasetName) -> Mapping[str, Any]:
     try:
         tree = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError as error:
-        raise UserError(f"{name}: the dataset card ({path}) is not valid YAML: {error}") from None
+        raise UserError(
+            f"{name}: the dataset card ({path}) is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     configs = tree.get("configs") if isinstance(tree, dict) else None
     entries = [entry for entry in configs or [] if isinstance(entry, dict)]
     return {str(entry.get("config_name", "default")): entry for entry in entries}

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.git_lfs import require_content
 from flacuna_jax.huggingface.fast_tokenizer import FILE as FAST
 from flacuna_jax.huggingface.fast_tokenizer import FastTokenizer
 from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
@@ -34,6 +35,8 @@ def load_tokenizer(directory: str | Path) -> AnyTokenizer:
       UserError: There is no tokenizer, it is damaged or lacks EOS, or two of the files disagree.
     """
     directory = require_directory(directory, weights=False)
+    for path in tokenizer_files(directory):
+        require_content(path)
     settings = read_tokenizer_settings(directory)
     has_fast = (directory / FAST).is_file()
     if (directory / SENTENCEPIECE).is_file() and not _is_tiktoken(directory):

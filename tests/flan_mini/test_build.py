@@ -25,7 +25,7 @@ from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.flan_mini.manifest import find_built, write_manifest
 from tests.flan_mini import sources
 from tests.flan_mini.sources import load_characters
-from tests.hub_server import Hub, read_files
+from tests.hub_server import Hub
 from tests.vocabularies import llama_template
 
 
@@ -75,31 +75,22 @@ def everything(tmp_path: Path) -> tuple[dict[str, Any], ...]:
     )  # fmt: skip
 
 
+CARD = b"---\nconfigs:\n- {config_name: all, data_files: all/tr*}\n- {config_name: ruby}\n---\n"
+
+
 def test_datasets_of_the_hub_give_the_same_bytes_as_copies(
     tmp_path: Path, everything: tuple[dict[str, Any], ...], hub: Hub
 ) -> None:
-    copies = [source for source in everything if source["name"] in ("flan", "code_search", "alpaca_gpt4")]
-    on_hub = []
-    for source in copies:
-        path, name = Path(source["path"]), f"lab/{source['name']}"
-        files = read_files(path) if path.is_dir() else {path.name: path.read_bytes()}
-        if source["name"] == "code_search":
-            files = {
-                "all/train.jsonl.gz": files["python/train/x.jsonl.gz"],
-                "ruby/train.jsonl": b"another",
-                "all/test.jsonl": b"held out",
-            }
-            files["README.md"] = (
-                b"---\nconfigs:\n- {config_name: all, data_files: all/tr*}\n- {config_name: ruby}\n---\n"
-            )
-            name = f"{name}:all"
-        hub.add(name.partition(":")[0], files, "dataset")
-        on_hub.append(source | {"path": f"hf:{name}"})
-    expected, found = (
-        run(sources.config(tmp_path / name, *made)) for name, made in (("copies", copies), ("hub", on_hub))
-    )
+    copies = {source["name"]: source for source in everything}
+    functions = Path(copies["code_search"]["path"]) / "python/train/x.jsonl.gz"
+    others = {"all/test.jsonl": b"held out", "ruby/train.jsonl": b"another configuration"}
+    hub.add("lab/flan", Path(copies["flan"]["path"]), "dataset")
+    hub.add("lab/functions", {"README.md": CARD, "all/train.jsonl.gz": functions.read_bytes(), **others}, "dataset")
+    names = {"flan": "hf:lab/flan", "code_search": "hf:lab/functions:all"}
+    expected = run(sources.config(tmp_path / "copies", *(copies[name] for name in names)))
+    found = run(sources.config(tmp_path / "hub", *(copies[name] | {"path": path} for name, path in names.items())))
     assert found.sha256 == expected.sha256
-    assert [one for one in hub.downloaded() if one.startswith(("all/", "ruby/"))] == ["all/train.jsonl.gz"]
+    assert set(hub.downloaded()).isdisjoint(others)
 
 
 def test_the_mixture_has_exactly_the_configured_numbers(tmp_path: Path, everything: tuple[dict[str, Any], ...]) -> None:
@@ -280,7 +271,7 @@ from flacuna_jax.flan_mini.collection import build, find_inputs
 from flacuna_jax.config.files import load_config
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from tests.flan_mini.sources import load_characters
-from tests.hub_server import Hub, read_files
+from tests.hub_server import Hub
 config = load_config(sys.argv[1], schema=FlanMiniConfig)
 save, left = work.save_result, [int(sys.argv[2])]
 def save_and_die(path, result):

@@ -13,6 +13,7 @@ from flacuna_jax.huggingface.architecture import parse_architecture, read_archit
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.files.tensors import overflow
 from flacuna_jax.huggingface.load import match_tensors
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476839424\n"
 
@@ -26,12 +27,12 @@ def checkpoint(story_llama: Path, tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json"])
 def test_git_lfs_pointers(checkpoint: Path, name: str) -> None:
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
     (checkpoint / name).write_text(POINTER)
-    read = read_architecture if name == "config.json" else open_checkpoint
+    read = {"config.json": read_architecture, "tokenizer.json": load_tokenizer}.get(name, open_checkpoint)
     with pytest.raises(UserError, match=rf"{name}: this is a Git LFS pointer, not the file of 13,476,839,424 bytes"):
         read(checkpoint)
 
