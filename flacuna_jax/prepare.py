@@ -170,7 +170,7 @@ def prepare_run(
     if plan is not None:
         batch = [
             ("rows per step", f"{plan.rows_per_step:,}"),
-            ("examples per step", f"{plan.examples_per_step:.1f}"),
+            ("examples per step", plan.examples_of_a_step),
             ("optimizer steps", f"{plan.total_steps:,}"),
             *held_out,
         ]

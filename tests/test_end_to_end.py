@@ -34,9 +34,9 @@ def run(config: Path, *overrides: str, hooks: Sequence[StepHook | StateHook] = (
     return run_verb(functools.partial(train.main, hooks=hooks), ["--config", str(config), *overrides])
 
 
-def losses(directory: Path) -> dict[int, float]:
+def losses(directory: Path, key: str = "loss") -> dict[int, float]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
+    return {record["step"]: record[key] for record in map(json.loads, lines) if key in record}
 
 
 def adapter_bytes(directory: Path) -> bytes:

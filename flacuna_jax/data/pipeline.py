@@ -35,6 +35,8 @@ class EpochPlan(NamedTuple):
     tokens: int
     steps: int
     first_step: int
+    examples_of_step: tuple[int, int]
+    """The smallest and the largest number of examples in a whole step."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,14 @@ class RunPlan:
 
     @property
     def examples_per_step(self) -> float:
+        """The mean over the steps of the first epoch."""
         return self.examples * min(self.rows_per_step, self.rows) / self.rows
+
+    @property
+    def examples_of_a_step(self) -> str:
+        """The number of examples in a whole step, for messages: the same in all, or their range and mean."""
+        fewest, most = self.epochs[0].examples_of_step
+        return f"{most:,}" if fewest == most else f"{fewest:,} to {most:,} (mean {self.examples_per_step:,.1f})"
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch) of a step, counted from 0. Raises IndexError after the end of the run."""
@@ -140,10 +149,11 @@ def plan_epochs(
         examples = epoch_examples(store.source_index, weights, seed, epoch)
         if not len(examples):
             raise UserError("data.sources: with these weights, an epoch has no example")
-        rows = pack(lengths[examples], max_length, packing, seed, epoch).rows
-        rows_of_step = rows_of_step or rows_per_step(rows, len(examples))
-        epoch_steps = -(-rows // rows_of_step)
-        planned.append(EpochPlan(len(examples), rows, int(lengths[examples].sum()), epoch_steps, steps))
+        packed = pack(lengths[examples], max_length, packing, seed, epoch)
+        rows_of_step = rows_of_step or rows_per_step(packed.rows, len(examples))
+        epoch_steps = -(-packed.rows // rows_of_step)
+        tokens, per_step = int(lengths[examples].sum()), _examples_of_step(packed, rows_of_step)
+        planned.append(EpochPlan(len(examples), packed.rows, tokens, epoch_steps, steps, per_step))
         steps += epoch_steps
         if max_steps is not None and steps >= max_steps:
             steps = max_steps
@@ -161,6 +171,13 @@ def plan_epochs(
         epochs=tuple(planned),
         total_steps=steps,
     )
+
+
+def _examples_of_step(packed: PackPlan, rows_per_step: int) -> tuple[int, int]:
+    """The smallest and the largest number of examples in a whole step, or in all rows if they do not fill a step."""
+    ends = packed.row_offsets[::rows_per_step]
+    counts = np.diff(ends if len(ends) > 1 else packed.row_offsets[[0, -1]])
+    return int(counts.min()), int(counts.max())
 
 
 def _check_schedule(training: TrainingConfig, plan: RunPlan) -> None:

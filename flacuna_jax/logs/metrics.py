@@ -39,6 +39,8 @@ class TrainRecord:
     """0-based."""
     loss: float
     """Mean over the step's supervised tokens, before its update."""
+    mean_loss: float | None
+    """Mean of `loss` over the last steps, at most `RECENT_STEPS`, without bad steps; null if all were bad."""
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float

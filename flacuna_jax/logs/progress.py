@@ -142,7 +142,8 @@ class Silent:
 
 
 def _figures(record: TrainRecord) -> list[str]:
-    figures = [f"loss {record.loss:.4f}", f"lr {record.learning_rate:.2e}", f"grad norm {record.grad_norm:.3f}"]
+    mean = "" if record.mean_loss is None else f" (mean {record.mean_loss:.4f})"
+    figures = [f"loss {record.loss:.4f}{mean}", f"lr {record.learning_rate:.2e}", f"grad norm {record.grad_norm:.3f}"]
     if record.supervised_tokens_per_second is not None:
         figures.append(f"{record.supervised_tokens_per_second:,.0f} supervised tok/s")
     figures.append(f"fill {100 * record.fill:.1f} %")

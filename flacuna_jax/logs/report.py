@@ -19,6 +19,7 @@ import jax
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.logs.metrics import TrainRecord
 from flacuna_jax.storage.run_directory import json_object
+from flacuna_jax.training.history import RECENT_STEPS
 from flacuna_jax.version import __version__
 from flacuna_jax.whole_files import write_atomically
 
@@ -152,9 +153,9 @@ def _summary(
 ) -> dict[str, str]:
     if not steps:
         return {}
-    losses, rates, peaks = (
+    losses, means, rates, peaks = (
         [record[key] for record in steps if record.get(key) is not None]
-        for key in ("loss", "supervised_tokens_per_second", "peak_memory_bytes")
+        for key in ("loss", "mean_loss", "supervised_tokens_per_second", "peak_memory_bytes")
     )
     done = steps[-1]["step"]
     summary = {"steps done": f"{done:,}" + (f" of {total_steps:,}" if total_steps and total_steps > done else "")}
@@ -162,10 +163,8 @@ def _summary(
     if running and paces and total_steps:
         left = statistics.median(paces[-10:]) * max(0, total_steps - done)
         summary["time left, at this pace"] = str(datetime.timedelta(seconds=round(left)))
-    if losses:
-        window = max(1, min(10, len(losses) // 4))
-        of = f"{window} logged " if window > 1 else ""
-        summary[f"loss, first {of}→ last"] = f"{_mean(losses[:window]):.3f} → {_mean(losses[-window:]):.3f}"
+    if losses and means:
+        summary[f"loss, first step → last {RECENT_STEPS}"] = f"{losses[0]:.3f} → {means[-1]:.3f}"
     if held_out := [record["eval/loss"] for record in evaluations if record.get("eval/loss") is not None]:
         then = f" → {min(held_out[1:]):.3f}" if held_out[1:] else ""
         summary["held-out loss" + (", first → best" if then else "")] = f"{held_out[0]:.3f}{then}"

@@ -11,6 +11,7 @@ from flacuna_jax.data.pipeline import StepInfo
 from flacuna_jax.errors import UserError
 from flacuna_jax.logs.metrics import Throughput, Tracker, TrainRecord, peak_memory_bytes
 from flacuna_jax.logs.progress import Progress
+from flacuna_jax.training.history import RecentLosses
 from flacuna_jax.training.loop import StepRecord
 
 
@@ -25,6 +26,7 @@ class StepLog:
       tracker, progress: receive the records.
       flops: (counts of a step) → its FLOP.
       peak_flops: peak FLOP/s of all devices together; None if the chip is unknown.
+      recent: the losses of the last steps, to which those of good steps are added.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class StepLog:
         progress: Progress,
         flops: Callable[[StepInfo], float],
         peak_flops: float | None,
+        recent: RecentLosses,
     ) -> None:
         self._total_steps, self._every_steps = total_steps, every_steps
         self._schedule = jax.jit(schedule)
@@ -46,13 +49,15 @@ class StepLog:
         self.throughput = Throughput()
         """Rates exclude compilation."""
         self._flops, self._peak_flops = flops, peak_flops
+        self._recent = recent
         self._compiled = False
-        self.last_loss: float | None = None
         self.last_step: int | None = None
 
     def __call__(self, result: StepRecord) -> None:
         info = self._info(result.step - 1)
-        self.last_loss, self.last_step = result.loss, result.step
+        self.last_step = result.step
+        if not result.is_bad:
+            self._recent.add(result.loss)
         self._progress.advance(result.step)
         self.throughput.add(info.tokens, info.supervised_tokens, self._flops(info))
         if result.step % self._every_steps == 0 or result.step in (1, self._total_steps) or result.is_bad:
@@ -80,6 +85,7 @@ class StepLog:
             step=result.step,
             epoch=info.epoch,
             loss=result.loss,
+            mean_loss=self._recent.mean,
             grad_norm=result.grad_norm,
             learning_rate=float(self._schedule(result.updates_before)),
             examples=info.examples,

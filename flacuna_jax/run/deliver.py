@@ -32,9 +32,9 @@ from flacuna_jax.training.state import TrainState
 
 
 def deliver_result(
-    setup: Setup, directory: RunDirectory, state: TrainState, base: Params, last_loss: float | None
+    setup: Setup, directory: RunDirectory, state: TrainState, base: Params, mean_loss: float | None
 ) -> tuple[Path, str]:
-    """Writes and verifies `adapter/`, or `model/` after full fine-tuning.
+    """Writes and verifies `adapter/`, or `model/` after full fine-tuning; `mean_loss` is of the last steps.
 
     Returns:
       Its directory, and a line for the user; empty on hosts other than the first.
@@ -59,8 +59,8 @@ def deliver_result(
             "examples": f"{setup.plan.examples:,} per epoch, {len(setup.plan.epochs)} epoch(s)",
             "optimizer steps": f"{state.step:,} of {setup.plan.examples_per_step:.0f} examples",
         }
-        if last_loss is not None:
-            rows["last training loss"] = f"{last_loss:.4f}"
+        if mean_loss is not None:
+            rows["training loss"] = f"{mean_loss:.4f}, mean of the last steps"
         adapter = Adapter(
             ModelSpec(setup.source.config, config.lora.model_copy(update={"init_from": None})),
             {name: np.asarray(value, np.float32) for name, value in trained.items()},

@@ -60,7 +60,8 @@ def _course(run: Path) -> dict[str, str]:
     if not steps:
         return {}
     first, last = steps[0], steps[-1]
-    return {"optimizer steps": f"{last['step']:,}", "training loss": f"{first['loss']:.4f} → {last['loss']:.4f}"}
+    at_the_end = last["loss"] if last.get("mean_loss") is None else last["mean_loss"]
+    return {"optimizer steps": f"{last['step']:,}", "training loss": f"{first['loss']:.4f} → {at_the_end:.4f}"}
 
 
 def _measured(directory: Path) -> Sequence[Measured]:

@@ -304,7 +304,8 @@ def plan_facts(setup: Setup) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{plan.total_steps:,} in {epochs}: {plan.rows_per_step} rows, {plan.examples_per_step:.1f} examples each",
+            f"{plan.total_steps:,} in {epochs}, each of {_counted(plan.rows_per_step, 'row')} with "
+            f"{plan.examples_of_a_step} examples",
         ),
         (
             "devices",

@@ -17,19 +17,20 @@ from flacuna_jax.run.resume import (
 from flacuna_jax.run.setup import Say, Setup, first_adapters, load_weights
 from flacuna_jax.storage.checkpoint import Checkpointer, Meta, checksum, list_checkpoints, restore_adapters
 from flacuna_jax.storage.run_directory import RunDirectory
-from flacuna_jax.training.history import History
+from flacuna_jax.training.history import History, RecentLosses
 from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import partition
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The state to start from, the frozen parameters, the results of earlier evaluations, and the facts that the run's
-    checkpoints record."""
+    """The state to start from, the frozen parameters, the results of earlier evaluations, the losses of the last steps,
+    and the facts that the run's checkpoints record."""
 
     state: TrainState
     base: Params
     history: History
+    recent: RecentLosses
     meta: Meta
 
 
@@ -54,7 +55,7 @@ def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpoi
     if restored is None:
         directory.require_undelivered()
         state, base = fresh_state(setup)
-        return Start(state, base, History(lower_is_better), _meta_with(setup, base))
+        return Start(state, base, History(lower_is_better), RecentLosses(), _meta_with(setup, base))
     if restored.step > setup.plan.total_steps:
         raise UserError(
             f"{directory.output} contains a run that is at step {restored.step:,}, beyond the "
@@ -76,7 +77,8 @@ def starting_point(setup: Setup, directory: RunDirectory, checkpointer: Checkpoi
     history = History(lower_is_better)
     if same_metric and config.evaluation is not None:
         history = History.from_json(lower_is_better, restored.meta["counters"]["history"])
-    return Start(TrainState(restored.step, restored.trainable, restored.opt_state), base, history, meta)
+    recent = RecentLosses.from_json(restored.meta["counters"].get("recent_losses", ()))  # absent in older checkpoints
+    return Start(TrainState(restored.step, restored.trainable, restored.opt_state), base, history, recent, meta)
 
 
 def _meta_with(setup: Setup, base: Params) -> Meta:

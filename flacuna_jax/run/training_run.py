@@ -129,7 +129,8 @@ class TrainingRun:
         start = starting_point(setup, directory, checkpointer, say)
         self.state: TrainState = start.state
         self.base: Params = start.base
-        self._history, self._meta, self._first_step = start.history, start.meta, start.state.step
+        self._history, self._recent = start.history, start.recent
+        self._meta, self._first_step = start.meta, start.state.step
         if self._primary:
             directory.write_config(config.to_yaml())
             cut = directory.cut_back(self.step, self._evaluation_is_due)
@@ -145,7 +146,6 @@ class TrainingRun:
         self._step_config = setup.step_config
         self._compiled = make_step(self._step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
         self._added: list[StepHook | StateHook] = []
-        self._last_loss: float | None = None
         self._end: End = "paused"
         self._interrupted = False
         self._began = time.monotonic()
@@ -225,7 +225,6 @@ class TrainingRun:
             except BadStep as reason:
                 self._report.finish(f"ended at a bad step: {str(reason).partition(';')[0]}")
                 raise
-            self._last_loss = watch.log.last_loss
             self._checkpointer.wait()
             if self._end != "paused":
                 self._outputs.close()
@@ -266,7 +265,7 @@ class TrainingRun:
             say(f"stopped early: no new best in {history.since_best} evaluations")
         warn_if_worse(self._directory, config.evaluation, history, say)
         chosen = chosen_state(self.setup, self._checkpointer, history, self.state, say)
-        directory, line = deliver_result(self.setup, self._directory, chosen, self.base, self._last_loss)
+        directory, line = deliver_result(self.setup, self._directory, chosen, self.base, self._recent.mean)
         say(line)
         course = "finished" if self._end == "finished" else f"finished early, after step {self.step:,}"
         if chosen.step != self.step:
@@ -303,6 +302,7 @@ class TrainingRun:
             progress=progress,
             flops=functools.partial(flops_of_step, StepFlops.of(setup.spec), setup.store.lengths),
             peak_flops=peak_flops(),
+            recent=self._recent,
         )
         measurement = make_measurement(
             setup, self._step_config, self.base, self._history, self._tasks, tracker, self._directory, progress.say,
@@ -314,8 +314,8 @@ class TrainingRun:
         on_bad = BadStepPolicy(config.training, inspector, self.base, path if primary else None, progress.say)
         profile = profile_hook(path / PROFILE, self.step, self.total_steps, progress.say) if self._profile else None
         return Watch(
-            setup, self._directory, self._checkpointer, tracker, self._history, log, measurement, on_bad, profile,
-            self._report, self._meta,
+            setup, self._directory, self._checkpointer, tracker, self._history, self._recent, log, measurement, on_bad,
+            profile, self._report, self._meta,
         )  # fmt: skip
 
     @property

@@ -12,7 +12,7 @@ from flacuna_jax.run.measurement import Measurement
 from flacuna_jax.run.setup import Say, Setup, plan_facts
 from flacuna_jax.storage.checkpoint import Checkpointer, Meta
 from flacuna_jax.storage.run_directory import RunDirectory
-from flacuna_jax.training.history import History
+from flacuna_jax.training.history import History, RecentLosses
 from flacuna_jax.training.loop import Request, StateHook, StepHook, StepRecord
 from flacuna_jax.training.state import TrainState
 
@@ -26,6 +26,7 @@ class Watch:
     checkpointer: Checkpointer
     tracker: Tracker
     history: History
+    recent: RecentLosses
     log: StepLog
     measurement: Measurement | None
     on_bad: BadStepPolicy
@@ -50,7 +51,8 @@ class Watch:
 
     def save(self, state: TrainState) -> None:
         self.tracker.sync()
-        meta = {**self.meta, "counters": {"history": self.history.to_json()}}
+        counters = {"history": self.history.to_json(), "recent_losses": self.recent.values}
+        meta = {**self.meta, "counters": counters}
         best = self.history.best(self.setup.config.checkpoint.keep_best)
         with self.log.aside("saving"):
             self.directory.publish()

@@ -1,12 +1,35 @@
-"""The history of evaluations: determines the best checkpoints, and whether the run still improves.
+"""What a run remembers of earlier steps: the results of evaluations, which determine the best checkpoints and whether
+the run still improves, and the losses of the last steps.
 
-The history is saved in the meta of every checkpoint, so that a resumed run decides like an uninterrupted one.
+Both are saved in the meta of every checkpoint, so that a resumed run decides and logs like an uninterrupted one.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+RECENT_STEPS = 20
+"""Number of steps in the running mean of the loss."""
+
+
+@dataclasses.dataclass
+class RecentLosses:
+    """Losses of the last steps that changed the parameters, whose mean varies less than the loss of one step."""
+
+    values: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, loss: float) -> None:
+        self.values = [*self.values[1 - RECENT_STEPS :], loss]
+
+    @property
+    def mean(self) -> float | None:
+        """None before the first step."""
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @classmethod
+    def from_json(cls, stored: Sequence[float]) -> "RecentLosses":
+        return cls(list(stored))
 
 
 @dataclasses.dataclass

@@ -73,6 +73,18 @@ def test_examples_as_unit() -> None:
     assert plan.warnings == ()
 
 
+def test_the_range_of_examples_per_step_is_that_of_the_batches() -> None:
+    plan = make_plan()
+    source = StepSource(STORE, plan)
+    whole = [info.examples for info in map(source.info, range(len(source))) if info.rows == plan.rows_per_step]
+    assert len(set(whole)) > 1, "a step has a number of rows, not of examples"
+    assert plan.epochs[0].examples_of_step == (min(whole), max(whole))
+    assert plan.examples_of_a_step == f"{min(whole)} to {max(whole)} (mean {plan.examples_per_step:.1f})"
+    all_at_once = make_plan(batch_size=1000)
+    assert all_at_once.examples_of_a_step == "190"
+    assert make_plan(packing="none").examples_of_a_step == "16"
+
+
 def test_rows_per_step_does_not_depend_on_the_mesh() -> None:
     plans = [make_plan(shards=shards, micro_batch_size=m) for shards in (1, 2, 4, 8) for m in (1, 2, 3)]
     assert len({plan.rows_per_step for plan in plans}) == 1

@@ -41,6 +41,7 @@ def steps_logged(directory: Path) -> int:
 
 def assert_same_run(directory: Path, expected: Path) -> None:
     assert losses(directory) == losses(expected)
+    assert losses(directory, "mean_loss") == losses(expected, "mean_loss")
     assert delivered(directory) == delivered(expected)
 
 

@@ -21,6 +21,7 @@ def record(step, **values):
     fields = {
         "epoch": 0,
         "loss": 1.0 / step,
+        "mean_loss": 2.0 / step,
         "grad_norm": 0.5,
         "learning_rate": 1e-3,
         "examples": 128,

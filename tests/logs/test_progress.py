@@ -13,6 +13,7 @@ def record(step, **values):
         step=step,
         epoch=0,
         loss=2.34567,
+        mean_loss=2.4,
         grad_norm=1.25,
         learning_rate=2e-5,
         examples=128,
@@ -33,7 +34,7 @@ def test_one_plain_line_per_logged_step():
         progress.show(record(10, supervised_tokens_per_second=12345.6, peak_memory_bytes=3 * 2**30))
     first, second, third = file.getvalue().splitlines()
     assert first == "12 rows"
-    assert second == "step   1/200  loss 2.3457  lr 2.00e-05  grad norm 1.250  fill 98.8 %  ETA -:--:--"
+    assert second == "step   1/200  loss 2.3457 (mean 2.4000)  lr 2.00e-05  grad norm 1.250  fill 98.8 %  ETA -:--:--"
     assert "12,346 supervised tok/s  fill 98.8 %  memory 3.0 GiB  ETA 0:00:0" in third
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from flacuna_jax.training.history import History
+from flacuna_jax.training.history import RECENT_STEPS, History, RecentLosses
 
 
 def history(values, lower_is_better=True):
@@ -47,3 +47,12 @@ def test_a_history_survives_json():
     assert again.best(3) == made.best(3)
     assert again.last_step == 40
     assert again.since_best == made.since_best
+
+
+def test_the_mean_of_recent_losses_forgets_old_steps():
+    recent = RecentLosses()
+    assert recent.mean is None
+    for step in range(RECENT_STEPS + 5):
+        recent.add(float(step))
+    assert recent.mean == 5 + (RECENT_STEPS - 1) / 2
+    assert RecentLosses.from_json(json.loads(json.dumps(recent.values))) == recent
