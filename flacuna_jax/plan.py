@@ -17,7 +17,7 @@ from rich.console import Console
 
 from flacuna_jax.arguments import Parser, amount, whole
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config.files import load_config
+from flacuna_jax.config.files import load_config, require_config
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_steps
@@ -128,6 +128,7 @@ def plan_run(
     Raises:
       UserError: the target is unknown, or the config does not suit it.
     """
+    require_config(config)
     machine, devices = _machine(target, estimate, note)
     architecture = LLAMA_SIZES[sizes] if sizes else _architecture(config, note)
     architecture = with_rope_scaling(architecture, config.model, config.data.max_length)

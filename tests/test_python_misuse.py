@@ -1,7 +1,9 @@
 """Mistakes in programs that use the Python API: each gets a message, and none changes a result silently."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,8 @@ from flacuna_jax import (
     evaluate_model,
     export_run,
     load_model,
+    plan_run,
+    read_data,
 )
 from flacuna_jax.config.files import load_config
 from flacuna_jax.generation.chat_model import ChatModel
@@ -97,6 +101,32 @@ def test_mistakes_in_hooks(tmp_path: Path) -> None:
             run.train()
     (line, *_) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 0, "kind": "hook", "a": 1, "b": 2, "c": 3, "d": None}
+
+
+def test_a_run_that_is_over(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path), ["--training.max_steps=2"])
+    with open_run(config, say=lambda _: None) as run:
+        assert run.train(until=1) == "paused"
+        for until in (0, 1.5):
+            with pytest.raises(
+                UserError, match=f"until is {until}; it must be a whole number, and .* at step 1"
+            ):
+                run.train(until)  # type: ignore[arg-type]
+        assert run.train() == "finished"
+        for call in (run.train, lambda: run.log(2, {"a": 1})):
+            with pytest.raises(UserError, match="the run is over"):
+                call()
+        run.deliver()
+    with open_run(config, say=lambda _: None) as run:
+        pass
+    with pytest.raises(UserError, match="the run is over"):
+        run.train()
+
+
+@pytest.mark.parametrize("function", [plan_run, read_data, lambda config: open_run(config).__enter__()])
+def test_a_path_is_not_a_config(function: Callable[[Any], object]) -> None:
+    with pytest.raises(UserError, match=r"config is 'run.yaml', not the config of a run; read a file with load_config"):
+        function("run.yaml")
 
 
 def test_an_interval_is_positive() -> None:

@@ -92,6 +92,12 @@ def top_level_keys(path: str | Path) -> frozenset[str]:
     return frozenset(map(str, _read_yaml(Path(path))[0]))
 
 
+def require_config(config: object) -> None:
+    """Raises `UserError` for anything but the config of a run, such as its path."""
+    if not isinstance(config, RunConfig):
+        raise UserError(f"config is {config!r}, not the config of a run; read a file with load_config(path)")
+
+
 def require_settings(names: Sequence[str], words: Sequence[str], key: str) -> None:
     """Raises `UserError` for a name in the list `key` that is neither a setting or section of a run nor in `words`."""
     known = [*words, *_all_keys(RunConfig)]

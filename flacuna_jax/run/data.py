@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flacuna_jax.config.files import require_config
 from flacuna_jax.config.schema import DataConfig, RunConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import Template
@@ -43,6 +44,7 @@ def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokeni
     Raises:
       UserError: the tokenizer, the template or the data are not usable.
     """
+    require_config(config)
     directory = config.model.tokenizer_path
     tokenizer = tokenizer or load_tokenizer(directory)
     template = open_template(config.data, directory, tokenizer)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flacuna_jax import distributed
-from flacuna_jax.config.files import require_settings
+from flacuna_jax.config.files import require_config, require_settings
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
@@ -78,6 +78,7 @@ def open_run(
     Raises:
       UserError: the config, the model, the data or the output directory is not usable; the message says why.
     """
+    require_config(config)
     require_settings(config.checkpoint.allow_changes, tuple(WORDS), "checkpoint.allow_changes")
     distributed.initialize(config.distributed)
     require_output_apart(config)
@@ -147,7 +148,8 @@ class TrainingRun:
         self._compiled = make_step(self._step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
         self._added: list[StepHook | StateHook] = []
         self._end: End = "paused"
-        self._interrupted = False
+        self._interrupted = self._closed = False
+        outputs.callback(self._close)
         self._began = time.monotonic()
 
     @property
@@ -181,8 +183,9 @@ class TrainingRun:
           numbers: by name, of Python or arrays without dimensions.
 
         Raises:
-          UserError: a value is not a number, or its name is "step" or "kind".
+          UserError: a value is not a number, its name is "step" or "kind", or training has ended.
         """
+        self._require_open()
         record = {"step": step, "kind": "hook"}
         if taken := record.keys() & numbers.keys():
             raise UserError(f"run.log cannot log a number named {min(taken)!r}, which every record has; rename it")
@@ -196,13 +199,17 @@ class TrainingRun:
 
         Raises:
           BadStep: the loss or its gradient is not finite or a spike, and the settings end the run.
-          UserError: the output directory cannot be written, or an earlier call raised an exception.
+          UserError: the output directory cannot be written, the run is over, `until` is not a step that is left, or an
+            earlier call raised an exception.
         """
         if self._interrupted:
             raise UserError(
                 "an exception ended training, and the steps since the newest checkpoint are lost; open the run again "
                 "to continue from there"
             )
+        self._require_open()
+        if until is not None and not (isinstance(until, int) and self.step <= until):
+            raise UserError(f"until is {until!r}; it must be a whole number, and the run is at step {self.step}")
         self._interrupted = True
         with self._stop.deferred():
             watch = self._watch
@@ -272,6 +279,15 @@ class TrainingRun:
             course += f", the best of step {chosen.step:,} delivered"
         self._report.finish(course)
         return directory
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UserError(
+                "the run is over: its training has ended, or the `with open_run(...)` block has; open it again to go on"
+            )
+
+    def _close(self) -> None:
+        self._closed = True
 
     def _call_step_hook(self, hook: StepHook, record: StepRecord, state: TrainState) -> None:
         with self._watch.log.throughput.paused():
