@@ -96,6 +96,7 @@ class Throughput:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._since: float | None = None
+        self._paused_at: float | None = None
         self._steps = self._tokens = self._supervised_tokens = 0
         self._flops = 0.0
 
@@ -114,10 +115,18 @@ class Throughput:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Excludes the time spent in the block: checkpoints, evaluation."""
-        began = self._clock()
+        self.pause()
         yield
-        if self._since is not None:
-            self._since += self._clock() - began
+        self.resume()
+
+    def pause(self) -> None:
+        """Excludes the time from now to `resume`."""
+        self._paused_at = self._clock()
+
+    def resume(self) -> None:
+        if self._since is not None and self._paused_at is not None:
+            self._since += self._clock() - self._paused_at
+        self._paused_at = None
 
     def lap(self) -> Rates:
         """Rates since `start` or the previous lap."""

@@ -222,6 +222,7 @@ class TrainingRun:
                 hooks=(*watch.hooks, *self._added),
                 stop=self._stop.poll,
             )
+            watch.log.throughput.resume()
             try:
                 if self._evaluation_is_due:
                     watch.evaluate(self.state)
@@ -233,6 +234,7 @@ class TrainingRun:
                 self._report.finish(f"ended at a bad step: {str(reason).partition(';')[0]}")
                 raise
             self._checkpointer.wait()
+            watch.log.throughput.pause()
             if self._end != "paused":
                 self._outputs.close()
         self._interrupted = False

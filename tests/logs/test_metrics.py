@@ -67,6 +67,9 @@ def test_rates_exclude_the_compiling_step_and_pauses():
     assert throughput.lap() == Rates(2000.0, 800.0, 0.5, 6e9)
     throughput.add(500, 100)
     clock.now += 2
+    throughput.pause()
+    clock.now += 3600  # between two calls of TrainingRun.train
+    throughput.resume()
     assert throughput.lap() == Rates(250.0, 50.0, 2.0, 0.0)
 
 
