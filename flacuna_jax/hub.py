@@ -41,7 +41,7 @@ class HubName:
     def parse(text: str, form: str = "hf:NAME[@REVISION]") -> "HubName":
         """Parses a name with or without its prefix. Raises UserError, with the `form` that is expected."""
         name, at, revision = text.removeprefix(PREFIX).partition("@")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or bool(at) != bool(revision):
+        if not is_repository_name(name) or bool(at) != bool(revision):
             raise UserError(f"{text!r} is not the name of a repository on the Hugging Face Hub; write {form}")
         return HubName(name, revision or None)
 
@@ -60,6 +60,11 @@ class Snapshot:
 
     directory: Path
     files: tuple[str, ...]
+
+
+def is_repository_name(text: str) -> bool:
+    """Whether a text has the form OWNER/NAME or NAME, unlike most paths."""
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text) is not None
 
 
 def is_hub_name(path: str | Path) -> bool:
@@ -148,7 +153,7 @@ def import_client(what: str) -> ModuleType:
 
 
 def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind, advice: str = "") -> str:
-    """What an error of the client means and what to do about it; `advice` is for a connection that failed."""
+    """What an error of the client means and what to do about it; `advice` is for a transfer that failed."""
     errors, endpoint = client.errors, client.constants.ENDPOINT
     page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name.name}"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -168,15 +173,16 @@ def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind, a
     if status == 401:
         return f"{endpoint} refuses the token; log in again with `hf auth login`, or set HF_TOKEN to a valid one"
     if status == 403:
-        return f"the token has no permission for it ({_first_line(error)}); use one with more permissions in HF_TOKEN"
+        return f"the token has no permission for it ({_on_one_line(error)}); use one with more permissions in HF_TOKEN"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         cache = client.constants.HF_HUB_CACHE
         return f"the disk of {cache} is full; free space, or set HF_HOME to a directory on another disk"
-    return f"the connection to {endpoint} failed ({type(error).__name__}: {_first_line(error)}){advice}"
+    return f"the transfer failed ({type(error).__name__}: {_on_one_line(error)}){advice}"
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message").strip()
+def _on_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _command(name: HubName, kind: Kind) -> str:

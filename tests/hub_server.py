@@ -292,6 +292,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(200 if len(self.hub.large[asked["oid"]]) == asked["size"] else 422, {})
 
     def _validate(self) -> None:
+        base = re.search(r"^base_model: (.*)$", json.loads(self.body)["content"], re.MULTILINE)
+        if base and not re.fullmatch(r'"?[\w-][\w.-]*(/[\w.-]+)?"?', base[1]):
+            message = f'"base_model" with value {base[1]} is not valid. Use a model id from https://hf.co/models.'
+            self._send(400, {"errors": [{"message": message}], "warnings": []})
+            return
         self._send(200, {"errors": [], "warnings": []})
 
     def _write(self, name: str, revision: str) -> None:

@@ -86,7 +86,7 @@ def test_after_a_failure_only_the_missing_files_are_transferred(hub: Hub, monkey
     monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
     hub.add("o/n", MODEL)
     hub.interruptions += [0] * 10
-    with pytest.raises(UserError, match=r"^hf:o/n: the connection to http:.* failed .* only the missing files"):
+    with pytest.raises(UserError, match=r"^hf:o/n: the transfer failed .* only the missing files"):
         local_checkpoint("hf:o/n")
     hub.interruptions.clear()
     hub.requests.clear()
@@ -148,7 +148,7 @@ def test_a_hub_that_does_not_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"^hf:o/n: the connection to .* failed \(ConnectError: .*HF_HUB_OFFLINE=1"):
+    with pytest.raises(UserError, match=r"^hf:o/n: the transfer failed \(ConnectError: .*HF_HUB_OFFLINE=1"):
         local_checkpoint("hf:o/n")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.hub import is_repository_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def _card(
     results: Sequence[Measured],
     usage: Sequence[str],
 ) -> str:
-    head = ["---", *kind, *([f"base_model: {json.dumps(base_name)}"] if base_name else []), "---"]
+    # The Hub refuses a card whose base_model is a path.
+    base = [f"base_model: {json.dumps(base_name)}"] if base_name and is_repository_name(base_name) else []
+    head = ["---", *kind, *base, "---"]
     lines = [*head, "", f"# {title}", "", "Made with flacuna_jax.", "", *(f"- {k}: {v}" for k, v in rows.items()), ""]
     if results:
         lines += ["| benchmark | score | value | problems |", "|---|---|---|---|"]

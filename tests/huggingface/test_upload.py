@@ -7,6 +7,7 @@ import pytest
 from flacuna_jax import export
 from flacuna_jax.cli import run_verb
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.card import Facts, model_card
 from flacuna_jax.huggingface.upload import prepare_upload
 from tests.hub_server import LARGE, READ_ONLY, TOKEN, USER, Hub, read_files
 
@@ -38,6 +39,18 @@ def test_a_repository_is_created(
     assert made.private is not public
     assert made.branches[branch] == {".gitattributes": b"", **read_files(model)}
     assert made.commits == ["Upload with flacuna_jax"]
+
+
+@pytest.mark.parametrize(("base", "listed"), [("/data/vicuna", False), ("lmsys/vicuna-13b-v1.1", True)])
+def test_the_hub_accepts_our_cards(base: str, listed: bool, hub: Hub, token: None, model: Path) -> None:
+    text = model_card(None, base, Facts(), None)
+    assert (f'base_model: "{base}"' in text) is listed
+    assert f"- base model: {base}" in text
+    (model / "README.md").write_text(text)
+    prepare_upload("lab/model").send(model)
+    (model / "README.md").write_text("---\nbase_model: /data/vicuna\n---\n")
+    with pytest.raises(UserError, match=r"\(ValueError: Invalid metadata in README.md. - .base_model. with value"):
+        prepare_upload("lab/model").send(model)
 
 
 def test_a_second_upload_replaces_the_weights_of_the_first(hub: Hub, token: None, model: Path) -> None:
