@@ -108,9 +108,7 @@ def test_a_run_that_is_over(tmp_path: Path) -> None:
     with open_run(config, say=lambda _: None) as run:
         assert run.train(until=1) == "paused"
         for until in (0, 1.5):
-            with pytest.raises(
-                UserError, match=f"until is {until}; it must be a whole number, and .* at step 1"
-            ):
+            with pytest.raises(UserError, match=f"until is {until}; it must be a whole number, and .* at step 1"):
                 run.train(until)  # type: ignore[arg-type]
         assert run.train() == "finished"
         for call in (run.train, lambda: run.log(2, {"a": 1})):
