@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from flacuna_jax.config.files import parse_config
 from flacuna_jax.errors import UserError
 
 # Identified by fingerprints, or without effect on the computed numbers.
@@ -133,13 +134,22 @@ def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, 
 
 
 def _comparable(meta: dict[str, Any]) -> dict[str, Any]:
-    config = dict(meta.get("config", {}))
+    config = _complete(meta.get("config", {}))
     # Sources are identified by the fingerprint of the data; files may move, so paths are not compared.
     data = dict(config.get("data", {}))
     data["sources"] = [{k: v for k, v in source.items() if k != "path"} for source in data.get("sources", ())]
     rest = {key: value for key, value in meta.items() if key not in _NOT_COMPARED}
     rest["held_out_fraction"] = (config.get("evaluation") or {}).get("fraction")
     return {**config, "data": data, **rest, "fingerprints": meta.get("fingerprints", {})}
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the defaults of settings that the version that wrote it did not have: they mean what that version
+    did. A config that this version cannot read is returned unchanged."""
+    try:
+        return parse_config(config).model_dump(mode="json")
+    except UserError:
+        return dict(config)
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

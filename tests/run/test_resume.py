@@ -53,6 +53,14 @@ def test_harmless_changes_are_accepted(override):
     assert compare_meta(meta(), meta(override)) == []
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_is_compared_as_its_default():
+    earlier = meta()
+    for section, key in (("data", "tools_as_text"), ("lora", "use_dora"), ("training", "spike_factor")):
+        del earlier["config"][section][key]
+    assert compare_meta(earlier, meta()) == []
+    assert compare_meta(earlier, meta("--lora.use_dora=true")) == ["lora.use_dora: False in the checkpoint, True now"]
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
