@@ -32,6 +32,7 @@ from flacuna_jax.huggingface.merged import (
     SHARD_BYTES,
     PendingTensor,
     copy_tokenizer,
+    main_dtype,
     merged_tensors,
     model_tensors,
     write_settings,
@@ -163,7 +164,7 @@ def write_merged(
     with whole_directory(target) as partial:
         meant, started = Side(stored_weights(reader, config), adapter), time.monotonic()
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, reader.directory, companions)
-        shift = verify_merge(partial, *logits, common_dtype(tensor.dtype for tensor in tensors))
+        shift = verify_merge(partial, *logits, [tensor.dtype for tensor in tensors if tensor.rounded])
         lora = None if adapter is None else adapter.lora
         notes = _describe(partial, config, companions, lora, shift, time.monotonic() - started)
     return _delivery(target, tensors, files, shift, notes)
@@ -250,7 +251,7 @@ def _write_settings(
     write_settings(
         partial,
         config,
-        [tensor.dtype for tensor in tensors],
+        main_dtype(tensors),
         model_source=model_source,
         tokenizer_source=companions.tokenizer,
         chat_template=companions.chat_template,

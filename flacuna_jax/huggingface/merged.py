@@ -1,8 +1,10 @@
 """Whole models in Hugging Face's layout, written tensor by tensor: base plus adapter, or trained weights."""
 
+import collections
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from flacuna_jax.huggingface.chat_template import read_chat_template
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.files.safetensors_file import write_file
-from flacuna_jax.huggingface.files.tensors import TensorReader, cast, common_dtype, is_finite, overflow, row_blocks
+from flacuna_jax.huggingface.files.tensors import TensorReader, cast, is_finite, overflow, row_blocks
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.tokenizer import TEMPLATES, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
@@ -31,12 +33,17 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class PendingTensor:
-    """A tensor whose rows are computed when they are written."""
+    """A tensor whose rows are computed when they are written.
+
+    Attributes:
+      rounded: whether its values are rounded to its dtype; False for a copy.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[slice], np.ndarray]
+    rounded: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +67,18 @@ def merged_tensors(
         stored = dtype or reader.dtype(source)
         module = path.rpartition("/")[0] if parameter.kind == "matrix" else None
         make = _merger(reader, source, stored, adapter, module, layer or 0)
-        pending.append(PendingTensor(parameter.tensor(layer), reader.shape(source), stored, make))
+        merged = adapter is not None and module is not None and (layer or 0) in adapter.layers_of(module)
+        rounded = merged or stored != reader.dtype(source)
+        pending.append(PendingTensor(parameter.tensor(layer), reader.shape(source), stored, make, rounded))
     return pending
+
+
+def main_dtype(tensors: Sequence[PendingTensor]) -> np.dtype:
+    """The dtype of most values. Norms and tables of a model may have another dtype than its projections."""
+    counts: collections.Counter[np.dtype] = collections.Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0]
 
 
 def _merger(
@@ -151,7 +168,7 @@ def _checked(tensor: PendingTensor, rows: slice, see: See | None) -> np.ndarray:
 def write_settings(
     directory: Path,
     config: LlamaConfig,
-    dtypes: Sequence[np.dtype],
+    dtype: np.dtype,
     *,
     model_source: str | Path | None,
     tokenizer_source: Path,
@@ -165,7 +182,7 @@ def write_settings(
     Args:
       directory: the target.
       config: sizes.
-      dtypes: of the tensors written.
+      dtype: of most of the weights.
       model_source: the base's directory, whose config.json is copied; None for a model trained from scratch.
       tokenizer_source: directory whose tokenizer files are copied unchanged.
       chat_template: Jinja text to write into tokenizer_config.json, whose other keys are kept.
@@ -174,7 +191,7 @@ def write_settings(
       end: spelling of the token that the template writes after an answer.
     """
     source = read_settings(model_source) if model_source else None
-    written = hugging_face_config(config, common_dtype(dtypes), source, **token_ids)
+    written = hugging_face_config(config, dtype, source, **token_ids)
     _write_json(directory / "config.json", written)
     _write_json(directory / "generation_config.json", generation_config(written, ends))
     copy_tokenizer(tokenizer_source, directory, chat_template, end)

@@ -1,7 +1,7 @@
 """Reads written files again and compares them with the intended content, before a directory gets its final name."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -64,18 +64,25 @@ def compare_logits(directory: Path, meant: np.ndarray, found: np.ndarray) -> flo
     return difference
 
 
-def verify_merge(directory: Path, meant: np.ndarray, found: np.ndarray, dtype: np.dtype) -> float:
+def verify_merge(directory: Path, meant: np.ndarray, found: np.ndarray, rounded: Collection[np.dtype]) -> float:
     """The largest shift of a logit that merging caused.
 
-    Rounding every weight of a deep network once to `dtype` changes its logits by about a hundred units of roundoff,
-    relative to their standard deviation; a wrong scale or a transposed or misplaced factor changes them by their own
-    size. The bound is between the two, and at most a quarter of their standard deviation.
+    Rounding every weight of a deep network once changes its logits by about a hundred units of roundoff, relative to
+    their standard deviation; a wrong scale or a transposed or misplaced factor changes them by their own size. The
+    bound is between the two, and at most a quarter of their standard deviation.
+
+    Args:
+      directory: for messages.
+      meant: logits of the intended model.
+      found: logits of the written model.
+      rounded: dtypes to which tensors were rounded; the coarsest determines the bound.
 
     Raises:
       VerificationError: the shift is beyond rounding.
     """
     shift = float(np.max(np.abs(meant - found)))
-    bound = float(np.std(meant) * np.clip(128 * float(ml_dtypes.finfo(dtype).eps), 1e-3, 0.25))
+    unit = max((float(ml_dtypes.finfo(dtype).eps) for dtype in rounded), default=0.0)
+    bound = float(np.std(meant) * np.clip(128 * unit, 1e-3, 0.25))
     if not shift <= bound:
         raise VerificationError(
             f"{directory}: merging shifted logits by {shift:.2e}, more than the {bound:.2e} that rounding explains"

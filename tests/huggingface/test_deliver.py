@@ -144,6 +144,25 @@ def test_merged_weights_are_rounded_once(dtype: str, companions: Companions, tmp
     assert report.logit_shift > 0
 
 
+def test_merging_into_a_base_of_several_dtypes_keeps_each(companions: Companions, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = torch_llama(SMALL).bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith(("norm", "embed_tokens")):
+            module.float()
+    save(model, tmp_path / "base", "safetensors")
+    adapter = random_adapter(SMALL, LoraConfig(rank=4, alpha=6.0))
+    report = write_merged(tmp_path / "merged", open_checkpoint(tmp_path / "base"), SMALL, adapter, companions)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: tensor.dtype for name, tensor in model.state_dict().items()
+    }
+    assert torch.equal(found["model.norm.weight"], model.model.norm.weight)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert report.logit_shift > 1e-3, "rounding to bfloat16, beyond the bound for float32"
+
+
 def test_streamed_logits_equal_transformers(written: Written) -> None:
     weights = stored_weights(open_checkpoint(written.path), written.config)
     ours = streamed_logits(weights, written.config, probe_ids(written.config), None)
