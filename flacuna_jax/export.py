@@ -1,4 +1,5 @@
-"""`flacuna export RUN OUT --format adapter|merged`: writes a run as a PEFT adapter or a whole Hugging Face model."""
+"""`flacuna export RUN OUT --format adapter|merged|gguf`: writes a run as a PEFT adapter, or as a whole model in Hugging
+Face's or llama.cpp's form."""
 
 import argparse
 import dataclasses
@@ -31,6 +32,8 @@ from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.files.rounded import RoundedBase
 from flacuna_jax.huggingface.files.tensors import TensorReader
+from flacuna_jax.huggingface.gguf.deliver import write_gguf
+from flacuna_jax.huggingface.gguf.write import KINDS, Kind
 from flacuna_jax.huggingface.golden import Golden, Prompt
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
@@ -48,7 +51,7 @@ from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.storage.local_run import local_run
 
 Say = Callable[[str], None]
-Format = Literal["adapter", "merged"]
+Format = Literal["adapter", "merged", "gguf"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Export:
     out: str
     """Directory to create."""
     format: Format
-    """A PEFT adapter, or a whole Hugging Face model; a run that trained every weight has only the latter."""
+    """A PEFT adapter, or a whole model in Hugging Face's form or as a GGUF file; a run that trained every weight has no
+    adapter."""
     dtype: str | None = None
     """Of the weights in the files. None: float32 for an adapter, that of the base for a merged model."""
     base: str | None = None
@@ -79,8 +83,10 @@ class Export:
     """Length of the answers in golden_prompts.json; 0 leaves the file out."""
     shard_bytes: int = SHARD_BYTES
     """Size of the largest weight file of a merged model."""
+    gguf_type: Kind | None = None
+    """Type of the matrices in a GGUF file. None: bf16 for a base in bfloat16, else f16."""
     adapter: str | None = None
-    """Without a run: directory of any PEFT adapter, to be merged into `model`, ..."""
+    """Without a run: directory of any PEFT adapter, to be merged into `model` (optional for a GGUF file), ..."""
     model: str | None = None
     """... a checkpoint in Hugging Face's, Meta's or the native form. Both may be hf:NAME[@REVISION]."""
     push: str | None = None
@@ -110,6 +116,8 @@ def export_run(export: Export, say: Say = lambda _: None) -> None:
         raise UserError(f"format {export.format!r} is not one of {', '.join(get_args(Format))}")
     if export.public and export.push is None:
         raise UserError("--public needs --push NAME")
+    if export.gguf_type is not None and export.format != "gguf":
+        raise UserError("--gguf-type applies to --format gguf only")
     target = Path(export.out)
     check_target(target)
     upload = None if export.push is None else prepare_upload(export.push, public=export.public)
@@ -164,16 +172,19 @@ def _write(export: Export, say: Say, target: Path) -> None:
 
 def _merge_adapter(export: Export, say: Say, target: Path) -> None:
     """Merges an adapter that need not be of one of our runs."""
-    if export.adapter is None or export.model is None:
-        raise UserError("give a run to export, or --adapter DIR and --model DIR to merge any PEFT adapter")
-    if export.format != "merged":
+    if export.model is None or (export.adapter is None and export.format != "gguf"):
+        raise UserError(
+            "give a run to export, or --adapter DIR and --model DIR to merge any PEFT adapter; a GGUF file needs only "
+            "--model"
+        )
+    if export.format == "adapter":
         raise UserError("--format adapter: the adapter is one already; --format merged merges it into --model")
     if (option := next((name for name in _OF_A_RUN if getattr(export, name) is not None), None)) is not None:
         raise UserError(f"--{option.replace('_', '-')} is an option for a run, not for --adapter and --model")
-    base, adapter_directory = local_checkpoint(export.model), find_adapter(local_run(export.adapter))
-    assert adapter_directory is not None
+    base = local_checkpoint(export.model)
+    adapter_directory = None if export.adapter is None else find_adapter(local_run(export.adapter))
     config, reader = read_architecture(base), open_checkpoint(base, once=True)
-    adapter = read_adapter(adapter_directory, config)
+    adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
     tokenizer = load_tokenizer(reader.directory)
     check_vocabulary(tokenizer, config.vocab_size, reader.directory)
     template = load_template(reader.directory, tokenizer=tokenizer)
@@ -183,8 +194,9 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         None,
         {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
         ends,
-        base_name=export.base_name or adapter.base_name or ModelConfig(path=export.model).base_name,
-        facts=Facts({"adapter": export.adapter if is_hub_name(export.adapter) else str(adapter_directory)}),
+        stop_strings=template.stop_strings,
+        base_name=export.base_name or (adapter and adapter.base_name) or ModelConfig(path=export.model).base_name,
+        facts=Facts({} if export.adapter is None else {"adapter": _shown_adapter(export.adapter, adapter_directory)}),
         golden=_golden(template, tokenizer, config, ends, export.golden_tokens, say),
     )
     _write_merged(export, say, target, reader, config, adapter, beside)
@@ -251,7 +263,9 @@ def _export_adapter(
 def _export_full(export: Export, say: Say, run: Path, target: Path, settings: RunConfig) -> None:
     """Copies `model/`, which a run that trained every weight writes at its end, in another dtype if requested."""
     if export.format == "adapter":
-        raise UserError(f"{run} trained every weight (lora: null); it has no adapter, export it with --format merged")
+        raise UserError(
+            f"{run} trained every weight (lora: null); it has no adapter, export it with --format merged or gguf"
+        )
     if export.step is not None or not (run / "model").is_dir():
         raise UserError(
             f"{run} has no model/ yet; a run that trains all weights writes it at its end, so let the run finish"
@@ -277,6 +291,13 @@ def _write_merged(
 ) -> None:
     if export.check:
         raise UserError(f"--check {export.check[0]} applies to adapters only; `flacuna check` compares a served model")
+    if export.format == "gguf":
+        if export.dtype is not None:
+            raise UserError(
+                f"--dtype {export.dtype}: the type of the matrices in a GGUF file is given with --gguf-type"
+            )
+        _report(write_gguf(target, reader, config, adapter, beside, kind=export.gguf_type), say)
+        return
     dtype = None if export.dtype is None else STORED_DTYPES[export.dtype]
     size = export.shard_bytes
     _report(deliver.write_merged(target, reader, config, adapter, beside, dtype=dtype, shard_bytes=size), say)
@@ -339,7 +360,7 @@ def _report(written: deliver.Delivery, say: Say) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("export", "Writes a run as a PEFT adapter or a merged Hugging Face model, and verifies it.")
+    parser = Parser("export", "Writes a run as a PEFT adapter, a Hugging Face model or a GGUF file, and verifies it.")
     parser.add_argument("run", metavar="RUN", nargs="?", help="output directory of a training run")
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--format", required=True, choices=get_args(Format))
@@ -347,6 +368,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=sorted(STORED_DTYPES),
         help="default: float32 for an adapter, the base's dtype for a merged model",
+    )
+    parser.add_argument(
+        "--gguf-type",
+        choices=KINDS,
+        help="type of the matrices in a GGUF file; default: bf16 for a base in bfloat16, else f16",
     )
     parser.add_argument(
         "--adapter", metavar="DIR", help="without RUN: any PEFT adapter (also hf:NAME), to merge into --model"

@@ -88,6 +88,7 @@ class Companions:
       ends: ids of every token that ends an answer, for generation_config.json.
       end: spelling of the token that the template writes after an answer, which becomes eos_token unless the template
         itself refers to eos_token.
+      stop_strings: texts that end an answer, for templates whose answers do not end in a token.
       base_name: name of the base model, for the model card.
       facts: for the model card.
       golden: prompts whose continuations are recorded next to the weights; None records none.
@@ -98,6 +99,7 @@ class Companions:
     token_ids: Mapping[str, int | None]
     ends: tuple[int, ...] = ()
     end: str | None = None
+    stop_strings: tuple[str, ...] = ()
     base_name: str | None = None
     facts: Facts = dataclasses.field(default_factory=Facts)
     golden: Golden | None = None
@@ -166,7 +168,7 @@ def write_merged(
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, reader.directory, companions)
         shift = verify_merge(partial, *logits, [tensor.dtype for tensor in tensors if tensor.rounded])
         lora = None if adapter is None else adapter.lora
-        notes = _describe(partial, config, companions, lora, shift, time.monotonic() - started)
+        notes = describe(partial, partial, config, companions, lora, shift, time.monotonic() - started)
     return _delivery(target, tensors, files, shift, notes)
 
 
@@ -195,7 +197,7 @@ def write_model(
         meant, started = Side(_device_weights(params, config, dtype)), time.monotonic()
         files, logits = _write_weights(partial, config, tensors, shard_bytes, meant, model_source, companions)
         shift = compare_logits(partial, *logits)
-        notes = _describe(partial, config, companions, None, None, time.monotonic() - started)
+        notes = describe(partial, partial, config, companions, None, None, time.monotonic() - started)
     return _delivery(target, tensors, files, shift, notes)
 
 
@@ -261,24 +263,25 @@ def _write_settings(
     )
 
 
-def _describe(
+def describe(
     partial: Path,
+    model: Path,
     config: LlamaConfig,
     companions: Companions,
     lora: LoraConfig | None,
     logit_shift: float | None,
     seconds: float,
 ) -> list[str]:
-    """Writes the model card, and the answers of the written weights to golden prompts. Each token reads the weights
-    once more, which takes less than the `seconds` of writing and reading them back. Returns notes on encoding
-    prompts."""
+    """Writes the model card, and the answers of the written weights to golden prompts, to `partial`. `model` is the
+    checkpoint directory of the written weights. Each token reads them once more, which takes less than the `seconds` of
+    writing and reading them back. Returns notes on encoding prompts."""
     card = model_card(lora, companions.base_name, companions.facts, logit_shift)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if companions.golden is None:
         return []
     companions.golden.announce(companions.golden.count * seconds)
-    weights = stored_weights(open_checkpoint(partial), config)
-    encoder = encoder_of(partial)
+    weights = stored_weights(open_checkpoint(model), config)
+    encoder = encoder_of(model)
     records = answer(weights, config, companions.golden, encoder)
     write_golden(partial, records, companions.golden.count)
     return golden_notes(records, encoder)

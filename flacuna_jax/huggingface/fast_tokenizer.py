@@ -5,6 +5,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -50,6 +51,12 @@ class FastTokenizer:
         except Exception as error:
             raise UserError(f"{path} is not a tokenizer, or is damaged: {error}") from None
         return cls(tokenizer, settings)
+
+    def described(self) -> dict[str, Any]:
+        """The content of a tokenizer.json, in which tokens are special that are so in the settings."""
+        content = json.loads(self._tokenizer.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != _ANCHOR]
+        return content
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         return self.encode_batch([text], [first])[0]

@@ -91,6 +91,18 @@ class SentencePieceTokenizer:
         number = self._model.piece_to_id(content)
         return None if number == self._model.unk_id() else number
 
+    def pieces(self) -> dict[int, tuple[str, float, int]]:
+        """id → piece, score and type (of SentencePiece: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6
+        byte); added tokens are control or user-defined."""
+        model, found = self._model, {}
+        tests = ((model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6))
+        for number in range(model.vocab_size()):
+            kind = next((kind for is_of, kind in tests if is_of(number)), 1)
+            found[number] = (model.id_to_piece(number), model.get_score(number), kind)
+        for token in self.added.values():
+            found[token.id] = (token.content, -1000.0, 3 if token.special else 4)
+        return found
+
     def encode(self, text: str, first: bool = True) -> list[int]:
         return self.encode_batch([text], [first])[0]
 

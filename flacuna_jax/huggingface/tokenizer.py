@@ -66,7 +66,7 @@ def _with_sentencepiece(directory: Path, settings: TokenizerSettings, has_fast: 
     slow = SentencePieceTokenizer(directory / SENTENCEPIECE, settings)
     _check_agreement(directory, slow, fast)
     # Settings without `legacy` are from LLaMA's first generation, which added a space before every text.
-    same_inside = all(slow.encode(text, first=False) == fast.encode(text, first=False) for text in _PROBES)
+    same_inside = all(slow.encode(text, first=False) == fast.encode(text, first=False) for text in PROBES)
     is_plain = not slow.added and fast.special.ids <= slow.special.ids
     return slow if is_plain and (same_inside or "legacy" not in settings.raw) else fast
 
@@ -95,7 +95,7 @@ def _from_merges(directory: Path, settings: TokenizerSettings) -> FastTokenizer:
     return FastTokenizer(built.backend_tokenizer, settings)
 
 
-_PROBES = (
+PROBES = (
     "USER: How are you? ASSISTANT: I'm fine.",
     "two  spaces, a tab\tand\na new line\n\n  indented",
     "naïve façade, Größe, 東京, Привет, 🦙",
@@ -117,7 +117,7 @@ def _check_agreement(directory: Path, slow: SentencePieceTokenizer, fast: FastTo
             raise UserError(
                 f"{directory}: {name.upper()} is {ours} in {SENTENCEPIECE} but {theirs} in {FAST}; {advice}"
             )
-    for text in _PROBES:
+    for text in PROBES:
         ours, theirs = slow.encode(text), fast.encode(text)
         if ours != theirs:
             place = next(i for i in range(len(ours) + 1) if ours[i : i + 1] != theirs[i : i + 1])

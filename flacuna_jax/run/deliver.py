@@ -102,7 +102,8 @@ def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> d
     jinja = None if resolve_name(config.data.template, directory) == CHECKPOINT else template.jinja
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     end = tokenizer.special.spellings[template.ends[0]] if template.ends else None
-    return deliver.Companions(directory, jinja, token_ids, answer_ends(template, tokenizer, config.model.path), end)
+    ends = answer_ends(template, tokenizer, config.model.path)
+    return deliver.Companions(directory, jinja, token_ids, ends, end, template.stop_strings)
 
 
 def _on_every_host(params: Params) -> dict[str, Any]:

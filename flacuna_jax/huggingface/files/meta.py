@@ -87,7 +87,7 @@ class JoinedTensor:
             return views[0][rows]
         wanted = np.arange(*rows.indices(self.shape[0]))
         if self.head_dim:
-            wanted = _interleaved(wanted, self.head_dim)
+            wanted = interleaved(wanted, self.head_dim)
         starts = np.cumsum([0, *(len(view) for view in views)])
         result = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         for view, start in zip(views, starts, strict=False):
@@ -96,7 +96,7 @@ class JoinedTensor:
         return result
 
 
-def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Indices in Meta's order (pairs) of rows in Hugging Face's order (two halves of a head)."""
     head, place = rows // head_dim, rows % head_dim
     half, pair = place // (head_dim // 2), place % (head_dim // 2)

@@ -9,6 +9,7 @@ import numpy as np
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
+from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.files import native
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, read_meta
@@ -16,6 +17,8 @@ from flacuna_jax.huggingface.files.place import require_directory
 from flacuna_jax.huggingface.files.safetensors_file import read_header
 from flacuna_jax.huggingface.files.tensors import ALL_ROWS, MappedFiles, ReadableTensor, StoredTensor
 from flacuna_jax.huggingface.files.torch_file import read_torch_file
+from flacuna_jax.huggingface.gguf.header import SUFFIX as GGUF
+from flacuna_jax.huggingface.gguf.tensors import read_tensors as read_gguf
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -90,6 +93,8 @@ def _tensors(directory: Path) -> Mapping[str, ReadableTensor]:
             return _read_shards(directory / index_name, read_file)
     if is_meta(directory):
         return read_meta(directory)
+    if any(directory.glob(f"*{GGUF}")):
+        return read_gguf(directory, read_architecture(directory))
     raise UserError(f"{directory} contains no checkpoint: {_what_is_there(directory)}")
 
 

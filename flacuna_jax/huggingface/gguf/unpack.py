@@ -1,0 +1,77 @@
+"""A GGUF file as a checkpoint directory: config.json and tokenizer files made from its metadata, and links to it.
+
+The directory is in the user's cache. Its files other than weights are small; the weights stay where they are.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface.answer_ends import GENERATION_CONFIG
+from flacuna_jax.huggingface.architecture import CONFIG_FILE
+from flacuna_jax.huggingface.gguf.header import SUFFIX, parts, read_header
+from flacuna_jax.huggingface.gguf.settings import settings_of
+from flacuna_jax.huggingface.gguf.tokenizer_files import KEY, tokenizer_files_of
+from flacuna_jax.huggingface.golden import FILE as GOLDEN
+from flacuna_jax.source_code import source_digest
+from flacuna_jax.user_cache import user_cache
+
+_ENDS = ("eos", "eot", "eom")
+"""Names of the tokens that end an answer, in tokenizer.ggml.…_token_id."""
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a directory without other weights; else None.
+
+    Raises:
+      UserError: a directory has several.
+    """
+    if path.suffix == SUFFIX and path.is_file():
+        return path
+    if not path.is_dir() or (path / CONFIG_FILE).exists():
+        return None
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if len({parts(one)[0] for one in found}) > 1:
+        raise UserError(f"{path} contains several GGUF files; give one of them: {', '.join(one.name for one in found)}")
+    return found[0] if found else None
+
+
+def unpacked(path: Path) -> Path:
+    """The checkpoint directory of a GGUF file; made on the first call.
+
+    Raises:
+      UserError: the file cannot be read, or its architecture or tokenizer is not supported.
+    """
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _linked(path)]
+    key = hashlib.sha256(repr((source_digest("huggingface/gguf"), states)).encode()).hexdigest()[:16]
+    target = user_cache() / "gguf" / f"{path.stem}-{key}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as temporary:
+            unpack(path, Path(temporary) / "whole")
+            with contextlib.suppress(OSError):  # another process was faster
+                (Path(temporary) / "whole").rename(target)
+    return target
+
+
+def unpack(path: Path, directory: Path) -> None:
+    """Creates the checkpoint directory of a GGUF file. Raises like `unpacked`."""
+    header = read_header(parts(path)[0])
+    ends = [header.get(f"{KEY}{name}_token_id", int) for name in _ENDS]
+    generation = {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
+    content = {CONFIG_FILE: settings_of(header), GENERATION_CONFIG: generation, **tokenizer_files_of(header)}
+    directory.mkdir()
+    for name, value in content.items():
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
+    for file in _linked(path):
+        (directory / file.name).symlink_to(file)
+
+
+def _linked(path: Path) -> list[Path]:
+    """All parts of a GGUF file, and the golden prompts beside an exported one."""
+    beside = [path.with_name(GOLDEN)] if path.with_name(GOLDEN).is_file() else []
+    return [file.absolute() for file in (*parts(path), *beside)]
