@@ -19,7 +19,7 @@ from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.files.delta import DeltaReader
 from flacuna_jax.huggingface.files.meta import is_meta
 from flacuna_jax.huggingface.files.place import local_checkpoint
-from flacuna_jax.huggingface.files.read import CheckpointReader, open_checkpoint
+from flacuna_jax.huggingface.files.read import CheckpointReader, note_on_quantisation, open_checkpoint
 from flacuna_jax.huggingface.files.released import BASE, DequantisedBase, released_adapter
 from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_files
@@ -84,6 +84,8 @@ def _convert_model(conversion: Conversion, say: Say, reader: TensorReader) -> No
         check_vocabulary(load_tokenizer(tokenizer), config.vocab_size, tokenizer)
     else:
         say(f"note: {tokenizer} has no tokenizer; set model.tokenizer for training")
+    if note := note_on_quantisation(reader.directory):
+        say(f"note: {note}")
     started = time.monotonic()
     dtype = None if conversion.dtype is None else STORED_DTYPES[conversion.dtype]
     written = deliver.convert(conversion.out, reader, config, tokenizer_source=tokenizer, dtype=dtype)

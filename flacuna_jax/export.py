@@ -29,7 +29,7 @@ from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.chat_template import load_template, open_template
 from flacuna_jax.huggingface.directories import check_target
 from flacuna_jax.huggingface.files.place import local_checkpoint
-from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.read import note_on_quantisation, open_checkpoint
 from flacuna_jax.huggingface.files.rounded import RoundedBase
 from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.gguf.deliver import write_gguf
@@ -196,7 +196,11 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         ends,
         stop_strings=template.stop_strings,
         base_name=export.base_name or (adapter and adapter.base_name) or ModelConfig(path=export.model).base_name,
-        facts=Facts({} if export.adapter is None else {"adapter": _shown_adapter(export.adapter, adapter_directory)}),
+        facts=Facts(
+            {}
+            if export.adapter is None
+            else {"adapter": export.adapter if is_hub_name(export.adapter) else str(adapter_directory)}
+        ),
         golden=_golden(template, tokenizer, config, ends, export.golden_tokens, say),
     )
     _write_merged(export, say, target, reader, config, adapter, beside)
@@ -291,6 +295,8 @@ def _write_merged(
 ) -> None:
     if export.check:
         raise UserError(f"--check {export.check[0]} applies to adapters only; `flacuna check` compares a served model")
+    if note := note_on_quantisation(reader.directory):
+        say(f"note: {note}")
     if export.format == "gguf":
         if export.dtype is not None:
             raise UserError(
@@ -377,7 +383,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", metavar="DIR", help="without RUN: any PEFT adapter (also hf:NAME), to merge into --model"
     )
-    parser.add_argument("--model", metavar="DIR", help="the checkpoint (also hf:NAME) that --adapter is merged into")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="the checkpoint (also hf:NAME) that --adapter is merged into, or that becomes a GGUF file",
+    )
     parser.add_argument(
         "--base-name",
         help="name of the base model in adapter_config.json; default: model.name, or its name on the Hub, or its path",

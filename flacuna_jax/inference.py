@@ -25,6 +25,7 @@ from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
 from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
+from flacuna_jax.huggingface.files.read import note_on_quantisation
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
@@ -249,7 +250,7 @@ def template_of(
       address: The model.
       name: Name of a template, a .jinja file, auto or checkpoint; None if the user gave none.
       trained: Data settings of the run that trained the model.
-      say: Called with a line that names the template and its warnings.
+      say: Called with a line that names the template, its warnings, and how quantised weights are read.
 
     Raises:
       UserError: The template does not exist.
@@ -261,7 +262,8 @@ def template_of(
     else:
         template, asked = choose_template(name or AUTO, directory, tokenizer), name or AUTO
     say(f"template: {describe_choice(asked, directory)}")
-    for note in template.notes:
+    quantised = note_on_quantisation(address.base)
+    for note in (*template.notes, *([quantised] if quantised else [])):
         say(f"note: {note}")
     return template
 

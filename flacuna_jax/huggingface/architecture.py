@@ -11,6 +11,8 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, meta_settings
 from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
+from flacuna_jax.huggingface.files.quantised import KEY as QUANTISATION
+from flacuna_jax.huggingface.files.quantised import method_of
 from flacuna_jax.model.llama import Family, LlamaConfig
 from flacuna_jax.model.rope import RopeScaling
 
@@ -36,7 +38,10 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
 
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda value: value not in tuple(_ACTIVATIONS), "only silu and gelu are implemented"),
-    "quantization_config": (bool, "the weights are quantised; start from the half-precision checkpoint"),
+    QUANTISATION: (
+        lambda value: bool(value) and method_of({QUANTISATION: value}) is None,
+        "the weights are quantised in a way that is not implemented; start from the half-precision checkpoint",
+    ),
     "partial_rotary_factor": (lambda value: value not in (None, 1, 1.0), "partial rotary embedding is not implemented"),
 }
 """Key → (whether a value changes the network beyond what is implemented, the message)."""
@@ -338,6 +343,7 @@ def hugging_face_config(
     """
     written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1})
     written.pop("auto_map", None)
+    written.pop(QUANTISATION, None)  # the written weights are not quantised
     return (token_ids | written) | {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,

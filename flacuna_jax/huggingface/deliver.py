@@ -23,6 +23,8 @@ from flacuna_jax.huggingface.architecture import CONFIG_FILE, hugging_face_confi
 from flacuna_jax.huggingface.card import Facts, model_card
 from flacuna_jax.huggingface.directories import check_target, whole_directory
 from flacuna_jax.huggingface.files import native
+from flacuna_jax.huggingface.files.json_file import read_json
+from flacuna_jax.huggingface.files.quantised import method_of
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.files.tensors import TensorReader, common_dtype
 from flacuna_jax.huggingface.golden import Golden, answer, write_golden
@@ -338,9 +340,10 @@ def convert(
 def _write_config(
     partial: Path, reader: TensorReader, config: LlamaConfig, leaves: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Copies the source's config.json unchanged; for Meta's files, which have none, writes the equivalent."""
+    """Copies the source's config.json unchanged; for Meta's files, which have none, and for quantised weights, the
+    equivalent is written."""
     source, target = reader.directory / CONFIG_FILE, partial / CONFIG_FILE
-    if source.is_file():
+    if source.is_file() and method_of(read_json(source)) is None:
         target.write_bytes(source.read_bytes())
         return
     stored = common_dtype(np.dtype(entry["dtype"]) for entry in leaves.values())

@@ -119,7 +119,7 @@ def _accounting(missing: list[str], extra: list[str]) -> str:
     if extra:
         parts += f"; {len(extra)} not in the model: {names.some(extra)}"
     if any(name.endswith(_QUANTISED) for name in extra):
-        parts += "; the weights are quantised (GPTQ, AWQ, bitsandbytes or fp8): use those in bfloat16 or float16"
+        parts += "; the weights are quantised, but config.json does not say how: use those in bfloat16 or float16"
     if missing == [names.HEAD]:
         parts += " (if the model uses its embeddings as head, set tie_word_embeddings: true in config.json)"
     return parts
@@ -133,7 +133,9 @@ def _check_tensors(reader: TensorReader, config: LlamaConfig, sources: Sources) 
             if reader.shape(name) != expected:
                 wrong.append(f"{name} has shape {list(reader.shape(name))}, but config.json gives {list(expected)}")
             elif reader.dtype(name).name not in _FLOATING:
-                wrong.append(f"{name} has dtype {reader.dtype(name).name}; weights must be floating-point")
+                wrong.append(
+                    f"{name} has dtype {reader.dtype(name).name}; weights must be floating-point, of at least 16 bits"
+                )
     if wrong:
         raise UserError(f"{reader.directory}: " + names.some(wrong, 4))
 

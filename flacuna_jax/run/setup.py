@@ -26,6 +26,7 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.chat_template import resolve_name
+from flacuna_jax.huggingface.files.read import note_on_quantisation
 from flacuna_jax.huggingface.load import fingerprint, load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.kernels.attention import require_backend
@@ -237,6 +238,8 @@ def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
     config, source, mesh = parts
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
+    if config.model.path is not None and (note := note_on_quantisation(config.model.path)):
+        say(f"note: {note}")
     data = read_data(config, say, tokenizer=tokenizer)
     plan = plan_steps(data.store, config.data, config.training, seed=config.seed, shards=row_shards(mesh))
     setup = Setup(

@@ -9,15 +9,17 @@ import numpy as np
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.architecture import CONFIG_FILE, read_architecture
 from flacuna_jax.huggingface.files import native
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, read_meta
 from flacuna_jax.huggingface.files.place import require_directory
+from flacuna_jax.huggingface.files.quantised import dequantised, dtype_of, method_of
 from flacuna_jax.huggingface.files.safetensors_file import read_header
 from flacuna_jax.huggingface.files.tensors import ALL_ROWS, MappedFiles, ReadableTensor, StoredTensor
 from flacuna_jax.huggingface.files.torch_file import read_torch_file
 from flacuna_jax.huggingface.gguf.header import SUFFIX as GGUF
+from flacuna_jax.huggingface.gguf.tensors import packed_kinds
 from flacuna_jax.huggingface.gguf.tensors import read_tensors as read_gguf
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -88,14 +90,35 @@ def _tensors(directory: Path) -> Mapping[str, ReadableTensor]:
         (LEGACY, LEGACY_INDEX, read_torch_file),
     ):
         if (directory / file_name).is_file():
-            return read_file(directory / file_name)
+            return _dequantised(directory, read_file(directory / file_name))
         if (directory / index_name).is_file():
-            return _read_shards(directory / index_name, read_file)
+            return _dequantised(directory, _read_shards(directory / index_name, read_file))
     if is_meta(directory):
         return read_meta(directory)
     if any(directory.glob(f"*{GGUF}")):
         return read_gguf(directory, read_architecture(directory))
     raise UserError(f"{directory} contains no checkpoint: {_what_is_there(directory)}")
+
+
+def _dequantised(directory: Path, tensors: dict[str, StoredTensor]) -> Mapping[str, ReadableTensor]:
+    config = directory / CONFIG_FILE
+    settings = read_json(config) if config.is_file() else {}
+    return tensors if method_of(settings) is None else dequantised(tensors, settings)
+
+
+def note_on_quantisation(directory: str | Path) -> str | None:
+    """A line that says how quantised weights are read; None if a checkpoint has none.
+
+    Raises: like `open_checkpoint`.
+    """
+    directory = require_directory(directory)
+    config = directory / CONFIG_FILE
+    settings = read_json(config) if config.is_file() else {}
+    if (method := method_of(settings)) is not None:
+        return f"{directory}: weights quantised by {method} are read as {dtype_of(settings).name}"
+    if any(directory.glob(f"*{GGUF}")) and (kinds := packed_kinds(directory)):
+        return f"{directory}: weights of types {', '.join(kinds)} are read as float32"
+    return None
 
 
 def _safetensors(path: Path) -> dict[str, StoredTensor]:

@@ -88,3 +88,9 @@ def read_tensors(directory: Path, config: LlamaConfig) -> dict[str, GGUFTensor]:
             head_dim, offset = architecture.head_dim_of(parameter, config), architecture.offset_of(parameter)
             found[tensor.name] = GGUFTensor(info, head_dim, offset)
     return found
+
+
+def packed_kinds(directory: Path) -> list[str]:
+    """The quantised types in an unpacked file."""
+    header = read_header(sorted(directory.glob(f"*{SUFFIX}"))[0])
+    return sorted({info.kind for info in header.tensors.values() if info.is_packed})
