@@ -77,7 +77,6 @@ test-whole: $(WHOLE_VENV)/.installed-whole
 
 # Downloads the model and converts it in the environment of the comparisons with torch.
 smollm2: $(PARITY_VENV)/.installed-parity
-	$(PARITY_VENV)/bin/python -m pip install --quiet gguf
 	$(PARITY_VENV)/bin/python scripts/fetch_smollm2.py $(SMOLLM2)
 
 lint: $(VENV)/.installed-test

@@ -88,7 +88,7 @@ class Export:
     adapter: str | None = None
     """Without a run: directory of any PEFT adapter, to be merged into `model` (optional for a GGUF file), ..."""
     model: str | None = None
-    """... a checkpoint in Hugging Face's, Meta's or the native form. Both may be hf:NAME[@REVISION]."""
+    """... a checkpoint in Hugging Face's, Meta's or the native form, or a GGUF file. Both may be hf:NAME[@REVISION]."""
     push: str | None = None
     """Repository on the Hub to upload `out` to after its verification, NAME[@BRANCH]; created if it does not exist."""
     public: bool = False
@@ -185,6 +185,7 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
     adapter_directory = None if export.adapter is None else find_adapter(local_run(export.adapter))
     config, reader = read_architecture(base), open_checkpoint(base, once=True)
     adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
+    merged = export.adapter if export.adapter is None or is_hub_name(export.adapter) else str(adapter_directory)
     tokenizer = load_tokenizer(reader.directory)
     check_vocabulary(tokenizer, config.vocab_size, reader.directory)
     template = load_template(reader.directory, tokenizer=tokenizer)
@@ -196,11 +197,7 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         ends,
         stop_strings=template.stop_strings,
         base_name=export.base_name or (adapter and adapter.base_name) or ModelConfig(path=export.model).base_name,
-        facts=Facts(
-            {}
-            if export.adapter is None
-            else {"adapter": export.adapter if is_hub_name(export.adapter) else str(adapter_directory)}
-        ),
+        facts=Facts({} if merged is None else {"adapter": merged}),
         golden=_golden(template, tokenizer, config, ends, export.golden_tokens, say),
     )
     _write_merged(export, say, target, reader, config, adapter, beside)

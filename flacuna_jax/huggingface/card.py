@@ -42,20 +42,28 @@ def adapter_card(lora: LoraConfig, base_name: str | None, base_revision: str | N
     return _card("LoRA adapter", ["library_name: peft", "tags: [lora, flacuna]"], base_name, rows, facts.results, usage)
 
 
-def model_card(lora: LoraConfig | None, base_name: str | None, facts: Facts, logit_shift: float | None) -> str:
-    """README.md of a whole model."""
+def model_card(
+    lora: LoraConfig | None,
+    base_name: str | None,
+    facts: Facts,
+    logit_shift: float | None,
+    gguf_file: str | None = None,
+) -> str:
+    """README.md of a whole model. `gguf_file` is its GGUF file; None for a model in Hugging Face's form."""
     rows = {"base model": base_name or "none, trained from scratch"}
     if lora is not None:
         rows["DoRA, merged" if lora.use_dora else "LoRA, merged"] = described(lora)
     if logit_shift is not None:
         rows["rounding of the merged weights"] = f"shifts logits by at most {logit_shift:.1e} on probe tokens"
+    place = '"path/to/this/directory"' + (f", gguf_file={json.dumps(gguf_file)}" if gguf_file else "")
     usage = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+        f"model = AutoModelForCausalLM.from_pretrained({place})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place})",
     ]
-    kind = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [flacuna]"]
+    library = "gguf" if gguf_file else "transformers"
+    kind = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [flacuna]"]
     return _card("Language model", kind, base_name, rows | dict(facts.rows), facts.results, usage)
 
 

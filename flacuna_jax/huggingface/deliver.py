@@ -273,11 +273,12 @@ def describe(
     lora: LoraConfig | None,
     logit_shift: float | None,
     seconds: float,
+    gguf_file: str | None = None,
 ) -> list[str]:
     """Writes the model card, and the answers of the written weights to golden prompts, to `partial`. `model` is the
     checkpoint directory of the written weights. Each token reads them once more, which takes less than the `seconds` of
     writing and reading them back. Returns notes on encoding prompts."""
-    card = model_card(lora, companions.base_name, companions.facts, logit_shift)
+    card = model_card(lora, companions.base_name, companions.facts, logit_shift, gguf_file)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if companions.golden is None:
         return []

@@ -1,4 +1,5 @@
-"""The local directory of a checkpoint, an adapter or a tokenizer: a path, or a name on the Hub (hf:NAME[@REVISION])."""
+"""The local directory of a checkpoint, an adapter or a tokenizer: a path, a GGUF file, or a name on the Hub
+(hf:NAME[@REVISION])."""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +7,7 @@ from pathlib import Path
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.hub import HubName, fetch, is_hub_name, snapshot_of
+from flacuna_jax.huggingface.gguf.header import gguf_in
 
 LOCAL = (".", "..", "checkpoints", "models", "runs")
 """Common names of local directories, which are not owners on the Hub."""
@@ -26,19 +28,28 @@ def local_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
 
     Args:
       path: hf:NAME[@REVISION]; a repository's directory in the cache of the Hub, models--OWNER--NAME, which stands
-        for its snapshot; or any other path, which is returned unchanged and need not exist.
+        for its snapshot; a GGUF file, or a directory with one and without config.json, which is unpacked; or any other
+        path, which is returned unchanged and need not exist.
       weights: whether the weights are needed. If not, only configuration, tokenizer and templates are downloaded.
 
     Raises:
-      UserError: the repository cannot be downloaded, or it has no weights.
+      UserError: the repository cannot be downloaded, or it has no weights; or the GGUF file cannot be read.
     """
     if not is_hub_name(path):
-        return snapshot_of(Path(path))
+        directory = snapshot_of(Path(path))
+        file = gguf_in(directory)
+        return directory if file is None else _unpacked(file)
     name = HubName.parse(str(path))
     snapshot = fetch(name, "model", _everything if weights else _settings)
     if weights and not _weights(snapshot.files):
         raise UserError(f"{name} has no weights of a model or an adapter (.safetensors, .bin): {snapshot.directory}")
     return snapshot.directory
+
+
+def _unpacked(file: Path) -> Path:
+    from flacuna_jax.huggingface.gguf.unpack import unpacked  # imports this module
+
+    return unpacked(file)
 
 
 def _settings(files: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from flacuna_jax.huggingface.files.safetensors_file import read_header
 from flacuna_jax.huggingface.files.tensors import ALL_ROWS, MappedFiles, ReadableTensor, StoredTensor
 from flacuna_jax.huggingface.files.torch_file import read_torch_file
 from flacuna_jax.huggingface.gguf.header import SUFFIX as GGUF
-from flacuna_jax.huggingface.gguf.tensors import packed_kinds
+from flacuna_jax.huggingface.gguf.tensors import linked_file, packed_kinds
 from flacuna_jax.huggingface.gguf.tensors import read_tensors as read_gguf
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -117,7 +117,7 @@ def note_on_quantisation(directory: str | Path) -> str | None:
     if (method := method_of(settings)) is not None:
         return f"{directory}: weights quantised by {method} are read as {dtype_of(settings).name}"
     if any(directory.glob(f"*{GGUF}")) and (kinds := packed_kinds(directory)):
-        return f"{directory}: weights of types {', '.join(kinds)} are read as float32"
+        return f"{linked_file(directory)}: weights of types {', '.join(kinds)} are read as float32"
     return None
 
 

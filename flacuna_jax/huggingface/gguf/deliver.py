@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flacuna_jax.huggingface.adapter import Adapter
+from flacuna_jax.huggingface.answer_ends import checkpoint_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import read_chat_template
 from flacuna_jax.huggingface.deliver import Companions, Delivery, describe
@@ -78,14 +79,15 @@ def write_gguf(
             end=companions.end,
         )
         described = metadata_of(config, architecture) | tokenizer_metadata(meant, config.vocab_size)
-        general = {"general.type": "model", "general.name": companions.base_name or reader.directory.name}
+        name = Path(companions.base_name or reader.directory).name
+        general = {"general.type": "model", "general.name": name}
         digest = write_file(partial / FILE, architecture.name, {**general, **described}, tensors, kind)
         verify_digest(partial / FILE, digest)
         unpack(partial / FILE, opened)
         notes = _verify(opened, config, tensors, meant)
         shift = _logit_shift(opened, config, Side(stored_weights(reader, config), adapter), kind)
         lora = None if adapter is None else adapter.lora
-        notes += describe(partial, opened, config, companions, lora, shift, time.monotonic() - started)
+        notes += describe(partial, opened, config, companions, lora, shift, time.monotonic() - started, FILE)
         notes += _write_modelfile(partial, meant, companions)
     return Delivery(Path(target), (FILE,), sum(tensor.nbytes for tensor in tensors), shift, tuple(notes))
 
@@ -103,6 +105,8 @@ def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor],
     notes = []
     if config.sliding_window is not None:
         notes.append(f"GGUF does not have the sliding window of {config.sliding_window} tokens; keep inputs below it")
+    if lost := set(checkpoint_ends(meant)) - set(checkpoint_ends(opened)):
+        notes.append(f"GGUF files can name three tokens that end an answer; {sorted(lost)} are only in {MODELFILE}")
     ours, theirs = load_tokenizer(meant), load_tokenizer(opened)
     if differing := _first_difference(ours, theirs):
         notes.append(f"the tokenizer of the file encodes {differing!r} to other ids than that of the model")

@@ -76,6 +76,8 @@ class Header:
         return self.get(ARCHITECTURE, str, "")
 
 
+_OTHER_MODELS = ("config.json", "params.json", "adapter_config.json")
+"""Files of directories in which GGUF files are not looked for."""
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -92,6 +94,22 @@ def parts(path: Path) -> list[Path]:
     if missing := next((part for part in found if not part.is_file()), None):
         raise UserError(f"{missing} is missing; {path.name} is a part of a file in {len(found)} parts")
     return found
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a directory without another model; else None.
+
+    Raises:
+      UserError: a directory has several.
+    """
+    if path.suffix == SUFFIX and path.is_file():
+        return path
+    if not path.is_dir() or any((path / name).exists() for name in _OTHER_MODELS):
+        return None
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if len({parts(one)[0] for one in found}) > 1:
+        raise UserError(f"{path} contains several GGUF files; give one of them: {', '.join(one.name for one in found)}")
+    return found[0] if found else None
 
 
 def read_header(path: Path) -> Header:
@@ -148,7 +166,9 @@ class _Cursor:
         if inner in _SCALARS:
             form = np.dtype(_SCALARS[inner]).newbyteorder("<")
             return np.frombuffer(self.take(count * form.itemsize), form).tolist()
-        return [self.value(inner) for _ in range(count)]
+        if inner != _STRING:
+            raise UserError(f"{self.path} is damaged: its metadata have an array of type {inner}")
+        return [self.text() for _ in range(count)]
 
 
 def _parse(path: Path, cursor: _Cursor) -> Header:

@@ -36,7 +36,7 @@ _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad
 _BIASES = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_down.bias"}
 """Key of config.json → a tensor that exists if it is true."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_ORIGINAL_CONTEXTS = tuple(1 << power for power in range(8, 20))
+_ORIGINAL_CONTEXTS = tuple(1 << power for power in range(4, 22))
 
 
 def settings_of(header: Header) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _llama3(header: Header, written: Mapping[str, Any], origin: str) -> dict[str
     """Llama 3's scaling, of which files have only the divisor of every frequency."""
     divisors = header.tensors[ROPE_FACTORS].stored.read(MappedFiles()).astype(np.float64)
     head_dim, theta = 2 * len(divisors), written.get("rope_theta", 10000.0)
-    factor = float(divisors.max())
+    factor = float(f"{divisors.max():.6g}")  # without the rounding of the divisors to float32
     for original in _ORIGINAL_CONTEXTS:
         scaling = RopeScaling("llama3", factor, original_max_position_embeddings=original)
         if np.allclose(rope_divisors(head_dim, theta, scaling), divisors, rtol=1e-4):
@@ -169,6 +169,12 @@ def metadata_of(config: LlamaConfig, architecture: Architecture) -> dict[str, An
       UserError: a setting cannot be expressed.
     """
     raw = hugging_face_config(config, np.dtype(np.float32))
+    if config.activation != "silu":
+        raise UserError(
+            f"GGUF files of architecture {architecture.name} cannot express hidden_act {raw['hidden_act']!r}"
+        )
+    if config.layers_without_rope not in ((), tuple(range(3, config.num_layers, 4))):
+        raise UserError("GGUF files cannot express no_rope_layers other than every fourth")
     own = {ours: raw[theirs] for ours, theirs in _keys(architecture).items()}
     own |= {
         "attention.value_length": config.head_dim,

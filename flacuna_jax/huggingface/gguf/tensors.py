@@ -63,6 +63,8 @@ class GGUFTensor:
 def dequantised(packed: np.ndarray, info: TensorInfo) -> np.ndarray:
     """The float32 values of some rows of packed blocks. Raises `UserError` for a type that gguf cannot dequantise."""
     gguf = gguf_package()
+    if len(info.shape) != 2:
+        raise UserError(f"{info.stored.file}: quantised tensors with {len(info.shape)} dimensions are not supported")
     if not len(packed):
         return np.zeros((0, *info.shape[1:]), FLOAT)
     try:
@@ -71,9 +73,14 @@ def dequantised(packed: np.ndarray, info: TensorInfo) -> np.ndarray:
         raise UserError(f"{info.stored.file}: tensors of type {info.kind} are not supported") from None
 
 
+def linked_file(directory: Path) -> Path:
+    """The GGUF file, or the first part of it, that a directory was made from."""
+    return sorted(directory.glob(f"*{SUFFIX}"))[0].readlink()
+
+
 def read_tensors(directory: Path, config: LlamaConfig) -> dict[str, GGUFTensor]:
     """The tensors of an unpacked file under their Hugging Face names; unknown ones keep theirs."""
-    header = read_header(sorted(directory.glob(f"*{SUFFIX}"))[0])
+    header = read_header(linked_file(directory))
     architecture = architecture_named(header.architecture, str(header.path))
     known = {tensor.theirs: tensor for tensor in named_tensors(architecture, config)}
     found = {}
@@ -92,5 +99,5 @@ def read_tensors(directory: Path, config: LlamaConfig) -> dict[str, GGUFTensor]:
 
 def packed_kinds(directory: Path) -> list[str]:
     """The quantised types in an unpacked file."""
-    header = read_header(sorted(directory.glob(f"*{SUFFIX}"))[0])
+    header = read_header(linked_file(directory))
     return sorted({info.kind for info in header.tensors.values() if info.is_packed})

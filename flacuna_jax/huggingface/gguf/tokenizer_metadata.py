@@ -60,10 +60,10 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     if made["model"] == "llama":
         made["scores"] = [row.score for row in rows]
     ids = {row.text: number for number, row in enumerate(rows)}
+    unknown = next((row.text for row in rows if row.type is TokenType.UNKNOWN), settings.spelled("unk"))
+    used = {"bos": tokenizer.special.bos, "eos": tokenizer.special.eos, "unk": unknown}
     for name, theirs in NAMES.items():
-        spelled = tokenizer.special.eos if name == "eos" else settings.spelled(name)
-        if name == "bos":
-            spelled = tokenizer.special.bos
+        spelled = settings.spelled(name) if name == "pad" else used[name]
         if spelled in ids:
             made[f"{theirs}_token_id"] = ids[spelled]
     others = [end for end in checkpoint_ends(directory) if end != tokenizer.eos_id]

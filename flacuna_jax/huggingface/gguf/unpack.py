@@ -9,10 +9,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.answer_ends import GENERATION_CONFIG
 from flacuna_jax.huggingface.architecture import CONFIG_FILE
-from flacuna_jax.huggingface.gguf.header import SUFFIX, parts, read_header
+from flacuna_jax.huggingface.gguf.header import parts, read_header
 from flacuna_jax.huggingface.gguf.settings import settings_of
 from flacuna_jax.huggingface.gguf.tokenizer_files import KEY, tokenizer_files_of
 from flacuna_jax.huggingface.golden import FILE as GOLDEN
@@ -21,22 +20,6 @@ from flacuna_jax.user_cache import user_cache
 
 _ENDS = ("eos", "eot", "eom")
 """Names of the tokens that end an answer, in tokenizer.ggml.…_token_id."""
-
-
-def gguf_in(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a directory without other weights; else None.
-
-    Raises:
-      UserError: a directory has several.
-    """
-    if path.suffix == SUFFIX and path.is_file():
-        return path
-    if not path.is_dir() or (path / CONFIG_FILE).exists():
-        return None
-    found = sorted(path.glob(f"*{SUFFIX}"))
-    if len({parts(one)[0] for one in found}) > 1:
-        raise UserError(f"{path} contains several GGUF files; give one of them: {', '.join(one.name for one in found)}")
-    return found[0] if found else None
 
 
 def unpacked(path: Path) -> Path:
