@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.hub import HubName, fetch, is_hub_name, snapshot_of
-from flacuna_jax.huggingface.gguf.header import gguf_in
+from flacuna_jax.huggingface.gguf.header import SUFFIX, gguf_in
 
 LOCAL = (".", "..", "checkpoints", "models", "runs")
 """Common names of local directories, which are not owners on the Hub."""
@@ -74,6 +74,8 @@ def require_directory(path: str | Path, *, weights: bool = True) -> Path:
     directory = local_checkpoint(path, weights=weights)
     if directory.is_dir():
         return directory
+    if directory.suffix == SUFFIX:
+        raise UserError(f"{path} does not exist")
     hint = ""
     if not directory.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         first, _ = str(path).split("/")

@@ -158,6 +158,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             local_checkpoint(path)
 
 
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x\.gguf does not exist"):
+        open_checkpoint(tmp_path / "x.gguf")
+
+
 def test_several_files_in_a_directory(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / f"{name}.gguf", llama_metadata(), llama_tensors())
