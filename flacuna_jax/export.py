@@ -41,12 +41,11 @@ from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_lo
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.huggingface.upload import prepare_upload
 from flacuna_jax.huggingface.vllm_rules import vllm_options, vllm_violations
-from flacuna_jax.inference import find_adapter
+from flacuna_jax.inference import ModelAddress, find_adapter, tokenizer_directory
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.run.deliver import companions
+from flacuna_jax.run.deliver import adapter_spec, companions, tokenizer_writer
 from flacuna_jax.run.facts import run_facts
-from flacuna_jax.run.model import network_sizes
+from flacuna_jax.run.model import ModelSource, open_model
 from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.storage.local_run import local_run
 
@@ -140,16 +139,17 @@ def _write(export: Export, say: Say, target: Path) -> None:
         _export_full(export, say, run, target, settings)
         return
     base = _base_directory(export, settings)
-    config = network_sizes(settings.model, settings.data.max_length, base)
-    reader = open_checkpoint(base, once=True)
-    adapter, trained = _adapter(export, say, run, settings, settings.lora, config, reader)
+    source = open_model(settings, base, once=True)
+    config, reader = source.config, source.reader
+    assert reader is not None, "the base is in a directory"
+    adapter, trained = _adapter(export, say, run, source, settings.lora)
     facts = run_facts(run, settings, export.results)
     model = settings.model if export.base is None else settings.model.model_copy(update={"path": export.base})
     name = export.base_name or model.base_name
     if export.format == "adapter":
         revision = model.base_revision if name == model.base_name else None
         adapter = dataclasses.replace(adapter, base_name=name, base_revision=revision)
-        _export_adapter(export, say, target, adapter, config, trained, facts)
+        _export_adapter(export, say, target, adapter, trained, facts, _tokenizer_writer(settings))
     else:
         beside = dataclasses.replace(_companions(export, say, settings, config, facts), base_name=name)
         seen = _seen_by_training(settings, config, reader)
@@ -162,7 +162,8 @@ def _write(export: Export, say: Say, target: Path) -> None:
             _write_merged(export, say, target, seen, config, adapter, beside)
         if seen is not None and export.merge_base == "stored":
             ids = probe_ids(config)
-            logits = [streamed_logits(stored_weights(one, config), config, ids, adapter) for one in (reader, seen)]
+            bases = [stored_weights(adapter.with_rows(one), config) for one in (reader, seen)]
+            logits = [streamed_logits(base, config, ids, adapter) for base in bases]
             shift = float(np.abs(logits[0] - logits[1]).max())
             say(
                 f"note: the run was trained on weights dequantised from {settings.model.quantization}; with the stored "
@@ -183,15 +184,19 @@ def _merge_adapter(export: Export, say: Say, target: Path) -> None:
         raise UserError(f"--{option.replace('_', '-')} is an option for a run, not for --adapter and --model")
     base = local_checkpoint(export.model)
     adapter_directory = None if export.adapter is None else find_adapter(local_run(export.adapter))
-    config, reader = read_architecture(base), open_checkpoint(base, once=True)
-    adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
+    config = read_architecture(base)
+    reader: TensorReader = open_checkpoint(base, once=True)
+    adapter = None if adapter_directory is None else read_adapter(adapter_directory, config, reader)
+    if adapter is not None:
+        config, reader = adapter.spec.config, adapter.base(reader)
     merged = export.adapter if export.adapter is None or is_hub_name(export.adapter) else str(adapter_directory)
-    tokenizer = load_tokenizer(reader.directory)
-    check_vocabulary(tokenizer, config.vocab_size, reader.directory)
-    template = load_template(reader.directory, tokenizer=tokenizer)
+    directory = tokenizer_directory(ModelAddress(reader.directory, adapter_directory))
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config.vocab_size, directory)
+    template = load_template(directory, tokenizer=tokenizer)
     ends = answer_ends(template, tokenizer, reader.directory)
     beside = deliver.Companions(
-        reader.directory,
+        directory,
         None,
         {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
         ends,
@@ -224,17 +229,16 @@ def _adapter(
     export: Export,
     say: Say,
     run: Path,
-    settings: RunConfig,
+    source: ModelSource,
     lora: LoraConfig,
-    config: LlamaConfig,
-    reader: TensorReader,
 ) -> tuple[Adapter, bool]:
     """The run's final adapter, or else that of a checkpoint, and whether it has been trained."""
-    step = export.step
+    step, config, reader = export.step, source.config, source.reader
     if step is None and (run / "adapter").is_dir():
         adapter = read_adapter(run / "adapter", config)
         return adapter, adapter.is_trained
     assert export.run is not None
+    assert reader is not None
     params, meta = restore_adapters(export.run, step)
     recorded = meta.get("fingerprints", {}).get("base")
     if recorded is not None and recorded != fingerprint(reader, config):
@@ -245,18 +249,40 @@ def _adapter(
     say(f"adapter of step {step}, from {export.run.rstrip('/')}/checkpoints")
     # The first update of a warm-up can have learning rate 0.
     arrays = {path: np.asarray(value, np.float32) for path, value in params.items()}
-    return Adapter(ModelSpec(config, lora), arrays), step > 1
+    return Adapter(adapter_spec(source, lora), arrays), step > 1
+
+
+def _tokenizer_writer(settings: RunConfig) -> Callable[[Path], None]:
+    tokenizer = load_tokenizer(settings.model.tokenizer_path, settings.data.new_tokens)
+    template = open_template(settings.data, settings.model.tokenizer_path, tokenizer)
+    return tokenizer_writer(settings, template, tokenizer)
 
 
 def _export_adapter(
-    export: Export, say: Say, target: Path, adapter: Adapter, config: LlamaConfig, trained: bool, facts: Facts
+    export: Export,
+    say: Say,
+    target: Path,
+    adapter: Adapter,
+    trained: bool,
+    facts: Facts,
+    tokenizer: Callable[[Path], None],
 ) -> None:
     dtype = export.dtype or "float32"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: an adapter is stored as {' or '.join(DTYPES)}")
     for_vllm = "vllm" in export.check
     rules = vllm_violations if for_vllm else lambda _: ()
-    _report(deliver.write_adapter(target, adapter, config, trained=trained, dtype=dtype, facts=facts, rules=rules), say)
+    delivery = deliver.write_adapter(
+        target,
+        adapter,
+        adapter.spec.config,
+        trained=trained,
+        dtype=dtype,
+        facts=facts,
+        tokenizer=tokenizer,
+        rules=rules,
+    )
+    _report(delivery, say)
     if for_vllm:
         say(f"vLLM can load it with {vllm_options(target)}")
 
@@ -317,9 +343,10 @@ def _companions(
     """The files to write next to the weights of a run; `of` is the model directory that a run of all weights wrote."""
     if of is not None:  # it contains the tokenizer with the run's template
         model = settings.model.model_copy(update={"path": str(of), "tokenizer": str(of)})
-        settings = settings.model_copy(update={"model": model})
+        data = settings.data.model_copy(update={"add_tokens": (), "add_special_tokens": ()})
+        settings = settings.model_copy(update={"model": model, "data": data})
     directory = settings.model.tokenizer_path
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, settings.data.new_tokens)
     check_vocabulary(tokenizer, config.vocab_size, directory)
     template = open_template(settings.data, directory, tokenizer)
     made = companions(settings, template, tokenizer)

@@ -25,9 +25,10 @@ from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
 from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
-from flacuna_jax.huggingface.files.read import note_on_quantisation
+from flacuna_jax.huggingface.files.read import note_on_quantisation, open_checkpoint
+from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.load import load_base
-from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
+from flacuna_jax.huggingface.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
 from flacuna_jax.run.model import with_rope_scaling
@@ -74,7 +75,8 @@ class ModelLoader:
     mesh: MeshConfig | str = "auto"
     placement: Placement = dataclasses.field(default_factory=Placement)
     stored_base: bool = False
-    _held: tuple[tuple[Path, ModelSpec], Mapping[str, jax.Array]] | None = None
+    _held: tuple[tuple[Path, Path | None, ModelSpec], Mapping[str, jax.Array]] | None = None
+    """Base, the adapter that changes it, and sizes; and the arrays."""
 
     def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
         """Raises UserError if a directory is missing or is not a model, adapter or tokenizer of this architecture."""
@@ -88,19 +90,24 @@ class ModelLoader:
             if run.model.quantization is not None and not self.stored_base:
                 # Quantise the same numbers as the run; rounding them first would give other codes.
                 quantization, held_dtype = run.model.quantization, run.model.dtype
+        reader: TensorReader = open_checkpoint(address.base)
+        adapter = None if adapter_directory is None else read_adapter(adapter_directory, config, reader)
+        if adapter is not None:
+            config, reader = adapter.spec.config, adapter.base(reader)
         directory = tokenizer_directory(address)
         tokenizer = load_tokenizer(directory)
         check_vocabulary(tokenizer, config.vocab_size, directory)
-        adapter = None if adapter_directory is None else read_adapter(adapter_directory, config)
         mesh = make_mesh(self.mesh)
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
         base = ModelSpec(config, None, self.dtype, held_dtype, quantization)
-        spec = dataclasses.replace(base, lora=None if adapter is None else adapter.lora)
-        if self._held is None or self._held[0] != (address.base, base):
+        spec = base if adapter is None else dataclasses.replace(base, lora=adapter.lora, tokens=adapter.spec.tokens)
+        changed_by = None if adapter is None or adapter.changes is None else adapter_directory
+        if self._held is None or self._held[0] != (address.base, changed_by, base):
             self._held = None  # frees the base before the next one is read
             shardings = parameter_shardings(base.base, mesh)
             keep = functools.partial(quantize, base, mesh)
-            self._held = ((address.base, base), load_base(str(address.base), config, shardings, held_dtype, keep=keep))
+            held = load_base(reader, config, shardings, held_dtype, keep=keep)
+            self._held = ((address.base, changed_by, base), held)
         params = dict(self._held[1])
         if adapter is not None:
             shardings = parameter_shardings(spec.adapters, mesh)
@@ -234,8 +241,12 @@ def _run_of(adapter_directory: Path | None) -> RunConfig | None:
 
 
 def tokenizer_directory(address: ModelAddress) -> Path:
-    """The directory of a model's tokenizer: that of the adapter's run if it still exists, else the base's."""
-    run = _run_of(find_adapter(address.adapter))
+    """The directory of a model's tokenizer: the adapter's if it has one, as PEFT's users save it with new tokens; else
+    that of the adapter's run if it still exists, else the base's."""
+    adapter = find_adapter(address.adapter)
+    if adapter is not None and has_tokenizer(adapter):
+        return adapter
+    run = _run_of(adapter)
     if run is None or run.model.tokenizer is None:
         return address.base
     configured = local_checkpoint(run.model.tokenizer, weights=False)

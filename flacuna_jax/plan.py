@@ -30,12 +30,13 @@ from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerpr
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
+from flacuna_jax.model.token_rows import NO_TOKENS
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
 from flacuna_jax.planning.search import choices, nearest_fit, search
 from flacuna_jax.planning.targets import CompilerUnusable, Machine, absent_devices, parse_target, present_machine
 from flacuna_jax.planning.workload import Statistics, Workload, assumed_statistics, measured_statistics
-from flacuna_jax.run.model import architecture_sizes, with_rope_scaling
+from flacuna_jax.run.model import architecture_sizes, trained_tokens, with_new_tokens, with_rope_scaling
 
 Note = Callable[[str], None]
 
@@ -132,7 +133,11 @@ def plan_run(
     machine, devices = _machine(target, estimate, note)
     architecture = LLAMA_SIZES[sizes] if sizes else _architecture(config, note)
     architecture = with_rope_scaling(architecture, config.model, config.data.max_length)
-    spec = ModelSpec.of_run(architecture, config.model, config.lora)
+    tokens, named = NO_TOKENS, config.data.new_tokens or (config.lora is not None and config.lora.train_tokens)
+    if named and sizes is None and _is_here(config.model.tokenizer_path):
+        architecture = with_new_tokens(architecture, config.model, config.data)
+        tokens = trained_tokens(config, architecture)
+    spec = ModelSpec.of_run(architecture, config.model, config.lora, tokens)
     workload = Workload.of_run(spec, config, _statistics(config, examples, note))
     if search_layouts:
         plans = search(choices(workload, machine), machine, devices, notify=note)
@@ -216,8 +221,8 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     if missing:
         note(f"note: not found: {', '.join(missing)}; the statistics of the data are assumed")
         return assumed_statistics(config.data, config.training, examples)
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    fingerprint = tokenizer_fingerprint(config.model.tokenizer_path)
+    tokenizer = load_tokenizer(config.model.tokenizer_path, config.data.new_tokens)
+    fingerprint = tokenizer_fingerprint(config.model.tokenizer_path, config.data.new_tokens)
     template = open_template(config.data, config.model.tokenizer_path, tokenizer)
     store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
     store, _ = hold_out(store, config.evaluation)

@@ -142,12 +142,13 @@ def prepare_run(
         _make_directory(Path(output), "--output")
     scan = _leakage_scan(LeakageConfig(files=benchmarks) if benchmarks else None)
     directory = config.model.tokenizer_path
-    tokenizer = load_tokenizer(directory)
+    new = config.data.new_tokens
+    tokenizer = load_tokenizer(directory, new)
     template = open_template(config.data, directory, tokenizer)
     say(f"template: {describe_choice(config.data.template, directory)}")
     for note in template.notes:
         say(f"note: {note}")
-    store, report = cached_store(config.data, tokenizer, tokenizer_fingerprint(directory), cache, say, template)
+    store, report = cached_store(config.data, tokenizer, tokenizer_fingerprint(directory, new), cache, say, template)
     held_out: list[tuple[str, str]] = []
     store, measured = hold_out(store, config.evaluation)
     if measured is not None:
@@ -193,7 +194,7 @@ def prepare_run(
 def _context_warnings(config: RunConfig) -> list[str]:
     """A warning if rows are longer than the model's context; none if only a tokenizer exists yet."""
     try:
-        sizes = network_sizes(config.model, config.data.max_length)
+        sizes = network_sizes(config.model, config.data)
     except UserError:
         return []
     warning = context_warning(sizes, config.data.max_length)

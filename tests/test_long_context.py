@@ -84,7 +84,7 @@ def test_a_row_of_16k_has_the_loss_and_gradients_of_peft(
     assert (plan.rows, plan.total_steps) == (2, 2)
     assert plan.fill > 0.9
 
-    network = network_sizes(config.model, LENGTH)
+    network = network_sizes(config.model, config.data)
     spec = ModelSpec(network, LORA, "float32", "float32")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     base = load_base(str(tmp_path), network, parameter_shardings(spec.base, mesh), "float32")

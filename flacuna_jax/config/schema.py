@@ -160,6 +160,9 @@ class LoraConfig(Section):
     """Scale adapters by alpha/√rank instead of alpha/rank (Kalajdzievski, 2023)."""
     use_dora: bool = False
     """DoRA (Liu et al., 2024): train the norm of each row of W + B A separately from its direction."""
+    train_tokens: tuple[str | NonNegativeInt, ...] = ()
+    """Tokens, as text or as ids, whose rows of the embedding and of the head are trained too (PEFT's
+    `trainable_token_indices`). Those that the data section adds are always trained."""
     init_from: LocalPath | None = None
     """PEFT adapter to initialize the adapters from, a directory or hf:NAME[@REVISION]; its settings must equal these.
     null starts with new adapters."""
@@ -226,6 +229,26 @@ class DataConfig(Section):
     them. If false, a record that contains them is a bad record."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens the loss covers: every assistant turn, only the last assistant turn, or everything except BOS."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens, which the tokenizer finds in any text. The tables of the model get rows for them; see
+    docs/methods.md."""
+    add_special_tokens: tuple[str, ...] = ()
+    """New special tokens, which only templates can write, such as <|im_start|>."""
+
+    @model_validator(mode="after")
+    def tokens_are_new_once(self) -> "DataConfig":
+        new = [token for token, _ in self.new_tokens]
+        for token in new:
+            if new.count(token) > 1:
+                raise ValueError(f"add_tokens and add_special_tokens name {token!r} twice")
+            if token != token.strip():
+                raise ValueError(f"add_tokens: {token!r} begins or ends with white space")
+        return self
+
+    @property
+    def new_tokens(self) -> tuple[tuple[str, bool], ...]:
+        """Spelling of each new token, and whether it is special, in the order of their ids."""
+        return (*((token, False) for token in self.add_tokens), *((token, True) for token in self.add_special_tokens))
 
 
 class TrainingConfig(Section):

@@ -3,50 +3,48 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flacuna_jax.config.schema import LoraConfig
-from flacuna_jax.config.types import HEAD, NO_EXPRESSION, TARGETS, Target, by_pattern
+from flacuna_jax.config.types import HEAD
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.architecture import read_json
+from flacuna_jax.huggingface.adapter_changes import meaning, split
+from flacuna_jax.huggingface.adapter_settings import (
+    CONFIG_FILE,
+    lora_config,
+    read_adapter_settings,
+    require_targets,
+    targets_of,
+)
+from flacuna_jax.huggingface.changed_base import BaseChanges, Change, with_rows
 from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import CheckpointReader
 from flacuna_jax.huggingface.files.safetensors_file import read_header
-from flacuna_jax.huggingface.files.tensors import MappedFiles, ReadableTensor, StoredTensor, cast, host_device
+from flacuna_jax.huggingface.files.tensors import (
+    MappedFiles,
+    ReadableTensor,
+    StoredTensor,
+    TensorReader,
+    cast,
+    host_device,
+)
 from flacuna_jax.huggingface.files.torch_file import read_torch_file
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
-from flacuna_jax.model.variables import ModuleName, Parameter
+from flacuna_jax.model.variables import Parameter
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE, LEGACY_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
 
 _FLOAT = np.dtype(np.float32)
 
 Module = tuple[str, int]
 """A module ("layers/q_proj", "lm_head") and a layer."""
-
-_REFUSED = {
-    "modules_to_save": "it replaces whole modules of the base",
-    "lora_bias": "its factors have biases",
-    "target_parameters": "it targets parameters other than projections and head",
-    "trainable_token_indices": "it trains rows of the embedding",
-    "layer_replication": "it repeats layers of the base",
-    "alora_invocation_tokens": "it is active only for some tokens",
-    "use_qalora": "its inputs are pooled",
-    "use_bdlora": "its factors are block-diagonal",
-}
-"""Settings of PEFT that change the computation beyond W x + scale · B A x, and why each is not supported."""
-
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Others (PiSSA, OLoRA, CorDA, LoftQ) also change the base weights, which are not in the adapter's files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +54,38 @@ class Adapter:
     Attributes:
       spec: the network of its base, with the adapter's settings.
       params: float32 arrays under our paths: A [layers, rank, in], B [layers, out, rank] and, with DoRA, magnitudes
-        [layers, out], with zeros beyond a layer's own rank. Arrays of the head have no layer axis.
+        [layers, out], with zeros beyond a layer's own rank, and trained rows of tables [tokens, model]. Arrays of the
+        head have no layer axis.
       base_name: the name of the base model in the adapter's settings.
       base_revision: its revision on the Hub.
+      changes: what it changes in the base's tensors; None if it only adds to them.
     """
 
     spec: ModelSpec
     params: dict[str, np.ndarray]
     base_name: str | None = None
     base_revision: str | None = None
+    changes: BaseChanges | None = None
 
     @property
     def lora(self) -> LoraConfig:
         """Rank, alpha, dropout, targets."""
         assert self.spec.lora is not None
         return self.spec.lora
+
+    def base(self, reader: TensorReader) -> TensorReader:
+        """The base that the adapter is added to: a checkpoint with the adapter's changes."""
+        return reader if self.changes is None else self.changes.on(reader)
+
+    def with_rows(self, base: TensorReader) -> TensorReader:
+        """A base with the adapter's trained rows in its tables."""
+        if not self.spec.token_rows:
+            return base
+        rows: dict[str, tuple[Change, ...]] = {
+            self.spec.base[table].tensor(): (with_rows(ids, self.params[path]),)
+            for table, (path, ids) in self.spec.token_rows.items()
+        }
+        return BaseChanges(self.spec.config, self.spec.config, rows).on(base)
 
     @property
     def is_trained(self) -> bool:
@@ -131,31 +146,44 @@ def _merged(
     return total_oi.astype(jnp.float32 if dtype == "float64" else dtype)
 
 
-def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
+def read_adapter(directory: str | Path, config: LlamaConfig, base: TensorReader | None = None) -> Adapter:
     """Reads a PEFT LoRA adapter as stacked float32 arrays for a model of the given sizes.
 
-    Ranks and alphas that differ between modules (rank_pattern, alpha_pattern), rank-stabilised scaling, DoRA and
-    layers without an adapter are preserved. If an expression selects single modules, the other modules of the same name
-    get factors of zeros, which training leaves at zero.
+    Ranks and alphas that differ between modules (rank_pattern, alpha_pattern), rank-stabilised scaling, DoRA, layers
+    without an adapter and trained rows of tables are preserved. If an expression selects single modules, the other
+    modules of the same name get factors of zeros, which training leaves at zero. Tables, biases and whole modules in
+    the adapter are changes of the base (`Adapter.base`).
+
+    Args:
+      directory: the adapter.
+      config: sizes of its base; `Adapter.spec.config` has those of the changed base.
+      base: the base; None keeps tensors in the adapter that are equal to those of the base.
 
     Raises:
       UserError: files are missing or damaged, a tensor is unexpected, missing or has the wrong shape, or a setting
         changes the computation in a way that plain LoRA cannot represent.
     """
     directory = local_checkpoint(directory)
-    settings = _read_settings(directory)
+    file, settings = directory / CONFIG_FILE, read_adapter_settings(directory)
     source, tensors = _open_weights(directory)
-    modules = _group(source, tensors, config)
-    linear = ModelSpec(config).linear
-    lora = _lora_config(directory, settings, modules, linear)
-    for (module, layer), parts in modules.items():
-        name, rank = linear[module].of_layer(layer), parts["lora_a"].shape[0]
-        if lora.rank_of(name) != rank:
-            raise UserError(
-                f"{directory / CONFIG_FILE} gives {name} rank {lora.rank_of(name)}, but its tensors have rank {rank}"
-            )
-    adapter = _adapter(source, modules, ModelSpec(config, lora), settings.get("base_model_name_or_path"))
-    return dataclasses.replace(adapter, base_revision=settings.get("revision"))
+    besides, factors = split(source, tensors)
+    head_has_factors = any(name.startswith(f"{names.PEFT_PREFIX}{HEAD}.") for name in factors)
+    meant = meaning(source, file, settings, besides, config, base, head_has_factors)
+    modules = _group(source, factors, meant.config)
+    dora = bool(settings.get("use_dora"))
+    if any(("lora_magnitude" in parts) != dora for parts in modules.values()):
+        raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'present'}")
+    linear = ModelSpec(meant.config).linear
+    ranks = {linear[module].of_layer(layer): parts["lora_a"].shape[0] for (module, layer), parts in modules.items()}
+    every = [name.of_layer(layer) for name in linear.values() for layer in range(name.layers or 1)]
+    _check_layers(source, modules, meant.config)
+    require_targets(file, settings, every, ranks)
+    spec = ModelSpec(meant.config, lora_config(file, settings, ranks, dora), tokens=meant.tokens)
+    adapter = _adapter(source, modules, spec, settings.get("base_model_name_or_path"))
+    for table, value in ((spec.embedding, meant.embedding_rows), (spec.head, meant.head_rows)):
+        if value is not None:
+            adapter.params[spec.token_rows[table][0]] = value
+    return dataclasses.replace(adapter, base_revision=settings.get("revision"), changes=meant.changes)
 
 
 def read_training_checkpoint(
@@ -175,6 +203,7 @@ def read_training_checkpoint(
       UserError: a factor is missing, has the wrong shape or is not finite.
     """
     modules = _group(reader.directory, {n: t for n, t in reader.tensors.items() if ".lora_" in n}, config)
+    _check_layers(reader.directory, modules, config)
     linear = ModelSpec(config).linear
     ranks = {linear[module].of_layer(layer): parts["lora_a"].shape[0] for (module, layer), parts in modules.items()}
     rank = max(ranks.values())
@@ -182,7 +211,7 @@ def read_training_checkpoint(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=_targets(reader.directory, {}, modules, linear),
+        targets=targets_of(ranks),
         rank_pattern=tuple((re.escape(name), other) for name, other in ranks.items() if other != rank),
     )
     return _adapter(reader.directory, modules, ModelSpec(config, lora), base_name)
@@ -193,7 +222,6 @@ Parts = dict[str, ReadableTensor]
 
 
 def _adapter(source: Path, modules: Mapping[Module, Parts], spec: ModelSpec, base_name: str | None) -> Adapter:
-    _check_layers(source, modules, spec.config)
     params = {path: np.zeros(shape, np.float32) for path, shape in spec.lora_shapes.items()}
     files = MappedFiles()
     for (module, layer), parts in modules.items():
@@ -223,29 +251,6 @@ def _require_everywhere(source: Path, modules: Mapping[Module, Parts], spec: Mod
                 )
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{directory} has no {CONFIG_FILE}; give a PEFT adapter directory")
-    settings = read_json(path)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; only LORA adapters are supported")
-    for key, why in _REFUSED.items():
-        if settings.get(key):
-            raise UserError(f"{path}: {key} is {settings[key]!r}, which cannot be represented: {why}")
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias is {settings['bias']!r}, which cannot be represented: the model has no biases")
-    if settings.get("init_lora_weights", True) not in _PLAIN_INITIALISATIONS:
-        raise UserError(
-            f"{path}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base weights as well; "
-            f"convert the adapter to plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion)"
-        )
-    for key in ("r", "lora_alpha"):
-        if not _is_positive(settings.get(key), whole=key == "r"):
-            raise UserError(f"{path}: {key} is {settings.get(key)!r}, not a positive number")
-    return settings
-
-
 def _open_weights(directory: Path) -> tuple[Path, dict[str, StoredTensor]]:
     if (directory / WEIGHTS_FILE).is_file():
         return directory / WEIGHTS_FILE, read_header(directory / WEIGHTS_FILE)[0]
@@ -259,8 +264,6 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
     modules: dict[Module, Parts] = {}
     linear, unknown = ModelSpec(config).linear, []
     for name, tensor in tensors.items():
-        if _repeats_the_base(name, tensor, config):
-            continue
         place = names.parse_adapter_name(name, config)
         if place is None or tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
             unknown.append(name)
@@ -271,29 +274,13 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
             where = linear[module].of_layer(layer)
             raise UserError(f"{source} has {leaf} of {where} twice, as {name} and under another name")
         modules[module, layer][leaf] = tensor
-    tables = [name for name in unknown if names.is_table_in_adapter(name)]
-    if tables:
-        shape = list(tensors[tables[0]].shape)
-        raise UserError(
-            f"{source} has the table {tables[0]} of shape {shape}, but the base has "
-            f"{[config.vocab_size, config.hidden_size]}: the adapter was trained with a resized vocabulary; merge it "
-            "into a base of that size with PEFT, and start from the result"
-        )
     if unknown:
-        tied = config.tie_word_embeddings and any(f".{HEAD}." in name for name in unknown)
-        hint = f" (the {HEAD} of this model is its embedding table)" if tied else ""
-        raise UserError(f"{source} has tensors that are not LoRA factors of a projection: {names.some(unknown)}{hint}")
+        raise UserError(f"{source} has tensors that are not LoRA factors of a projection: {names.some(unknown)}")
     if not modules:
         raise UserError(f"{source} has no LoRA factors; the adapter was saved empty")
     for (module, layer), parts in modules.items():
         _check_factors(source, f"{linear[module].last} of layer {layer}", parts)
     return dict(sorted(modules.items()))
-
-
-def _repeats_the_base(name: str, tensor: ReadableTensor, config: LlamaConfig) -> bool:
-    """Whether a tensor is the base's own table, which PEFT saves with adapters of the head. It must have the size of
-    the base's, so that a table with a resized vocabulary is not ignored."""
-    return names.is_table_in_adapter(name) and tensor.shape == (config.vocab_size, config.hidden_size)
 
 
 def _check_factors(source: Path, where: str, parts: Parts) -> None:
@@ -305,84 +292,6 @@ def _check_factors(source: Path, where: str, parts: Parts) -> None:
         raise UserError(
             f"{source}: {where} has lora_A {list(a)} and lora_B {list(b)}; they must be [rank, in] and [out, rank]"
         )
-
-
-def _lora_config(
-    directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts], linear: Mapping[str, ModuleName]
-) -> LoraConfig:
-    file = directory / CONFIG_FILE
-    dora = bool(settings.get("use_dora"))
-    if any(("lora_magnitude" in parts) != dora for parts in modules.values()):
-        raise UserError(f"{file}: use_dora is {dora}, but magnitudes are {'missing' if dora else 'present'}")
-    if dora and (HEAD, 0) in modules:
-        raise UserError(f"{file}: use_dora with {HEAD} among its targets is not implemented")
-    names_of_modules = [linear[module].of_layer(layer) for module, layer in modules]
-    ranks = _patterns(file, settings, "rank_pattern", names_of_modules)
-    return LoraConfig(
-        rank=int(settings["r"]),
-        alpha=float(settings["lora_alpha"]),
-        dropout=_dropout(directory, settings),
-        targets=_targets(directory, settings, modules, linear),
-        layers_to_transform=_layers(settings, modules),
-        rank_pattern=tuple((pattern, int(value)) for pattern, value in ranks),
-        alpha_pattern=_patterns(file, settings, "alpha_pattern", names_of_modules),
-        use_rslora=bool(settings.get("use_rslora")),
-        use_dora=dora,
-    )
-
-
-def _layers(settings: Mapping[str, Any], modules: Mapping[Module, Parts]) -> tuple[int, ...] | None:
-    """The layers that have adapters, if the settings select layers; otherwise None."""
-    if settings.get("layers_to_transform") in (None, []):
-        return None
-    return tuple(sorted({layer for _, layer in modules}))
-
-
-def _patterns(
-    file: Path, settings: Mapping[str, Any], key: str, names_of_modules: Sequence[str]
-) -> tuple[tuple[str, float], ...]:
-    """The patterns that match a module of the adapter; PEFT also ignores the others."""
-    patterns = settings.get(key) or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{file}: {key} is {patterns!r}, not an object")
-    kept = []
-    for pattern, value in patterns.items():
-        try:
-            matches = any(by_pattern(((pattern, True),), name, False) for name in names_of_modules)
-        except NO_EXPRESSION:
-            raise UserError(f"{file}: the pattern {pattern[:80]!r} is not a regular expression") from None
-        if not _is_positive(value, whole=key == "rank_pattern"):
-            raise UserError(f"{file}: the pattern {pattern!r} gives {value!r}, not a positive number")
-        kept += [(pattern, float(value))] if matches else []
-    return tuple(kept)
-
-
-def _is_positive(value: Any, whole: bool) -> bool:
-    """Whether a value is a positive number in the range that `LoraConfig` accepts."""
-    kind, limit = (int, 2**31) if whole else (int | float, 3.4e38)
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < limit
-
-
-def _dropout(directory: Path, settings: Mapping[str, Any]) -> float:
-    value = settings.get("lora_dropout") or 0.0
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise UserError(f"{directory / CONFIG_FILE}: lora_dropout is {value!r}, not a fraction below 1")
-    return float(value)
-
-
-def _targets(
-    directory: Path, settings: Mapping[str, Any], modules: Mapping[Module, Parts], linear: Mapping[str, ModuleName]
-) -> tuple[Target, ...]:
-    """The modules of the tensors, in the order of the settings if those list them."""
-    found = {linear[module].last for module, _ in modules}
-    stated = settings.get("target_modules")
-    order = [str(name).rsplit(".", 1)[-1] for name in stated] if isinstance(stated, list) else []
-    absent = sorted(set(order) - found)
-    if absent:
-        raise UserError(
-            f"{directory / CONFIG_FILE} targets {', '.join(absent)}, but the weights have no tensors for it"
-        )
-    return tuple(sorted((name for name in TARGETS if name in found), key=[*order, *TARGETS].index))
 
 
 def _place(source: Path, value: np.ndarray, parameter: Parameter, layer: int, factor: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from flacuna_jax.huggingface.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from flacuna_jax.huggingface.card import Facts, adapter_card
 from flacuna_jax.huggingface.files.safetensors_file import write_file
 from flacuna_jax.huggingface.files.tensors import cast
+from flacuna_jax.model.llama import EMBEDDING, HEAD
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -38,7 +39,7 @@ def write_adapter_files(
     tensors = {
         names.adapter_name(parameter, layer): cast(adapter.factor(path, layer), stored)
         for path, parameter in adapter.spec.adapters.items()
-        for layer in adapter.layers_of(path.rpartition("/")[0])
+        for layer in ([0] if parameter.kind == "token_rows" else adapter.layers_of(path.rpartition("/")[0]))
     }
     ordered = sorted(tensors)
     described = [(name, tensors[name].shape, stored) for name in ordered]
@@ -71,7 +72,17 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {pattern: _short(alpha) for pattern, alpha in lora.alpha_pattern},
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
+        **_trained_tokens(adapter),
     }
+
+
+def _trained_tokens(adapter: Adapter) -> dict[str, Any]:
+    """A list is for the embedding, and for a head that is tied to it."""
+    tokens = adapter.spec.tokens
+    if not tokens.head:
+        return {"trainable_token_indices": list(tokens.embedding)} if tokens.embedding else {}
+    by_module = {EMBEDDING.last: list(tokens.embedding), HEAD.last: list(tokens.head)}
+    return {"trainable_token_indices": {module: ids for module, ids in by_module.items() if ids}}
 
 
 def _short(alpha: float) -> int | float:

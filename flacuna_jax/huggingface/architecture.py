@@ -342,7 +342,7 @@ def hugging_face_config(
       token_ids: bos_token_id, eos_token_id, pad_token_id if the source does not have them.
     """
     written = dict(source or {"use_cache": True, "initializer_range": 0.02, "pretraining_tp": 1})
-    written.pop("auto_map", None)
+    written.pop("auto_map", None)  # names files of code, which are not copied; transformers has this network itself
     written.pop(QUANTISATION, None)  # the written weights are not quantised
     return (token_ids | written) | {
         "architectures": [_ARCHITECTURES[config.family]],

@@ -42,6 +42,7 @@ from flacuna_jax.huggingface.merged import (
 )
 from flacuna_jax.huggingface.other_encoder import encoder_of
 from flacuna_jax.huggingface.probe import Side, Weights, stored_weights
+from flacuna_jax.huggingface.tokenizer import NewTokens
 from flacuna_jax.huggingface.verify import (
     compare_logits,
     verify_adapter,
@@ -91,6 +92,7 @@ class Companions:
       end: spelling of the token that the template writes after an answer, which becomes eos_token unless the template
         itself refers to eos_token.
       stop_strings: texts that end an answer, for templates whose answers do not end in a token.
+      new_tokens: tokens that are added to the tokenizer.
       base_name: name of the base model, for the model card.
       facts: for the model card.
       golden: prompts whose continuations are recorded next to the weights; None records none.
@@ -102,6 +104,7 @@ class Companions:
     ends: tuple[int, ...] = ()
     end: str | None = None
     stop_strings: tuple[str, ...] = ()
+    new_tokens: NewTokens = ()
     base_name: str | None = None
     facts: Facts = dataclasses.field(default_factory=Facts)
     golden: Golden | None = None
@@ -115,6 +118,7 @@ def write_adapter(
     trained: bool,
     dtype: str = "float32",
     facts: Facts | None = None,
+    tokenizer: Callable[[Path], None] = lambda _: None,
     rules: Callable[[Path], Sequence[str]] = lambda _: (),
     logits: Callable[[Adapter], np.ndarray] | None = None,
     replace: bool = False,
@@ -128,6 +132,7 @@ def write_adapter(
       trained: whether a B of only zeros is an error.
       dtype: "float32" or "bfloat16".
       facts: for the model card.
+      tokenizer: writes the files of a tokenizer with new tokens into a directory.
       rules: returns the rules that the written directory violates, for example `vllm_violations`.
       logits: adapter → logits of fixed ids on the run's base; the adapter read back must give the same to 1e-4.
       replace: whether to replace an existing directory of that name.
@@ -138,6 +143,7 @@ def write_adapter(
     """
     with whole_directory(target, replace=replace) as partial:
         write_adapter_files(partial, adapter, dtype=dtype, facts=facts)
+        tokenizer(partial)
         if violated := list(rules(partial)):
             raise UserError("the adapter cannot be served: " + names.some(violated, 4))
         shift = verify_adapter(partial, config, adapter, trained=trained, dtype=DTYPES[dtype], logits=logits)
@@ -157,13 +163,16 @@ def write_merged(
 ) -> Delivery:
     """Writes and verifies base + adapter as a Hugging Face model; needs memory for two or three layers.
 
-    The base is read once: while the merged values are written, both the base with its adapter and the merged values go
-    through the network (see `alongside`). Each shard is read back from the disk while the next one is written.
+    `reader` has the base that the adapter is added to (`Adapter.base`). It is read once: while the merged values are
+    written, both the base with its adapter and the merged values go through the network (see `alongside`). Each shard
+    is read back from the disk while the next one is written.
 
     Raises:
       UserError: the target already exists, or a tensor is not finite.
       VerificationError: the written files differ from the intended content; nothing is left behind.
     """
+    if adapter is not None:
+        reader = adapter.with_rows(reader)
     tensors = merged_tensors(reader, config, adapter, dtype)
     with whole_directory(target) as partial:
         meant, started = Side(stored_weights(reader, config), adapter), time.monotonic()
@@ -262,6 +271,7 @@ def _write_settings(
         token_ids=companions.token_ids,
         ends=companions.ends,
         end=companions.end,
+        new_tokens=companions.new_tokens,
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, base_parameters
 from flacuna_jax.model.variables import Parameter
 
-_FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
+FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 _SAMPLE = 4096
 
 __all__ = ["fingerprint", "load_base", "match_tensors", "read_architecture"]
@@ -28,20 +29,20 @@ Sources = dict[str, tuple[str, ...]]
 
 
 def load_base(
-    directory: str,
+    base: str | Path | TensorReader,
     config: LlamaConfig,
     shardings: Mapping[str, NamedSharding],
     dtype: jnp.dtype | str,
     *,
     keep: Callable[[str, jax.Array], dict[str, jax.Array]] = lambda path, leaf: {path: leaf},
 ) -> dict[str, jax.Array]:
-    """The base weights of a Hugging Face directory or a converted one, as stacked arrays on the devices.
+    """The base weights of a checkpoint as stacked arrays on the devices.
 
     Each process reads only the slices of its devices. In addition to the result and the page cache, it needs memory for
     one layer of one parameter, on the host and on the devices.
 
     Args:
-      directory: checkpoint.
+      base: directory of a checkpoint, or an open one.
       config: its architecture, from `read_architecture`.
       shardings: for every path of `base_parameters(config)`.
       dtype: of the result, independent of the files.
@@ -51,7 +52,7 @@ def load_base(
       UserError: the files cannot be read, or a tensor is missing, unexpected, not floating-point or has the wrong
         shape.
     """
-    reader = open_checkpoint(directory)
+    reader = open_checkpoint(base) if isinstance(base, str | Path) else base
     sources = match_tensors(reader, config)
     loaded: dict[str, jax.Array] = {}
     for path, parameter in base_parameters(config).items():
@@ -132,7 +133,7 @@ def _check_tensors(reader: TensorReader, config: LlamaConfig, sources: Sources) 
         for name in sources[path]:
             if reader.shape(name) != expected:
                 wrong.append(f"{name} has shape {list(reader.shape(name))}, but config.json gives {list(expected)}")
-            elif reader.dtype(name).name not in _FLOATING:
+            elif reader.dtype(name).name not in FLOATING:
                 wrong.append(
                     f"{name} has dtype {reader.dtype(name).name}; weights must be floating-point, of at least 16 bits"
                 )

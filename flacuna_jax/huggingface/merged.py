@@ -22,7 +22,7 @@ from flacuna_jax.huggingface.files.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.files.safetensors_file import write_file
 from flacuna_jax.huggingface.files.tensors import TensorReader, cast, is_finite, overflow, row_blocks
 from flacuna_jax.huggingface.load import match_tensors
-from flacuna_jax.huggingface.tokenizer import TEMPLATES, tokenizer_files
+from flacuna_jax.huggingface.tokenizer import TEMPLATES, NewTokens, copy_new_tokens, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_parameters, tensors_in_order
@@ -176,6 +176,7 @@ def write_settings(
     token_ids: Mapping[str, int | None],
     ends: Sequence[int] = (),
     end: str | None = None,
+    new_tokens: NewTokens = (),
 ) -> None:
     """Writes everything other than the weights: config.json, generation_config.json, tokenizer files.
 
@@ -189,16 +190,19 @@ def write_settings(
       token_ids: bos_token_id and eos_token_id of the tokenizer, for a config.json that does not have them.
       ends: ids of every token that ends an answer; () uses the eos_token_id of config.json.
       end: spelling of the token that the template writes after an answer.
+      new_tokens: tokens that are added to those of `tokenizer_source`.
     """
     source = read_settings(model_source) if model_source else None
     written = hugging_face_config(config, dtype, source, **token_ids)
     _write_json(directory / "config.json", written)
     _write_json(directory / "generation_config.json", generation_config(written, ends))
-    copy_tokenizer(tokenizer_source, directory, chat_template, end)
+    copy_tokenizer(tokenizer_source, directory, chat_template, end, new_tokens)
 
 
-def copy_tokenizer(source: Path, directory: Path, chat_template: str | None, end: str | None = None) -> None:
-    """Copies tokenizer files byte by byte; only tokenizer_config.json changes.
+def copy_tokenizer(
+    source: Path, directory: Path, chat_template: str | None, end: str | None = None, new_tokens: NewTokens = ()
+) -> None:
+    """Copies tokenizer files byte by byte; only tokenizer_config.json changes, unless there are new tokens.
 
     Args:
       source: The directory of the files.
@@ -206,6 +210,7 @@ def copy_tokenizer(source: Path, directory: Path, chat_template: str | None, end
       chat_template: Replaces the source's template. None keeps it.
       end: The token that ends an answer. It becomes eos_token, at which servers stop, unless the template writes
         eos_token, which would then become another token.
+      new_tokens: Tokens that are added.
     """
     replaced = () if chat_template is None else (CONFIG, *TEMPLATES)
     for path in tokenizer_files(source):
@@ -220,8 +225,9 @@ def copy_tokenizer(source: Path, directory: Path, chat_template: str | None, end
         changes["chat_template"] = chat_template
     if end is not None and "eos_token" not in text and read_tokenizer_settings(source).spelled("eos") != end:
         changes["eos_token"] = end
-    if changes:
+    if changes or (new_tokens and not present):
         _write_json(directory / CONFIG, {**settings, **changes})
+    copy_new_tokens(source, directory, new_tokens)
 
 
 _LLAMA_TOKENIZER: dict[str, Any] = {

@@ -54,6 +54,12 @@ def adapter_name(parameter: ParamInfo, layer: int) -> str:
     return f"{PEFT_PREFIX}{parameter.tensor(layer)}"
 
 
+def layer_of(module: str) -> int | None:
+    """The layer in the name of a module, "model.layers.3.mlp.up_proj"; None outside of the layers."""
+    found = _LAYER.search(module)
+    return None if found is None else int(found[0])
+
+
 def parse_adapter_name(name: str, config: LlamaConfig) -> tuple[str, int] | None:
     """(path, layer) of a PEFT adapter name; None if it is not an adapter's part of a projection or of the head.
 
@@ -71,12 +77,22 @@ def parse_adapter_name(name: str, config: LlamaConfig) -> tuple[str, int] | None
 _KINDS = {leaf.removesuffix(".weight"): kind for kind, leaf in PEFT_LEAVES.items()}
 
 
-def is_table_in_adapter(name: str) -> bool:
-    """Whether a tensor of an adapter's file is a table of the base.
+def tensor_in_adapter(name: str) -> tuple[str, str] | None:
+    """(module, part) of a tensor in an adapter's file that is not a factor of a projection; None for other names.
 
-    If the head is among the targets, PEFT also saves the frozen tables, which it might have resized.
+    The part is "weight" or "bias" for one that replaces the base's, "rows" for trained rows of a table,
+    "lora_embedding_A" or "lora_embedding_B". The infixes of PEFT's wrappers are left out.
     """
-    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") in (EMBEDDING, HEAD)
+    match = _BESIDES_FACTORS.fullmatch(name)
+    return None if match is None else (match[1], "rows" if match[2] == _ROWS else match[2])
+
+
+_ROWS = "trainable_tokens_delta"
+_WRAPPERS = r"(?:\.token_adapter|\.base_layer|\.modules_to_save)*"
+_BESIDES_FACTORS = re.compile(
+    rf"{re.escape(PEFT_PREFIX)}((?!.*lora_[AB]).+?){_WRAPPERS}(?:\.default)?"
+    rf"\.(weight|bias|lora_embedding_[AB]|{_ROWS})(?:\.default)?"
+)
 
 
 def is_training_checkpoint(tensors: Iterable[str]) -> bool:

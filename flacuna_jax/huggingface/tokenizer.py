@@ -6,6 +6,7 @@ are used with tokenizer.json, which transformers and most servers read. If both 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from flacuna_jax.errors import UserError
@@ -15,7 +16,15 @@ from flacuna_jax.huggingface.fast_tokenizer import FastTokenizer
 from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
 from flacuna_jax.huggingface.sentencepiece_tokenizer import FILE as SENTENCEPIECE
 from flacuna_jax.huggingface.sentencepiece_tokenizer import SentencePieceTokenizer
-from flacuna_jax.huggingface.tokenizer_settings import ADDED, CONFIG, MAP, TokenizerSettings, read_tokenizer_settings
+from flacuna_jax.huggingface.tokenizer_settings import (
+    ADDED,
+    CONFIG,
+    MAP,
+    TokenizerSettings,
+    read_tokenizer_settings,
+    with_new_tokens,
+    write_new_tokens,
+)
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -25,19 +34,48 @@ FILES = (SENTENCEPIECE, FAST, VOCABULARY, MERGES, CONFIG, MAP, ADDED, *TEMPLATES
 AnyTokenizer = SentencePieceTokenizer | FastTokenizer
 
 
-def load_tokenizer(directory: str | Path) -> AnyTokenizer:
-    """Loads the tokenizer of a checkpoint directory, or of a model on the Hub (hf:NAME[@REVISION]).
+NewTokens = Sequence[tuple[str, bool]]
+"""Spelling of each token that is added to a tokenizer, and whether it is special; in the order of their ids, which
+follow those of the vocabulary."""
+
+
+def load_tokenizer(directory: str | Path, new: NewTokens = ()) -> AnyTokenizer:
+    """Loads the tokenizer of a checkpoint directory, or of a model on the Hub (hf:NAME[@REVISION]), with new tokens.
 
     The first of these is used: tokenizer.model if it is a SentencePiece model without added tokens; tokenizer.json;
     vocab.json and merges.txt (which need transformers); tokenizer.model with added tokens.
 
     Raises:
-      UserError: There is no tokenizer, it is damaged or lacks EOS, or two of the files disagree.
+      UserError: There is no tokenizer, it is damaged or lacks EOS, two of the files disagree, or a new token is a token
+        already.
     """
     directory = require_directory(directory, weights=False)
     for path in tokenizer_files(directory):
         require_content(path)
     settings = read_tokenizer_settings(directory)
+    if not new:
+        return _load(directory, settings)
+    known = _load(directory, settings)
+    for content, _ in new:
+        if (number := token_id(known, content)) is not None:
+            raise UserError(
+                f"data.add_tokens: {content!r} is a token of {directory} already, with id {number}; lora.train_tokens "
+                "trains it"
+            )
+    if not any((directory / name).is_file() for name in (FAST, SENTENCEPIECE)):
+        raise UserError(f"data.add_tokens: {directory} has no {FAST}; load the tokenizer with transformers and save it")
+    return _load(directory, with_new_tokens(settings, new, known.vocab_size))
+
+
+def token_id(tokenizer: AnyTokenizer, text: str) -> int | None:
+    """The id of a text that is a single token, special or not; None for other texts."""
+    if text in tokenizer.special.tokens:
+        return tokenizer.special.tokens[text].id
+    ids = tokenizer.encode(text, first=False)
+    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_id else None
+
+
+def _load(directory: Path, settings: TokenizerSettings) -> AnyTokenizer:
     has_fast = (directory / FAST).is_file()
     if (directory / SENTENCEPIECE).is_file() and not _is_tiktoken(directory):
         return _with_sentencepiece(directory, settings, has_fast)
@@ -136,13 +174,26 @@ def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int, directory: str | 
         )
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there are files that `load_tokenizer` can load."""
+    return any((directory / name).is_file() for name in (SENTENCEPIECE, FAST, VOCABULARY))
+
+
 def tokenizer_files(directory: str | Path) -> list[Path]:
     """The existing tokenizer files, which are copied with a model."""
     directory = local_checkpoint(directory, weights=False)
     return [directory / name for name in FILES if (directory / name).is_file()]
 
 
-def tokenizer_fingerprint(directory: str | Path) -> str:
+def copy_new_tokens(source: Path, directory: Path, new: NewTokens) -> None:
+    """Adds new tokens to a copy of the tokenizer files of `source`. Raises `UserError` like `load_tokenizer`."""
+    if new:
+        first = load_tokenizer(source).vocab_size
+        settings = with_new_tokens(read_tokenizer_settings(source), new, first)
+        write_new_tokens(directory, [settings.added[content] for content, _ in new], FAST)
+
+
+def tokenizer_fingerprint(directory: str | Path, new: NewTokens = ()) -> str:
     """SHA-256 of everything that token ids depend on: the vocabulary file, and special tokens changed by settings."""
     directory = local_checkpoint(directory, weights=False)
     for names in ((SENTENCEPIECE,), (FAST,), (VOCABULARY, MERGES)):
@@ -151,7 +202,9 @@ def tokenizer_fingerprint(directory: str | Path) -> str:
             break
     else:
         raise UserError(f"{directory} has no tokenizer ({SENTENCEPIECE} or {FAST})")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, new)
+    if new:
+        digest.update(json.dumps(list(new)).encode())
     if isinstance(tokenizer, FastTokenizer) or tokenizer.added:
         tokens = sorted((spelling, *token) for spelling, token in tokenizer.special.tokens.items())
         decisive = [tokens, tokenizer.special.bos, tokenizer.special.eos, list(tokenizer.prefix_ids)]

@@ -4,8 +4,10 @@ The files are those of transformers: tokenizer_config.json, special_tokens_map.j
 has the ids of BOS and EOS for checkpoints without these files.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +106,41 @@ def read_tokenizer_settings(directory: Path) -> TokenizerSettings:
             raw |= read_json(directory / file)
     model = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     return TokenizerSettings(directory, raw, model, _added(directory, raw))
+
+
+def with_new_tokens(settings: TokenizerSettings, new: Sequence[tuple[str, bool]], first: int) -> TokenizerSettings:
+    """The settings with new tokens, (content, special), whose ids begin at `first`."""
+    added = {content: AddedToken(first + i, content, special) for i, (content, special) in enumerate(new)}
+    return dataclasses.replace(settings, added={**settings.added, **added})
+
+
+def write_new_tokens(directory: Path, tokens: Sequence[AddedToken], fast: str) -> None:
+    """Adds tokens to the files of a tokenizer, where transformers reads them.
+
+    Args:
+      directory: the files, which are changed.
+      tokens: the new tokens.
+      fast: name of the file of the `tokenizers` library.
+    """
+    entries = {token: {"content": token.content, "special": token.special, **_FLAGS} for token in tokens}
+    if has_fast := (directory / fast).is_file():
+        content = read_json(directory / fast)
+        content["added_tokens"] = [*content.get("added_tokens", []), *({"id": t.id, **e} for t, e in entries.items())]
+        _write_json(directory / fast, content)
+    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if not has_fast or "added_tokens_decoder" in config:
+        decoder = {str(token.id): entry for token, entry in entries.items()}
+        config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | decoder
+        _write_json(directory / CONFIG, config)
+    if (directory / ADDED).is_file():
+        _write_json(directory / ADDED, read_json(directory / ADDED) | {token.content: token.id for token in tokens})
+
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _added(directory: Path, raw: Mapping[str, Any]) -> dict[str, AddedToken]:

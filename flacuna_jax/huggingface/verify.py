@@ -41,7 +41,7 @@ def verify_adapter(
         finite, or a trained adapter has a B of only zeros.
     """
     found = read_adapter(directory, config)
-    if found.lora != meant.lora or found.base_name != meant.base_name:
+    if (found.lora, found.spec.tokens, found.base_name) != (meant.lora, meant.spec.tokens, meant.base_name):
         raise VerificationError(f"{directory}: the settings read back are {found.lora} instead of {meant.lora}")
     if set(found.params) != set(meant.params):
         raise VerificationError(f"{directory}: contains {sorted(found.params)} instead of {sorted(meant.params)}")

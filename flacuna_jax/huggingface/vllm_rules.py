@@ -42,6 +42,8 @@ def _settings_violations(settings: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is missing"
     if settings.get("modules_to_save"):
         yield "modules_to_save is not supported"
+    if settings.get("trainable_token_indices"):
+        yield "trainable_token_indices is not supported; merge the adapter instead"
     if settings.get("use_dora"):
         yield "use_dora: DoRA is not supported; merge the adapter instead"
     if settings.get("bias", "none") != "none":

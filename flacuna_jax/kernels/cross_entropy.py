@@ -36,6 +36,15 @@ def chunk_size(positions: int) -> int:
     return min(positions, max(SMALLEST_CHUNK, min(LARGEST_CHUNK, tenth)))
 
 
+class TrainedRows(NamedTuple):
+    """Rows of a head that have a gradient."""
+
+    rows_nd: jax.Array
+    """Float32."""
+    ids: tuple[int, ...]
+    """The place of each row in the head."""
+
+
 def token_losses(
     hidden_btd: jax.Array,
     head_vd: jax.Array,
@@ -44,6 +53,7 @@ def token_losses(
     *,
     chunk: int | None = None,
     trained_columns: int | None = None,
+    trained_rows: TrainedRows | None = None,
 ) -> jax.Array:
     """Negative log-likelihood of each supervised target, float32 [b, t], zero where the mask is false.
 
@@ -55,11 +65,16 @@ def token_losses(
       chunk: positions per chunk; None: `chunk_size`.
       trained_columns: number of the head's last columns that have a gradient; the gradient of the others is zero and is
         not computed. None: all.
+      trained_rows: rows that the head already contains, and that have a gradient instead of it. None: the head has one.
 
     On a mesh (`jax.set_mesh` with axes data, fsdp, tensor), rows are split over data × fsdp, and the vocabulary over
     tensor if that divides it.
     """
-    return _token_losses(hidden_btd, head_vd, targets_bt, loss_mask_bt, chunk, trained_columns)
+    if trained_rows is None:
+        return _token_losses(hidden_btd, head_vd, None, targets_bt, loss_mask_bt, chunk, trained_columns, None)
+    head_vd = jax.lax.stop_gradient(head_vd)
+    inputs = (hidden_btd, head_vd, trained_rows.rows_nd, targets_bt, loss_mask_bt)
+    return _token_losses(*inputs, chunk, None, trained_rows.ids)
 
 
 def token_scores(
@@ -77,38 +92,59 @@ def token_scores(
     return _on_mesh(_scores, chunk, head_vd, ("rows", "rows"))(hidden_btd, head_vd, targets_bt, loss_mask_bt)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _token_losses(
     hidden_btd: jax.Array,
     head_vd: jax.Array,
+    rows_nd: jax.Array | None,
     targets_bt: jax.Array,
     loss_mask_bt: jax.Array,
     chunk: int | None,
     trained_columns: int | None,
+    row_ids: tuple[int, ...] | None,
 ) -> jax.Array:
+    del rows_nd  # the head contains them
     return _on_mesh(_losses, chunk, head_vd, "rows")(hidden_btd, head_vd, targets_bt, loss_mask_bt)
 
 
 def _forward_rule(
-    hidden: Any, head: Any, targets: Any, loss_mask: Any, chunk: int | None, trained_columns: int | None
+    hidden: Any,
+    head: Any,
+    rows: Any,
+    targets: Any,
+    loss_mask: Any,
+    chunk: int | None,
+    trained_columns: int | None,
+    row_ids: tuple[int, ...] | None,
 ) -> tuple[jax.Array, tuple]:
     inputs = (hidden.value, head.value, targets.value, loss_mask.value)
-    if head.perturbed:
-        return _token_losses(*inputs, chunk, trained_columns), (None, inputs)
+    if head.perturbed or (rows is not None and rows.perturbed):
+        losses_bt = _on_mesh(_losses, chunk, head.value, "rows")(*inputs)
+        return losses_bt, (None, inputs)
     losses_bt, unit_gradient_btd = _on_mesh(_losses_and_gradients, chunk, head.value, ("rows", "rows"))(*inputs)
     return losses_bt, (unit_gradient_btd, None)
 
 
-def _backward_rule(chunk: int | None, trained_columns: int | None, residuals: tuple, cotangent_bt: Any) -> tuple:
+def _backward_rule(
+    chunk: int | None,
+    trained_columns: int | None,
+    row_ids: tuple[int, ...] | None,
+    residuals: tuple,
+    cotangent_bt: Any,
+) -> tuple:
     unit_gradient_btd, inputs = residuals
     if isinstance(cotangent_bt, SymbolicZero):
         cotangent_bt = jnp.zeros(cotangent_bt.shape, cotangent_bt.dtype)
     if inputs is None:
         gradient_btd = unit_gradient_btd.astype(jnp.float32) * cotangent_bt[..., None]
-        return gradient_btd.astype(unit_gradient_btd.dtype), None, None, None
+        return gradient_btd.astype(unit_gradient_btd.dtype), None, None, None, None
+    if row_ids is not None:
+        local = functools.partial(_row_gradients, ids=row_ids)
+        hidden_gradient, row_gradient = _on_mesh(local, chunk, inputs[1], ("rows", "whole"))(*inputs, cotangent_bt)
+        return hidden_gradient, None, row_gradient, None, None
     local = functools.partial(_all_gradients, columns=trained_columns or inputs[1].shape[1])
     hidden_gradient, head_gradient = _on_mesh(local, chunk, inputs[1], ("rows", "head"))(*inputs, cotangent_bt)
-    return hidden_gradient, head_gradient, None, None
+    return hidden_gradient, head_gradient, None, None, None
 
 
 _token_losses.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
@@ -257,6 +293,60 @@ def _all_gradients(
     layout: _Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of Σ cotangent · loss with respect to hidden states and the last `columns` of the head."""
+    hidden_gradient_btd, head_gradient_vk = _gradients(
+        hidden_btd,
+        head_vd,
+        targets_bt,
+        loss_mask_bt,
+        cotangent_bt,
+        lambda gradient_cv: gradient_cv,
+        (head_vd.shape[0], columns),
+        layout,
+    )
+    # If the zeros are only sliced off again, as for a frozen matrix with an adapter, XLA never creates them.
+    head_gradient_vd = jnp.pad(head_gradient_vk, ((0, 0), (head_vd.shape[1] - columns, 0)))
+    return hidden_gradient_btd, head_gradient_vd.astype(head_vd.dtype)
+
+
+def _row_gradients(
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    targets_bt: jax.Array,
+    loss_mask_bt: jax.Array,
+    cotangent_bt: jax.Array,
+    *,
+    ids: tuple[int, ...],
+    layout: _Layout,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients with respect to hidden states and, float32, to the rows `ids` of the head."""
+    row_i = jnp.array(ids)
+    if layout.vocab_axis:
+        row_i -= jax.lax.axis_index(layout.vocab_axis) * head_vd.shape[0]
+    is_here_i = (row_i >= 0) & (row_i < head_vd.shape[0])
+
+    def of_rows(gradient_cv: jax.Array) -> jax.Array:
+        return jnp.where(is_here_i, gradient_cv[:, jnp.clip(row_i, 0, head_vd.shape[0] - 1)], 0)
+
+    shape = (len(ids), head_vd.shape[1])
+    inputs = (hidden_btd, head_vd, targets_bt, loss_mask_bt, cotangent_bt)
+    hidden_gradient_btd, row_gradient_id = _gradients(*inputs, of_rows, shape, layout)
+    if layout.vocab_axis:
+        row_gradient_id = jax.lax.psum(row_gradient_id, layout.vocab_axis)
+    return hidden_gradient_btd, row_gradient_id
+
+
+def _gradients(
+    hidden_btd: jax.Array,
+    head_vd: jax.Array,
+    targets_bt: jax.Array,
+    loss_mask_bt: jax.Array,
+    cotangent_bt: jax.Array,
+    of_rows: Callable[[jax.Array], jax.Array],
+    shape: tuple[int, int],
+    layout: _Layout,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of Σ cotangent · loss with respect to hidden states and, float32 [rows, columns], to a part of the
+    head: the rows that `of_rows` selects from the gradient of logits, and as many last columns as `shape` has."""
     hidden_nd, cotangent_n = hidden_btd.reshape(-1, hidden_btd.shape[-1]), cotangent_bt.reshape(-1)
     positions = _supervised_first(targets_bt, loss_mask_bt, layout.chunk)
 
@@ -268,26 +358,25 @@ def _all_gradients(
             _chunk_statistics(hidden_cd, head_vd, here, layout).gradient_cv * cotangent_n[here.order_n][:, None]
         )
         through_cd = _through_head(gradient_cv, head_vd, layout)
-        trained_ck = hidden_cd[:, -columns:]
+        trained_ck = hidden_cd[:, -shape[1] :]
         head_gradient_vk += jnp.einsum(
-            "cv,ck->vk", gradient_cv.astype(hidden_cd.dtype), trained_ck, preferred_element_type=jnp.float32
+            "cv,ck->vk", of_rows(gradient_cv).astype(hidden_cd.dtype), trained_ck, preferred_element_type=jnp.float32
         )
         return _put(gradients_nd, index, through_cd), head_gradient_vk
 
     init = (
         jnp.zeros((positions.order_n.size, hidden_nd.shape[1]), hidden_nd.dtype),
-        jnp.zeros((head_vd.shape[0], columns), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
     )
     gradients_nd, head_gradient_vk = _loop(positions, layout, body, init)
     if layout.row_axes:
         head_gradient_vk = jax.lax.psum(head_gradient_vk, layout.row_axes)
-    # If the zeros are only sliced off again, as for a frozen matrix with an adapter, XLA never creates them.
-    head_gradient_vd = jnp.pad(head_gradient_vk, ((0, 0), (head_vd.shape[1] - columns, 0)))
-    return _put_back(gradients_nd, positions, hidden_btd.shape), head_gradient_vd.astype(head_vd.dtype)
+    return _put_back(gradients_nd, positions, hidden_btd.shape), head_gradient_vk
 
 
 def _on_mesh(local: Callable, chunk: int | None, head_vd: jax.Array, outputs: Any) -> Callable:
-    """Runs `local` on every device's rows; `outputs` gives the sharding of each result, like "rows" or the "head"."""
+    """Runs `local` on every device's rows; `outputs` gives the sharding of each result: like "rows", like the "head",
+    or "whole"."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     split_vocab = not mesh.empty and mesh.shape[TENSOR_AXIS] > 1 and head_vd.shape[0] % mesh.shape[TENSOR_AXIS] == 0
@@ -302,7 +391,7 @@ def _on_mesh(local: Callable, chunk: int | None, head_vd: jax.Array, outputs: An
         share = functools.partial(local, layout=layout)
         if mesh.empty:
             return share(hidden_btd, *others)
-        specs = {"rows": P(BATCH_AXES), "head": P(layout.vocab_axis)}
+        specs = {"rows": P(BATCH_AXES), "head": P(layout.vocab_axis), "whole": P()}
         in_specs = (specs["rows"], specs["head"], *(specs["rows"] for _ in others[1:]))
         out_specs = jax.tree.map(specs.__getitem__, outputs)
         return jax.shard_map(share, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden_btd, *others)

@@ -27,6 +27,7 @@ from flacuna_jax.model.quantized import Quantization
 from flacuna_jax.model.remat import REMAT_POLICIES
 from flacuna_jax.model.rope import Rope, RopeScaling, ntk_theta, rope_frequencies
 from flacuna_jax.model.sharding import constrain
+from flacuna_jax.model.token_rows import NO_TOKENS, TokenRows, TrainedTokens
 from flacuna_jax.model.variables import Axes, BaseParam, ModuleName, ParamInfo
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3"]
@@ -130,11 +131,18 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """The table [vocab, model], which is also the language-model head if the two are tied."""
 
+    token_rows: TokenRows | None = None
+
     def __init__(self, name: ModuleName, vocab_size: int, size: int, param_dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         table_vd = base_matrix(rngs.params(), (vocab_size, size), param_dtype)
         self.weight = BaseParam(table_vd, info=ParamInfo(name, "weight", "table", ("vocab", None)))
 
+    def __call__(self, tokens_bt: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        x_btd = jnp.take(self.table(dtype), tokens_bt, axis=0)
+        return x_btd if self.token_rows is None else self.token_rows.in_lookup(x_btd, tokens_bt)
+
     def table(self, dtype: jnp.dtype) -> jax.Array:
+        """The table, in which `token_rows` are not replaced."""
         # Not `gather_weight`: it is best to sum the gradient of lookups locally, and scatter it as one table.
         return constrain(self.weight[...].astype(dtype), "vocab", None)
 
@@ -254,6 +262,7 @@ class Llama(nnx.Module):
       dtype: compute dtype.
       param_dtype: dtype of base weights (adapters are float32).
       quantization: quantised form of the layers' projections, or None.
+      tokens: tokens whose rows of embedding and head are trained.
     """
 
     def __init__(
@@ -264,10 +273,13 @@ class Llama(nnx.Module):
         dtype: jnp.dtype = BFLOAT16,
         param_dtype: jnp.dtype = BFLOAT16,
         quantization: Quantization | None = None,
+        tokens: TrainedTokens = NO_TOKENS,
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.dtype = config, dtype
         self.embed_tokens = Embedding(EMBEDDING, config.vocab_size, config.hidden_size, param_dtype, rngs)
+        if tokens.embedding:
+            self.embed_tokens.token_rows = TokenRows(EMBEDDING, self.embed_tokens.table(param_dtype), tokens.embedding)
         make_blocks = nnx.vmap(lambda rngs, layer: Block(config, lora, param_dtype, rngs, layer, quantization))
         self.layers = make_blocks(rngs.split(config.num_layers), jnp.arange(config.num_layers))
         self.norm = RMSNorm(ModuleName("model.norm"), config.hidden_size, config.rms_norm_eps, param_dtype)
@@ -282,6 +294,8 @@ class Llama(nnx.Module):
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
+            if tokens.head:
+                self.lm_head.token_rows = TokenRows(HEAD, self.lm_head.table(param_dtype), tokens.head)
 
     def __call__(
         self,
@@ -328,7 +342,7 @@ class Llama(nnx.Module):
         return make_packed_mask(segment_ids_bt, self.config.sliding_window, one_document=one_document)
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:
-        x_btd = jnp.take(self.embed_tokens.table(self.dtype), tokens_bt, axis=0)
+        x_btd = self.embed_tokens(tokens_bt, self.dtype)
         return constrain(_scaled(x_btd, self.config.embedding_multiplier), "batch", None, None)
 
     def head(self) -> jax.Array:
@@ -336,8 +350,17 @@ class Llama(nnx.Module):
 
         Logits are its product with `before_head` of the hidden states.
         """
-        module = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return module.table(self.dtype)
+        table_vd, rows = self._head.table(self.dtype), self.head_rows
+        return table_vd if rows is None else rows.in_table(table_vd)
+
+    @property
+    def head_rows(self) -> TokenRows | None:
+        """Trained rows of the head."""
+        return self._head.token_rows
+
+    @property
+    def _head(self) -> Embedding | LoRAHead:
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     def before_head(self, hidden_btd: jax.Array, row_keys_b: jax.Array | None = None) -> jax.Array:
         """Hidden states with the width of the head; `row_keys_b` as in a call."""
@@ -345,5 +368,6 @@ class Llama(nnx.Module):
 
     def logits(self, hidden_btd: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab], for decoding and tests; training never stores all of them."""
-        wide_btd = self.before_head(hidden_btd)
-        return jnp.einsum("btd,vd->btv", wide_btd, self.head(), preferred_element_type=jnp.float32)
+        wide_btd, table_vd = self.before_head(hidden_btd), self._head.table(self.dtype)
+        logits_btv = jnp.einsum("btd,vd->btv", wide_btd, table_vd, preferred_element_type=jnp.float32)
+        return logits_btv if self.head_rows is None else self.head_rows.in_logits(logits_btv, hidden_btd)

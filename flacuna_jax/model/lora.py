@@ -20,6 +20,7 @@ from flacuna_jax.config.types import HEAD, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight
+from flacuna_jax.model.token_rows import TokenRows
 from flacuna_jax.model.variables import Axes, BaseParam, Kind, LoRAParam, LoRAScale, ModuleName, ParamInfo
 
 OUTPUT_NAME = "projection"
@@ -197,7 +198,10 @@ class LoRAHead(LoRALinear):
     is rounded after adding the adapter to it.
     """
 
+    token_rows: TokenRows | None = None
+
     def table(self, dtype: jnp.dtype) -> jax.Array:
+        """The table, in which `token_rows` are not replaced."""
         assert isinstance(self.weight, BaseParam), "a head is never quantised"
         weight_vd = self.weight[...].astype(dtype)
         if self.lora is not None:

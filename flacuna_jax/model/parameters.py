@@ -19,6 +19,7 @@ from flacuna_jax.model.llama import Block, Llama, LlamaConfig
 from flacuna_jax.model.lora import LoRALinear, Ranks, adapter_ranks, require_matches
 from flacuna_jax.model.quantized import KERNELS, Quantization
 from flacuna_jax.model.sharding import parameter_shardings
+from flacuna_jax.model.token_rows import NO_TOKENS, TrainedTokens
 from flacuna_jax.model.variables import (
     BaseParam,
     LoRAParam,
@@ -44,9 +45,13 @@ class ModelSpec:
     param_dtype: str = "bfloat16"
     quantization: Quantization | None = None
     """Quantised form of the layers' projections; None stores them in `param_dtype`."""
+    tokens: TrainedTokens = dataclasses.field(default=NO_TOKENS, repr=False)
+    """Tokens whose rows of embedding and head are part of the adapter."""
 
     @classmethod
-    def of_run(cls, config: LlamaConfig, model: ModelConfig, lora: LoraConfig | None) -> "ModelSpec":
+    def of_run(
+        cls, config: LlamaConfig, model: ModelConfig, lora: LoraConfig | None, tokens: TrainedTokens = NO_TOKENS
+    ) -> "ModelSpec":
         """With LoRA: float32 adapters and a base in compute dtype or quantised; without: all weights in float32.
 
         Raises:
@@ -54,7 +59,8 @@ class ModelSpec:
         """
         if lora is not None:
             require_matches(lora, ModelSpec(config).linear.values())
-        return cls(config, lora, model.dtype, model.dtype if lora else "float32", model.quantization)
+            lora = lora.model_copy(update={"train_tokens": ()})  # `tokens` has their ids
+        return cls(config, lora, model.dtype, model.dtype if lora else "float32", model.quantization, tokens)
 
     def create(self, seed: int | jax.Array) -> Llama:
         return Llama(
@@ -63,6 +69,7 @@ class ModelSpec:
             dtype=jnp.dtype(self.dtype),
             param_dtype=jnp.dtype(self.param_dtype),
             quantization=self.quantization,
+            tokens=self.tokens,
             rngs=nnx.Rngs(params=jax.random.key(seed)),
         )
 
@@ -119,6 +126,14 @@ class ModelSpec:
         once = (path for path, found in self.base.items() if found.kind == "matrix" and not found.stacked)
         return next(once, self.embedding)
 
+    @property
+    def token_rows(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Path of a table → path and tokens of its trained rows."""
+        paths = {found.module: path for path, found in self.adapters.items() if found.kind == "token_rows"}
+        ids = {self.head: self.tokens.head, self.embedding: self.tokens.embedding}
+        tables = {table: self.base[table].module for table in ids}
+        return {table: (paths[module], ids[table]) for table, module in tables.items() if module in paths}
+
     @functools.cached_property
     def ranks(self) -> dict[str, Ranks]:
         """Ranks and scales by layer of each module that has an adapter; empty without LoRA."""
@@ -130,7 +145,8 @@ class ModelSpec:
         """Number of scalars that training updates, without the zeros of adapters beyond each layer's own rank."""
         if self.lora is None:
             return count(self.base_shapes)
-        shapes, total = self.lora_shapes, 0
+        shapes = self.lora_shapes
+        total = (len(self.tokens.embedding) + len(self.tokens.head)) * self.config.hidden_size
         for module, (ranks, _) in self.ranks.items():
             into, out = shapes[f"{module}/lora_a"][-1], shapes[f"{module}/lora_b"][-2]
             total += int(ranks.sum()) * (into + out) + self.lora.use_dora * int((ranks > 0).sum()) * out
@@ -215,18 +231,29 @@ def init_params(spec: ModelSpec, parameters: Mapping[str, Parameter], seed: int,
 
 
 def fresh_adapters(spec: ModelSpec, base: Mapping[str, jax.Array], seed: int, mesh: Mesh) -> Params:
-    """PEFT's initialisation, the same numbers on any mesh: A uniform, B zero, DoRA's magnitudes the row norms of W.
+    """PEFT's initialisation, the same numbers on any mesh: A uniform, B zero, DoRA's magnitudes the row norms of W,
+    rows of tokens those of their table.
 
-    `base` is read only for DoRA.
+    `base` is read only for DoRA and for rows of tokens.
     """
     measured = {path: found for path, found in spec.adapters.items() if found.kind == "lora_magnitude"}
-    drawn = {path: found for path, found in spec.adapters.items() if path not in measured}
+    copied = {path: found for path, found in spec.adapters.items() if found.kind == "token_rows"}
+    drawn = {path: found for path, found in spec.adapters.items() if path not in measured | copied}
     adapters = init_params(spec, drawn, seed, mesh)
-    if not measured:
-        return adapters
-    with jax.set_mesh(mesh):
-        measure = jax.jit(functools.partial(_row_norms, spec), out_shardings=parameter_shardings(measured, mesh))
-        return {**adapters, **measure(base)}
+    for of_base, parts in ((_row_norms, measured), (_token_rows, copied)):
+        if parts:
+            with jax.set_mesh(mesh):
+                take = jax.jit(functools.partial(of_base, spec), out_shardings=parameter_shardings(parts, mesh))
+                adapters |= take(base)
+    return adapters
+
+
+def _token_rows(spec: ModelSpec, base: Params) -> Params:
+    """The rows of the trained tokens in the tables of the base, float32."""
+    return {
+        path: jnp.take(base[table], np.array(ids), axis=0).astype(jnp.float32)
+        for table, (path, ids) in spec.token_rows.items()
+    }
 
 
 def _row_norms(spec: ModelSpec, base: Params) -> Params:

@@ -13,9 +13,10 @@ from flax import nnx
 Axes = tuple[str | None, ...]
 """Logical axes of an array's dimensions, keys of `sharding.RULES`."""
 
-Kind = Literal["matrix", "table", "norm", "bias", "scale", "lora_a", "lora_b", "lora_magnitude"]
+Kind = Literal["matrix", "table", "norm", "bias", "scale", "lora_a", "lora_b", "lora_magnitude", "token_rows"]
 """matrix: multiplied with activations, [out, in]. table: looked up by token. norm: weight of a norm. bias: added.
-scale: dequantises the codes of a quantised matrix. The others are the parts of an adapter."""
+scale: dequantises the codes of a quantised matrix. The others are the parts of an adapter; token_rows replaces rows of
+a table."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def read_data(config: RunConfig, say: Say = lambda _: None, *, tokenizer: Tokeni
     """
     require_config(config)
     directory = config.model.tokenizer_path
-    tokenizer = tokenizer or load_tokenizer(directory)
+    tokenizer = tokenizer or load_tokenizer(directory, config.data.new_tokens)
     template = open_template(config.data, directory, tokenizer)
     say(f"template   {describe_choice(config.data.template, directory)}")
     for note in template.notes:
@@ -78,7 +78,7 @@ def _tokenised(
     config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
 ) -> tuple[TokenStore, DataReport]:
     try:
-        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path)
+        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path, data.new_tokens)
         store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)
     except OSError as error:
         say(f"tokenised data: no cache ({error}); built in memory")

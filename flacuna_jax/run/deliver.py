@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.schema import LoraConfig, RunConfig
 from flacuna_jax.config.types import CHECKPOINT
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.tokenization import Tokenizer
@@ -20,12 +20,14 @@ from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.card import Facts
 from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.files.place import local_checkpoint
+from flacuna_jax.huggingface.merged import copy_tokenizer
 from flacuna_jax.huggingface.probe import probe_ids
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import (
     parameter_shardings,
 )
 from flacuna_jax.run.facts import setting_rows
+from flacuna_jax.run.model import ModelSource
 from flacuna_jax.run.setup import Setup
 from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.state import TrainState
@@ -61,8 +63,11 @@ def deliver_result(
         }
         if mean_loss is not None:
             rows["training loss"] = f"{mean_loss:.4f}, mean of the last steps"
+        if config.data.new_tokens:
+            size = setup.source.config.vocab_size
+            rows["tables"] = f"{size:,} rows; with PEFT, call base.resize_token_embeddings({size}) first"
         adapter = Adapter(
-            ModelSpec(setup.source.config, config.lora.model_copy(update={"init_from": None})),
+            adapter_spec(setup.source, config.lora),
             {name: np.asarray(value, np.float32) for name, value in trained.items()},
             config.model.base_name,
             config.model.base_revision,
@@ -74,10 +79,30 @@ def deliver_result(
             setup.source.config,
             trained=state.step > 1,
             facts=Facts(rows),
+            tokenizer=tokenizer_writer(config, setup.template, setup.tokenizer),
             logits=_logits_on_run(setup, base) if alone else None,
             replace=True,
         )
     return path, f"{delivery.directory}: {delivery.size}, read back and verified against the run"
+
+
+def adapter_spec(source: ModelSource, lora: LoraConfig) -> ModelSpec:
+    """The network of an adapter in files, with the settings that are in the files."""
+    return ModelSpec(
+        source.config, lora.model_copy(update={"init_from": None, "train_tokens": ()}), tokens=source.tokens
+    )
+
+
+def tokenizer_writer(config: RunConfig, template: Template, tokenizer: Tokenizer) -> Callable[[Path], None]:
+    """Writes the tokenizer of a run with new tokens beside its adapter, as PEFT's users do; that of the base is not
+    written again."""
+
+    def write(directory: Path) -> None:
+        if config.data.new_tokens:
+            beside = companions(config, template, tokenizer)
+            copy_tokenizer(beside.tokenizer, directory, beside.chat_template, beside.end, beside.new_tokens)
+
+    return write
 
 
 def what_next(config: RunConfig) -> list[str]:
@@ -103,7 +128,7 @@ def companions(config: RunConfig, template: Template, tokenizer: Tokenizer) -> d
     token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     end = tokenizer.special.spellings[template.ends[0]] if template.ends else None
     ends = answer_ends(template, tokenizer, config.model.path)
-    return deliver.Companions(directory, jinja, token_ids, ends, end, template.stop_strings)
+    return deliver.Companions(directory, jinja, token_ids, ends, end, template.stop_strings, config.data.new_tokens)
 
 
 def _on_every_host(params: Params) -> dict[str, Any]:

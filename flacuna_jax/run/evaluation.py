@@ -35,7 +35,8 @@ def read_tasks(config: RunConfig) -> Evaluator | None:
         return None
     directory = config.model.tokenizer_path
     is_harness = settings.protocol == "lm_eval"
-    template = open_template(config.data, directory, load_tokenizer(directory)) if is_harness else None
+    tokenizer = load_tokenizer(directory, config.data.new_tokens)
+    template = open_template(config.data, directory, tokenizer) if is_harness else None
     return task_evaluator(
         settings.names, Path(settings.data), protocol=settings.protocol, limit=settings.limit, template=template
     )

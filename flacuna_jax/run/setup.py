@@ -24,6 +24,7 @@ from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.files.read import note_on_quantisation
@@ -106,7 +107,7 @@ class Setup:
 
     @property
     def spec(self) -> ModelSpec:
-        return model_spec(self.config, self.source)
+        return self.source.spec(self.config)
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -124,7 +125,7 @@ class Setup:
             "config": self.config.model_dump(mode="json"),
             "fingerprints": {
                 "data": self.store.fingerprint,
-                "tokenizer": tokenizer_fingerprint(self.config.model.tokenizer_path),
+                "tokenizer": tokenizer_fingerprint(self.config.model.tokenizer_path, self.config.data.new_tokens),
                 "base": fingerprint(self.source.reader, self.source.config) if self.source.reader else "random",
                 "code": code_fingerprints(),
             },
@@ -164,7 +165,7 @@ def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     if decided is not None and _uses(decided, len(devices)):
         mesh, remat = decided.mesh, str(decided.training.remat)
     elif devices[0].platform == "cpu" or known_target(devices[0]):
-        mesh, remat = choose_layout(config, model_spec(config, source), devices)
+        mesh, remat = choose_layout(config, source.spec(config), devices)
     else:
         mesh, remat = split_everywhere(devices), "dots"
     chosen_mesh = mesh if config.mesh == "auto" else config.mesh
@@ -188,14 +189,10 @@ def _uses(config: RunConfig, devices: int) -> bool:
     return isinstance(config.mesh, MeshConfig) and config.mesh.devices == devices
 
 
-def model_spec(config: RunConfig, source: ModelSource) -> ModelSpec:
-    return ModelSpec.of_run(source.config, config.model, config.lora)
-
-
 def open_parts(config: RunConfig) -> Parts:
     """Raises UserError if the model is missing, or if the devices do not fit the model, the batch or the attention."""
-    source = open_model(config.model, config.data.max_length)
-    spec = model_spec(config, source)
+    source = open_model(config)
+    spec = source.spec(config)
     require_words(config.training.no_decay, spec.base | spec.adapters)
     require_backend(
         config.training.attention,
@@ -236,7 +233,7 @@ def _read_below(path: str) -> str:
 def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
     """Adds data and plan, which are the same on all hosts. Raises UserError if they are invalid."""
     config, source, mesh = parts
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    tokenizer = load_tokenizer(config.model.tokenizer_path, config.data.new_tokens)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
     if config.model.path is not None and (note := note_on_quantisation(config.model.path)):
         say(f"note: {note}")
@@ -262,7 +259,7 @@ def load_weights(setup: Setup) -> Params:
         return init_params(spec, spec.held, setup.config.seed, mesh)
     shardings = parameter_shardings(spec.base, mesh)
     keep = functools.partial(quantize, spec, mesh)
-    return load_base(str(setup.config.model.path), setup.source.config, shardings, spec.param_dtype, keep=keep)
+    return load_base(setup.source.reader, setup.source.config, shardings, spec.param_dtype, keep=keep)
 
 
 def first_adapters(setup: Setup, base: Params) -> Params:
@@ -271,8 +268,19 @@ def first_adapters(setup: Setup, base: Params) -> Params:
         return {}
     if lora.init_from is None:
         return setup.layout.fresh_adapters(setup.config.seed, base)
-    adapter = read_adapter(local_run(lora.init_from), setup.source.config)
+    adapter = read_adapter(local_run(lora.init_from), setup.source.config, setup.source.reader)
+    if adapter.changes is not None:
+        changed = names.some(list(adapter.changes.by_tensor) or ["a tied head"], 3)
+        raise UserError(
+            f"lora.init_from: {lora.init_from} changes the base ({changed}); merge it first, with `flacuna export OUT "
+            "--format merged --adapter DIR --model BASE`, and train a new adapter of the result"
+        )
     _require_same_adapters(lora, adapter.lora)
+    if adapter.spec.tokens != setup.spec.tokens:
+        raise UserError(
+            f"lora.init_from: {lora.init_from} has rows of {adapter.spec.tokens}, but this run trains "
+            f"{setup.spec.tokens}; set lora.train_tokens to the ids of the adapter"
+        )
     return jax.device_put(adapter.params, parameter_shardings(setup.spec.adapters, setup.mesh))
 
 
@@ -282,7 +290,7 @@ def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
     changes = [
         shlex.quote(f"--lora.{name}={json.dumps(theirs[name])}")
         for name in LoraConfig.model_fields
-        if name not in ("dropout", "init_from")
+        if name not in ("dropout", "init_from", "train_tokens")
         and ((set(ours[name]) != set(theirs[name])) if name == "targets" else (ours[name] != theirs[name]))
     ]
     if changes:

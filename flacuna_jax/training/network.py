@@ -7,7 +7,7 @@ import jax
 
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.kernels.attention import Backend
-from flacuna_jax.kernels.cross_entropy import token_losses, token_scores
+from flacuna_jax.kernels.cross_entropy import TrainedRows, token_losses, token_scores
 from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec, Params
 
@@ -51,8 +51,15 @@ class Network:
     def token_losses(self, batch: Batch) -> jax.Array:
         """Cross-entropy of each supervised target of a micro-batch, in nats: float32 [batch, length], 0 elsewhere."""
         model, states_btd, trained_columns = self._before_head(batch)
-        columns = {"trained_columns": trained_columns} if trained_columns else {}
-        return token_losses(states_btd, model.head(), batch["targets"], batch["loss_mask"], **columns)
+        rows = model.head_rows
+        return token_losses(
+            states_btd,
+            model.head(),
+            batch["targets"],
+            batch["loss_mask"],
+            trained_columns=trained_columns or None,
+            trained_rows=None if rows is None else TrainedRows(rows.rows[...], rows.ids),
+        )
 
     def token_scores(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """`token_losses`, and whether no other token is more likely than the target: bool [batch, length]."""

@@ -269,10 +269,7 @@ def test_a_legacy_bin_adapter_with_default_infix(tmp_path: Path) -> None:
 
 REFUSED = {
     "use_dora": {"use_dora": True, "target_modules": r".*\.[01]\.self_attn\.q_proj|.*\.1\.mlp\.up_proj"},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
-    "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
     "lm_head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
 }
 
@@ -290,7 +287,7 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
     path = tmp_path / "adapter_model.safetensors"
     larger = torch.zeros(SMALL.vocab_size + 8, SMALL.hidden_size)
     files.save_file(files.load_file(path) | {f"base_model.model.{name}.weight": larger}, path)
-    with pytest.raises(UserError, match=r"but the base has .*: the adapter was trained with a resized vocabulary"):
+    with pytest.raises(UserError, match=r"of 105 rows, but the base has 97, .*: the vocabulary was resized"):
         read_adapter(tmp_path, SMALL)
 
 
@@ -307,7 +304,14 @@ def test_a_table_of_a_resized_vocabulary_is_named(name: str, tmp_path: Path) -> 
         ({"rank_pattern": {"q_proj": 4.5}}, "gives 4.5"),
         ({"rank_pattern": {"(" * 5000: 4}}, "is not a regular expression"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
-        ({"target_modules": ["q_proj", "k_proj"]}, "targets k_proj"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "targets model.layers.0.self_attn.k_proj, model.layers.1."),
+        ({"target_modules": ["q_proj"]}, "does not target model.layers.0.self_attn.v_proj"),
+        ({"target_modules": "("}, "is not a regular expression"),
+        ({"target_modules": 5}, "target_modules is '5', not an expression, or a list"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
+        ({"exclude_modules": [None]}, "exclude_modules is"),
+        ({"trainable_token_indices": [3, 3]}, "not a list of different ids"),
+        ({"trainable_token_indices": [3]}, "the trained rows of model.embed_tokens have shape [0, 48]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"rank_pattern": {"(": 3}}, "not a regular expression"),
         ({"alpha_pattern": {"q_proj": "x"}}, "gives 'x'"),

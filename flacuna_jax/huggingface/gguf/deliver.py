@@ -49,7 +49,7 @@ def write_gguf(
 
     Args:
       target: new directory.
-      reader: the base.
+      reader: the base that the adapter is added to (`Adapter.base`).
       config: its architecture.
       adapter: the adapter to merge; None for the base itself.
       companions: tokenizer, chat template, model card.
@@ -62,6 +62,8 @@ def write_gguf(
     architecture, started = architecture_of(config), time.monotonic()
     if kind is None:
         kind = "bf16" if main_dtype(merged_tensors(reader, config, None)) == BFLOAT16 else "f16"
+    if adapter is not None:
+        reader = adapter.with_rows(reader)
     pending = merged_tensors(reader, config, adapter, FLOAT)
     tensors = written_tensors(pending, architecture, config, kind)
     with whole_directory(target) as partial, tempfile.TemporaryDirectory() as temporary:
@@ -77,6 +79,7 @@ def write_gguf(
             token_ids=companions.token_ids,
             ends=companions.ends,
             end=companions.end,
+            new_tokens=companions.new_tokens,
         )
         described = metadata_of(config, architecture) | tokenizer_metadata(meant, config.vocab_size)
         name = Path(companions.base_name or reader.directory).name
