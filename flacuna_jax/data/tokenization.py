@@ -171,13 +171,12 @@ def with_notes_on_marks(template: Template, tokenizer: Tokenizer) -> Template:
 
 
 def segments_of(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> list[Segment]:
-    """The segments of a conversation, or of a text without roles. Raises TemplateRefusal if it is not supported."""
+    """The segments of a conversation, or of a text without roles, before which tokenizers put their prefix as they do
+    for any text. Raises TemplateRefusal if the conversation is not supported."""
     if not conversation.raw:
         return render(conversation, template)
-    special = tokenizer.special
-    front = [Segment(special.spellings[token], token, False, 0) for token in tokenizer.prefix_ids]
     text = "".join(turn.text for turn in conversation.turns)
-    return [*front, Segment(text, None, True, 0), Segment(special.eos, tokenizer.eos_id, True, 0)]
+    return [Segment(text, None, True, 0), Segment(tokenizer.special.eos, tokenizer.eos_id, True, 0)]
 
 
 def tokenize_batch(
@@ -188,8 +187,11 @@ def tokenize_batch(
 ) -> list[TokenizedExample]:
     """Tokenises conversations, each given as segments, in one batch. An example may have no loss; the caller must drop
     it."""
+    prefix = Encoded(list(encoder.tokenizer.prefix_ids), False, 0)
     return [
-        _assemble(conversation, encoded, "all" if conversation.raw else train_on)
+        _assemble(conversation, [prefix, *encoded], "all")
+        if conversation.raw
+        else _assemble(conversation, encoded, train_on)
         for conversation, encoded in zip(conversations, encoder.encode(rendered), strict=True)
     ]
 

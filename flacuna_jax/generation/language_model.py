@@ -88,4 +88,4 @@ class LanguageModel(Scorer, Generator, Protocol):
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Ids of a text without a template, after BOS if the tokenizer adds it, as in transformers."""
-    return (*tokenizer.prefix_ids, *tokenizer.encode(text, first=not tokenizer.prefix_ids))
+    return (*tokenizer.prefix_ids, *tokenizer.encode(text))

@@ -18,6 +18,7 @@ from flacuna_jax.data.conversation import (
     Template,
     TemplateRefusal,
     Turn,
+    named_template,
     render,
     render_text,
     template_from_jinja,
@@ -25,6 +26,7 @@ from flacuna_jax.data.conversation import (
 from flacuna_jax.data.jinja_program import DATE
 from flacuna_jax.data.tokenization import tokenize, tokenize_prompt, with_notes_on_marks
 from flacuna_jax.errors import UserError
+from flacuna_jax.generation.language_model import encode_prompt
 from flacuna_jax.huggingface.chat_template import choose_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from tests.data.chat_templates import (
@@ -244,6 +246,18 @@ def test_tokenizers_that_add_a_leading_space(name: str, pieces: str, loaded: Loa
         for kind in ("single", "multi"):
             ids, _ = _ours(ours, template, CONVERSATIONS[kind])
             assert ids == _theirs(theirs, ALL[name], CONVERSATIONS[kind])[0], (kind, marks)
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "spaces", "first space"])
+@pytest.mark.parametrize("puts_bos", [True, False])
+def test_texts_without_a_template(pieces: str, puts_bos: bool, loaded: Loaded) -> None:
+    """The text begins the sequence, although BOS is put before it: "first space" adds its space."""
+    ours, theirs = loaded(pieces=pieces, puts_bos=puts_bos)
+    for text in ("user says hello", " led by a space", "\nnext line", BOS):
+        ids = theirs(text, split_special_tokens=True)["input_ids"]
+        assert list(encode_prompt(ours, text)) == ids
+        record = Conversation("", "", (Turn("assistant", text),), raw=True)
+        assert tokenize(record, named_template("vicuna_v1.1", ours.special), ours).ids.tolist() == [*ids, ours.eos_id]
 
 
 nasty = st.text(max_size=8) | st.sampled_from(
