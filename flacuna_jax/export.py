@@ -365,7 +365,7 @@ def _golden(
     for question in QUESTIONS if count else ():
         turns = (Turn("user", question),)
         ids = tokenize_prompt(turns, template, tokenizer)
-        if len(ids) + count <= config.max_position_embeddings:
+        if len(ids) + count <= config.context_length:
             text = render_text(render_prompt(turns, template))
             added = "".join(tokenizer.special.spellings[token] for token in tokenizer.prefix_ids)
             prompts.append(Prompt(question, text.removeprefix(added), tuple(ids)))

@@ -22,7 +22,6 @@ from flacuna_jax.generation.shared_prefix import (
     as_keys,
     as_values,
     attend_to,
-    first_visible,
     forward,
     layer_of,
     prefix_of,
@@ -203,23 +202,23 @@ def _extend(
     first_b = jnp.zeros_like(rows.length_b) if prefix is None else jnp.broadcast_to(prefix.length, rows.length_b.shape)
     first_recent_b = first_b + rows.length_b
     position_b = first_recent_b + recent.made
-    from_bt = first_visible(model, position_b[:, None])
-
-    def visible(position_b: jax.Array, slots: int, end_b: jax.Array) -> jax.Array:
-        """Whether each of `slots`, at positions from `position_b` on, is filled and in the window: bool [b, 1, s]."""
-        position_bs = position_b[:, None] + jnp.arange(slots)
-        return ((position_bs < end_b[:, None]) & (position_bs >= from_bt))[:, None, :]
-
     size = rows.block_slots
-    visible_cached = [visible(first_b + index * size, size, first_recent_b) for index in range(blocks)]
-    visible_recent = visible(first_recent_b, recent.k_lbkmn.shape[-2], position_b)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
-        parts = [prefix_of(prefix, layer, from_bt)] if prefix is not None else []
-        for block, visible_bts in zip(rows.blocks, visible_cached, strict=False):
+        from_b1 = model.config.first_visible(layer, position_b[:, None])
+
+        def visible(position_b: jax.Array, slots: int, end_b: jax.Array) -> jax.Array:
+            """Whether each of `slots`, at positions from `position_b` on, is filled and in the window: [b, 1, s]."""
+            position_bs = position_b[:, None] + jnp.arange(slots)
+            return ((position_bs < end_b[:, None]) & (position_bs >= from_b1))[:, None, :]
+
+        parts = [prefix_of(prefix, layer, from_b1)] if prefix is not None else []
+        for index, block in enumerate(rows.blocks[:blocks]):
+            visible_bts = visible(first_b + index * size, size, first_recent_b)
             parts.append(Seen(_of_layer(block.k, layer), _of_layer(block.v, layer), visible_bts))
-        parts.append(Seen(layer_of(recent.k_lbkmn, layer), layer_of(recent.v_lbknm, layer), visible_recent))
-        return attend_to(q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
+        visible_bts = visible(first_recent_b, recent.k_lbkmn.shape[-2], position_b)
+        parts.append(Seen(layer_of(recent.k_lbkmn, layer), layer_of(recent.v_lbknm, layer), visible_bts))
+        return attend_to(model.config, q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
 
     hidden_btd, k_lbtkn, v_lbtkn = through_layers(model, token_b[:, None], position_b[:, None], attend, layers)
     recent = Recent(

@@ -75,7 +75,7 @@ class LlamaLanguageModel:
 
     @property
     def context_length(self) -> int:
-        return self.spec.config.max_position_embeddings
+        return self.spec.config.context_length
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Raises UserError for a request with an empty context or continuation, or longer than the model's context."""

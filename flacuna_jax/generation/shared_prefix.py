@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flacuna_jax.kernels.attention import attention
-from flacuna_jax.model.llama import Llama
+from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.kernels.softcap import capped
+from flacuna_jax.model.llama import Llama, LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 
 SCORED_TOGETHER = 128
@@ -98,18 +100,20 @@ def forward(
     model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, segment_ids_bt: jax.Array, prefix: Prefix | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states [b, t, d] of documents after the prefix, and their own keys and values [l, b, t, k, n]."""
-    mask = model.mask(segment_ids_bt)
+    config = model.config
+    masks = config.masks(make_packed_mask(segment_ids_bt))
     position_t = jnp.arange(tokens_bt.shape[1])
-    visible_bts = (mask.start_bt[:, :, None] <= position_t) & (position_t <= position_t[:, None])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
+        mask = config.in_layer(layer, *masks)
         if prefix is None:
-            return attention(q, k, v, mask)
-        return attend_to(q, prefix_of(prefix, layer, from_bt), Seen(as_keys(k), as_values(v), visible_bts))
+            return attention(q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap)
+        visible_bts = (mask.start_bt[:, :, None] <= position_t) & (position_t <= position_t[:, None])
+        seen = prefix_of(prefix, layer, config.first_visible(layer, positions_bt))
+        return attend_to(config, q, seen, Seen(as_keys(k), as_values(v), visible_bts))
 
     if prefix is not None:
         positions_bt = positions_bt + prefix.length
-    from_bt = first_visible(model, positions_bt)
     return through_layers(model, tokens_bt, positions_bt, attend)
 
 
@@ -119,27 +123,22 @@ def layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
 
 
 def prefix_of(prefix: Prefix, layer: int | jax.Array, from_bt: jax.Array) -> Seen:
+    """A layer's keys and values of the prefix, visible from the position `from_bt` on to each query."""
     position_p = jnp.arange(prefix.k_lkpn.shape[-2])
     visible_btp = (position_p < prefix.length) & (position_p >= from_bt[:, :, None])
     return Seen(layer_of(prefix.k_lkpn, layer), layer_of(prefix.v_lknp, layer), visible_btp)
 
 
-def first_visible(model: Llama, positions_bt: jax.Array) -> jax.Array:
-    """The first position visible to each query, counted like `positions_bt`."""
-    window = model.config.sliding_window
-    return jnp.zeros_like(positions_bt) if window is None else positions_bt - (window - 1)
-
-
-def attend_to(q_bthn: jax.Array, *parts: Seen) -> jax.Array:
+def attend_to(config: LlamaConfig, q_bthn: jax.Array, *parts: Seen) -> jax.Array:
     """Softmax attention over all parts together, with statistics in float32."""
     batch, length, _, size = q_bthn.shape
     q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-3], -1, size)
     scores = []
     for part in parts:
         keys = "ksn" if part.k.ndim == 3 else "bksn"
-        seen = jnp.einsum(f"btkgn,{keys}->bkgts", q_btkgn, part.k, preferred_element_type=jnp.float32) * size**-0.5
+        product = jnp.einsum(f"btkgn,{keys}->bkgts", q_btkgn, part.k, preferred_element_type=jnp.float32)
         visible = part.visible[:, None, None] if part.visible.ndim == 3 else part.visible
-        scores.append(jnp.where(visible, seen, MASKED))
+        scores.append(jnp.where(visible, capped(product * config.attention_scale, config.attention_softcap), MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_bthn.dtype)
     o_btkgn = jnp.zeros(q_btkgn.shape, jnp.float32)
     begin = 0
@@ -170,7 +169,7 @@ def through_layers(
       attend: (q, k, v, layer) to o; the layer is a number if `layers` are given.
       layers: the parameters of each layer, if they are not stacked.
     """
-    rope = model.config.rope_at(positions_bt)
+    ropes = model.config.ropes_at(positions_bt)
     graph, stacked = nnx.split(model.layers)
 
     def apply_block(x_btd: jax.Array, index: int | jax.Array, state: nnx.State) -> tuple[jax.Array, Any]:
@@ -180,7 +179,7 @@ def through_layers(
             made.append((k, v))
             return attend(q, k, v, index)
 
-        x_btd = nnx.merge(graph, state)(x_btd, model.config.rope_in(index, rope), attend_here)
+        x_btd = nnx.merge(graph, state)(x_btd, model.config.rope_in(index, ropes), attend_here)
         return x_btd, made[0]
 
     x_btd = model.embed(tokens_bt)

@@ -18,6 +18,7 @@ from flacuna_jax.huggingface.adapter_changes import meaning, split
 from flacuna_jax.huggingface.adapter_settings import (
     CONFIG_FILE,
     lora_config,
+    patterns_of,
     read_adapter_settings,
     require_targets,
     targets_of,
@@ -35,6 +36,7 @@ from flacuna_jax.huggingface.files.tensors import (
     host_device,
 )
 from flacuna_jax.huggingface.files.torch_file import read_torch_file
+from flacuna_jax.huggingface.fused_adapter import fused_modules, split_fused_factors
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.variables import Parameter
@@ -167,6 +169,10 @@ def read_adapter(directory: str | Path, config: LlamaConfig, base: TensorReader 
     file, settings = directory / CONFIG_FILE, read_adapter_settings(directory)
     source, tensors = _open_weights(directory)
     besides, factors = split(source, tensors)
+    if fused := fused_modules(config):
+        stored = [*fused, *(name.of_layer(layer) for name in ModelSpec(config).linear.values() for layer in name.all)]
+        patterns = {key: patterns_of(file, settings, key, stored) for key in ("rank_pattern", "alpha_pattern")}
+        settings, factors = split_fused_factors(source, {**settings, **patterns}, factors, config)
     head_has_factors = any(name.startswith(f"{names.PEFT_PREFIX}{HEAD}.") for name in factors)
     meant = meaning(source, file, settings, besides, config, base, head_has_factors)
     modules = _group(source, factors, meant.config)

@@ -151,7 +151,7 @@ def last_new_token(file: Path, settings: Mapping[str, Any], vocab_size: int) -> 
 
 def scale_of_embedding(file: Path, settings: Mapping[str, Any], rank: int) -> float:
     """The factor of B A of the embedding's adapter. Its patterns match no projection."""
-    alpha = by_pattern(_patterns(file, settings, "alpha_pattern", [_EMBEDDING]), _EMBEDDING, settings["lora_alpha"])
+    alpha = by_pattern(patterns_of(file, settings, "alpha_pattern", [_EMBEDDING]), _EMBEDDING, settings["lora_alpha"])
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
@@ -169,7 +169,7 @@ def lora_config(file: Path, settings: Mapping[str, Any], ranks: Mapping[str, int
     """
     if dora and HEAD in ranks:
         raise UserError(f"{file}: use_dora with {HEAD} among its targets is not implemented")
-    rank_pattern = _patterns(file, settings, "rank_pattern", ranks)
+    rank_pattern = patterns_of(file, settings, "rank_pattern", ranks)
     lora = LoraConfig(
         rank=int(settings["r"]),
         alpha=float(settings["lora_alpha"]),
@@ -177,7 +177,7 @@ def lora_config(file: Path, settings: Mapping[str, Any], ranks: Mapping[str, int
         targets=targets_of(ranks, settings.get("target_modules")),
         layers_to_transform=_layers(settings, ranks),
         rank_pattern=tuple((pattern, int(value)) for pattern, value in rank_pattern),
-        alpha_pattern=_patterns(file, settings, "alpha_pattern", ranks),
+        alpha_pattern=patterns_of(file, settings, "alpha_pattern", ranks),
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=dora,
     )
@@ -202,7 +202,7 @@ def _layers(settings: Mapping[str, Any], modules: Collection[str]) -> tuple[int,
     return tuple(sorted({number for name in modules if (number := names.layer_of(name)) is not None}))
 
 
-def _patterns(
+def patterns_of(
     file: Path, settings: Mapping[str, Any], key: str, modules: Collection[str]
 ) -> tuple[tuple[str, float], ...]:
     """The patterns that match a module of the adapter; PEFT also ignores the others."""

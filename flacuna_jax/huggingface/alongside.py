@@ -53,9 +53,13 @@ class LogitsAlongside:
 
     def see(self, name: str, rows: slice, values: np.ndarray) -> None:
         """Receives some rows of the tensor that is written as `name`. Can be called from any thread."""
-        place = names.parse_tensor_name(name, self._config)
-        assert place is not None, name
-        path, layer = place[0], place[1] or 0
+        for part in names.stored_parts(self._config)[name]:
+            start, stop = max(rows.start, part.rows.start), min(rows.stop, part.rows.stop)
+            if start < stop:
+                own = slice(start - part.rows.start, stop - part.rows.start)
+                self._see(part.path, part.layer or 0, own, values[start - rows.start : stop - rows.start])
+
+    def _see(self, path: str, layer: int, rows: slice, values: np.ndarray) -> None:
         if self._base[path].kind == "table":
             looked_up = sorted({i for i in self._ids.tolist() if rows.start <= i < rows.stop})
             parts = [(slice(i, i + 1), values[i - rows.start : i - rows.start + 1].copy()) for i in looked_up]

@@ -81,7 +81,9 @@ def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
         sources[ModelSpec(config).embedding] = (_tied_source(reader),)
         left_over.discard(names.HEAD)
     wanted = {name for tensors in sources.values() for name in tensors}
-    missing, extra = sorted(wanted - set(reader)), sorted(left_over - wanted)
+    stored = {p.tensor(layer): p.stored(layer) for p in base_parameters(config).values() for layer in p.layers}
+    missing = sorted({stored.get(name, name) for name in wanted - set(reader)})
+    extra = sorted(left_over - wanted)
     if missing or extra:
         raise UserError(f"{reader.directory} does not match its config.json{_accounting(missing, extra)}")
     _check_tensors(reader, config, sources)

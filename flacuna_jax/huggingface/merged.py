@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import generation_config, hugging_face_config, read_settings
 from flacuna_jax.huggingface.chat_template import read_chat_template
@@ -25,7 +26,7 @@ from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.tokenizer import TEMPLATES, NewTokens, copy_new_tokens, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_parameters, tensors_in_order
+from flacuna_jax.model.parameters import base_parameters
 
 SHARD_BYTES = 5_000_000_000
 """Metadata that every release of transformers writes or accepts."""
@@ -61,16 +62,18 @@ def merged_tensors(
       adapter: the adapter to merge; None copies the base.
       dtype: None keeps each tensor's stored dtype.
     """
-    sources, pending = match_tensors(reader, config), []
-    for path, layer in tensors_in_order(config):
+    sources = match_tensors(reader, config)
+
+    def pending(path: str, layer: int | None) -> PendingTensor:
         parameter, source = base_parameters(config)[path], sources[path][layer or 0]
         stored = dtype or reader.dtype(source)
         module = path.rpartition("/")[0] if parameter.kind == "matrix" else None
         make = _merger(reader, source, stored, adapter, module, layer or 0)
         merged = adapter is not None and module is not None and (layer or 0) in adapter.layers_of(module)
         rounded = merged or stored != reader.dtype(source)
-        pending.append(PendingTensor(parameter.tensor(layer), reader.shape(source), stored, make, rounded))
-    return pending
+        return PendingTensor(parameter.stored(layer), reader.shape(source), stored, make, rounded)
+
+    return _stored(config, pending)
 
 
 def main_dtype(tensors: Sequence[PendingTensor]) -> np.dtype:
@@ -96,10 +99,37 @@ def _merger(
 def model_tensors(params: Mapping[str, jax.Array], config: LlamaConfig, dtype: np.dtype) -> list[PendingTensor]:
     """The tensors of a trained model, rounded to `dtype` and fetched from the devices some rows at a time."""
     base = base_parameters(config)
+
+    def pending(path: str, layer: int | None) -> PendingTensor:
+        make = _fetcher(params[path], dtype, layer)
+        return PendingTensor(base[path].stored(layer), base[path].layer_shape, dtype, make)
+
+    return _stored(config, pending)
+
+
+def _stored(config: LlamaConfig, pending: Callable[[str, int | None], PendingTensor]) -> list[PendingTensor]:
+    """The tensors of files, from one layer of a parameter each."""
     return [
-        PendingTensor(base[path].tensor(layer), base[path].layer_shape, dtype, _fetcher(params[path], dtype, layer))
-        for path, layer in tensors_in_order(config)
+        _joined([pending(part.path, part.layer) for part in parts]) for parts in names.stored_parts(config).values()
     ]
+
+
+def _joined(parts: Sequence[PendingTensor]) -> PendingTensor:
+    """The rows of all parts in one tensor."""
+    if len(parts) == 1:
+        return parts[0]
+    stops = np.cumsum([part.shape[0] for part in parts]).tolist()
+
+    def make(rows: slice) -> np.ndarray:
+        made = []
+        for part, stop in zip(parts, stops, strict=True):
+            start = stop - part.shape[0]
+            if rows.start < stop and start < rows.stop:
+                made.append(part.make(slice(max(rows.start, start) - start, min(rows.stop, stop) - start)))
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    rounded = any(part.rounded for part in parts)
+    return dataclasses.replace(parts[0], shape=(stops[-1], *parts[0].shape[1:]), make=make, rounded=rounded)
 
 
 def _fetcher(array: jax.Array, dtype: np.dtype, layer: int | None) -> Callable[[slice], np.ndarray]:

@@ -8,11 +8,12 @@ Each parameter has its names in `model.variables.ParamInfo`; this module looks t
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from flacuna_jax.model import llama
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.lora import PEFT_LEAVES
-from flacuna_jax.model.parameters import base_parameters
+from flacuna_jax.model.parameters import base_parameters, tensors_in_order
 from flacuna_jax.model.variables import ParamInfo
 
 PEFT_PREFIX = "base_model.model."
@@ -20,7 +21,7 @@ PEFT_PREFIX = "base_model.model."
 EMBEDDING, HEAD = (f"{module.of_layer()}.weight" for module in (llama.EMBEDDING, llama.HEAD))
 """The tables of the vocabulary, for reading files without a config."""
 
-_ADAPTER = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
+ADAPTER = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
 
 # Rotary frequencies are computed from the config; in files they are rounded to half precision.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -49,6 +50,28 @@ def _paths(config: LlamaConfig) -> Mapping[str, str]:
     return {f"{found.module.pattern}.{found.leaf}": path for path, found in base_parameters(config).items()}
 
 
+class Part(NamedTuple):
+    """One layer of a parameter, and its rows in a tensor of a file. The layer is None outside of the layers."""
+
+    path: str
+    layer: int | None
+    rows: slice
+
+
+@functools.lru_cache(maxsize=64)
+def stored_parts(config: LlamaConfig) -> Mapping[str, tuple[Part, ...]]:
+    """The contents of the tensors of a Hugging Face file, in the order in which a forward pass uses them: one parameter
+    each, or the modules of a fused projection."""
+    parts: dict[str, tuple[Part, ...]] = {}
+    for path, layer in tensors_in_order(config):
+        parameter = base_parameters(config)[path]
+        first = 0 if parameter.rows is None else parameter.rows.first
+        part = Part(path, layer, slice(first, first + parameter.layer_shape[0]))
+        name = parameter.stored(layer)
+        parts[name] = (*parts.get(name, ()), part)
+    return parts
+
+
 def adapter_name(parameter: ParamInfo, layer: int) -> str:
     """PEFT's name of one layer of an adapter's parameter; `layer` is ignored outside of the layers."""
     return f"{PEFT_PREFIX}{parameter.tensor(layer)}"
@@ -65,7 +88,7 @@ def parse_adapter_name(name: str, config: LlamaConfig) -> tuple[str, int] | None
 
     The infix ".default" in training checkpoints is accepted. The head's layer is 0.
     """
-    match = _ADAPTER.fullmatch(name)
+    match = ADAPTER.fullmatch(name)
     if match is None or not name.startswith(PEFT_PREFIX):
         return None
     kernel = parse_tensor_name(f"{match[1].removeprefix(PEFT_PREFIX)}.weight", config)

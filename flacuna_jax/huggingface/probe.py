@@ -22,6 +22,7 @@ from flax import nnx
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.files.tensors import TensorReader, cast, host_device, row_blocks
 from flacuna_jax.huggingface.load import match_tensors
+from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.lora import LoRALinear, row_norms
 from flacuna_jax.model.parameters import ModelSpec
@@ -157,21 +158,22 @@ class StreamedModel:
         self._filled += len(self._slots_t)
         positions_bt = np.maximum(self._slots_t - self._first_b[:, None], 0)
         with _in_float32():
-            self._rope = self._config.rope_at(jnp.asarray(positions_bt))
+            self._ropes = self._config.ropes_at(jnp.asarray(positions_bt))
             embedded = [_embed(side.weights, self._spec.embedding, tokens_bt) for side in self._sides]
             self._x_btd = jnp.asarray(np.concatenate(embedded)) * self._config.embedding_multiplier
 
     def through(self, layer: int) -> None:
         self._layer = layer
         with _in_float32():
-            rope = self._config.rope_in(layer, self._rope)
+            rope = self._config.rope_in(layer, self._ropes)
             self._x_btd = self._block(self._x_btd, rope, functools.partial(self._attend, layer, self._slots_t))
 
     def finish(self, *, last_only: bool = False) -> np.ndarray:
         """Reads the head and returns the logits."""
         with _in_float32():
             hidden_btd = self._norm(self._x_btd[:, -1:] if last_only else self._x_btd)
-            return np.asarray(self._project(self._spec.head, hidden_btd / self._config.logits_scaling))
+            logits_btv = self._project(self._spec.head, hidden_btd / self._config.logits_scaling)
+            return np.asarray(capped(logits_btv, self._config.logits_softcap))
 
     def _read(self, path: str, module: nnx.Module, x: jax.Array) -> jax.Array:
         """Applies a small module of the network, such as a norm, with the weights of each side."""
@@ -236,9 +238,8 @@ class StreamedModel:
             kept[layer][:, slots_t] = np.asarray(new)
         slots_s = np.arange(self._kept.shape[3])
         visible_bts = (slots_s >= self._first_b[:, None, None]) & (slots_s <= slots_t[:, None])
-        if self._config.sliding_window is not None:
-            visible_bts &= slots_s > slots_t[:, None] - self._config.sliding_window
-        return _attention(q_bthn, *self._kept[:, layer], visible_bts)
+        visible_bts &= slots_s >= self._config.first_visible(layer, slots_t)[:, None]
+        return _attention(self._config, q_bthn, *self._kept[:, layer], visible_bts)
 
 
 _ALIGNMENT = 64
@@ -276,11 +277,14 @@ def _sum_of_products(x_bti: jax.Array, weight_oi: jax.Array, a_ri: jax.Array, b_
     return x_bti @ weight_oi.astype(jnp.float32).T + (x_bti @ a_ri.T) @ b_or.T
 
 
-@jax.jit
-def _attention(q_bthn: jax.Array, k_bskn: jax.Array, v_bskn: jax.Array, visible_bts: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _attention(
+    config: LlamaConfig, q_bthn: jax.Array, k_bskn: jax.Array, v_bskn: jax.Array, visible_bts: jax.Array
+) -> jax.Array:
     """Softmax attention over the visible slots; the result for padding tokens, which see no slot, is arbitrary."""
     batch, length, _, size = q_bthn.shape
     q_btkgn = q_bthn.reshape(batch, length, k_bskn.shape[2], -1, size)
-    scores = jnp.einsum("btkgn,bskn->bkgts", q_btkgn, k_bskn) * size**-0.5
+    scores = jnp.einsum("btkgn,bskn->bkgts", q_btkgn, k_bskn) * config.attention_scale
+    scores = capped(scores, config.attention_softcap)
     weights = jax.nn.softmax(jnp.where(visible_bts[:, None, None], scores, -1e30), axis=-1)
     return jnp.einsum("bkgts,bskn->btkgn", weights, v_bskn).reshape(q_bthn.shape)

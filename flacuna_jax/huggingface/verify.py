@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +42,7 @@ def verify_adapter(
         finite, or a trained adapter has a B of only zeros.
     """
     found = read_adapter(directory, config)
-    if (found.lora, found.spec.tokens, found.base_name) != (meant.lora, meant.spec.tokens, meant.base_name):
+    if _settings(found) != _settings(meant) or found.base_name != meant.base_name:
         raise VerificationError(f"{directory}: the settings read back are {found.lora} instead of {meant.lora}")
     if set(found.params) != set(meant.params):
         raise VerificationError(f"{directory}: contains {sorted(found.params)} instead of {sorted(meant.params)}")
@@ -54,6 +55,15 @@ def verify_adapter(
     if logits is None:
         return None
     return compare_logits(directory, logits(dataclasses.replace(meant, params=rounded)), logits(found))
+
+
+def _settings(adapter: Adapter) -> Any:
+    """What must be the same. If projections of the base are fused, ranks and alphas are stored for the fused modules,
+    and read back as those of each module."""
+    if not adapter.spec.config.fused_projections:
+        return adapter.lora, adapter.spec.tokens
+    ranks = {module: (found.ranks.tolist(), found.scales.tolist()) for module, found in adapter.spec.ranks.items()}
+    return ranks, adapter.lora.dropout, adapter.lora.use_dora, adapter.spec.tokens
 
 
 def compare_logits(directory: Path, meant: np.ndarray, found: np.ndarray) -> float:
@@ -99,13 +109,13 @@ def verify_model(directory: Path, config: LlamaConfig, meant: Sequence[PendingTe
     """
     if read_architecture(directory) != config:
         raise VerificationError(f"{directory}: config.json read back gives {read_architecture(directory)}")
-    reader = open_checkpoint(directory)
+    open_checkpoint(directory)
+    held = [read_header(file)[0] for file in sorted(directory.glob("*.safetensors"))]
     wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in meant}
-    found = {name: (reader.shape(name), reader.dtype(name)) for name in reader}
+    found = {name: (tensor.shape, tensor.dtype) for tensors in held for name, tensor in tensors.items()}
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise VerificationError(f"{directory}: existence, shape or dtype differ for {names.some(differing)}")
-    held = [read_header(file)[0] for file in sorted(directory.glob("*.safetensors"))]
     lying = [name for tensors in held for name in _in_file_order(tensors)]
     misplaced = [name for name, tensor in zip(lying, meant, strict=True) if name != tensor.name]
     if misplaced:

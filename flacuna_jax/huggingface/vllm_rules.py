@@ -15,7 +15,7 @@ from flacuna_jax.huggingface.files.torch_file import read_torch_file
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank."""
 _DEFAULT_RANK = 16
-_MODULES = frozenset({*TARGETS, "embed_tokens"})
+_MODULES = frozenset({*TARGETS, "qkv_proj", "gate_up_proj", "embed_tokens"})
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 

@@ -5,7 +5,8 @@ A backend is a pair of functions behind one `custom_vjp`:
     forward(q, k, v, mask, scale=..., ...) -> o [B, T, H, D], lse [B, H, T]
     backward(q, k, v, mask, o, lse, do, scale=..., ...) -> dq, dk, dv
 
-lse is float32: log2 of the sum of exp2(log2(e) scale q·k) over the visible keys, 0 if there are none.
+lse is float32: log2 of the sum of exp2(log2(e) score) over the visible keys, 0 if there are none. A score is
+scale · q·k, capped if there is a `softcap`.
 """
 
 import importlib
@@ -60,6 +61,7 @@ def attention(
     mask: PackedMask,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     backend: Backend = "auto",
     tiles: GpuTiles | TpuTiles | None = None,
     interpret: bool = False,
@@ -67,8 +69,8 @@ def attention(
     """Causal attention within the documents of packed rows.
 
     q [B, T, H, D], k and v [B, T, Hkv, D] of one dtype (float32 or bfloat16), H a multiple of Hkv: query head h reads
-    key head h // (H / Hkv). `scale` > 0 defaults to D ** -0.5. Returns q's shape and dtype; padding rows are exactly
-    0 and receive no gradient. Softmax and sums are float32.
+    key head h // (H / Hkv). `scale` > 0 defaults to D ** -0.5. `softcap` > 0 limits scores, see `kernels.softcap`.
+    Returns q's shape and dtype; padding rows are exactly 0 and receive no gradient. Softmax and sums are float32.
 
     Under a mesh (`jax.set_mesh`) with axes of type Auto, rows are split over `data` and `fsdp`, and heads over
     `tensor`.
@@ -83,14 +85,15 @@ def attention(
     support them.
     """
     _check_arrays(q_bthd, k_bthd, v_bthd, mask)
-    _check_options(backend, scale, tiles)
+    _check_options(backend, scale, softcap, tiles)
     device_kind, platform = _ambient_device()
     dim, dtype = q_bthd.shape[-1], q_bthd.dtype
-    require_backend(backend, dim, dtype, platform or jax.default_backend(), device_kind, mask.one_document)
+    require_backend(backend, dim, dtype, platform or jax.default_backend(), device_kind, mask.one_document, softcap)
     plan = _Plan(
-        backend=_resolve(backend, platform, device_kind, dim, dtype, mask.one_document),
+        backend=_resolve(backend, platform, device_kind, dim, dtype, mask.one_document, softcap),
         device_kind=device_kind,
         scale=float(q_bthd.shape[-1] ** -0.5 if scale is None else scale),
+        softcap=softcap,
         tiles=tiles,
         interpret=interpret,
     )
@@ -98,14 +101,20 @@ def attention(
 
 
 def require_backend(
-    backend: Backend, dim: int, dtype: DTypeLike, platform: str, device_kind: str | None, one_document: bool
+    backend: Backend,
+    dim: int,
+    dtype: DTypeLike,
+    platform: str,
+    device_kind: str | None,
+    one_document: bool,
+    softcap: float | None = None,
 ) -> None:
-    """Raises the UserError of `attention` before there are arrays: for "cudnn" or "tokamax" on an unsupported
-    machine."""
+    """Raises the UserError of `attention` before there are arrays: for "cudnn" or "tokamax" if they do not support the
+    machine, the heads or the mask."""
     if backend == "cudnn":
-        attention_cudnn.check(dim, dtype, one_document, platform)
+        attention_cudnn.check(dim, dtype, one_document, platform, softcap)
     elif backend == "tokamax":
-        attention_tokamax.check(dim, dtype, platform, device_kind)
+        attention_tokamax.check(dim, dtype, platform, device_kind, softcap)
 
 
 @dataclass(frozen=True)
@@ -115,17 +124,20 @@ class _Plan:
     backend: Backend
     device_kind: str | None
     scale: float
+    softcap: float | None
     tiles: GpuTiles | TpuTiles | None
     interpret: bool
 
     def options(self, backend: Backend, dim: int, dtype: Any) -> dict[str, Any]:
-        if backend in ("xla", "cudnn"):
+        if backend == "cudnn":
             return {"scale": self.scale}
         if backend == "tokamax":
             return {"scale": self.scale, "device_kind": self.device_kind}
+        if backend == "xla":
+            return {"scale": self.scale, "softcap": self.softcap}
         table: Any = gpu_tiles if backend == "pallas_gpu" else tpu_tiles
         chosen = self.tiles or table(self.device_kind, dim, dtype)
-        return {"scale": self.scale, "tiles": chosen, "interpret": self.interpret}
+        return {"scale": self.scale, "softcap": self.softcap, "tiles": chosen, "interpret": self.interpret}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -158,7 +170,7 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
 
     def local(*args: Any) -> Any:
         if plan.backend == "auto":
-            gpu, _ = _gpu_backend(plan.device_kind, q_bthd.shape[-1], q_bthd.dtype)
+            gpu, _ = _gpu_backend(plan.device_kind, q_bthd.shape[-1], q_bthd.dtype, plan.softcap)
             return lax.platform_dependent(*args, cuda=of(gpu), tpu=of("pallas_tpu"), default=of("xla"))
         return of(plan.backend)(*args)
 
@@ -186,10 +198,12 @@ def _ambient_device() -> tuple[str | None, str | None]:
     return jax.devices()[0].device_kind, None
 
 
-def _gpu_backend(device_kind: str | None, dim: int, dtype: DTypeLike) -> tuple[Backend, str]:
+def _gpu_backend(
+    device_kind: str | None, dim: int, dtype: DTypeLike, softcap: float | None = None
+) -> tuple[Backend, str]:
     """The fastest known backend for an NVIDIA GPU, and a remark about the choice for the log."""
     has_triton = _MODULES["pallas_gpu"] is not None and gpu_holds(dim, dtype)
-    misfit = attention_tokamax.misfit(dim, dtype, "gpu", device_kind)
+    misfit = attention_tokamax.misfit(dim, dtype, "gpu", device_kind, softcap)
     measured = measured_seconds(device_kind, dim, dtype)
     tokamax_is_faster = "tokamax" in measured and min(measured, key=lambda name: measured[name]) == "tokamax"
     if not has_triton:
@@ -210,6 +224,7 @@ def _resolve(
     dim: int,
     dtype: DTypeLike,
     one_document: bool,
+    softcap: float | None = None,
 ) -> Backend:
     if backend != "auto":
         return backend
@@ -221,10 +236,10 @@ def _resolve(
     if platform == "tpu":
         chosen = "pallas_tpu"
     elif platform in ("gpu", "cuda") and str(device_kind).startswith("NVIDIA"):
-        chosen, more = _gpu_backend(device_kind, dim, dtype)
+        chosen, more = _gpu_backend(device_kind, dim, dtype, softcap)
     elif platform != "cpu":
         more = " and there are no kernels for them"
-    if chosen == "pallas_gpu" and one_document:
+    if chosen == "pallas_gpu" and one_document and softcap is None:
         more += "; cudnn supports these rows, but is neither measured to be faster nor bit-identical between runs"
     _log_once(f"attention: backend {chosen}, because the mesh has {platform} devices ({device_kind}){more}")
     return chosen
@@ -281,13 +296,14 @@ def _check_arrays(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask:
         raise ValueError(f"q, k, v must share a dtype; got {q_bthd.dtype}, {k_bthd.dtype}, {v_bthd.dtype}")
 
 
-def _check_options(backend: str, scale: float | None, tiles: GpuTiles | TpuTiles | None) -> None:
+def _check_options(backend: str, scale: float | None, softcap: float | None, tiles: GpuTiles | TpuTiles | None) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend != "auto" and _MODULES[backend] is None:
         raise ValueError(f"backend {backend} is not available{NO_TRITON}; use auto")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale is {scale}, but must be above 0")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}, but must be above 0")
     kinds: dict[str, type] = {"pallas_gpu": GpuTiles, "pallas_tpu": TpuTiles}
     if tiles is not None and not (backend in kinds and isinstance(tiles, kinds[backend])):
         raise ValueError(f"{type(tiles).__name__} given with backend {backend}, which has other tiles")

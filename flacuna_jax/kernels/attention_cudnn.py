@@ -24,15 +24,17 @@ LARGEST_HEAD = 128
 LOG2_E = math.log2(math.e)
 
 
-def check(dim: int, dtype: DTypeLike, one_document: bool, platform: str) -> None:
+def check(dim: int, dtype: DTypeLike, one_document: bool, platform: str, softcap: float | None) -> None:
     """Raises UserError with the reason if this backend does not support the arguments."""
     if platform not in ("gpu", "cuda"):
         raise UserError(f"attention backend cudnn runs on NVIDIA GPUs, not on {platform}; use auto")
     if not one_document:
         raise UserError(
-            "attention backend cudnn needs rows of one document each (make_packed_mask(..., one_document=True)), but "
-            "these rows may be packed; use auto"
+            "attention backend cudnn needs rows of one document each (make_packed_mask(..., one_document=True)) and "
+            "the same window in all layers, but windows differ or these rows may be packed; use auto"
         )
+    if softcap is not None:
+        raise UserError("attention backend cudnn has no soft cap of scores, which this model needs; use auto")
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         raise UserError(f"attention backend cudnn supports bfloat16 and float16, not {jnp.dtype(dtype).name}; use auto")
     if dim % 8 or dim > LARGEST_HEAD:

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from flacuna_jax.kernels.packed_mask import PackedMask, TileRange, key_tiles, query_tiles
+from flacuna_jax.kernels.softcap import capped, through_cap
 from flacuna_jax.kernels.tiles import GpuTile, GpuTiles
 
 LOG2_E = math.log2(math.e)
@@ -39,16 +40,17 @@ def forward(
     mask: PackedMask,
     *,
     scale: float,
+    softcap: float | None = None,
     tiles: GpuTiles,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output o [B, T, H, D] in q's dtype, and lse [B, H, T] float32: log2 Σ exp2(log2(e) scale q·k). Both 0 at padding.
+    """Output o [B, T, H, D] in q's dtype, and lse [B, H, T] float32: log2 Σ exp2(log2(e) score). Both 0 at padding.
 
     Arguments as in `attention.attention`, for any T and D.
     """
     tile = tiles.forward
     batch, length, heads, dim = q_bthd.shape
-    plan = _Plan(tile, length, dim, scale, interpret)
+    plan = _Plan(tile, length, dim, scale, softcap, interpret)
     specs = _Specs(plan)
     q_spec, k_spec = specs.head(), specs.head(shared_by=heads // k_bthd.shape[2])
     return pl.pallas_call(
@@ -75,6 +77,7 @@ def backward(
     do_bthd: jax.Array,
     *,
     scale: float,
+    softcap: float | None = None,
     tiles: GpuTiles,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -85,7 +88,7 @@ def backward(
     statistics = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
 
     tile = tiles.dq
-    plan = _Plan(tile, length, dim, scale, interpret)
+    plan = _Plan(tile, length, dim, scale, softcap, interpret)
     specs = _Specs(plan)
     q_spec, k_spec = specs.head(), specs.head(shared_by=group)
     dq_bthd, delta_bht = pl.pallas_call(
@@ -99,7 +102,7 @@ def backward(
     )(q_bthd, k_bthd, v_bthd, mask.start_bt, o_bthd, do_bthd, lse_bht)
 
     tile = tiles.dkv_for(length)
-    plan = _Plan(tile, length, dim, scale, interpret)
+    plan = _Plan(tile, length, dim, scale, softcap, interpret)
     specs = _Specs(plan)
     q_spec, k_spec = specs.head_group(group), specs.head()
     statistic_spec = specs.statistic_group(group)
@@ -126,6 +129,7 @@ class _Plan:
     length: int
     dim: int
     scale: float
+    softcap: float | None
     interpret: bool
 
     @property
@@ -140,7 +144,13 @@ class _Plan:
 
     @property
     def log2_scale(self) -> float:
-        return self.scale * LOG2_E
+        """Of the results of `scores`, for exp2."""
+        return LOG2_E if self.softcap is not None else self.scale * LOG2_E
+
+    def scores(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Products of queries and keys in float32: with a cap scaled and capped, otherwise not yet scaled."""
+        product = self.dot(a, b, contract=(1, 1))
+        return product if self.softcap is None else capped(product * self.scale, self.softcap)
 
     def load(self, ref: Ref, first: Index, size: int, head: Index | None = None) -> jax.Array:
         """[size, padded D] from position `first` of a [T, padded D] or, with `head`, [T, heads, padded D] reference."""
@@ -239,7 +249,7 @@ def packed_attention_forward(
     def visit(j: jax.Array, carry: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
         o_qd, top_q, sum_q = carry
         first_key = j * tile.keys
-        score_qk = plan.dot(q_qd, plan.load(k_ref, first_key, tile.keys), contract=(1, 1))
+        score_qk = plan.scores(q_qd, plan.load(k_ref, first_key, tile.keys))
         if masked:
             key_k = first_key + jnp.arange(tile.keys)
             visible_qk = (start_q[:, None] <= key_k[None, :]) & (key_k[None, :] <= query_q[:, None])
@@ -293,13 +303,14 @@ def packed_attention_dq(
     def visit(j: jax.Array, dq_qd: jax.Array, masked: bool) -> jax.Array:
         first_key = j * tile.keys
         k_kd = plan.load(k_ref, first_key, tile.keys)
-        weight_qk = jnp.exp2(plan.dot(q_qd, k_kd, contract=(1, 1)) * log2_scale - lse_q[:, None])
+        score_qk = plan.scores(q_qd, k_kd)
+        weight_qk = jnp.exp2(score_qk * log2_scale - lse_q[:, None])
         if masked:
             key_k = first_key + jnp.arange(tile.keys)
             visible_qk = (start_q[:, None] <= key_k[None, :]) & (key_k[None, :] <= query_q[:, None])
             weight_qk = jnp.where(visible_qk, weight_qk, 0.0)
         dweight_qk = plan.dot(do_qd, plan.load(v_ref, first_key, tile.keys), contract=(1, 1))
-        dscore_qk = weight_qk * (dweight_qk - delta_q[:, None])
+        dscore_qk = through_cap(weight_qk * (dweight_qk - delta_q[:, None]), score_qk, plan.softcap)
         return dq_qd + plan.dot(dscore_qk.astype(k_kd.dtype), k_kd, contract=(1, 0))
 
     dq_qd = _walk(key_tiles(start_q, query_q, tile.keys), visit, jnp.zeros(q_qd.shape, jnp.float32))
@@ -335,7 +346,8 @@ def packed_attention_dkv(
             first_query = i * tile.queries
             q_qd = plan.load(q_ref, first_query, tile.queries, head)
             lse_q = plan.load_vector(lse_ref, first_query, tile.queries, head)
-            weight_kq = jnp.exp2(plan.dot(k_kd, q_qd, contract=(1, 1)) * log2_scale - lse_q[None, :])
+            score_kq = plan.scores(k_kd, q_qd)
+            weight_kq = jnp.exp2(score_kq * log2_scale - lse_q[None, :])
             if masked:
                 query_q = first_query + jnp.arange(tile.queries)
                 visible_kq = (key_k[:, None] <= query_q[None, :]) & (query_q[None, :] < end_k[:, None])
@@ -344,6 +356,7 @@ def packed_attention_dkv(
             dv_kd = dv_kd + plan.dot(weight_kq.astype(do_qd.dtype), do_qd, contract=(1, 0))
             delta_q = plan.load_vector(delta_ref, first_query, tile.queries, head)
             dscore_kq = weight_kq * (plan.dot(v_kd, do_qd, contract=(1, 1)) - delta_q[None, :])
+            dscore_kq = through_cap(dscore_kq, score_kq, plan.softcap)
             dk_kd = dk_kd + plan.dot(dscore_kq.astype(q_qd.dtype), q_qd, contract=(1, 0))
             return dk_kd, dv_kd
 

@@ -45,7 +45,9 @@ def installed() -> str | None:
         return None
 
 
-def misfit(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None) -> str | None:
+def misfit(
+    dim: int, dtype: DTypeLike, platform: str, device_kind: str | None, softcap: float | None = None
+) -> str | None:
     """The reason why this backend does not support heads of `dim` on such a device; None if it does."""
     if platform not in ("gpu", "cuda"):
         return f"runs on NVIDIA GPUs, not on {platform}"
@@ -55,6 +57,8 @@ def misfit(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None) -
         return f"supports bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if dim > LARGEST_HEAD:
         return f"supports head_dim up to {LARGEST_HEAD}, not {dim}"
+    if softcap is not None:
+        return "is not tested here with a soft cap of scores, which this model needs"
     found = installed()
     if found is None:
         return f"needs tokamax {VERSION}, which is not installed: pip install 'flacuna-jax[tokamax]' (Python 3.12)"
@@ -63,9 +67,9 @@ def misfit(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None) -
     return None
 
 
-def check(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None) -> None:
+def check(dim: int, dtype: DTypeLike, platform: str, device_kind: str | None, softcap: float | None) -> None:
     """Raises UserError with the reason if this backend does not support the arguments."""
-    if reason := misfit(dim, dtype, platform, device_kind):
+    if reason := misfit(dim, dtype, platform, device_kind, softcap):
         raise UserError(f"attention backend tokamax {reason}; or use auto")
 
 

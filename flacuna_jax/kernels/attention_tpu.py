@@ -29,6 +29,7 @@ from flacuna_jax.kernels.attention_tpu_layout import (
     read_range,
 )
 from flacuna_jax.kernels.packed_mask import PackedMask, TileRange
+from flacuna_jax.kernels.softcap import capped, through_cap
 from flacuna_jax.kernels.tiles import TpuTile, TpuTiles
 
 LOG2_E = math.log2(math.e)
@@ -41,6 +42,7 @@ def forward(
     mask: PackedMask,
     *,
     scale: float,
+    softcap: float | None = None,
     tiles: TpuTiles,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +52,7 @@ def forward(
     ranges = key_ranges(start_b1t, sizes)
     q_spec, k_spec, row_spec, statistic_spec = query_major_specs(sizes)
     o_btf, lse_bh1t = pl.pallas_call(
-        partial(packed_attention_forward, sizes=sizes, scale=scale),
+        partial(packed_attention_forward, sizes=sizes, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sizes.batch, sizes.heads, sizes.query_tiles, sizes.key_steps),
@@ -80,14 +82,15 @@ def backward(
     do_bthd: jax.Array,
     *,
     scale: float,
+    softcap: float | None = None,
     tiles: TpuTiles,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the shapes and dtypes of q, k, v."""
     delta_bht = jnp.einsum("bthd,bthd->bht", o_bthd, do_bthd, preferred_element_type=jnp.float32)
     args = (q_bthd, k_bthd, v_bthd, mask, lse_bht, delta_bht, do_bthd)
-    dq_bthd = _backward_queries(*args, scale=scale, tile=tiles.dq, interpret=interpret)
-    dk_bthd, dv_bthd = _backward_keys(*args, scale=scale, tile=tiles.dkv, interpret=interpret)
+    dq_bthd = _backward_queries(*args, scale=scale, softcap=softcap, tile=tiles.dq, interpret=interpret)
+    dk_bthd, dv_bthd = _backward_keys(*args, scale=scale, softcap=softcap, tile=tiles.dkv, interpret=interpret)
     return dq_bthd, dk_bthd, dv_bthd
 
 
@@ -101,6 +104,7 @@ def _backward_queries(
     do_bthd: jax.Array,
     *,
     scale: float,
+    softcap: float | None,
     tile: TpuTile,
     interpret: bool,
 ) -> jax.Array:
@@ -108,7 +112,7 @@ def _backward_queries(
     start_b1t = sizes.pad_mask(mask.start_bt, beyond=sizes.padded_length)
     q_spec, k_spec, row_spec, statistic_spec = query_major_specs(sizes)
     dq_btf = pl.pallas_call(
-        partial(packed_attention_dq, sizes=sizes, scale=scale),
+        partial(packed_attention_dq, sizes=sizes, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sizes.batch, sizes.heads, sizes.query_tiles, sizes.key_steps),
@@ -141,6 +145,7 @@ def _backward_keys(
     do_bthd: jax.Array,
     *,
     scale: float,
+    softcap: float | None,
     tile: TpuTile,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -148,7 +153,7 @@ def _backward_keys(
     end_b1t = sizes.pad_mask(mask.end_bt, beyond=0)
     q_spec, k_spec, row_spec, statistic_spec = key_major_specs(sizes)
     dk_btf, dv_btf = pl.pallas_call(
-        partial(packed_attention_dkv, sizes=sizes, scale=scale),
+        partial(packed_attention_dkv, sizes=sizes, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(sizes.batch, sizes.kv_heads, sizes.key_tiles, sizes.group, sizes.query_steps),
@@ -187,9 +192,10 @@ def packed_attention_forward(
     *,
     sizes: Sizes,
     scale: float,
+    softcap: float | None,
 ) -> None:
     """Step (b, h, i, step): the contribution of one key tile to the output of query tile i of head h."""
-    tile, log2_scale = sizes.tile, scale * LOG2_E
+    tile, log2_scale = sizes.tile, _log2_scale(scale, softcap)
     i, step = pl.program_id(2), pl.program_id(3)
     needed = read_range(ranges_ref, pl.program_id(0) * sizes.query_tiles + i)
     j = needed.first + step
@@ -202,7 +208,7 @@ def packed_attention_forward(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def visit(masked: bool) -> None:
-        score_qk = _dot(q_ref[...], k_ref[...], contract=(1, 1))
+        score_qk = _scores(q_ref[...], k_ref[...], scale, softcap)
         if masked:
             key_1k = _positions(j * tile.keys, (1, tile.keys), axis=1)
             score_qk = jnp.where((_column(start_ref) <= key_1k) & (key_1k <= query_q1), score_qk, -jnp.inf)
@@ -240,6 +246,7 @@ def packed_attention_dq(
     *,
     sizes: Sizes,
     scale: float,
+    softcap: float | None,
 ) -> None:
     """Step (b, h, i, step): the contribution of one key tile to dq of query tile i of head h."""
     tile = sizes.tile
@@ -254,12 +261,13 @@ def packed_attention_dq(
 
     def visit(masked: bool) -> None:
         k_kd = k_ref[...]
-        weight_qk = jnp.exp2(_dot(q_ref[...], k_kd, contract=(1, 1)) * (scale * LOG2_E) - _column(lse_ref))
+        score_qk = _scores(q_ref[...], k_kd, scale, softcap)
+        weight_qk = jnp.exp2(score_qk * _log2_scale(scale, softcap) - _column(lse_ref))
         if masked:
             key_1k = _positions(j * tile.keys, (1, tile.keys), axis=1)
             weight_qk = jnp.where((_column(start_ref) <= key_1k) & (key_1k <= query_q1), weight_qk, 0.0)
         dweight_qk = _dot(do_ref[...], v_ref[...], contract=(1, 1))
-        dscore_qk = weight_qk * (dweight_qk - _column(delta_ref))
+        dscore_qk = through_cap(weight_qk * (dweight_qk - _column(delta_ref)), score_qk, softcap)
         acc_ref[...] += _dot(dscore_qk.astype(k_kd.dtype), k_kd, contract=(1, 0))
 
     _visit(j, needed, visit)
@@ -286,6 +294,7 @@ def packed_attention_dkv(
     *,
     sizes: Sizes,
     scale: float,
+    softcap: float | None,
 ) -> None:
     """Step (b, n, j, g, step): the contribution of one query tile to dk and dv of key tile j of key head n."""
     tile = sizes.tile
@@ -301,12 +310,14 @@ def packed_attention_dkv(
 
     def visit(masked: bool) -> None:
         q_qd, do_qd = q_ref[...], do_ref[...]
-        weight_kq = jnp.exp2(_dot(k_ref[...], q_qd, contract=(1, 1)) * (scale * LOG2_E) - lse_ref[...])
+        score_kq = _scores(k_ref[...], q_qd, scale, softcap)
+        weight_kq = jnp.exp2(score_kq * _log2_scale(scale, softcap) - lse_ref[...])
         if masked:
             query_1q = _positions(i * tile.queries, (1, tile.queries), axis=1)
             weight_kq = jnp.where((key_k1 <= query_1q) & (query_1q < _column(end_ref)), weight_kq, 0.0)
         dv_acc_ref[...] += _dot(weight_kq.astype(do_qd.dtype), do_qd, contract=(1, 0))
         dscore_kq = weight_kq * (_dot(v_ref[...], do_qd, contract=(1, 1)) - delta_ref[...])
+        dscore_kq = through_cap(dscore_kq, score_kq, softcap)
         dk_acc_ref[...] += _dot(dscore_kq.astype(q_qd.dtype), q_qd, contract=(1, 0))
 
     _visit(i, needed, visit)
@@ -333,6 +344,17 @@ def _positions(first: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array
 def _column(row_ref: Ref) -> jax.Array:
     """A [1, n] block as [n, 1], by a transpose of whole tiles, which every TPU generation supports; v4 has no other."""
     return jnp.broadcast_to(row_ref[...], (LANES, row_ref.shape[1])).T[:, :1]
+
+
+def _scores(a: jax.Array, b: jax.Array, scale: float, softcap: float | None) -> jax.Array:
+    """Products of queries and keys in float32: with a cap scaled and capped, otherwise not yet scaled."""
+    product = _dot(a, b, contract=(1, 1))
+    return product if softcap is None else capped(product * scale, softcap)
+
+
+def _log2_scale(scale: float, softcap: float | None) -> float:
+    """Of the results of `_scores`, for exp2."""
+    return scale * LOG2_E if softcap is None else LOG2_E
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:

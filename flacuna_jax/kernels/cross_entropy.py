@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
+from flacuna_jax.kernels.softcap import capped, through_cap
 
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 256
 """Largest and smallest number of positions per chunk: 1024 × 32000 float32 logits are 131 MB, and already fill the
@@ -51,6 +52,7 @@ def token_losses(
     targets_bt: jax.Array,
     loss_mask_bt: jax.Array,
     *,
+    softcap: float | None = None,
     chunk: int | None = None,
     trained_columns: int | None = None,
     trained_rows: TrainedRows | None = None,
@@ -62,6 +64,7 @@ def token_losses(
       head_vd: language-model head [vocab, model].
       targets_bt: int32 target ids.
       loss_mask_bt: bool, true if the target carries loss.
+      softcap: limit of the logits, see `kernels.softcap`.
       chunk: positions per chunk; None: `chunk_size`.
       trained_columns: number of the head's last columns that have a gradient; the gradient of the others is zero and is
         not computed. None: all.
@@ -70,11 +73,12 @@ def token_losses(
     On a mesh (`jax.set_mesh` with axes data, fsdp, tensor), rows are split over data × fsdp, and the vocabulary over
     tensor if that divides it.
     """
+    logits = _Logits(softcap, chunk)
     if trained_rows is None:
-        return _token_losses(hidden_btd, head_vd, None, targets_bt, loss_mask_bt, chunk, trained_columns, None)
+        return _token_losses(hidden_btd, head_vd, None, targets_bt, loss_mask_bt, logits, trained_columns, None)
     head_vd = jax.lax.stop_gradient(head_vd)
     inputs = (hidden_btd, head_vd, trained_rows.rows_nd, targets_bt, loss_mask_bt)
-    return _token_losses(*inputs, chunk, None, trained_rows.ids)
+    return _token_losses(*inputs, logits, None, trained_rows.ids)
 
 
 def token_scores(
@@ -83,13 +87,23 @@ def token_scores(
     targets_bt: jax.Array,
     loss_mask_bt: jax.Array,
     *,
+    softcap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The result of `token_losses`, and whether each supervised target is the most likely token, bool [b, t].
 
     For evaluation: it has no gradient.
     """
-    return _on_mesh(_scores, chunk, head_vd, ("rows", "rows"))(hidden_btd, head_vd, targets_bt, loss_mask_bt)
+    return _on_mesh(_scores, _Logits(softcap, chunk), head_vd, ("rows", "rows"))(
+        hidden_btd, head_vd, targets_bt, loss_mask_bt
+    )
+
+
+class _Logits(NamedTuple):
+    """How logits are computed: their limit, and the number of positions per chunk; None: none, and `chunk_size`."""
+
+    softcap: float | None
+    chunk: int | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -99,12 +113,12 @@ def _token_losses(
     rows_nd: jax.Array | None,
     targets_bt: jax.Array,
     loss_mask_bt: jax.Array,
-    chunk: int | None,
+    logits: _Logits,
     trained_columns: int | None,
     row_ids: tuple[int, ...] | None,
 ) -> jax.Array:
     del rows_nd  # the head contains them
-    return _on_mesh(_losses, chunk, head_vd, "rows")(hidden_btd, head_vd, targets_bt, loss_mask_bt)
+    return _on_mesh(_losses, logits, head_vd, "rows")(hidden_btd, head_vd, targets_bt, loss_mask_bt)
 
 
 def _forward_rule(
@@ -113,20 +127,20 @@ def _forward_rule(
     rows: Any,
     targets: Any,
     loss_mask: Any,
-    chunk: int | None,
+    logits: _Logits,
     trained_columns: int | None,
     row_ids: tuple[int, ...] | None,
 ) -> tuple[jax.Array, tuple]:
     inputs = (hidden.value, head.value, targets.value, loss_mask.value)
     if head.perturbed or (rows is not None and rows.perturbed):
-        losses_bt = _on_mesh(_losses, chunk, head.value, "rows")(*inputs)
+        losses_bt = _on_mesh(_losses, logits, head.value, "rows")(*inputs)
         return losses_bt, (None, inputs)
-    losses_bt, unit_gradient_btd = _on_mesh(_losses_and_gradients, chunk, head.value, ("rows", "rows"))(*inputs)
+    losses_bt, unit_gradient_btd = _on_mesh(_losses_and_gradients, logits, head.value, ("rows", "rows"))(*inputs)
     return losses_bt, (unit_gradient_btd, None)
 
 
 def _backward_rule(
-    chunk: int | None,
+    logits: _Logits,
     trained_columns: int | None,
     row_ids: tuple[int, ...] | None,
     residuals: tuple,
@@ -140,10 +154,10 @@ def _backward_rule(
         return gradient_btd.astype(unit_gradient_btd.dtype), None, None, None, None
     if row_ids is not None:
         local = functools.partial(_row_gradients, ids=row_ids)
-        hidden_gradient, row_gradient = _on_mesh(local, chunk, inputs[1], ("rows", "whole"))(*inputs, cotangent_bt)
+        hidden_gradient, row_gradient = _on_mesh(local, logits, inputs[1], ("rows", "whole"))(*inputs, cotangent_bt)
         return hidden_gradient, None, row_gradient, None, None
     local = functools.partial(_all_gradients, columns=trained_columns or inputs[1].shape[1])
-    hidden_gradient, head_gradient = _on_mesh(local, chunk, inputs[1], ("rows", "head"))(*inputs, cotangent_bt)
+    hidden_gradient, head_gradient = _on_mesh(local, logits, inputs[1], ("rows", "head"))(*inputs, cotangent_bt)
     return hidden_gradient, head_gradient, None, None, None
 
 
@@ -157,6 +171,7 @@ _token_losses.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     chunk: int
+    softcap: float | None = None
     vocab_axis: str | None = None
     """Mesh axis that splits the head's rows; None if the head is whole."""
     row_axes: tuple[str, ...] = ()
@@ -207,11 +222,12 @@ class _ChunkStatistics(NamedTuple):
     is_likeliest_c: jax.Array
     """Whether no token is more likely than the target."""
     gradient_cv: jax.Array
-    """d loss / d logits."""
+    """d loss / d (hidden · head), through the cap if there is one."""
 
 
 def _chunk_statistics(hidden_cd: jax.Array, head_vd: jax.Array, here: _Positions, layout: _Layout) -> _ChunkStatistics:
     logits_cv = jnp.einsum("cd,vd->cv", hidden_cd, head_vd, preferred_element_type=jnp.float32)
+    logits_cv = capped(logits_cv, layout.softcap)
     vocab_start = jnp.int32(0)
     highest_c = jnp.max(logits_cv, axis=-1)
     if layout.vocab_axis:
@@ -226,6 +242,7 @@ def _chunk_statistics(hidden_cd: jax.Array, head_vd: jax.Array, here: _Positions
     live_c = jnp.arange(layout.chunk) < here.supervised
     loss_c = jnp.where(live_c, jnp.log(normalizer_c) + highest_c - target_logit_c, 0.0)
     gradient_cv = jnp.where(live_c[:, None], exponentials_cv / normalizer_c[:, None] - is_target_cv, 0.0)
+    gradient_cv = through_cap(gradient_cv, logits_cv, layout.softcap)
     return _ChunkStatistics(loss_c, live_c & (target_logit_c >= highest_c), gradient_cv)
 
 
@@ -374,7 +391,7 @@ def _gradients(
     return _put_back(gradients_nd, positions, hidden_btd.shape), head_gradient_vk
 
 
-def _on_mesh(local: Callable, chunk: int | None, head_vd: jax.Array, outputs: Any) -> Callable:
+def _on_mesh(local: Callable, logits: _Logits, head_vd: jax.Array, outputs: Any) -> Callable:
     """Runs `local` on every device's rows; `outputs` gives the sharding of each result: like "rows", like the "head",
     or "whole"."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -384,7 +401,8 @@ def _on_mesh(local: Callable, chunk: int | None, head_vd: jax.Array, outputs: An
     def run(hidden_btd: jax.Array, *others: jax.Array) -> Any:
         positions = hidden_btd.shape[0] * hidden_btd.shape[1] // devices
         layout = _Layout(
-            chunk=chunk_size(positions) if chunk is None else min(chunk, positions),
+            chunk=chunk_size(positions) if logits.chunk is None else min(logits.chunk, positions),
+            softcap=logits.softcap,
             vocab_axis=TENSOR_AXIS if split_vocab else None,
             row_axes=() if mesh.empty else BATCH_AXES,
         )

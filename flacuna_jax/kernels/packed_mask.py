@@ -5,7 +5,7 @@ query sees one interval of keys and a key is seen by one interval of queries; a 
 kernels need nothing else, neither segment ids nor a [T, T] mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -28,10 +28,29 @@ class PackedMask:
     end_bt: jax.Array
     """int32 [B, T]: one past the last query that sees the key."""
     window: int | None = None
-    """Maximum number of visible keys, including the query itself; None is the whole document. Both arrays include
-    it."""
+    """Maximum number of visible keys, including the query itself; None: no static limit. Both arrays include it."""
     one_document: bool = False
-    """Whether every row is one document followed by padding; a static promise, for backends that need it."""
+    """Whether every row is one document followed by padding, in which only `window` limits what a query sees; a static
+    promise, for backends that need it."""
+
+    def within(self, window: int) -> "PackedMask":
+        """The same documents, in which a query sees at most its last `window` keys, including itself.
+
+        Raises ValueError for a window below 1.
+        """
+        if window < 1:
+            raise ValueError(f"window is {window}, but must be at least 1, because a query sees itself")
+        position_t = jnp.arange(self.start_bt.shape[-1], dtype=jnp.int32)
+        return replace(
+            self,
+            start_bt=jnp.maximum(self.start_bt, position_t - (window - 1)),
+            end_bt=jnp.minimum(self.end_bt, position_t + window),
+            window=window if self.window is None else min(window, self.window),
+        )
+
+    def without_promises(self) -> "PackedMask":
+        """The same visible keys without static statements about them."""
+        return replace(self, window=None, one_document=False)
 
 
 def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None, *, one_document: bool = False) -> PackedMask:
@@ -44,8 +63,6 @@ def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None, *, on
 
     Raises ValueError for a window below 1.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}, but must be at least 1, because a query sees itself")
     length = segment_ids_bt.shape[-1]
     position_t = jnp.arange(length, dtype=jnp.int32)
     edge_b1 = jnp.ones_like(segment_ids_bt[:, :1], dtype=bool)
@@ -54,16 +71,13 @@ def make_packed_mask(segment_ids_bt: jax.Array, window: int | None = None, *, on
     is_last_bt = jnp.concatenate([change_bt, edge_b1], axis=1)
     start_bt = lax.cummax(jnp.where(is_first_bt, position_t, 0), axis=1)
     end_bt = lax.cummin(jnp.where(is_last_bt, position_t + 1, length), axis=1, reverse=True)
-    if window is not None:
-        start_bt = jnp.maximum(start_bt, position_t - (window - 1))
-        end_bt = jnp.minimum(end_bt, position_t + window)
     padding_bt = segment_ids_bt == 0
-    return PackedMask(
+    mask = PackedMask(
         start_bt=jnp.where(padding_bt, length, start_bt),
         end_bt=jnp.where(padding_bt, 0, end_bt),
-        window=window,
         one_document=one_document,
     )
+    return mask if window is None else mask.within(window)
 
 
 class TileRange(NamedTuple):

@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) and its family: sizes, block, model.
+"""LLaMA (Touvron et al., 2023, arXiv:2302.13971) and its family: block and model.
 
 Parameters keep Hugging Face's layout ([out, in] kernels, rotate-half rotary pairs), so nothing is transposed or
 permuted on reading or writing. The blocks are stacked along a leading `layers` axis and scanned, so compile time does
@@ -8,29 +8,27 @@ Each module has its Hugging Face name and its logical axes here; modules are lis
 the order in which a forward pass uses them, which is also their order in written files.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.kernels.attention import Backend, attention
-from flacuna_jax.kernels.packed_mask import PackedMask, make_packed_mask
+from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.lora import LoRAHead, LoRALinear, base_matrix, fold_keys
 from flacuna_jax.model.quantized import Quantization
 from flacuna_jax.model.remat import REMAT_POLICIES
-from flacuna_jax.model.rope import Rope, RopeScaling, ntk_theta, rope_frequencies
+from flacuna_jax.model.rope import Rope
 from flacuna_jax.model.sharding import constrain
+from flacuna_jax.model.sizes import Family, LlamaConfig
 from flacuna_jax.model.token_rows import NO_TOKENS, TokenRows, TrainedTokens
-from flacuna_jax.model.variables import Axes, BaseParam, ModuleName, ParamInfo
+from flacuna_jax.model.variables import Axes, BaseParam, ModuleName, ParamInfo, Rows
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3"]
+__all__ = ["Block", "Embedding", "Family", "Llama", "LlamaConfig", "RMSNorm"]
 
 EMBEDDING, HEAD = ModuleName("model.embed_tokens"), ModuleName("lm_head")
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -43,88 +41,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of a LLaMA or a similar model, from the config.json of its checkpoint."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    family: Family = "llama"
-    """Hugging Face's model_type; the network depends only on the other fields."""
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None
-    """Maximum number of keys visible to a query, including itself (Mistral)."""
-    biases: tuple[str, ...] = ()
-    """Projections with a bias (Qwen2: q, k and v)."""
-    # The fields below are not in the repr, which identifies the base of runs that began before they existed.
-    norms: Literal["before", "after"] = dataclasses.field(default="before", repr=False)
-    """Whether attention and feed-forward normalise their input, or their output (OLMo 2)."""
-    qk_norm: Literal["head", "all"] | None = dataclasses.field(default=None, repr=False)
-    """A norm of queries and keys: of each head (Qwen3), or over all heads (OLMo 2)."""
-    layers_without_rope: tuple[int, ...] = dataclasses.field(default=(), repr=False)
-    """Layers in which queries and keys are not rotated (SmolLM3)."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] = dataclasses.field(default="silu", repr=False)
-    """Of the gates. gelu_tanh is the approximation by tanh."""
-    embedding_multiplier: float = dataclasses.field(default=1.0, repr=False)
-    """Granite scales embeddings, ..."""
-    attention_multiplier: float | None = dataclasses.field(default=None, repr=False)
-    """... the products of queries and keys (None: 1 / sqrt(head_dim)), ..."""
-    residual_multiplier: float = dataclasses.field(default=1.0, repr=False)
-    """... what a layer adds to the residual stream, ..."""
-    logits_scaling: float = dataclasses.field(default=1.0, repr=False)
-    """... and divides the logits by this number."""
-
-    @property
-    def query_multiplier(self) -> float:
-        """Of rotated queries; attention itself divides by sqrt(head_dim)."""
-        return 1.0 if self.attention_multiplier is None else self.attention_multiplier * math.sqrt(self.head_dim)
-
-    @property
-    def rope_frequencies(self) -> np.ndarray:
-        return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-
-    def rope_at(self, positions_bt: jax.Array) -> Rope:
-        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
-        return Rope.at(positions_bt, self.rope_frequencies, factor)
-
-    def rope_in(self, layer: jax.Array | int, rope: Rope) -> Rope:
-        """The rotary embedding of a layer, from that of the positions."""
-        if not self.layers_without_rope:
-            return rope
-        without = np.isin(np.arange(self.num_layers), self.layers_without_rope)
-        return rope.unless(jnp.asarray(without)[layer])
-
-    def stretched(self, kind: Literal["linear", "ntk", "llama3"], factor: float, **llama3: Any) -> "LlamaConfig":
-        """Sizes for a context `factor` times as long. `ntk` only changes `rope_theta`, so every program can load it."""
-        own = self.max_position_embeddings
-        longer = dataclasses.replace(self, max_position_embeddings=math.ceil(own * factor))
-        if kind == "ntk":
-            return dataclasses.replace(longer, rope_theta=ntk_theta(self.rope_theta, self.head_dim, factor))
-        if kind == "linear":
-            return dataclasses.replace(longer, rope_scaling=RopeScaling("linear", factor))
-        scaling = RopeScaling("llama3", factor, original_max_position_embeddings=own, **llama3)
-        return dataclasses.replace(longer, rope_scaling=scaling)
-
-
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight, with statistics in float32 for any dtype of x (Zhang & Sennrich, 2019)."""
+    """x / rms(x) · (offset + weight), with statistics in float32 for any dtype of x (Zhang & Sennrich, 2019)."""
 
-    def __init__(self, name: ModuleName, size: int, eps: float, param_dtype: jnp.dtype) -> None:
-        self.weight = BaseParam(jnp.ones((size,), param_dtype), info=ParamInfo(name, "weight", "norm", (None,)))
-        self.eps = eps
+    def __init__(self, name: ModuleName, size: int, config: LlamaConfig, param_dtype: jnp.dtype) -> None:
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        ones = jnp.full((size,), 1 - self.offset, param_dtype)
+        self.weight = BaseParam(ones, info=ParamInfo(name, "weight", "norm", (None,)))
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         x32 = x_btd.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (normed * (self.offset + self.weight[...].astype(jnp.float32))).astype(x_btd.dtype)
         return normed.astype(x_btd.dtype) * self.weight[...].astype(x_btd.dtype)
 
 
@@ -166,9 +95,11 @@ class Block(nnx.Module):
         block = ModuleName("model.layers.{}", config.num_layers)
 
         def norm(name: str, size: int) -> RMSNorm:
-            return RMSNorm(block.inside(name), size, config.rms_norm_eps, param_dtype)
+            return RMSNorm(block.inside(name), size, config, param_dtype)
 
-        def project(name: str, into: int, out: int, axes: Axes, dropout_id: int) -> LoRALinear:
+        def project(
+            name: str, into: int, out: int, axes: Axes, dropout_id: int, rows: Rows | None = None
+        ) -> LoRALinear:
             return LoRALinear(
                 block.inside(name),
                 into,
@@ -176,6 +107,7 @@ class Block(nnx.Module):
                 axes=axes,
                 lora=lora,
                 layer=layer,
+                rows=rows,
                 bias=block.inside(name).last in config.biases,
                 quantization=quantization,
                 dropout_id=dropout_id,
@@ -183,22 +115,30 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
+        def within(name: str, first: int, total: int) -> Rows | None:
+            return Rows(block.inside(name), first, total) if config.fused_projections else None
+
+        qkv, gate_up = "self_attn.qkv_proj", "mlp.gate_up_proj"
         # The numbers distinguish the dropout keys of the projections; changing a number changes its random stream.
-        if config.norms == "before":
+        if config.norms != "after":
             self.input_layernorm = norm("input_layernorm", d)
-        self.q_proj = project("self_attn.q_proj", d, q, ("heads", None), 0)
+        self.q_proj = project("self_attn.q_proj", d, q, ("heads", None), 0, within(qkv, 0, q + 2 * kv))
         if config.qk_norm is not None:
             self.q_norm = norm("self_attn.q_norm", config.head_dim if config.qk_norm == "head" else q)
-        self.k_proj = project("self_attn.k_proj", d, kv, ("kv_heads", None), 1)
+        self.k_proj = project("self_attn.k_proj", d, kv, ("kv_heads", None), 1, within(qkv, q, q + 2 * kv))
         if config.qk_norm is not None:
             self.k_norm = norm("self_attn.k_norm", config.head_dim if config.qk_norm == "head" else kv)
-        self.v_proj = project("self_attn.v_proj", d, kv, ("kv_heads", None), 2)
+        self.v_proj = project("self_attn.v_proj", d, kv, ("kv_heads", None), 2, within(qkv, q + kv, q + 2 * kv))
         self.o_proj = project("self_attn.o_proj", q, d, (None, "heads"), 3)
+        # In the family's names, the norm before the feed-forward is "post attention", unless there is also one that
+        # normalises the output of attention.
         self.post_attention_layernorm = norm("post_attention_layernorm", d)
-        self.gate_proj = project("mlp.gate_proj", d, f, ("ffn", None), 4)
-        self.up_proj = project("mlp.up_proj", d, f, ("ffn", None), 5)
+        if config.norms == "around":
+            self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", d)
+        self.gate_proj = project("mlp.gate_proj", d, f, ("ffn", None), 4, within(gate_up, 0, 2 * f))
+        self.up_proj = project("mlp.up_proj", d, f, ("ffn", None), 5, within(gate_up, f, 2 * f))
         self.down_proj = project("mlp.down_proj", f, d, (None, "ffn"), 6)
-        if config.norms == "after":
+        if config.norms != "before":
             self.post_feedforward_layernorm = norm("post_feedforward_layernorm", d)
 
     def __call__(
@@ -214,21 +154,22 @@ class Block(nnx.Module):
         attend: (q_bthn, k_btkn, v_btkn) → o_bthn.
         row_keys_b: dropout keys, one per row; None evaluates.
         """
-        config, before = self.config, self.config.norms == "before"
-        h_btd = self.input_layernorm(x_btd) if before else x_btd
+        config, norms = self.config, self.config.norms
+        h_btd = x_btd if norms == "after" else self.input_layernorm(x_btd)
         q_bthn, k_btkn, v_btkn = self._queries_keys_values(h_btd, row_keys_b)
-        q_bthn = _scaled(rope.rotate(q_bthn), config.query_multiplier)
-        o_bthn = attend(q_bthn, rope.rotate(k_btkn), v_btkn)
+        o_bthn = attend(rope.rotate(q_bthn), rope.rotate(k_btkn), v_btkn)
         o_btd = self.o_proj(o_bthn.reshape(*o_bthn.shape[:2], -1), row_keys_b)
-        if not before:
+        if norms != "before":
             o_btd = self.post_attention_layernorm(o_btd)
         x_btd = constrain(x_btd + _scaled(o_btd, config.residual_multiplier), "batch", None, None)
 
-        h_btd = self.post_attention_layernorm(x_btd) if before else x_btd
+        h_btd = x_btd
+        if norms != "after":
+            h_btd = (self.post_attention_layernorm if norms == "before" else self.pre_feedforward_layernorm)(x_btd)
         gate_btf = ACTIVATIONS[config.activation](self.gate_proj(h_btd, row_keys_b))
         h_btf = constrain(gate_btf * self.up_proj(h_btd, row_keys_b), "batch", None, "ffn")
         o_btd = self.down_proj(h_btf, row_keys_b)
-        if not before:
+        if norms != "before":
             o_btd = self.post_feedforward_layernorm(o_btd)
         return constrain(x_btd + _scaled(o_btd, config.residual_multiplier), "batch", None, None)
 
@@ -282,7 +223,7 @@ class Llama(nnx.Module):
             self.embed_tokens.token_rows = TokenRows(EMBEDDING, self.embed_tokens.table(param_dtype), tokens.embedding)
         make_blocks = nnx.vmap(lambda rngs, layer: Block(config, lora, param_dtype, rngs, layer, quantization))
         self.layers = make_blocks(rngs.split(config.num_layers), jnp.arange(config.num_layers))
-        self.norm = RMSNorm(ModuleName("model.norm"), config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.norm = RMSNorm(ModuleName("model.norm"), config.hidden_size, config, param_dtype)
         if not config.tie_word_embeddings:
             self.lm_head = LoRAHead(
                 HEAD,
@@ -312,34 +253,34 @@ class Llama(nnx.Module):
         Args:
           tokens_bt: int32 ids; padding may be any valid id.
           positions_bt: int32, restarting at 0 with each document.
-          mask: the visible keys of each query, built once for all layers (`mask`).
+          mask: of whole documents; layers with a window apply it to this mask.
           row_keys_b: adapter-dropout keys, one per row; None evaluates.
           remat: a key of REMAT_POLICIES.
           attention_backend: see `kernels.attention`.
         """
-        rope = self.config.rope_at(positions_bt)
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, mask, backend=attention_backend)
-
+        config = self.config
+        ropes, masks = config.ropes_at(positions_bt), config.masks(mask)
         block_graph, block_state = nnx.split(self.layers)
 
         def apply_block(x_btd: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
             index, state = layer
             keys_b = None if row_keys_b is None else fold_keys(row_keys_b, index)
-            return nnx.merge(block_graph, state)(x_btd, self.config.rope_in(index, rope), attend, keys_b), None
+            attend = functools.partial(
+                attention,
+                mask=config.in_layer(index, *masks),
+                scale=config.attention_scale,
+                softcap=config.attention_softcap,
+                backend=attention_backend,
+            )
+            return nnx.merge(block_graph, state)(x_btd, config.rope_in(index, ropes), attend, keys_b), None
 
         apply_block = jax.checkpoint(apply_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(self.config.num_layers), block_state))
+        x_btd, _ = jax.lax.scan(apply_block, self.embed(tokens_bt), (jnp.arange(config.num_layers), block_state))
         return self.final(x_btd)
 
     def final(self, x_btd: jax.Array) -> jax.Array:
         """The hidden states that the head is applied to, from the last layer's."""
         return _scaled(self.norm(x_btd), 1 / self.config.logits_scaling)
-
-    def mask(self, segment_ids_bt: jax.Array, *, one_document: bool = False) -> PackedMask:
-        """The visible keys of each query of packed rows in this network; `one_document` as in `make_packed_mask`."""
-        return make_packed_mask(segment_ids_bt, self.config.sliding_window, one_document=one_document)
 
     def embed(self, tokens_bt: jax.Array) -> jax.Array:
         x_btd = self.embed_tokens(tokens_bt, self.dtype)
@@ -348,7 +289,7 @@ class Llama(nnx.Module):
     def head(self) -> jax.Array:
         """The language-model head [vocab, model] in the compute dtype; an adapter adds columns, as many as its rank.
 
-        Logits are its product with `before_head` of the hidden states.
+        Logits are its product with `before_head` of the hidden states, capped by `logits_softcap`.
         """
         table_vd, rows = self._head.table(self.dtype), self.head_rows
         return table_vd if rows is None else rows.in_table(table_vd)
@@ -370,4 +311,6 @@ class Llama(nnx.Module):
         """Float32 logits [batch, length, vocab], for decoding and tests; training never stores all of them."""
         wide_btd, table_vd = self.before_head(hidden_btd), self._head.table(self.dtype)
         logits_btv = jnp.einsum("btd,vd->btv", wide_btd, table_vd, preferred_element_type=jnp.float32)
-        return logits_btv if self.head_rows is None else self.head_rows.in_logits(logits_btv, hidden_btd)
+        if self.head_rows is not None:
+            logits_btv = self.head_rows.in_logits(logits_btv, hidden_btd)
+        return capped(logits_btv, self.config.logits_softcap)

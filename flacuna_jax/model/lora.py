@@ -21,7 +21,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight
 from flacuna_jax.model.token_rows import TokenRows
-from flacuna_jax.model.variables import Axes, BaseParam, Kind, LoRAParam, LoRAScale, ModuleName, ParamInfo
+from flacuna_jax.model.variables import Axes, BaseParam, Kind, LoRAParam, LoRAScale, ModuleName, ParamInfo, Rows
 
 OUTPUT_NAME = "projection"
 """Name of every projection's output, including the adapter, for `jax.checkpoint_policies.save_only_these_names`."""
@@ -99,6 +99,7 @@ class LoRALinear(nnx.Module):
       axes: logical axes (out, in) of the kernel, see `sharding.RULES`.
       lora: settings of the adapters; it has an adapter if it is among the targets.
       layer: its index in the stack, for the rank and scale of this layer.
+      rows: its place in a matrix of files with several modules; None if files have it separately.
       bias: whether the projection has a bias; adapters do not change it.
       quantization: quantised form of the kernel; None stores it in `param_dtype`.
       dropout_id: number that is folded into the dropout keys; the projections of a layer have different numbers.
@@ -113,6 +114,7 @@ class LoRALinear(nnx.Module):
         axes: Axes,
         lora: LoraConfig | None,
         layer: jax.Array | int = 0,
+        rows: Rows | None = None,
         bias: bool = False,
         quantization: Quantization | None = None,
         dropout_id: int,
@@ -122,7 +124,7 @@ class LoRALinear(nnx.Module):
         ranks = adapter_ranks(lora, name)
         self.axes, self.dropout_id = axes, dropout_id
         self.lora = lora if ranks is not None else None
-        info = ParamInfo(name, "weight", "matrix", axes)
+        info = ParamInfo(name, "weight", "matrix", axes, rows=rows)
         kernel_oi = base_matrix(rngs.params(), (out_features, in_features), param_dtype)
         hold: Callable[..., BaseParam | Kernel] = BaseParam if quantization is None else KERNELS[quantization]
         self.weight = hold(kernel_oi, info=info)
@@ -133,7 +135,7 @@ class LoRALinear(nnx.Module):
             return
 
         def adapter(kind: Kind, value: jax.Array, *axes: str | None) -> LoRAParam:
-            return LoRAParam(value, info=ParamInfo(name, PEFT_LEAVES[kind], kind, axes))
+            return LoRAParam(value, info=ParamInfo(name, PEFT_LEAVES[kind], kind, axes, rows=rows))
 
         rank = jnp.asarray(ranks.ranks)[layer]
         bound, shape_a = in_features**-0.5, (ranks.largest, in_features)

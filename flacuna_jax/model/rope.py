@@ -18,15 +18,15 @@ import numpy as np
 class RopeScaling:
     """The scaling of frequencies, with the names of transformers' config.json."""
 
-    kind: Literal["linear", "llama3", "yarn", "dynamic"]
+    kind: Literal["linear", "llama3", "yarn", "longrope", "dynamic"]
     factor: float
     """Ratio of the extended context length to the original one."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """The context length of pre-training, for llama3 and yarn. The two factors before are llama3's, and select the
-    wavelengths to scale."""
-    # yarn only; not in the repr, which identifies the base of runs that began before they existed.
+    """The context length of pre-training, for llama3, yarn and longrope. The two factors before are llama3's, and
+    select the wavelengths to scale."""
+    # yarn and longrope only; not in the repr, which identifies the base of runs that began before they existed.
     beta_fast: float = dataclasses.field(default=32.0, repr=False)
     """Pairs that turn more often than this within the original context are kept, ..."""
     beta_slow: float = dataclasses.field(default=1.0, repr=False)
@@ -35,6 +35,10 @@ class RopeScaling:
     """Multiplies cos and sin, and so the products of queries and keys by its square."""
     truncate: bool = dataclasses.field(default=True, repr=False)
     """Whether the bounds of the two ranges are rounded to whole pairs."""
+    short_factor: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    """Of longrope: the divisor of each pair's frequency within the original context, ..."""
+    long_factor: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    """... and beyond it. The latter is only read and written: longer inputs are not accepted."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -44,7 +48,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     arXiv:2407.21783) divides frequencies with a wavelength above original / low_freq_factor, keeps those with a
     wavelength below original / high_freq_factor, and interpolates smoothly in between. yarn (Peng et al., 2023,
     arXiv:2309.00071) does the same by the number of turns within the original context, linearly in the index of the
-    pair. dynamic scales only inputs that are longer than the model's context, which are not accepted here.
+    pair. longrope (Ding et al., 2024, arXiv:2402.13753) divides each pair by its own factor. dynamic scales only inputs
+    that are longer than the model's context, which are not accepted here.
     """
     frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None and scaling.kind == "linear":
@@ -57,6 +62,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     if scaling is not None and scaling.kind == "yarn":
         kept = 1 - _yarn_ramp(head_dim, theta, scaling)
         frequency = kept * frequency + (1 - kept) * frequency / scaling.factor
+    if scaling is not None and scaling.kind == "longrope":
+        frequency = frequency / np.array(scaling.short_factor)
     return frequency.astype(np.float32)
 
 
@@ -83,7 +90,7 @@ def ntk_theta(theta: float, head_dim: int, factor: float) -> float:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """cos and sin of each position's angles, [b, t, 1, head_dim / 2] in float32."""
+    """cos and sin of each position's angles, [b, t, 1, rotated dimensions / 2] in float32."""
 
     cos: jax.Array
     sin: jax.Array
@@ -100,6 +107,7 @@ class Rope:
         return Rope(jnp.where(switched_off, 1.0, self.cos), jnp.where(switched_off, 0.0, self.sin))
 
     def rotate(self, x_bthn: jax.Array) -> jax.Array:
-        x1, x2 = jnp.split(x_bthn.astype(jnp.float32), 2, axis=-1)
-        rotated = jnp.concatenate([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin], axis=-1)
+        half = self.cos.shape[-1]
+        x1, x2, rest = jnp.split(x_bthn.astype(jnp.float32), [half, 2 * half], axis=-1)
+        rotated = jnp.concatenate([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin, rest], axis=-1)
         return rotated.astype(x_bthn.dtype)

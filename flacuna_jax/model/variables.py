@@ -39,9 +39,29 @@ class ModuleName:
         return self.pattern.format(layer)
 
     @property
+    def all(self) -> tuple[int | None, ...]:
+        """The layers in which the module exists; (None,) outside of the layers."""
+        return (None,) if self.layers is None else tuple(range(self.layers))
+
+    @property
     def last(self) -> str:
         """The last component, which PEFT calls a target: "q_proj"."""
         return self.pattern.rpartition(".")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The place of a module in a matrix of a file that has the rows of several modules (Phi-3).
+
+    Attributes:
+      module: the module of the matrix in files.
+      first: the first row of this module.
+      total: number of rows of all modules.
+    """
+
+    module: ModuleName
+    first: int
+    total: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +73,14 @@ class ParamInfo:
       leaf: its name in files, after the module's name; empty for parameters that are in no file.
       kind: its role.
       layer_axes: logical axes of one of its layers.
+      rows: its place in a matrix of several modules; None if files have it separately.
     """
 
     module: ModuleName
     leaf: str
     kind: Kind
     layer_axes: Axes
+    rows: Rows | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def stacked(self) -> bool:
@@ -72,11 +94,16 @@ class ParamInfo:
     @property
     def layers(self) -> tuple[int | None, ...]:
         """The layers in which it has a tensor; (None,) outside of the layers."""
-        return (None,) if self.module.layers is None else tuple(range(self.module.layers))
+        return self.module.all
 
     def tensor(self, layer: int | None = None) -> str:
         """Name of its tensor in a Hugging Face file: "model.layers.3.self_attn.q_proj.weight"."""
         return f"{self.module.of_layer(layer)}.{self.leaf}"
+
+    def stored(self, layer: int | None = None) -> str:
+        """Name of the tensor of a Hugging Face file that contains it: its own, or one of several modules."""
+        module = self.module if self.rows is None else self.rows.module
+        return f"{module.of_layer(layer)}.{self.leaf}"
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -98,7 +125,8 @@ class Parameter(ParamInfo):
     @classmethod
     def of(cls, variable: nnx.Variable) -> "Parameter":
         info: ParamInfo = variable.get_metadata("info")
-        return cls(info.module, info.leaf, info.kind, info.layer_axes, tuple(variable.shape), np.dtype(variable.dtype))
+        shape, dtype = tuple(variable.shape), np.dtype(variable.dtype)
+        return cls(info.module, info.leaf, info.kind, info.layer_axes, shape, dtype, rows=info.rows)
 
     @property
     def layer_shape(self) -> tuple[int, ...]:

@@ -113,9 +113,11 @@ def attention_flops(workload: Workload, layout: Layout) -> float:
     half of each document, in whole tiles."""
     config, statistics = workload.spec.config, workload.statistics
     visible = min(workload.length, statistics.document_length + 128) / 2
+    in_window = min(visible, config.sliding_window or math.inf)
+    keys = visible * (config.num_layers - config.count_windowed) + in_window * config.count_windowed
     width = config.num_heads * config.head_dim / layout.mesh.tensor
     passes = 2 + 5 + (2 if layout.remat == "full" else 0)
-    return passes * 2 * visible * width * _tokens(workload, layout) * config.num_layers
+    return passes * 2 * keys * width * _tokens(workload, layout)
 
 
 def _tokens(workload: Workload, layout: Layout) -> int:

@@ -22,6 +22,7 @@ from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.merged import copy_tokenizer
 from flacuna_jax.huggingface.probe import probe_ids
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import (
     parameter_shardings,
@@ -145,7 +146,7 @@ def _logits_on_run(setup: Setup, base: Params) -> Callable[[Adapter], np.ndarray
 
     def forward(params: Params, tokens_bt: jax.Array) -> jax.Array:
         model = setup.spec.merge(params)
-        mask = model.mask(jnp.ones_like(tokens_bt))
+        mask = make_packed_mask(jnp.ones_like(tokens_bt))
         return model.logits(model(tokens_bt, jnp.arange(tokens_bt.shape[1])[None], mask))[0]
 
     def logits(adapter: Adapter) -> np.ndarray:

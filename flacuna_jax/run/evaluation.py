@@ -86,14 +86,14 @@ def _sampler(setup: Setup) -> Sampler:
     settings, tokenizer = setup.config.evaluation, setup.tokenizer
     assert settings is not None, "the caller checks this"
     template = setup.template
-    room = setup.source.config.max_position_embeddings - settings.sample_tokens
+    room = setup.source.config.context_length - settings.sample_tokens
     questions = []
     for number, text in enumerate(settings.prompts):
         ids = tuple(tokenize_prompt((Turn("user", text),), template, tokenizer))
         if len(ids) > room:
             raise UserError(
                 f"evaluation.prompts.{number} and evaluation.sample_tokens {settings.sample_tokens} together exceed "
-                f"the model's context of {setup.source.config.max_position_embeddings} tokens; shorten one of them"
+                f"the model's context of {setup.source.config.context_length} tokens; shorten one of them"
             )
         questions.append(Question(f"evaluation.prompts.{number}", ids, text, None))
     if setup.held_out is not None:

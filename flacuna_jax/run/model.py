@@ -67,7 +67,13 @@ def network_sizes(model: ModelConfig, data: DataConfig, base: str | Path | None 
         sizes = architecture_sizes(model.architecture, model.tokenizer_path, data.new_tokens)
     else:
         sizes = read_architecture(str(base or model.path))
-    return with_rope_scaling(with_new_tokens(sizes, model, data), model, data.max_length)
+    sizes = with_rope_scaling(with_new_tokens(sizes, model, data), model, data.max_length)
+    if sizes.context_length < min(data.max_length, sizes.max_position_embeddings):
+        raise UserError(
+            f"data.max_length {data.max_length} exceeds {sizes.context_length}, the original context of {model.path}; "
+            "beyond it, LongRoPE has other frequencies (long_factor), which are not implemented"
+        )
+    return sizes
 
 
 def with_new_tokens(sizes: LlamaConfig, model: ModelConfig, data: DataConfig) -> LlamaConfig:
@@ -104,7 +110,7 @@ def trained_tokens(config: RunConfig, sizes: LlamaConfig) -> TrainedTokens:
 
 def context_warning(sizes: LlamaConfig, max_length: int) -> str | None:
     """A warning if rows are longer than the network's context; None if they fit."""
-    context = sizes.max_position_embeddings
+    context = sizes.context_length
     if max_length <= context:
         return None
     return f"data.max_length {max_length} exceeds the model's context of {context}; model.rope_scaling stretches it"

@@ -200,7 +200,8 @@ def open_parts(config: RunConfig) -> Parts:
         config.model.dtype,
         jax.default_backend(),
         jax.devices()[0].device_kind,
-        config.data.packing == "none",
+        config.data.packing == "none" and not source.config.windows_differ,
+        source.config.attention_softcap,
     )
     config = resolve_auto(config, source)
     template = resolve_name(config.data.template, config.model.tokenizer_path)

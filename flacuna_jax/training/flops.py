@@ -16,11 +16,14 @@ from flacuna_jax.model.parameters import ModelSpec, count
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOP of a step: `per_token`, `per_supervised` token, and `per_pair` of a query token and a visible key token."""
+    """FLOP of a step: `per_token`, `per_supervised` token, and `per_pair` of a query token and a key token before it,
+    in layers that see whole documents, and `per_pair_in_window`."""
 
     per_token: float
     per_supervised: float
     per_pair: float
+    per_pair_in_window: float = 0.0
+    window: int = 0
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "StepFlops":
@@ -32,13 +35,26 @@ class StepFlops:
         products = 4 if spec.lora is not None else 6
         adapters = count(spec.lora_shapes)
         # Two products forward and four backward, for each pair, head and dimension of a head.
-        attention = 12 * sizes.num_layers * sizes.num_heads * sizes.head_dim
-        return cls(products * matrices + 6 * adapters, products * head, attention)
+        attention = 12 * sizes.num_heads * sizes.head_dim
+        windowed = sizes.count_windowed
+        return cls(
+            products * matrices + 6 * adapters,
+            products * head,
+            attention * (sizes.num_layers - windowed),
+            attention * windowed,
+            sizes.sliding_window or 0,
+        )
 
     def count(self, lengths: NDArray[np.int64], supervised: int) -> float:
         """FLOP of a step with documents of these lengths and `supervised` tokens with loss."""
-        tokens, pairs = int(lengths.sum()), float((lengths * (lengths + 1) / 2).sum())
-        return self.per_token * tokens + self.per_supervised * supervised + self.per_pair * pairs
+        tokens, pairs = int(lengths.sum()), _pairs(lengths)
+        in_window = pairs - _pairs(np.maximum(lengths - self.window, 0))  # without those further apart than the window
+        attention = self.per_pair * pairs + self.per_pair_in_window * in_window
+        return self.per_token * tokens + self.per_supervised * supervised + attention
+
+
+def _pairs(lengths: NDArray[np.int64]) -> float:
+    return float((lengths * (lengths + 1) / 2).sum())
 
 
 def flops_of_step(flops: StepFlops, lengths: NDArray[np.int64], info: StepInfo) -> float:

@@ -8,6 +8,7 @@ import jax
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import TrainedRows, token_losses, token_scores
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec, Params
 
@@ -57,6 +58,7 @@ class Network:
             model.head(),
             batch["targets"],
             batch["loss_mask"],
+            softcap=model.config.logits_softcap,
             trained_columns=trained_columns or None,
             trained_rows=None if rows is None else TrainedRows(rows.rows[...], rows.ids),
         )
@@ -64,7 +66,9 @@ class Network:
     def token_scores(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """`token_losses`, and whether no other token is more likely than the target: bool [batch, length]."""
         model, states_btd, _ = self._before_head(batch)
-        return token_scores(states_btd, model.head(), batch["targets"], batch["loss_mask"])
+        return token_scores(
+            states_btd, model.head(), batch["targets"], batch["loss_mask"], softcap=model.config.logits_softcap
+        )
 
     def _before_head(self, batch: Batch) -> tuple[Llama, jax.Array, int]:
         """The module, the input states of its head, and the number of their columns that belong to an adapter."""
@@ -73,7 +77,7 @@ class Network:
         hidden_btd = model(
             batch["tokens"],
             batch["positions"],
-            model.mask(batch["segment_ids"], one_document=config.one_document),
+            make_packed_mask(batch["segment_ids"], one_document=config.one_document),
             row_keys_b=self.row_keys_b,
             remat=config.remat,
             attention_backend=config.attention,

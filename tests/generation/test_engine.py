@@ -16,6 +16,7 @@ from flacuna_jax.generation import continuation
 from flacuna_jax.generation.engine import LlamaLanguageModel, Placement, padded_size
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.generation.prefixes import plan_prefixes
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.evaluation.models import story_model
@@ -132,7 +133,7 @@ def _is_greedy(model: LlamaLanguageModel, prompt: Sequence[int], new: list[int])
     """Whether each new token is the most likely one if the whole sequence is run at once, without a cache."""
     ids = jnp.array([[*prompt, *new]])
     network = model.spec.merge(model.params)
-    logits_btv = network.logits(network(ids, jnp.arange(ids.shape[1])[None], network.mask(jnp.ones_like(ids))))
+    logits_btv = network.logits(network(ids, jnp.arange(ids.shape[1])[None], make_packed_mask(jnp.ones_like(ids))))
     return jnp.argmax(logits_btv[0], -1)[len(prompt) - 1 : -1].tolist() == new
 
 
@@ -158,10 +159,12 @@ def test_the_cache_gives_the_same_as_recomputing_everything(
         assert _is_greedy(model, prompt, model.tokenizer.encode(answer.text))
 
 
-def test_a_sliding_window_moves_over_prefix_cache_and_new_tokens() -> None:
+@pytest.mark.parametrize("layers", [None, pytest.param((1,), marks=pytest.mark.slow)])
+def test_a_sliding_window_moves_over_prefix_cache_and_new_tokens(layers: tuple[int, ...] | None) -> None:
     """The window of 24 is in the shared prefix, across its end, or completely after it, and moves while 20 tokens are
     generated; a score after the prefix equals that of the whole text."""
-    model = _small(ModelSpec(dataclasses.replace(SMALL, sliding_window=24), None, "float32", "float32"))
+    config = dataclasses.replace(SMALL, sliding_window=24, windowed_layers=layers)
+    model = _small(ModelSpec(config, None, "float32", "float32"))
     header, *rests = _prompts([300, 1, 18, 90])
     prompts = [header + rest for rest in rests]
     assert any(group.length == 300 for group in plan_prefixes(prompts, [len(prompt) - 1 for prompt in prompts]))

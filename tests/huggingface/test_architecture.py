@@ -42,6 +42,7 @@ VICUNA = {
 
 
 QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 40, "use_sliding_window": True}
+GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 40}
 
 
 def test_unused_windows() -> None:
@@ -111,13 +112,22 @@ def test_missing_sizes_get_the_conventional_defaults() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "gemma2"}, "model_type is 'gemma2', which needs soft caps and windows in some layers"),
-        ({"model_type": "bert"}, "model_type is 'bert'; supported are llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gemma3"},
+            "model_type is 'gemma3', which needs an image encoder; its language model alone has",
+        ),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "attention to later tokens is not implemented"),
+        ({**GEMMA3, "layer_types": ["full_attention"]}, "layer_types is not one of full_attention, sliding_attention"),
+        ({**GEMMA3, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, not a positive number"),
+        ({**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "have the rope_type 'linear'"),
+        ({"rope_parameters": {"full_attention": {}}}, "all layers of this model have the same rotary embedding"),
+        ({"layer_types": ["sliding_attention"] * 40}, "llama has none"),
+        ({"model_type": "bert"}, "model_type is 'bert'; supported are llama, mistral, ministral, qwen2, qwen3"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (num_local_experts 8); expert layers"),
         ({"model_type": "mistral"}, "num_key_value_heads is missing"),
         ({"model_type": "mistral", "num_key_value_heads": 8, "attention_bias": True}, "attention_bias"),
         ({"sliding_window": 9}, "sliding_window is 9"),
-        ({**QWEN2, "sliding_window": 9, "max_window_layers": 3}, "max_window_layers is 3"),
+        ({**QWEN2, "sliding_window": 9, "max_window_layers": -3}, "max_window_layers is -3, not a whole number"),
         ({**QWEN2, "sliding_window": 0.5, "max_window_layers": 0}, "sliding_window is 0.5"),
         ({"model_type": None}, "model_type"),
         ({"model_type": ["llama"]}, "model_type"),
@@ -136,7 +146,7 @@ def test_missing_sizes_get_the_conventional_defaults() -> None:
             "low_freq_factor 4 is not below high_freq_factor 4",
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "differ"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters has 'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "short_factor is not a list of 64 numbers"),
         ({"rope_parameters": {"rope_type": "yarn", "beta_fast": -1}}, "beta_fast is -1, not a positive number"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta is 500000.0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),

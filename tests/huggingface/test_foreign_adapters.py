@@ -20,6 +20,7 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, write_merged
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from tests.torch_models import torch, transformers
@@ -200,7 +201,7 @@ def compiled(spec: ModelSpec) -> Any:
     @jax.jit
     def logits(params: dict[str, jax.Array]) -> jax.Array:
         model, tokens = spec.merge(params), jnp.asarray(TOKENS % spec.config.vocab_size)
-        return model.logits(model(tokens, jnp.tile(jnp.arange(9), (2, 1)), model.mask(jnp.ones_like(tokens))))
+        return model.logits(model(tokens, jnp.tile(jnp.arange(9), (2, 1)), make_packed_mask(jnp.ones_like(tokens))))
 
     return logits
 

@@ -43,12 +43,18 @@ def example(rows: int = 4, length: int = 64) -> tuple[tuple[jax.Array, ...], Pac
     return packings.inputs(0, rows, length, 4, 2, 16), make_packed_mask(jnp.array(segments))
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backends_differentiate_like_the_definition(backend: str) -> None:
+def test_backends_differentiate_like_the_definition(backend: str, softcap: float | None) -> None:
     (q, k, v, do), mask = example()
+    if softcap is not None:  # as in a layer of a network whose windows differ
+        mask = mask.within(13).without_promises()
 
     def through(attend: Callable[..., jax.Array]) -> Any:
-        return jax.jit(jax.grad(lambda *qkv: jnp.vdot(attend(*qkv, mask, scale=0.3), do), (0, 1, 2)))(q, k, v)
+        def loss(*qkv: jax.Array) -> jax.Array:
+            return jnp.vdot(attend(*qkv, mask, scale=0.3, softcap=softcap), do)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     for actual, expected in zip(through(attend_on_cpu(backend)), through(attention_reference), strict=True):
         assert packings.relative_error(actual, expected) < packings.FLOAT32_ERROR
@@ -70,6 +76,7 @@ def test_gradients_equal_finite_differences() -> None:
         ({"q": jnp.zeros((4, 64, 4, 16), jnp.bfloat16)}, "share a dtype"),
         ({"mask": make_packed_mask(jnp.ones((4, 32), jnp.int32))}, "the mask is for rows"),
         ({"scale": 0.0}, "above 0"),
+        ({"softcap": -1.0}, "softcap is -1.0, but must be above 0"),
         ({"backend": "flash"}, "choose one of auto, xla, pallas_gpu, pallas_tpu, cudnn, tokamax"),
         ({"tiles": GpuTiles(TILE, TILE, TILE)}, "GpuTiles given with backend auto"),
     ],

@@ -41,6 +41,7 @@ def compiled_gradient(
     length: int = 1280,
     dtype: Any = jnp.bfloat16,
     window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> Any:
     def shaped(shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
@@ -51,7 +52,7 @@ def compiled_gradient(
     interval = shaped((4, length), jnp.int32, rows, None)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, mask: PackedMask) -> jax.Array:
-        return jnp.sum(attention(q, k, v, mask).astype(jnp.float32) ** 2)
+        return jnp.sum(attention(q, k, v, mask, softcap=softcap).astype(jnp.float32) ** 2)
 
     with lowering_for(mesh):
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, PackedMask(interval, interval, window))
@@ -104,6 +105,7 @@ def _release(program: Path) -> tuple[int, ...]:
 
 
 QUICK: tuple[str, dict[str, Any]] = ("a6000", {})
+GEMMA2: dict[str, Any] = {"heads": 8, "kv_heads": 4, "dim": 256, "softcap": 50.0}
 CASES = [
     ("a100-40gb", {}),
     ("a100-40gb", {"dim": 64}),
@@ -123,6 +125,9 @@ CASES = [
     ("a6000", {"window": 256}),
     ("a6000", {"dtype": jnp.float32}),
     ("4090", {}),
+    ("a100-40gb", GEMMA2),
+    ("a6000", GEMMA2),
+    ("h100", GEMMA2),
     ("h100", {}),
     ("h100", {"dim": 64}),
     ("h100", {"dim": 96}),
@@ -159,7 +164,16 @@ def test_kernels_compile_for_a_tpu() -> None:
 @pytest.mark.parametrize("target", ["v4", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize(
     "case",
-    [{}, {"dim": 64}, {"dim": 96}, {"dim": 256}, {"length": 1000}, {"heads": 32, "kv_heads": 8}, {"window": 256}],
+    [
+        {},
+        {"dim": 64},
+        {"dim": 96},
+        {"dim": 256},
+        {"length": 1000},
+        {"heads": 32, "kv_heads": 8},
+        {"window": 256},
+        GEMMA2,
+    ],
     ids=str,
 )
 def test_kernels_compile_for_every_tpu(target: str, case: dict[str, Any]) -> None:

@@ -66,6 +66,14 @@ def test_unsupported_arguments_are_errors(
         attention(*inputs(**given), mask, backend="cudnn")
 
 
+def test_soft_caps_and_windows_in_some_layers_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = make_packed_mask(segments_of([32, 20], 32), window=8, one_document=True)
+    with on_gpu(monkeypatch), pytest.raises(UserError, match="cudnn has no soft cap of scores"):
+        attention(*inputs(), mask, softcap=50.0, backend="cudnn")
+    with on_gpu(monkeypatch), pytest.raises(UserError, match="windows differ"):
+        attention(*inputs(), mask.without_promises(), backend="cudnn")
+
+
 def test_other_devices_are_errors() -> None:
     mask = make_packed_mask(segments_of([32, 20], 32), one_document=True)
     with pytest.raises(UserError, match="attention backend cudnn runs on NVIDIA GPUs, not on cpu"):

@@ -148,6 +148,9 @@ def test_a_step_without_a_mesh_uses_it_too(monkeypatch: pytest.MonkeyPatch, toka
     monkeypatch.setitem(attention_module._MODULES, "pallas_gpu", None)
     assert attention_module._gpu_backend(H200, 128, jnp.bfloat16)[0] == "tokamax"
     assert attention_module._gpu_backend(H200, 128, jnp.float32)[0] == "xla"
+    capped, why = attention_module._gpu_backend(H200, 128, jnp.bfloat16, softcap=50.0)
+    assert capped == "xla"
+    assert "tokamax is not tested here with a soft cap" in why
 
 
 def in_place_of_tokamax(length: int) -> attention_tokamax._Kernels:

@@ -25,8 +25,9 @@ def inputs(supervised: float, dtype=jnp.float32):
     return hidden, head, targets, mask, weights
 
 
-def plain(hidden, head, targets, mask):
+def plain(hidden, head, targets, mask, softcap=None):
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     log_probabilities = jax.nn.log_softmax(logits)
     return jnp.where(mask, -jnp.take_along_axis(log_probabilities, targets[..., None], -1)[..., 0], 0.0)
 
@@ -47,6 +48,23 @@ def test_losses_and_gradients_are_exact(supervised, chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
     frozen_head = jax.grad(lambda h: weighted(token_losses(h, head, targets, mask, chunk=chunk)))(hidden)
     np.testing.assert_allclose(frozen_head, theirs[0], atol=2e-5)
+
+
+def test_a_soft_cap_limits_the_logits():
+    hidden, head, targets, mask, weights = inputs(0.5)
+
+    def loss_of(losses, **options):
+        return lambda h, w: jnp.sum(weights * losses(h, w, targets, mask, softcap=3.0, **options))
+
+    expected = jax.value_and_grad(loss_of(plain), (0, 1))(hidden, head)
+    ours = loss_of(token_losses, chunk=8)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2))):
+        actual = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
+        frozen = jax.jit(jax.grad(ours))(hidden, head)
+        scored, _ = token_scores(hidden, head, targets, mask, softcap=3.0, chunk=8)
+    for a, b in zip(jax.tree.leaves((actual, frozen)), jax.tree.leaves((expected, expected[1][0])), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(scored, plain(hidden, head, targets, mask, 3.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh_config", [None, MeshConfig(fsdp=2, tensor=2)])

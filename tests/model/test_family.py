@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.generation import continuation, shared_prefix
 from flacuna_jax.generation.decode import GREEDY
 from flacuna_jax.huggingface.adapter import Adapter
@@ -23,8 +24,9 @@ from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.names import parse_adapter_name
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import ModelSpec, Params, tensors_in_order
+from flacuna_jax.model.parameters import ModelSpec, Params, count, tensors_in_order
 from flacuna_jax.model.rope import ntk_theta, rope_frequencies
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.training.network import NetworkConfig
@@ -34,6 +36,7 @@ from tests.torch_models import torch, transformers
 from tests.training.test_step_against_peft import run_ours, run_torch, torch_loss
 
 peft = pytest.importorskip("peft")
+load_file = pytest.importorskip("safetensors.numpy").load_file
 
 SIZES = {
     "vocab_size": 97,
@@ -55,7 +58,14 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+FULL, SLIDING = "full_attention", "sliding_attention"
 FAMILY = {
     "LLaMA 1": ("Llama", {"num_key_value_heads": 4}),
     "LLaMA 2, 70B": ("Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
@@ -68,7 +78,15 @@ FAMILY = {
     "Qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "Qwen2 with a window": (
         "Qwen2",
-        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "Ministral": (
+        "Ministral",
+        {"num_key_value_heads": 2, "sliding_window": 6, "head_dim": 16, "layer_types": [SLIDING, FULL]},
+    ),
+    "Qwen3 with a window": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "layer_types": [SLIDING, FULL]},
     ),
     "Qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "OLMo 2": ("Olmo2", {"num_key_value_heads": 2}),
@@ -83,8 +101,77 @@ FAMILY = {
         },
     ),
     "SmolLM3": ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "SmolLM3 with a window": (
+        "SmolLM3",
+        {
+            "num_key_value_heads": 2,
+            "no_rope_layers": [1, 0],
+            "pad_token_id": 0,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "OLMo 3": (
+        "Olmo3",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 6,
+            "layer_types": [SLIDING, FULL],
+            "rope_parameters": {FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 1e4}},
+        },
+    ),
+    "Phi-3": (
+        "Phi3",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 6,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": LONGROPE,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        },
+    ),
+    "Phi-4-mini": (
+        "Phi3",
+        {
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {**LONGROPE, "short_factor": [1.0, 1.5, 3.0], "long_factor": [2.0, 2.5, 3.0]},
+            "partial_rotary_factor": 0.5,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        },
+    ),
+    "Gemma 2": (
+        "Gemma2",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "Gemma 3": (
+        "Gemma3",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 25,
+            "rope_parameters": {
+                FULL: {**LINEAR, "rope_theta": 1e6},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
 }
 NEWER = ("Qwen3", "OLMo 2", "Granite", "SmolLM3")
+COMBINED = ("Ministral", "Qwen3 with a window", "SmolLM3 with a window", "OLMo 3", "Phi-4-mini")
+"""Members that combine what others have: only in the slow suite."""
 DOCUMENTS = [np.random.default_rng(i).integers(3, 97, size).tolist() for i, size in enumerate((17, 40, 9, 23, 31))]
 ROWS = [[0, 1], [2, 3], [4]]
 
@@ -107,11 +194,15 @@ class Member:
         return ModelSpec(self.config, None, "float32", "float32")
 
 
-@pytest.fixture(scope="module", params=FAMILY)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in COMBINED else []) for name in FAMILY],
+)
 def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
     kind, settings = FAMILY[request.param]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**SIZES, **settings))
+    sizes = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    model = getattr(transformers, f"{kind}ForCausalLM")(sizes(**SIZES, **settings))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -133,7 +224,7 @@ def compiled(spec: ModelSpec):
     @jax.jit
     def logits(params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         model = spec.merge(params)
-        return model.logits(model(tokens, positions, model.mask(segment_ids)))
+        return model.logits(model(tokens, positions, make_packed_mask(segment_ids)))
 
     return logits
 
@@ -160,10 +251,11 @@ def assert_equal_logits(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Non
 
 
 def test_packed_logits_equal_transformers(member: Member) -> None:
+    assert count(member.spec.base_shapes) == sum(p.numel() for p in member.reference.parameters())
     assert_equal_logits(packed_logits(member.spec, member.params), torch_logits(member.reference))
 
 
-@always("LLaMA 3.1", "LLaMA with YaRN and GELU", "Mistral", "Qwen2 with a window", *NEWER)
+@always("LLaMA 3.1", "LLaMA with YaRN and GELU", "Mistral", "Qwen2 with a window", *NEWER, "Gemma 2")
 @pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 14])
 def test_greedy_continuations_equal_transformers(member: Member, shared: int) -> None:
     """Prompts of mixed lengths in one batch, with or without a prefix that is computed once."""
@@ -207,6 +299,12 @@ def test_converted_and_back(member: Member, tmp_path: Path) -> None:
     assert read_architecture(tmp_path / "native") == member.config
     for name, value in load(tmp_path / "native", member.config).items():
         np.testing.assert_array_equal(value, member.params[name], err_msg=name)
+    native = open_checkpoint(tmp_path / "native")
+    write_merged(tmp_path / "back", native, member.config, None, Companions(tmp_path / "native", None, {}))
+    before, after = (load_file(path / "model.safetensors") for path in (member.path, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
 def test_tensors_are_written_in_the_order_of_a_forward_pass(member: Member) -> None:
@@ -223,7 +321,7 @@ def test_tensors_are_written_in_the_order_of_a_forward_pass(member: Member) -> N
     assert list(dict.fromkeys(asked)) == [(path, layer or 0) for path, layer in tensors_in_order(member.config)]
 
 
-@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2", *NEWER)
+@always("LLaMA 3.1", "LLaMA with biases", "Mistral", "Qwen2", *NEWER, "Gemma 2")
 def test_adapters_and_merges_equal_those_of_peft(member: Member, tmp_path: Path) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, targets="all-linear")
     rng = np.random.default_rng(1)
@@ -280,10 +378,11 @@ def test_ntk_is_dynamic_scaling_at_its_longest_input(length: int) -> None:
 @always(*NEWER)
 def test_training_equals_that_of_peft(member: Member) -> None:
     """Gradients of packed rows, and 12 steps of AdamW with clipping, against PEFT on the documents one by one."""
-    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets="all-linear")
+    # PEFT has one A for fused projections (tests/huggingface/test_fused.py).
+    targets = ("o_proj", "down_proj") if member.config.fused_projections else PROJECTIONS
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=targets)
     base = transformers.AutoModelForCausalLM.from_pretrained(member.path, attn_implementation="eager")
-    targets = [target for target in lora.targets if target != "lm_head"]
-    settings = peft.LoraConfig(r=4, lora_alpha=8.0, target_modules=targets, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=4, lora_alpha=8.0, target_modules=list(targets), task_type="CAUSAL_LM")
     reference = peft.get_peft_model(base, settings)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in reference.named_parameters():

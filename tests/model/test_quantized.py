@@ -13,6 +13,7 @@ import pytest
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.load import load_base
+from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec, Params, init_params, quantize
 from flacuna_jax.model.quantized import (
     DYNAMIC_VALUES,
@@ -185,7 +186,7 @@ def test_no_dequantised_weight_is_saved_for_the_backward_pass(remat: str) -> Non
 
     def hidden(adapters: Params) -> jax.Array:
         model = spec.merge({**base, **adapters})
-        return model(batch["tokens"], batch["positions"], model.mask(batch["segment_ids"]), remat=remat)
+        return model(batch["tokens"], batch["positions"], make_packed_mask(batch["segment_ids"]), remat=remat)
 
     _, backward = jax.vjp(hidden, adapters)
     kernels = {shape for name, shape in spec.base_shapes.items() if name.endswith("_proj/weight")}

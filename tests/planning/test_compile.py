@@ -80,6 +80,24 @@ def test_estimates_agree_with_the_program(sharded):
     assert layer_gathers[0] == layer_gathers[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["a6000", "v5e:1x1"])
+def test_windows_in_some_layers_and_soft_caps_compile(absent, target):
+    """Gemma 2's layers, in a small network."""
+    network = replace(
+        NETWORK,
+        norms="around",
+        norm_offset=1.0,
+        sliding_window=48,
+        windowed_layers=(0, 2),
+        attention_softcap=50.0,
+        logits_softcap=30.0,
+    )
+    workload, layout = make_workload(network), Layout(MeshConfig(), "dots", 2)
+    step = compiled(workload, layout, absent(target))
+    assert step.arguments == pytest.approx(sum(argument_bytes(workload, layout).values()), rel=0.02)
+
+
 def test_full_fine_tuning_communicates_one_layer_at_a_time():
     workload = make_workload(lora=None, dtype="float32")
     layout = Layout(MeshConfig(fsdp=4), "full", 2)

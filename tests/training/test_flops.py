@@ -1,5 +1,7 @@
 """The FLOP count against XLA's count, and against a count by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,17 @@ def test_flops_equal_a_count_by_hand():
     assert lora.per_token == 4 * MATRICES + 6 * 2 * 4 * (128 + 128)
     assert lora.per_supervised == 4 * 64 * 128
     assert lora.count(np.array([3, 5]), 2) == 8 * lora.per_token + 2 * lora.per_supervised + 21 * lora.per_pair
+
+
+def test_pairs_further_apart_than_a_window_do_not_count():
+    sizes = dataclasses.replace(SIZES, sliding_window=3, windowed_layers=(1,))
+    flops = StepFlops.of(ModelSpec(sizes, None, "float32", "float32"))
+    per_layer = 12 * 4 * 32
+    lengths = [2, 3, 7]
+    whole = sum(query + 1 for length in lengths for query in range(length))
+    windowed = sum(min(query + 1, 3) for length in lengths for query in range(length))
+    expected = flops.per_token * sum(lengths) + per_layer * (whole + windowed)
+    assert flops.count(np.array(lengths), 0) == expected
 
 
 @pytest.mark.parametrize(("trains", "products"), [(True, 3), (False, 2)])

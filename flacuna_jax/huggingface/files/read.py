@@ -11,6 +11,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.architecture import CONFIG_FILE, read_architecture
 from flacuna_jax.huggingface.files import native
+from flacuna_jax.huggingface.files.fused import split_fused
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.meta import PARAMS_FILE, is_meta, read_meta
 from flacuna_jax.huggingface.files.place import require_directory
@@ -79,7 +80,7 @@ def open_checkpoint(directory: str | Path, *, once: bool = False) -> CheckpointR
         shards.
     """
     directory = require_directory(directory)
-    return CheckpointReader(directory, _tensors(directory), once)
+    return CheckpointReader(directory, split_fused(directory, _tensors(directory)), once)
 
 
 def _tensors(directory: Path) -> Mapping[str, ReadableTensor]:

@@ -80,6 +80,26 @@ class ReadableTensor(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class RowsOfTensor:
+    """Consecutive rows of a tensor as a tensor of its own."""
+
+    whole: ReadableTensor
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.whole.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    def read(self, files: "MappedFiles", rows: slice = ALL_ROWS) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.whole.read(files, slice(self.rows.start + start, self.rows.start + stop))
+
+
 class MappedFiles:
     """Memory maps of files, one each, which stay open as long as views of them are requested.
 

@@ -98,7 +98,8 @@ def write_gguf(
 def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor], meant: Path) -> list[str]:
     """Compares settings, tensors and tokenizer of the file with those that were meant; returns notes."""
     found = read_architecture(opened)
-    if _in_float32(found) != _in_float32(dataclasses.replace(config, family=found.family, sliding_window=None)):
+    written = dataclasses.replace(config, family=found.family, sliding_window=None, windowed_layers=None)
+    if _in_float32(found) != _in_float32(written):
         raise VerificationError(f"{opened}: the metadata read back give {found}")
     reader = open_checkpoint(opened)
     wanted = {tensor.source.name: tensor.source.shape for tensor in tensors if tensor.source.name in reader}
