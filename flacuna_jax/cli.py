@@ -23,6 +23,7 @@ VERBS = {
     "check": "compare an exported or converted model, or a server of it, with recorded results",
     "evaluate": "compare models on the benchmarks of InstructEval or lm-evaluation-harness",
     "generate": "complete prompts with exactly the template of training",
+    "serve": "offer models to OpenAI clients and in a page, several adapters in one batch",
     "chat": "talk to a model in the terminal, optionally beside its base",
 }
 

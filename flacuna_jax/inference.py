@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flacuna_jax.config.files import load_config
 from flacuna_jax.config.schema import DataConfig, MeshConfig, RunConfig
@@ -20,7 +21,7 @@ from flacuna_jax.evaluation.cache import directory_fingerprint
 from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
 from flacuna_jax.hub import name_of
-from flacuna_jax.huggingface.adapter import read_adapter
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
@@ -63,6 +64,20 @@ class ModelAddress:
         return f"{base}+{run.parent.name if run.name == 'adapter' else name_of(run)}"
 
 
+BaseKey = tuple[Path, Path | None, ModelSpec]
+"""The base, the adapter that changes it, and sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model of which the base's weights are not read yet: its base, with the adapter's changes, and the adapter."""
+
+    base: ModelSpec
+    reader: TensorReader
+    adapter: Adapter | None
+    key: BaseKey
+
+
 @dataclasses.dataclass
 class ModelLoader:
     """Loads models one after another; if the next one has the same base, the base stays on the devices.
@@ -75,40 +90,20 @@ class ModelLoader:
     mesh: MeshConfig | str = "auto"
     placement: Placement = dataclasses.field(default_factory=Placement)
     stored_base: bool = False
-    _held: tuple[tuple[Path, Path | None, ModelSpec], Mapping[str, jax.Array]] | None = None
-    """Base, the adapter that changes it, and sizes; and the arrays."""
+    _held: tuple[BaseKey, Mapping[str, jax.Array]] | None = None
 
     def load(self, address: ModelAddress, name: str | None = None) -> LlamaLanguageModel:
         """Raises UserError if a directory is missing or is not a model, adapter or tokenizer of this architecture."""
-        require_directory(address.base)
-        adapter_directory = find_adapter(address.adapter)
-        run = _run_of(adapter_directory)
-        config = read_architecture(address.base)
-        quantization, held_dtype = None, self.dtype
-        if run is not None:
-            config = with_rope_scaling(config, run.model, run.data.max_length)
-            if run.model.quantization is not None and not self.stored_base:
-                # Quantise the same numbers as the run; rounding them first would give other codes.
-                quantization, held_dtype = run.model.quantization, run.model.dtype
-        reader: TensorReader = open_checkpoint(address.base)
-        adapter = None if adapter_directory is None else read_adapter(adapter_directory, config, reader)
-        if adapter is not None:
-            config, reader = adapter.spec.config, adapter.base(reader)
+        opened = self.open(address)
+        base, adapter, adapter_directory = opened.base, opened.adapter, find_adapter(address.adapter)
+        config = base.config
         directory = tokenizer_directory(address)
         tokenizer = load_tokenizer(directory)
         check_vocabulary(tokenizer, config.vocab_size, directory)
         mesh = make_mesh(self.mesh)
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
-        base = ModelSpec(config, None, self.dtype, held_dtype, quantization)
         spec = base if adapter is None else dataclasses.replace(base, lora=adapter.lora, tokens=adapter.spec.tokens)
-        changed_by = None if adapter is None or adapter.changes is None else adapter_directory
-        if self._held is None or self._held[0] != (address.base, changed_by, base):
-            self._held = None  # frees the base before the next one is read
-            shardings = parameter_shardings(base.base, mesh)
-            keep = functools.partial(quantize, base, mesh)
-            held = load_base(reader, config, shardings, held_dtype, keep=keep)
-            self._held = ((address.base, changed_by, base), held)
-        params = dict(self._held[1])
+        params = dict(self.base_params(opened, mesh))
         if adapter is not None:
             shardings = parameter_shardings(spec.adapters, mesh)
             params |= {key: jax.device_put(jnp.asarray(leaf), shardings[key]) for key, leaf in adapter.params.items()}
@@ -125,6 +120,37 @@ class ModelLoader:
             placement=self.placement,
             ends=answer_ends(None, tokenizer, address.base),
         )
+
+    def open(self, address: ModelAddress) -> Opened:
+        """Reads sizes and adapter, but not the base's weights. Raises UserError as `load` does."""
+        require_directory(address.base)
+        adapter_directory = find_adapter(address.adapter)
+        run = _run_of(adapter_directory)
+        config = read_architecture(address.base)
+        quantization, held_dtype = None, self.dtype
+        if run is not None:
+            config = with_rope_scaling(config, run.model, run.data.max_length)
+            if run.model.quantization is not None and not self.stored_base:
+                # Quantise the same numbers as the run; rounding them first would give other codes.
+                quantization, held_dtype = run.model.quantization, run.model.dtype
+        reader: TensorReader = open_checkpoint(address.base)
+        adapter = None if adapter_directory is None else read_adapter(adapter_directory, config, reader)
+        if adapter is not None:
+            config, reader = adapter.spec.config, adapter.base(reader)
+        base = ModelSpec(config, None, self.dtype, held_dtype, quantization)
+        changed_by = None if adapter is None or adapter.changes is None else adapter_directory
+        return Opened(base, reader, adapter, (address.base, changed_by, base))
+
+    def base_params(self, opened: Opened, mesh: Mesh) -> Mapping[str, jax.Array]:
+        """The parameters of a base on the devices."""
+        if self._held is None or self._held[0] != opened.key:
+            self._held = None  # frees the base before the next one is read
+            base = opened.base
+            shardings = parameter_shardings(base.base, mesh)
+            keep = functools.partial(quantize, base, mesh)
+            held = load_base(opened.reader, base.config, shardings, base.param_dtype, keep=keep)
+            self._held = (opened.key, held)
+        return self._held[1]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -202,8 +228,7 @@ def find_model(model: str | None, adapter: str | None, run: str | None) -> tuple
         raise UserError("give the model: --model DIR, --model DIR --adapter DIR, or --run DIR")
     if run is None:
         address = ModelAddress.of(str(model), adapter)
-        trained = _run_of(find_adapter(address.adapter))
-        return address, None if trained is None else trained.data
+        return address, trained_with(find_adapter(address.adapter))
     return _model_of_run(local_run(run))
 
 
@@ -238,6 +263,12 @@ def _run_of(adapter_directory: Path | None) -> RunConfig | None:
     if directory is None or directory.name != "adapter" or not (directory.parent / "config.yaml").is_file():
         return None
     return load_config(directory.parent / "config.yaml")
+
+
+def trained_with(adapter_directory: Path | None) -> DataConfig | None:
+    """The data settings that an adapter was trained with; None if its run is not known."""
+    run = _run_of(adapter_directory)
+    return None if run is None else run.data
 
 
 def tokenizer_directory(address: ModelAddress) -> Path:

@@ -1,21 +1,29 @@
-"""Continues prompts in rows that are refilled, each with a cache of its own length: `begin` fills rows, `advance` adds
-tokens to all of them. Shape suffixes as in `shared_prefix`, and r rows that begin, m new tokens.
-
-Caches are separate blocks of slots, so that a part can be read in place; for the same reason the layers of a small
-model on a CPU are separate arrays (`layers_apart`). XLA copies a slice of a larger array before it multiplies it.
+"""Continues prompts in rows that are refilled, each with a cache of its own length: `fill` writes prompts into rows,
+whole or in pieces, `start` chooses their first tokens, `advance` adds tokens to all rows. Shape suffixes as in
+`shared_prefix`, and r rows that begin, m new tokens, a alternatives.
 """
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flacuna_jax.generation.decode import Sampling, choose_tokens
+from flacuna_jax.generation.caches import Block, Layered, Rows, of_layer, written_at
+from flacuna_jax.generation.decode import (
+    LogProbabilities,
+    Method,
+    Numbers,
+    RowSampling,
+    choose_tokens,
+    log_probabilities,
+)
 from flacuna_jax.generation.shared_prefix import (
+    SCORED_TOGETHER,
+    Earlier,
     Params,
     Prefix,
     Seen,
@@ -28,44 +36,33 @@ from flacuna_jax.generation.shared_prefix import (
     through_layers,
 )
 from flacuna_jax.model.llama import Llama
+from flacuna_jax.model.lora import select_columns
 from flacuna_jax.model.parameters import ModelSpec
 
-BLOCKS = 4
-"""Maximum number of blocks of a cache; a program is compiled for reading one block, two blocks, and so on."""
-SMALLEST_BLOCK = 64
-"""Minimum number of slots in a block; smaller ones are not worth a separate product."""
 SMALL_STACK = 4 << 30
 """Maximum size of all layers in bytes for which a CPU keeps a second copy with separate layers. Larger models would
 need too much memory and compile time."""
 
-Layered = jax.Array | Sequence[jax.Array]
-"""A stack [l, ...], or separate layers."""
+
+class Piece(NamedTuple):
+    """Parts of prompts (without the prefix), padded after `length_r`, for the rows `into_r`, whose caches already have
+    `start_r` tokens. Row numbers beyond the number of rows are ignored, so that a partly filled group needs no separate
+    compilation."""
+
+    into_r: jax.Array
+    tokens_rt: jax.Array
+    start_r: jax.Array
+    length_r: jax.Array
+    columns_r2: jax.Array | None = None
+    target_rt: jax.Array | None = None
+    """The tokens that follow, if their log-probabilities are wanted."""
 
 
-class Block(NamedTuple):
-    """Keys [l, b, k, s, n] and values [l, b, k, n, s] in the slots of one part of the caches."""
+class Chosen(NamedTuple):
+    """Chosen tokens and, if alternatives were asked for, their log-probabilities."""
 
-    k: Layered
-    v: Layered
-
-
-class Rows(NamedTuple):
-    """Prompts that are being continued; the cache of row b has `length_b` tokens, and `token_b` is the next one."""
-
-    blocks: tuple[Block, ...]
-    length_b: jax.Array
-    token_b: jax.Array
-    made_b: jax.Array
-    """Number of new tokens so far, including `token_b`: the step that is folded into sampling keys."""
-    seed_b: jax.Array
-
-    @property
-    def block_slots(self) -> int:
-        return jax.tree.leaves(self.blocks[0].v)[0].shape[-1]
-
-    @property
-    def slots(self) -> int:
-        return len(self.blocks) * self.block_slots
+    token: jax.Array
+    log_probabilities: LogProbabilities | None
 
 
 class Recent(NamedTuple):
@@ -89,64 +86,82 @@ def layers_apart(spec: ModelSpec, params: Params) -> list[nnx.State] | None:
     return _split(spec, params) if jax.default_backend() == "cpu" and size <= SMALL_STACK else None
 
 
-def empty_rows(spec: ModelSpec, rows: int, slots: int, apart: bool) -> Rows:
-    """Empty rows with at least `slots` slots for tokens. `apart`: whether the layers are separate."""
-    config = spec.config
-    block_slots = max(SMALLEST_BLOCK, -(-slots // BLOCKS))
-    shape = (rows, config.num_kv_heads, block_slots, config.head_dim)
-
-    def empty(shape: tuple[int, ...]) -> Layered:
-        if apart:
-            return [jnp.zeros(shape, spec.dtype) for _ in range(config.num_layers)]
-        return jnp.zeros((config.num_layers, *shape), spec.dtype)
-
-    return Rows(
-        tuple(Block(empty(shape), empty((*shape[:2], *reversed(shape[2:])))) for _ in range(-(-slots // block_slots))),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, jnp.uint32),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "sampling"), donate_argnames=("rows",))
-def begin(
+@functools.partial(jax.jit, static_argnames=("spec", "blocks", "alternatives"), donate_argnames=("rows",))
+def fill(
     spec: ModelSpec,
     params: Params,
     prefix: Prefix | None,
     rows: Rows,
-    into_r: jax.Array,
-    tokens_rt: jax.Array,
-    length_r: jax.Array,
-    seed_r: jax.Array,
-    sampling: Sampling,
-) -> tuple[Rows, jax.Array]:
-    """Writes prompts (without the prefix, padded after `length_r`) into the rows `into_r`, and chooses their first
-    tokens.
+    piece: Piece,
+    blocks: int = 0,
+    alternatives: int = 0,
+) -> tuple[Rows, jax.Array, LogProbabilities | None]:
+    """Writes pieces of prompts into the caches.
 
-    Row numbers beyond the number of rows are ignored, so that a partly filled group needs no separate compilation.
+    Args:
+      blocks: number of blocks of the caches that have the tokens before the pieces; 0 if there are none.
+      alternatives: number of alternatives to the targets of the piece.
+
+    Returns:
+      The rows, the logits after each piece [r, v], and log-probabilities of the targets [r, t].
     """
-    model = spec.merge(params)
-    count, length = tokens_rt.shape
-    segment_ids_rt = (jnp.arange(length) < length_r[:, None]).astype(jnp.int32)
-    positions_rt = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (count, length))
-    hidden_rtd, k_lrtkn, v_lrtkn = forward(model, tokens_rt, positions_rt, segment_ids_rt, prefix)
-    last_r1d = jnp.take_along_axis(hidden_rtd, (length_r - 1)[:, None, None], axis=1)
-    token_r = choose_tokens(model.logits(last_r1d)[:, 0], _keys(seed_r, jnp.zeros_like(length_r)), 0, sampling)
+    model = _for_rows(spec.merge(params), piece.columns_r2)
+    length = piece.tokens_rt.shape[1]
+    segment_ids_rt = (jnp.arange(length) < piece.length_r[:, None]).astype(jnp.int32)
+    positions_rt = piece.start_r[:, None] + jnp.arange(length, dtype=jnp.int32)
+    if prefix is not None:
+        positions_rt = positions_rt + prefix.length
+    earlier = _earlier(model, prefix, rows, piece, positions_rt, blocks)
+    hidden_rtd, k_lrtkn, v_lrtkn = forward(
+        model, piece.tokens_rt, positions_rt, segment_ids_rt, earlier, piece.columns_r2
+    )
+    last_r1d = jnp.take_along_axis(hidden_rtd, (piece.length_r - 1)[:, None, None], axis=1)
+    filled = rows._replace(
+        blocks=_with_prompts(rows, piece, as_keys(k_lrtkn), as_values(v_lrtkn)),
+        length_b=_put(rows.length_b, piece.into_r, piece.start_r + piece.length_r),
+    )
+    if rows.columns_b2 is not None and piece.columns_r2 is not None:
+        filled = filled._replace(columns_b2=_put(rows.columns_b2, piece.into_r, piece.columns_r2))
+    scores = None if piece.target_rt is None else _scores(model, hidden_rtd, piece.target_rt, alternatives)
+    return filled, model.logits(last_r1d)[:, 0], scores
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[into_r].set(new.astype(old.dtype), mode="drop")
 
-    return Rows(
-        _with_prompts(rows, into_r, as_keys(k_lrtkn), as_values(v_lrtkn)),
-        put(rows.length_b, length_r),
-        put(rows.token_b, token_r),
-        put(rows.made_b, jnp.ones_like(length_r)),
-        put(rows.seed_b, seed_r),
-    ), token_r
+@functools.partial(jax.jit, static_argnames=("method", "alternatives"), donate_argnames=("rows",))
+def start(
+    rows: Rows,
+    into_r: jax.Array,
+    logits_rv: jax.Array,
+    seed_r: jax.Array,
+    sampling: RowSampling,
+    method: Method,
+    alternatives: int = 0,
+) -> tuple[Rows, Chosen]:
+    """Chooses the first new tokens of the rows `into_r` from logits after their prompts, and keeps their settings."""
+    token_r = choose_tokens(logits_rv, _keys(seed_r, jnp.zeros_like(into_r)), sampling, method)
+    rows = rows._replace(
+        token_b=_put(rows.token_b, into_r, token_r),
+        made_b=_put(rows.made_b, into_r, jnp.ones_like(token_r)),
+        seed_b=_put(rows.seed_b, into_r, seed_r),
+        sampling=RowSampling(*(_put(old, into_r, new) for old, new in zip(rows.sampling, sampling, strict=True))),
+    )
+    return rows, Chosen(token_r, log_probabilities(logits_rv, token_r, alternatives) if alternatives else None)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "steps", "blocks", "sampling"), donate_argnames=("rows",))
+@functools.partial(jax.jit, donate_argnames=("rows",))
+def copy_row(rows: Rows, source: jax.Array, target: jax.Array) -> Rows:
+    """Copies the cache of a row to another row."""
+    along = 1 if isinstance(rows.blocks[0].k, jax.Array) else 0
+
+    def copied(cache: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(cache, source, along)
+        return jax.lax.dynamic_update_index_in_dim(cache, row, target, along)
+
+    return rows._replace(blocks=jax.tree.map(copied, rows.blocks))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("spec", "steps", "blocks", "method", "alternatives"), donate_argnames=("rows",)
+)
 def advance(
     spec: ModelSpec,
     params: Params,
@@ -155,27 +170,92 @@ def advance(
     rows: Rows,
     steps: int,
     blocks: int,
-    sampling: Sampling,
-) -> tuple[Rows, jax.Array]:
-    """`steps` more tokens for every row, int32 [b, steps]. Ended rows continue too, but their tokens are meaningless.
+    method: Method,
+    alternatives: int = 0,
+) -> tuple[Rows, Chosen]:
+    """`steps` more tokens for every row, [b, steps]. Ended rows continue too, but their tokens are meaningless.
 
     Reads only the first `blocks` of the caches, so no row that has not ended may be longer. `layers` is the result of
     `layers_apart`.
     """
-    model = spec.merge(params)
+    model = _for_rows(spec.merge(params), rows.columns_b2)
 
-    def step(carry: tuple[jax.Array, Recent], _: None) -> tuple[tuple[jax.Array, Recent], jax.Array]:
+    def step(carry: tuple[jax.Array, Recent], _: None) -> tuple[tuple[jax.Array, Recent], Chosen]:
         token_b, recent = carry
         keys_b = _keys(rows.seed_b, rows.made_b + recent.made)
         logits_bv, recent = _extend(model, layers, prefix, rows, blocks, token_b, recent)
-        token_b = choose_tokens(logits_bv, keys_b, 0, sampling)
-        return (token_b, recent), token_b
+        token_b = choose_tokens(logits_bv, keys_b, rows.sampling, method)
+        scores = log_probabilities(logits_bv, token_b, alternatives) if alternatives else None
+        return (token_b, recent), Chosen(token_b, scores)
 
     nothing = _nothing_recent(model, len(rows.token_b), steps)
-    (token_b, recent), token_mb = jax.lax.scan(step, (rows.token_b, nothing), None, length=steps)
-    return Rows(
-        _with_recent(rows, recent), rows.length_b + steps, token_b, rows.made_b + steps, rows.seed_b
-    ), token_mb.T
+    (token_b, recent), chosen = jax.lax.scan(step, (rows.token_b, nothing), None, length=steps)
+    rows = rows._replace(
+        blocks=_with_recent(rows, recent),
+        length_b=rows.length_b + steps,
+        token_b=token_b,
+        made_b=rows.made_b + steps,
+    )
+    return rows, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), chosen)
+
+
+def _put(old_b: Numbers, into_r: Numbers, new_r: Numbers) -> jax.Array:
+    return jnp.asarray(old_b).at[into_r].set(new_r.astype(old_b.dtype), mode="drop")
+
+
+def _for_rows(model: Llama, columns_b2: jax.Array | None) -> Llama:
+    """The network whose head uses the columns of each row's adapter; its layers do so in `through_layers`."""
+    if columns_b2 is not None and not model.config.tie_word_embeddings:
+        nnx.update(model.lm_head, select_columns(nnx.state(model.lm_head), columns_b2))
+    return model
+
+
+def _earlier(
+    model: Llama, prefix: Prefix | None, rows: Rows, piece: Piece, positions_rt: jax.Array, blocks: int
+) -> Earlier | None:
+    """What pieces attend to besides themselves: the prefix, and the first `blocks` of the caches of their rows."""
+    if prefix is None and not blocks:
+        return None
+    first = 0 if prefix is None else prefix.length
+
+    def of_rows(layered: Layered) -> jax.Array:
+        """The caches of the pieces' rows, as a stack."""
+        if isinstance(layered, jax.Array):
+            return jnp.take(layered, piece.into_r, axis=1, mode="clip")
+        return jnp.stack([jnp.take(cache, piece.into_r, axis=0, mode="clip") for cache in layered])
+
+    cached = [(of_rows(block.k), of_rows(block.v)) for block in rows.blocks[:blocks]]
+
+    def earlier(layer: int | jax.Array) -> list[Seen]:
+        from_rt = model.config.first_visible(layer, positions_rt)
+        parts = [] if prefix is None else [prefix_of(prefix, layer, from_rt)]
+        for index, (k_lrksn, v_lrkns) in enumerate(cached):
+            slot_s = index * rows.block_slots + jnp.arange(rows.block_slots)
+            visible_rts = (slot_s < piece.start_r[:, None, None]) & (first + slot_s >= from_rt[:, :, None])
+            parts.append(Seen(layer_of(k_lrksn, layer), layer_of(v_lrkns, layer), visible_rts))
+        return parts
+
+    return earlier
+
+
+def _scores(model: Llama, hidden_rtd: jax.Array, target_rt: jax.Array, alternatives: int) -> LogProbabilities:
+    """Log-probabilities of the targets, with the logits of `SCORED_TOGETHER` positions of a row at a time."""
+    count, length, width = hidden_rtd.shape
+    size = SCORED_TOGETHER if length % SCORED_TOGETHER == 0 else length
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> LogProbabilities:
+        hidden_rcd, target_rc = chunk
+        logits_mv = model.logits(hidden_rcd).reshape(count * size, -1)
+        return log_probabilities(logits_mv, target_rc.reshape(-1), alternatives)
+
+    hidden_crsd = jnp.moveaxis(hidden_rtd.reshape(count, -1, size, width), 1, 0)
+    scores = jax.lax.map(of_chunk, (hidden_crsd, jnp.moveaxis(target_rt.reshape(count, -1, size), 1, 0)))
+
+    def by_row(values: jax.Array) -> jax.Array:
+        values = values.reshape(-1, count, size, *values.shape[2:])
+        return jnp.moveaxis(values, 0, 1).reshape(count, length, *values.shape[3:])
+
+    return jax.tree.map(by_row, scores)
 
 
 def _nothing_recent(model: Llama, rows: int, steps: int) -> Recent:
@@ -215,12 +295,14 @@ def _extend(
         parts = [prefix_of(prefix, layer, from_b1)] if prefix is not None else []
         for index, block in enumerate(rows.blocks[:blocks]):
             visible_bts = visible(first_b + index * size, size, first_recent_b)
-            parts.append(Seen(_of_layer(block.k, layer), _of_layer(block.v, layer), visible_bts))
+            parts.append(Seen(of_layer(block.k, layer), of_layer(block.v, layer), visible_bts))
         visible_bts = visible(first_recent_b, recent.k_lbkmn.shape[-2], position_b)
         parts.append(Seen(layer_of(recent.k_lbkmn, layer), layer_of(recent.v_lbknm, layer), visible_bts))
         return attend_to(model.config, q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
 
-    hidden_btd, k_lbtkn, v_lbtkn = through_layers(model, token_b[:, None], position_b[:, None], attend, layers)
+    hidden_btd, k_lbtkn, v_lbtkn = through_layers(
+        model, token_b[:, None], position_b[:, None], attend, layers, rows.columns_b2
+    )
     recent = Recent(
         jax.lax.dynamic_update_slice_in_dim(recent.k_lbkmn, as_keys(k_lbtkn), recent.made, 3),
         jax.lax.dynamic_update_slice_in_dim(recent.v_lbknm, as_values(v_lbtkn), recent.made, 4),
@@ -229,47 +311,19 @@ def _extend(
     return model.logits(hidden_btd)[:, 0], recent
 
 
-def _of_layer(layered: Layered, layer: Any) -> jax.Array:
-    return layer_of(layered, layer) if isinstance(layered, jax.Array) else layered[layer]
-
-
-def _written(write: Callable[[jax.Array, jax.Array], jax.Array], layered: Layered, new_l: jax.Array) -> Layered:
-    """Applies `write(cache, new)` to every layer."""
-    if isinstance(layered, jax.Array):
-        return jax.vmap(write)(layered, new_l)
-    return [write(cache, new) for cache, new in zip(layered, new_l, strict=True)]
-
-
-def _with_prompts(rows: Rows, into_r: jax.Array, k_lrktn: jax.Array, v_lrknt: jax.Array) -> tuple[Block, ...]:
-    """The caches after writing keys and values of tokens to the rows `into_r`, from the first slot on."""
-
-    def write(cache: jax.Array, new: jax.Array) -> jax.Array:
-        return cache.at[into_r, :, : new.shape[2], : new.shape[3]].set(new.astype(cache.dtype), mode="drop")
-
-    blocks = list(rows.blocks)
-    for index, begin in enumerate(range(0, k_lrktn.shape[3], rows.block_slots)):
-        part = slice(begin, begin + rows.block_slots)
-        k, v = blocks[index]
-        blocks[index] = Block(_written(write, k, k_lrktn[..., part, :]), _written(write, v, v_lrknt[..., part]))
-    return tuple(blocks)
+def _with_prompts(rows: Rows, piece: Piece, k_lrktn: jax.Array, v_lrknt: jax.Array) -> tuple[Block, ...]:
+    """The caches after writing keys and values of pieces, each from its first free slot on."""
+    slot_rt = piece.start_r[:, None] + jnp.arange(k_lrktn.shape[3])
+    return written_at(rows, piece.into_r[:, None], slot_rt, jnp.moveaxis(k_lrktn, 3, 2), jnp.moveaxis(v_lrknt, 4, 2))
 
 
 def _with_recent(rows: Rows, recent: Recent) -> tuple[Block, ...]:
     """The caches after writing recent keys and values. Ended rows may run past their cache, where writes are
     ignored."""
-    size = rows.block_slots
     row_b1 = jnp.arange(len(rows.token_b))[:, None]
     slot_bm = rows.length_b[:, None] + jnp.arange(recent.k_lbkmn.shape[-2])
     k_lbmkn, v_lbmkn = jnp.moveaxis(recent.k_lbkmn, 3, 2), jnp.moveaxis(recent.v_lbknm, 4, 2)
-
-    def with_recent(index: int, block: Block) -> Block:
-        within_bm = jnp.where(slot_bm // size == index, slot_bm % size, size)
-        return Block(
-            _written(lambda cache, new: cache.at[row_b1, :, within_bm].set(new, mode="drop"), block.k, k_lbmkn),
-            _written(lambda cache, new: cache.at[row_b1, :, :, within_bm].set(new, mode="drop"), block.v, v_lbmkn),
-        )
-
-    return tuple(with_recent(index, block) for index, block in enumerate(rows.blocks))
+    return written_at(rows, row_b1, slot_bm, k_lbmkn, v_lbmkn)
 
 
 def _keys(seed_b: jax.Array, step_b: jax.Array) -> jax.Array:

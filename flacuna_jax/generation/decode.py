@@ -1,18 +1,27 @@
-"""Chooses the next token from logits: greedily, or by sampling with temperature, top_k and top_p.
+"""Chooses the next token from logits: greedily, or by sampling with temperature, top_k and top_p, each row with its own
+settings.
 
-Shape suffixes: b rows, v vocabulary.
+Shape suffixes: b rows, v vocabulary, a alternatives.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flacuna_jax.errors import UserError
 
 LOWEST_TEMPERATURE = 1e-6
 """Logits divided by a much smaller temperature would overflow float32."""
+
+Method = Literal["greedy", "sampled", "filtered"]
+"""What a program can choose by: the most likely token only, also samples, or also samples after filters."""
+Numbers = jax.Array | np.ndarray
+METHODS: tuple[Method, ...] = ("greedy", "sampled", "filtered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +45,68 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be a probability above 0 and at most 1")
 
+    @property
+    def method(self) -> Method:
+        if self.temperature == 0:
+            return "greedy"
+        return "sampled" if self.top_k is None and self.top_p in (None, 1) else "filtered"
+
 
 GREEDY = Sampling()
 
 
-def choose_tokens(logits_bv: jax.Array, keys_b: jax.Array, step: jax.Array | int, sampling: Sampling) -> jax.Array:
-    """The next token of each row, int32 [b]."""
-    if sampling.temperature == 0:
-        return _first_largest(logits_bv)
-    logits_bv = _keep_likely(logits_bv / sampling.temperature, sampling.top_k, sampling.top_p)
-    step_keys_b = jax.vmap(jax.random.fold_in, (0, None))(keys_b, step)
-    return jax.vmap(jax.random.categorical)(step_keys_b, logits_bv).astype(jnp.int32)
+def most_general(samplings: Iterable[Sampling]) -> Method:
+    """The method that serves all of the settings."""
+    return max((sampling.method for sampling in samplings), key=METHODS.index, default="greedy")
+
+
+class RowSampling(NamedTuple):
+    """The settings of each row."""
+
+    temperature_b: Numbers
+    """float32; 0 is greedy."""
+    top_k_b: Numbers
+    """int32; a number of at least the vocabulary's size keeps every token."""
+    top_p_b: Numbers
+    """float32; 1 keeps every token."""
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> "RowSampling":
+        everything = np.iinfo(np.int32).max
+        return cls(
+            np.array([sampling.temperature for sampling in samplings], np.float32),
+            np.array([min(sampling.top_k or everything, everything) for sampling in samplings], np.int32),
+            np.array([sampling.top_p or 1.0 for sampling in samplings], np.float32),
+        )
+
+
+def choose_tokens(logits_bv: jax.Array, keys_b: jax.Array, sampling: RowSampling, method: Method) -> jax.Array:
+    """The next token of each row, int32 [b]. The method must serve the settings of every row whose token is used."""
+    largest_b = _first_largest(logits_bv)
+    if method == "greedy":
+        return largest_b
+    is_greedy_b = sampling.temperature_b == 0
+    logits_bv = logits_bv / jnp.where(is_greedy_b, 1.0, sampling.temperature_b)[:, None]
+    if method == "filtered":
+        logits_bv = _keep_likely(logits_bv, sampling.top_k_b, sampling.top_p_b)
+    drawn_b = jax.vmap(jax.random.categorical)(keys_b, logits_bv).astype(jnp.int32)
+    return jnp.where(is_greedy_b, largest_b, drawn_b)
+
+
+class LogProbabilities(NamedTuple):
+    """Log-probabilities in nats, float32, of a token and of the most likely ones (int32), in decreasing order."""
+
+    of_token_b: jax.Array
+    tokens_ba: jax.Array
+    of_tokens_ba: jax.Array
+
+
+def log_probabilities(logits_bv: jax.Array, token_b: jax.Array, alternatives: int) -> LogProbabilities:
+    """Before temperature and filters."""
+    total_b1 = jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
+    largest_ba, tokens_ba = jax.lax.top_k(logits_bv, min(alternatives, logits_bv.shape[-1]))
+    of_token_b1 = jnp.take_along_axis(logits_bv, token_b[:, None], axis=-1) - total_b1
+    return LogProbabilities(of_token_b1[:, 0], tokens_ba.astype(jnp.int32), largest_ba - total_b1)
 
 
 def _first_largest(logits_bv: jax.Array) -> jax.Array:
@@ -57,15 +117,15 @@ def _first_largest(logits_bv: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(is_largest_bv, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
-def _keep_likely(logits_bv: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
+def _keep_likely(logits_bv: jax.Array, top_k_b: Numbers, top_p_b: Numbers) -> jax.Array:
     """Logits with everything outside top_k and then outside top_p at minus infinity."""
-    if top_k is not None and top_k < logits_bv.shape[-1]:
-        lowest_b1 = jax.lax.top_k(logits_bv, top_k)[0][:, -1:]
-        logits_bv = jnp.where(logits_bv < lowest_b1, -jnp.inf, logits_bv)
-    if top_p is not None and top_p < 1:
-        descending_bv = jnp.sort(logits_bv, axis=-1, descending=True)
-        probabilities_bv = jax.nn.softmax(descending_bv, axis=-1)
-        before_bv = jnp.cumsum(probabilities_bv, axis=-1) - probabilities_bv
-        lowest_b1 = jnp.min(jnp.where(before_bv < top_p, descending_bv, jnp.inf), axis=-1, keepdims=True)
-        logits_bv = jnp.where(logits_bv < lowest_b1, -jnp.inf, logits_bv)
-    return logits_bv
+    descending_bv = jnp.sort(logits_bv, axis=-1, descending=True)
+    last = logits_bv.shape[-1] - 1
+    lowest_b1 = jnp.take_along_axis(descending_bv, jnp.minimum(top_k_b - 1, last)[:, None], axis=-1)
+    descending_bv = jnp.where(descending_bv < lowest_b1, -jnp.inf, descending_bv)
+    probabilities_bv = jax.nn.softmax(descending_bv, axis=-1)
+    before_bv = jnp.cumsum(probabilities_bv, axis=-1) - probabilities_bv
+    # Sums in float32 may reach 1 before the last token.
+    kept_bv = ((before_bv < top_p_b[:, None]) | (top_p_b[:, None] == 1)) & (descending_bv > -jnp.inf)
+    lowest_b1 = jnp.min(jnp.where(kept_bv, descending_bv, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_bv < lowest_b1, -jnp.inf, logits_bv)

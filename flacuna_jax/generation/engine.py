@@ -1,7 +1,6 @@
 """The language model of this package: log-likelihoods in packed rows, and generation in rows that are refilled when
 answers end. For both, shared prefixes are computed once."""
 
-import bisect
 import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,31 +9,24 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
-from flacuna_jax.generation import continuation, shared_prefix
+from flacuna_jax.generation import shared_prefix
+from flacuna_jax.generation.answers import certain, ended
 from flacuna_jax.generation.decode import Sampling
+from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, on_host, padded_size
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.generation.prefixes import Group, plan_prefixes
-from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
+from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import row_shards
 
-SIZES = (64, 128, 192, *(64 * factor * 2**power for power in range(13) for factor in (4, 5, 6, 7)))
-"""Compiled lengths: 64, 128, 192, 256, 320, 384, 448, 512, 640, ...; above 256, a length is at most a quarter larger
-than necessary."""
 STEPS = 16
 """New tokens per row between two checks for ended rows."""
 STREAMED_STEPS = 4
 """The same for streaming."""
-
-
-def padded_size(needed: int) -> int:
-    return next(size for size in SIZES if size >= needed)
 
 
 @dataclass(frozen=True)
@@ -92,8 +84,8 @@ class LlamaLanguageModel:
             # No result has been waited for so far, so the device computes while the next batch is prepared.
             for owners, log_probability_m, is_greedy_m in pending:
                 count = len(owners)
-                np.add.at(log_probability, owners, _on_host(log_probability_m).astype(np.float64)[:count])
-                np.logical_and.at(is_greedy, owners, _on_host(is_greedy_m)[:count])
+                np.add.at(log_probability, owners, on_host(log_probability_m).astype(np.float64)[:count])
+                np.logical_and.at(is_greedy, owners, on_host(is_greedy_m)[:count])
         return [Score(float(p), bool(greedy)) for p, greedy in zip(log_probability, is_greedy, strict=True)]
 
     def _documents(self, requests: Sequence[ScoreRequest]) -> list[Document]:
@@ -137,39 +129,36 @@ class LlamaLanguageModel:
         """Raises UserError for a prompt that is empty or longer than the context. Answers may exceed the context, as in
         transformers; protocols that must avoid this shorten their prompts."""
         self._check(requests)
-        # Rows of a group share their sampling settings and the size of their caches.
-        kinds: dict[tuple[Sampling, int], list[int]] = {}
+        # Rows of a group share the size of their caches.
+        sizes: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            sampling = Sampling(request.temperature, request.top_k, request.top_p)
-            kinds.setdefault((sampling, padded_size(request.max_new_tokens)), []).append(index)
+            sizes.setdefault(padded_size(request.max_new_tokens), []).append(index)
         finished: dict[int, Generation] = {}
         with jax.set_mesh(self.mesh):
-            for (sampling, _), indices in kinds.items():
+            for indices in sizes.values():
                 prompts = [requests[index].prompt for index in indices]
                 for group in plan_prefixes(prompts, [len(prompt) - 1 for prompt in prompts]):
                     members = {indices[member]: requests[indices[member]] for member in group.members}
-                    finished |= self._generate_group(members, group, sampling)
+                    finished |= self._generate_group(members, group)
         return [finished[index] for index in range(len(requests))]
 
     def stream(self, request: GenerationRequest) -> Iterator[str]:
         """Yields the generation in pieces that later tokens cannot change: without incomplete characters or the
         beginning of a stop string."""
         self._check([request])
-        sampling = Sampling(request.temperature, request.top_k, request.top_p)
-        tokens: list[int] = []
+        draw = draw_of(request)
         told = 0
         with jax.set_mesh(self.mesh):
-            rows = self._new_rows(row_shards(self.mesh), padded_size(len(request.prompt) + request.max_new_tokens))
-            rows, first_r = self._begin(rows, {0: 0}, {0: request}, 0, None, 1, sampling)
-        tokens.append(int(_on_host(first_r)[0]))
-        while (ended := self._ended(tokens, request)) is None:
-            certain = _certain(self.tokenizer.decode(tokens), request.stop)
-            yield certain[told:]
-            told = max(told, len(certain))
+            slots = padded_size(len(request.prompt) + request.max_new_tokens)
+            decoder = Decoder(self.network, row_shards(self.mesh), slots)
+            tokens = decoder.begin({0: (Part(request.prompt), draw)}, 1).tolist()
+        while (generation := self._ended(tokens, request)) is None:
+            text = certain(self.tokenizer.decode(tokens), request.stop)
+            yield text[told:]
+            told = max(told, len(text))
             with jax.set_mesh(self.mesh):
-                rows, new_bm = self._advance(None, rows, STREAMED_STEPS, rows.slots, sampling)
-            tokens += _on_host(new_bm)[0].tolist()
-        yield ended.text[told:]
+                tokens += decoder.advance(STREAMED_STEPS, slots, [draw.sampling]).token[0].tolist()
+        yield generation.text[told:]
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
         for index, request in enumerate(requests):
@@ -181,26 +170,13 @@ class LlamaLanguageModel:
                 )
 
     @functools.cached_property
-    def _layers(self) -> list[nnx.State] | None:
-        return continuation.layers_apart(self.spec, self.params)
+    def network(self) -> Network:
+        return Network(self.spec, self.params, self.mesh)
 
-    def _new_rows(self, count: int, slots: int) -> continuation.Rows:
-        rows = continuation.empty_rows(self.spec, count, slots, apart=self._layers is not None)
-        by_row_and_head = PartitionSpec(*() if self._layers is not None else (None,), BATCH_AXES, TENSOR_AXIS)
-        blocks = jax.device_put(rows.blocks, NamedSharding(self.mesh, by_row_and_head))
-        numbers = jax.device_put(rows[1:], NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
-        return continuation.Rows(blocks, *numbers)
+    def _ended(self, tokens: Sequence[int], request: GenerationRequest) -> Generation | None:
+        return ended(tokens, request, self.tokenizer, frozenset((self.tokenizer.eos_id, *self.ends)))
 
-    def _advance(
-        self, prefix: shared_prefix.Prefix | None, rows: continuation.Rows, steps: int, reach: int, sampling: Sampling
-    ) -> tuple[continuation.Rows, jax.Array]:
-        """Advances the rows. `reach` is the maximum length of a row afterwards."""
-        blocks = min(-(-reach // rows.block_slots), len(rows.blocks))
-        return continuation.advance(self.spec, self.params, self._layers, prefix, rows, steps, blocks, sampling)
-
-    def _generate_group(
-        self, requests: dict[int, GenerationRequest], group: Group, sampling: Sampling
-    ) -> dict[int, Generation]:
+    def _generate_group(self, requests: dict[int, GenerationRequest], group: Group) -> dict[int, Generation]:
         shared = group.length
         prefix = self._prefix(next(iter(requests.values())).prompt[:shared])
         # Long answers first, so that they do not run alone at the end.
@@ -210,7 +186,7 @@ class LlamaLanguageModel:
         count = max(1, min(self.placement.rows, len(requests)) // shards) * shards
         at_once = max(1, count // 4)
         steps = min(STEPS, max(r.max_new_tokens for r in requests.values()) - 1)
-        rows = self._new_rows(count, slots)
+        decoder = Decoder(self.network, count, slots, prefix)
         occupied: dict[int, tuple[int, list[int]]] = {}
         finished: dict[int, Generation] = {}
 
@@ -226,61 +202,22 @@ class LlamaLanguageModel:
             free = [row for row in range(count) if row not in occupied]
             while waiting and free and (len(free) >= at_once or len(waiting) <= len(free)):
                 entering = {row: waiting.pop() for row in free[:at_once] if waiting}
-                free = free[len(entering) :]
-                rows, first_r = self._begin(rows, entering, requests, shared, prefix, at_once, sampling)
+                asked = {row: requests[index] for row, index in entering.items()}
+                first_r = decoder.begin(
+                    {row: (Part(r.prompt[shared:]), draw_of(r)) for row, r in asked.items()}, at_once
+                )
                 occupied |= {row: (index, []) for row, index in entering.items()}
-                for row, token in zip(list(entering), _on_host(first_r).tolist(), strict=False):
+                for row, token in zip(entering, first_r.tolist(), strict=True):
                     settle(row, [token])
                 free = [row for row in range(count) if row not in occupied]
             if occupied and steps:
                 longest = max(len(requests[index].prompt) + len(made) for index, made in occupied.values()) - shared
-                rows, new_bm = self._advance(prefix, rows, steps, longest + steps, sampling)
-                for row, new in enumerate(_on_host(new_bm).tolist()):
+                samplings = [draw_of(requests[index]).sampling for index, _ in occupied.values()]
+                new_bm = decoder.advance(steps, longest + steps, samplings).token
+                for row, new in enumerate(new_bm.tolist()):
                     if row in occupied:
                         settle(row, new)
         return finished
-
-    def _begin(
-        self,
-        rows: continuation.Rows,
-        entering: dict[int, int],
-        requests: dict[int, GenerationRequest],
-        shared: int,
-        prefix: shared_prefix.Prefix | None,
-        at_once: int,
-        sampling: Sampling,
-    ) -> tuple[continuation.Rows, jax.Array]:
-        prompts = [requests[index].prompt for index in entering.values()]
-        rests = [prompt[shared:] for prompt in prompts]
-        length = min(padded_size(max(map(len, rests))), rows.slots)
-        tokens_rt = np.zeros((at_once, length), np.int32)
-        into_r = np.full(at_once, len(rows.token_b), np.int32)
-        length_r, seed_r = np.ones(at_once, np.int32), np.zeros(at_once, np.uint32)
-        for i, (row, index) in enumerate(entering.items()):
-            tokens_rt[i, : len(rests[i])] = rests[i]
-            into_r[i], length_r[i], seed_r[i] = row, len(rests[i]), _seed(requests[index])
-        return continuation.begin(self.spec, self.params, prefix, rows, into_r, tokens_rt, length_r, seed_r, sampling)
-
-    def _ended(self, tokens: list[int], request: GenerationRequest) -> Generation | None:
-        """The generation if these tokens complete it, otherwise None. It is cut at the first end, as if it were checked
-        after every token, so the result does not depend on the number of tokens per check."""
-        kept = tokens[: request.max_new_tokens]
-        ends = {self.tokenizer.eos_id, *self.ends, *request.ends}
-        length = next((i for i, token in enumerate(kept) if token in ends), len(kept))
-        at_end = length < len(kept)
-        kept = kept[:length]
-        text = self.tokenizer.decode(kept)
-        if any(stop in text for stop in request.stop):
-            needed = bisect.bisect_left(
-                range(len(kept)),
-                True,
-                key=lambda n: any(stop in self.tokenizer.decode(kept[:n]) for stop in request.stop),
-            )
-            text = self.tokenizer.decode(kept[:needed])
-            return Generation(text[: min(text.find(stop) for stop in request.stop if stop in text)], needed, "stop")
-        if at_end:
-            return Generation(text, len(kept), "eos")
-        return Generation(text, len(kept), "length") if len(kept) == request.max_new_tokens else None
 
     def _prefix(self, tokens: Sequence[int]) -> shared_prefix.Prefix | None:
         if not tokens:
@@ -293,24 +230,10 @@ class LlamaLanguageModel:
         return jax.device_put(rows_bt, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    """The whole array on the host, including parts in other processes."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _certain(text: str, stop: Sequence[str]) -> str:
-    """The part of the text that more tokens cannot change: without an incomplete character or a possible beginning of a
-    stop string."""
-    text = text.rstrip("\ufffd")
-    held = [n for term in stop for n in range(1, len(term)) if text.endswith(term[:n])]
-    return text[: len(text) - max(held, default=0)]
-
-
-def _seed(request: GenerationRequest) -> int:
-    """The sampling seed, which depends only on the request's seed and prompt, not on other requests."""
-    return zlib.crc32(np.asarray(request.prompt, np.int32).tobytes(), request.seed & 0xFFFFFFFF)
+def draw_of(request: GenerationRequest) -> Draw:
+    """The seed depends only on the request's seed and prompt, not on other requests."""
+    seed = zlib.crc32(np.asarray(request.prompt, np.int32).tobytes(), request.seed & 0xFFFFFFFF)
+    return Draw(Sampling(request.temperature, request.top_k, request.top_p), seed)
 
 
 def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ from flacuna_jax.kernels.attention import attention
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.llama import Llama, LlamaConfig
+from flacuna_jax.model.lora import select_columns
 from flacuna_jax.model.parameters import ModelSpec
 
 SCORED_TOGETHER = 128
@@ -42,7 +43,7 @@ def compute_prefix(spec: ModelSpec, params: Params, tokens_p: jax.Array, length:
     """The prefix of `length` tokens; `tokens_p` int32 is padded after them."""
     segment_ids_bt = (jnp.arange(tokens_p.size) < length).astype(jnp.int32)[None]
     positions_bt = jnp.arange(tokens_p.size, dtype=jnp.int32)[None]
-    _, k_lbtkn, v_lbtkn = forward(spec.merge(params), tokens_p[None], positions_bt, segment_ids_bt, None)
+    _, k_lbtkn, v_lbtkn = forward(spec.merge(params), tokens_p[None], positions_bt, segment_ids_bt)
     return Prefix(as_keys(k_lbtkn)[:, 0], as_values(v_lbtkn)[:, 0], length.astype(jnp.int32))
 
 
@@ -64,7 +65,8 @@ def score(
     positions must be a multiple of `SCORED_TOGETHER`.
     """
     model = spec.merge(params)
-    hidden_btd, _, _ = forward(model, tokens_bt, positions_bt, segment_ids_bt, prefix)
+    positions_bt, earlier = after(model, prefix, positions_bt)
+    hidden_btd, _, _ = forward(model, tokens_bt, positions_bt, segment_ids_bt, earlier)
     hidden_cmd = hidden_btd.reshape(-1, hidden_btd.shape[-1])[at_m].reshape(-1, SCORED_TOGETHER, hidden_btd.shape[-1])
 
     def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -96,25 +98,45 @@ def as_values(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, -3, -1)
 
 
+Earlier = Callable[[int | jax.Array], list[Seen]]
+"""Maps a layer to the keys and values before those of a forward pass itself."""
+
+
 def forward(
-    model: Llama, tokens_bt: jax.Array, positions_bt: jax.Array, segment_ids_bt: jax.Array, prefix: Prefix | None
+    model: Llama,
+    tokens_bt: jax.Array,
+    positions_bt: jax.Array,
+    segment_ids_bt: jax.Array,
+    earlier: Earlier | None = None,
+    columns_b2: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states [b, t, d] of documents after the prefix, and their own keys and values [l, b, t, k, n]."""
+    """Hidden states [b, t, d] of documents, and their own keys and values [l, b, t, k, n].
+
+    Args:
+      positions_bt: absolute, so they include the tokens of `earlier`.
+      earlier: keys and values that each document attends to besides its own.
+      columns_b2: the columns of each row's adapter (`lora.select_columns`).
+    """
     config = model.config
     masks = config.masks(make_packed_mask(segment_ids_bt))
     position_t = jnp.arange(tokens_bt.shape[1])
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
         mask = config.in_layer(layer, *masks)
-        if prefix is None:
+        if earlier is None:
             return attention(q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap)
         visible_bts = (mask.start_bt[:, :, None] <= position_t) & (position_t <= position_t[:, None])
-        seen = prefix_of(prefix, layer, config.first_visible(layer, positions_bt))
-        return attend_to(config, q, seen, Seen(as_keys(k), as_values(v), visible_bts))
+        return attend_to(config, q, *earlier(layer), Seen(as_keys(k), as_values(v), visible_bts))
 
-    if prefix is not None:
-        positions_bt = positions_bt + prefix.length
-    return through_layers(model, tokens_bt, positions_bt, attend)
+    return through_layers(model, tokens_bt, positions_bt, attend, columns_b2=columns_b2)
+
+
+def after(model: Llama, prefix: Prefix | None, positions_bt: jax.Array) -> tuple[jax.Array, Earlier | None]:
+    """Positions counted from the end of the prefix as absolute ones, and the prefix as what is attended to."""
+    if prefix is None:
+        return positions_bt, None
+    positions_bt = positions_bt + prefix.length
+    return positions_bt, lambda layer: [prefix_of(prefix, layer, model.config.first_visible(layer, positions_bt))]
 
 
 def layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
@@ -159,6 +181,7 @@ def through_layers(
     positions_bt: jax.Array,
     attend: Attend,
     layers: Sequence[nnx.State] | None = None,
+    columns_b2: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states after the final norm [b, t, d], and the keys and values of these tokens in all layers, both
     [l, b, t, k, n].
@@ -168,6 +191,7 @@ def through_layers(
     Args:
       attend: (q, k, v, layer) to o; the layer is a number if `layers` are given.
       layers: the parameters of each layer, if they are not stacked.
+      columns_b2: the columns of each row's adapter (`lora.select_columns`).
     """
     ropes = model.config.ropes_at(positions_bt)
     graph, stacked = nnx.split(model.layers)
@@ -179,6 +203,8 @@ def through_layers(
             made.append((k, v))
             return attend(q, k, v, index)
 
+        if columns_b2 is not None:
+            state = select_columns(state, columns_b2)
         x_btd = nnx.merge(graph, state)(x_btd, model.config.rope_in(index, ropes), attend_here)
         return x_btd, made[0]
 

@@ -158,7 +158,7 @@ class LoRALinear(nnx.Module):
         if self.lora is not None:
             a_ri, b_or = self.factors()
             x_bti = self.dropped(x_bti, row_keys_b)
-            y_bto += _by_group(_by_group(x_bti, a_ri.astype(x_bti.dtype)), b_or.astype(x_bti.dtype))
+            y_bto += _by_group(self.low(x_bti, a_ri), b_or.astype(x_bti.dtype))
         y_bto = checkpoint_name(y_bto, OUTPUT_NAME)
         if self.lora is not None and self.lora.use_dora:
             y_bto = self._rescaled(y_bto, weight_oi, a_ri, b_or)
@@ -171,8 +171,15 @@ class LoRALinear(nnx.Module):
         return self.weight.dequantized(self.axes, dtype)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """A and scale · B in float32, so that the compute dtype does not round the scale."""
-        return self.lora_a[...], self.lora_b[...] * self.lora_scale[...]
+        """A and scale · B in float32, so that the compute dtype does not round the scale. B itself if every row has
+        scales of its own (`select_columns`), which `low` applies."""
+        scale = self.lora_scale[...]
+        return self.lora_a[...], self.lora_b[...] if scale.ndim == 2 else self.lora_b[...] * scale
+
+    def low(self, x_bti: jax.Array, a_ri: jax.Array) -> jax.Array:
+        """A x."""
+        low_btr, scale = _by_group(x_bti, a_ri.astype(x_bti.dtype)), self.lora_scale[...]
+        return low_btr * scale[:, None].astype(low_btr.dtype) if scale.ndim == 2 else low_btr
 
     def dropped(self, x_bti: jax.Array, row_keys_b: jax.Array | None) -> jax.Array:
         assert self.lora is not None
@@ -214,8 +221,34 @@ class LoRAHead(LoRALinear):
         """Hidden states with the width of `table`."""
         if self.lora is None:
             return hidden_btd
-        low_btr = self.dropped(hidden_btd, row_keys_b) @ self.factors()[0].astype(hidden_btd.dtype).T
+        low_btr = self.low(self.dropped(hidden_btd, row_keys_b), self.factors()[0])
         return jnp.concatenate([hidden_btd, low_btr], axis=-1)
+
+
+def select_columns(state: nnx.State, columns_b2: jax.Array) -> nnx.State:
+    """The state of a module or of one layer in which row b of a batch uses only columns `columns_b2[b]` (first, end)
+    of B, and the same rows of A.
+
+    Several adapters on one base are one adapter side by side: each has its own columns, with its scale multiplied into
+    B, and a row uses those of its adapter. A row with no columns is that of the base.
+    """
+
+    def select(leaf: nnx.Variable) -> nnx.Variable:
+        if not isinstance(leaf, LoRAScale):
+            return leaf
+        return leaf.replace(selected)
+
+    ranks = {leaf.shape[-1] for _, leaf in nnx.to_flat_state(state) if _is_b(leaf)}
+    if not ranks:
+        return state
+    (rank,) = ranks
+    column_r = jnp.arange(rank)
+    selected = ((column_r >= columns_b2[:, :1]) & (column_r < columns_b2[:, 1:])).astype(jnp.float32)
+    return jax.tree.map(select, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _is_b(leaf: nnx.Variable) -> bool:
+    return isinstance(leaf, LoRAParam) and leaf.get_metadata("info").kind == "lora_b"
 
 
 def row_norms(weight_oi: jax.Array, a_ri: jax.Array, b_or: jax.Array) -> jax.Array:

@@ -13,7 +13,8 @@ from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.data.special_tokens import Special, SpecialTokens
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import continuation
-from flacuna_jax.generation.engine import LlamaLanguageModel, Placement, padded_size
+from flacuna_jax.generation.decoder import Decoder, padded_size
+from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.generation.prefixes import plan_prefixes
 from flacuna_jax.kernels.packed_mask import make_packed_mask
@@ -152,7 +153,7 @@ def test_the_cache_gives_the_same_as_recomputing_everything(
     monkeypatch.setattr(continuation, "SMALL_STACK", small_stack)
     config = dataclasses.replace(SMALL, num_kv_heads=kv_heads)
     model = _small(ModelSpec(config, None, "float32", "float32"))
-    assert (model._layers is None) == (small_stack == 0)
+    assert (model.network.layers is None) == (small_stack == 0)
     prompts = _prompts([1, 5, 33, 188])
     for prompt, answer in zip(prompts, model.generate([GenerationRequest(p, 20) for p in prompts]), strict=True):
         assert answer.tokens == 20
@@ -199,7 +200,7 @@ def test_heads_and_rows_split_over_devices_give_the_same_answers(
     spec = ModelSpec(SMALL, None, "float32", "float32")
     requests = [GenerationRequest(prompt, 9) for prompt in _prompts([3, 40, 12, 21, 7])]
     split = _small(spec, MeshConfig(fsdp=2, tensor=2), rows=2)
-    cache = jax.tree.leaves(split._new_rows(2, 64).blocks)[0]
+    cache = jax.tree.leaves(Decoder(split.network, 2, 64).rows.blocks)[0]
     assert cache.sharding.shard_shape(cache.shape)[-4:-2] == (1, SMALL.num_kv_heads // 2)
     assert split.generate(requests) == _small(spec).generate(requests)
 
@@ -230,9 +231,10 @@ def test_bfloat16_follows_float32() -> None:
 def test_similar_lengths_need_no_other_compilation() -> None:
     model = _small(ModelSpec(SMALL, None, "float32", "float32"), rows=2)
     model.generate([GenerationRequest(p, 4) for p in _prompts([3, 9, 20, 31, 7])])
-    before = continuation.begin._cache_size(), continuation.advance._cache_size()
+    programs = (continuation.fill, continuation.start, continuation.advance)
+    before = [program._cache_size() for program in programs]
     model.generate([GenerationRequest(p, 4) for p in _prompts([4, 4, 50])])
-    assert (continuation.begin._cache_size(), continuation.advance._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_stop_strings_cut_and_free_their_row(story_llama: Path) -> None:

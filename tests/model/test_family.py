@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.config.types import PROJECTIONS
-from flacuna_jax.generation import continuation, shared_prefix
+from flacuna_jax.generation import shared_prefix
 from flacuna_jax.generation.decode import GREEDY
+from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged
@@ -276,22 +277,11 @@ def continuations(member: Member, prompts: list[list[int]], shared: int, count: 
         head = np.zeros(16, np.int32)
         head[:shared] = prompts[0][:shared]
         prefix = shared_prefix.compute_prefix(spec, params, jnp.asarray(head), jnp.int32(shared))
-    tokens_rt = np.zeros((len(prompts), 32), np.int32)
-    for row, prompt in zip(tokens_rt, prompts, strict=True):
-        row[: len(prompt) - shared] = prompt[shared:]
-    rows, first_r = continuation.begin(
-        spec,
-        params,
-        prefix,
-        continuation.empty_rows(spec, len(prompts), 64, apart=False),
-        jnp.arange(len(prompts)),
-        jnp.asarray(tokens_rt),
-        jnp.array([len(prompt) - shared for prompt in prompts]),
-        jnp.zeros(len(prompts), jnp.uint32),
-        GREEDY,
-    )
-    _, more_bt = continuation.advance(spec, params, None, prefix, rows, count - 1, 1, GREEDY)
-    return np.concatenate([np.asarray(first_r)[:, None], np.asarray(more_bt)], axis=1).tolist()
+    decoder = Decoder(Network(spec, params, make_mesh(MeshConfig())), len(prompts), 64, prefix)
+    parts = {row: (Part(prompt[shared:]), Draw()) for row, prompt in enumerate(prompts)}
+    first_r = decoder.begin(parts, len(prompts))
+    more_bt = decoder.advance(count - 1, 64, [GREEDY]).token
+    return np.concatenate([first_r[:, None], more_bt], axis=1).tolist()
 
 
 def test_converted_and_back(member: Member, tmp_path: Path) -> None:
