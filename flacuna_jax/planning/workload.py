@@ -106,7 +106,7 @@ def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
         examples_per_step=plan.examples_per_step,
         fill=plan.fill,
         supervised=int(store.supervised.sum()) / tokens,
-        document_length=tokens / len(store),
+        document_length=tokens / store.document_lengths.size,
         assumed=False,
     )
 
