@@ -67,10 +67,13 @@ class Workload:
     length: int
     """Tokens per row."""
     statistics: Statistics
+    reference_adapter: bool = False
+    """Whether a second, frozen adapter is the reference of a preference."""
 
     @classmethod
     def of_run(cls, spec: ModelSpec, config: RunConfig, statistics: Statistics) -> "Workload":
-        return cls(StepConfig.of_run(spec, config), config.training, config.data.max_length, statistics)
+        step, by_adapter = StepConfig.of_run(spec, config), config.reference_adapter is not None
+        return cls(step, config.training, config.data.max_length, statistics, by_adapter)
 
     @property
     def spec(self) -> ModelSpec:

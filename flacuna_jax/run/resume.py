@@ -16,6 +16,7 @@ _FREE = (
     "model.name",
     "model.tokenizer",
     "lora.init_from",
+    "training.objective.reference.adapter",
     # Evaluation, and the handling of bad steps, which never change the parameters.
     "evaluation",
     "training.on_bad_step",
@@ -47,6 +48,7 @@ WORDS = {
     "tokenizer": ("fingerprints.tokenizer",),
     "base": ("fingerprints.base",),
     "code": ("fingerprints.code",),
+    "reference": ("fingerprints.reference",),
 }
 
 
@@ -128,7 +130,8 @@ def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, 
     changes = []
     for key in dict.fromkeys((*before, *now)):
         old, new = before.get(key, absent), now.get(key, absent)
-        if old != new:
+        # A setting that did not exist when the run began is null.
+        if old != new and not (old is absent and new is None):
             changes.append((key, "absent" if old is absent else old, "absent" if new is absent else new))
     return changes
 
