@@ -365,7 +365,7 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     if len(found) < 2:
         return found[0] if found else None
     fields = {name: (field.annotation, field) for section in found for name, field in section.model_fields.items()}
-    return create_model("Alternatives", **fields)  # type: ignore[call-overload, no-any-return]
+    return create_model("Alternatives", **fields)  # type: ignore[call-overload]
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -17,8 +17,8 @@ class AdapterReferenceConfig(Section):
 
 Reference = Literal["base", "cached"] | AdapterReferenceConfig
 """The model that a preference is relative to. base: the base, with the adapters switched off. cached: the weights that
-the run begins with, whose log-probabilities are computed once; full fine-tuning does this for base, too. {adapter: DIR}:
-the base with that adapter."""
+the run begins with, whose log-probabilities are computed once; full fine-tuning does this for base, too.
+{adapter: DIR}: the base with that adapter."""
 
 
 class DpoConfig(Section):

@@ -419,7 +419,7 @@ class EvaluationConfig(Section):
         # eval/MEASURE/SOURCE or tasks/NAME/MEASURE; the names of sources and tasks must not influence the result.
         parts = self.metric.split("/")
         measure = parts[1] if self.metric.startswith("eval/") else parts[-1]
-        return "loss" in measure or "perplexity" in measure
+        return "loss" in measure or "perplexity" in measure or measure in ("kl", "nll")
 
 
 class LoggingConfig(Section):

@@ -28,8 +28,8 @@ targets with loss; segment_ids number the documents of each row from 1, 0 is pad
 document.
 
 Examples of two documents have those next to each other, the first with an odd segment id. Values of an example or of a
-document are constant over its tokens: `good`, bool, the label; `reference`, float32, the document's log-probability under
-the reference.
+document are constant over its tokens: `good`, bool, the label; `reference`, float32, the document's log-probability
+under the reference.
 """
 
 

@@ -26,8 +26,8 @@ class TokenStore:
     task_index: int32 [examples], index into `tasks`, the values of the records' field `source` ("cot_gsm8k").
     record_index: int64 [examples], number of the record in its source, from 0.
     id_bytes, id_offsets: the records' ids, UTF-8, uint8 [..] and int64 [examples + 1].
-    first_lengths: int64 [examples], number of tokens of the first of the two documents of each example; None if examples
-      have one document. The two are those of a pair, or an answer and the answer to another question, for KTO.
+    first_lengths: int64 [examples], number of tokens of the first of the two documents of each example; None if
+      examples have one document. The two are those of a pair, or an answer and the answer to another question, for KTO.
     good: bool [examples], the labels of single answers; None without labels.
     reference: float32 [examples, 2], log-probability of each document's answer under the reference; None unless it is
       computed before training (run/reference.py).

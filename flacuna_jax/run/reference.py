@@ -1,7 +1,7 @@
 """The reference of a preference: a second, frozen adapter, or log-probabilities that are computed once before training.
 
-Computed values are stored beside the tokenised corpora, under a hash of everything that they depend on. They are those of
-the weights that the run begins with, so a run that continues finds or computes the same ones.
+Computed values are stored beside the tokenised corpora, under a hash of everything that they depend on. They are those
+of the weights that the run begins with, so a run that continues finds or computes the same ones.
 """
 
 import contextlib
@@ -168,6 +168,5 @@ def _stored(place: Path, examples: int) -> NDArray[np.float32] | None:
 def _store(place: Path, values: NDArray[np.float32]) -> None:
     """Writes the values on the first host. Without a writable cache, the next start computes them again."""
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError):
-            with replacing(place) as partial, partial.open("wb") as file:
-                np.save(file, values, allow_pickle=False)
+        with contextlib.suppress(OSError), replacing(place) as partial, partial.open("wb") as file:
+            np.save(file, values, allow_pickle=False)

@@ -147,7 +147,7 @@ class Setup:
         lora = self.config.lora
         if lora is None or lora.init_from is None or not self.config.caches_reference:
             return {}
-        return {"reference": checksum(read_adapter(local_run(lora.init_from), self.source.config).params)}
+        return {"reference": checksum(_adapter_of_run(self, lora.init_from, "lora.init_from"))}
 
     @property
     def shared_facts(self) -> dict[str, str]:
@@ -320,9 +320,7 @@ def _require_same_adapters(lora: LoraConfig, found: LoraConfig, where: str) -> N
         and ((set(ours[name]) != set(theirs[name])) if name == "targets" else (ours[name] != theirs[name]))
     ]
     if changes:
-        raise UserError(
-            f"the adapter in {where} has other settings; set them with: {' '.join(changes)}"
-        )
+        raise UserError(f"the adapter in {where} has other settings; set them with: {' '.join(changes)}")
 
 
 def plan_facts(setup: Setup) -> list[tuple[str, str]]:

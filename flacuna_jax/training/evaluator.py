@@ -45,7 +45,7 @@ class HeldOut:
         If the records have several sources, also "eval/loss/SOURCE", ... The devices sum a few rows at a time in
         float32, and the host adds these sums in float64. Returns None if `stop` returns True between two batches.
         """
-        means: dict[str, np.ndarray] = {}
+        means: dict[str, Any] = {}
         if self.objective.statistics is not None:
             sums = self._total(lambda batch: self.statistics(trainable, frozen, batch), stop)
             if sums is None:

@@ -1,4 +1,4 @@
-"""Preference objectives against TRL's own trainers with PEFT adapters: losses, log-probabilities, gradients, trajectory.
+"""Preference objectives against TRL's trainers with PEFT adapters: losses, log-probabilities, gradients, trajectory.
 
 Float32, no dropout, the token ids that TRL's trainer made.
 """
@@ -141,7 +141,11 @@ def pairs_of(trainer) -> list[tuple[list[int], list[int], int]]:
     ]
 
 
-@pytest.mark.parametrize("loss", DPO)
+NORMAL = ("ipo", "with sft")
+"""The others differ from these in one line, and each trainer takes seconds to make."""
+
+
+@pytest.mark.parametrize("loss", [one if one in NORMAL else pytest.param(one, marks=pytest.mark.slow) for one in DPO])
 def test_dpo(loss, tokenizer, tmp_path):
     """The reference is a frozen copy of the first adapter, as in TRL for a model that has one already."""
     mine, arguments = DPO[loss]
@@ -157,6 +161,7 @@ def test_dpo(loss, tokenizer, tmp_path):
     compare(trainer, settings, base | frozen, as_jax(model), rows_of(pairs_of(trainer), ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cpo_is_dpo_without_a_reference(smoothing, tokenizer, tmp_path):
     arguments = {"loss_type": "sigmoid", "label_smoothing": smoothing, "cpo_alpha": 0.5}
@@ -164,6 +169,7 @@ def test_cpo_is_dpo_without_a_reference(smoothing, tokenizer, tmp_path):
     check_without_reference(CPOTrainer, CPOConfig, settings, tokenizer, tmp_path, **arguments)
 
 
+@pytest.mark.slow
 def test_simpo(tokenizer, tmp_path):
     arguments = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}
     check_without_reference(CPOTrainer, CPOConfig, SimpoConfig(name="simpo"), tokenizer, tmp_path, **arguments)
@@ -208,7 +214,11 @@ def test_kto(tokenizer, tmp_path):
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     documents = [
-        (one["prompt_ids"] + one["completion_ids"], one["prompt_ids"] + one["KL_completion_ids"], len(one["prompt_ids"]))
+        (
+            one["prompt_ids"] + one["completion_ids"],
+            one["prompt_ids"] + one["KL_completion_ids"],
+            len(one["prompt_ids"]),
+        )
         for one in trainer.train_dataset
     ]
     batch = rows_of(documents, ROWS, good=[bool(one["label"]) for one in trainer.train_dataset])
@@ -216,6 +226,7 @@ def test_kto(tokenizer, tmp_path):
     compare(trainer, settings, base, as_jax(trainer.model), batch)
 
 
+@pytest.mark.slow
 def test_six_steps_of_dpo(tokenizer, tmp_path):
     """AdamW, clipping, four pairs a step; the base is the reference."""
     import peft
@@ -237,9 +248,7 @@ def test_six_steps_of_dpo(tokenizer, tmp_path):
     adapters, pairs = as_jax(trainer.model), pairs_of(trainer)
     trainer.train()
     expected = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    batches = [
-        to_device(in_steps(rows_of(pairs[4 * step : 4 * step + 4], [[0, 1], [2, 3]]), 1)) for step in range(6)
-    ]
+    batches = [to_device(in_steps(rows_of(pairs[4 * step : 4 * step + 4], [[0, 1], [2, 3]]), 1)) for step in range(6)]
     settings = DpoConfig(name="dpo", beta=0.5)
     losses, adapters = run_ours(SPEC, base, adapters, batches, 5e-3, preference_objective(settings))
     assert expected[-1] < expected[0] - 0.05, "the trajectory should go somewhere"
