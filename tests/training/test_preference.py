@@ -59,7 +59,12 @@ def values(settings, params, batch, micro_batch: int):
     return run(config_of(settings), adapters, base, to_device(in_steps(batch, micro_batch)), jnp.int32(0))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+def some_slow(*names: str) -> list:
+    """Names of objectives; those in `names` are in the slow set, because each compiles its own step."""
+    return [pytest.param(one, marks=pytest.mark.slow) if one in names else one for one in SETTINGS]
+
+
+@pytest.mark.parametrize("name", some_slow("simpo", "orpo"))
 def test_packed_pairs_have_the_values_of_padded_ones_for_any_micro_batch(name, params):
     settings = SETTINGS[name]
     loss, scalars, gradients = values(settings, params, batch_of([*PACKED, []], settings), 1)
@@ -86,7 +91,7 @@ def test_a_pair_has_no_influence_on_another_in_its_row(params):
     assert (first[2:] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", some_slow("dpo", "simpo", "orpo"))
 def test_an_evaluation_has_the_figures_of_the_step(name, params):
     settings, mesh = SETTINGS[name], make_mesh(MeshConfig())
     base, adapters = params
@@ -110,7 +115,9 @@ def trajectory(settings: PreferenceConfig, mesh_config: MeshConfig, params, step
     layout = StateLayout(SPEC, optax.adam(3e-3), mesh)
     base, adapters = params
     shardings = layout.shardings[0]
-    state = layout.begin({path: jax.device_put(value, shardings[path]) for path, value in adapters.items()})
+    # Copied, because the step donates its arguments.
+    placed = {path: jax.device_put(np.array(value), shardings[path]) for path, value in adapters.items()}
+    state = layout.begin(placed)
     step = make_step(config_of(settings), layout.optimizer, mesh, layout.shardings)
     shards = mesh_config.row_shards
     batch = in_steps(batch_of([*PACKED, []], settings), shards)
