@@ -263,6 +263,8 @@ def described_columns(description: FileDescription) -> tuple[str, ...]:
 
 def described_parser(description: FileDescription) -> Parser:
     """The parser of a file that LLaMA-Factory's dataset_info.json describes."""
+    if description.ranking or "kto_tag" in description.columns:
+        return partial(_described_preference, description)
     return partial(_described_sharegpt if description.formatting == "sharegpt" else _described_alpaca, description)
 
 
@@ -274,6 +276,20 @@ def _described_alpaca(description: FileDescription, reading: Reading) -> Dialogu
     query = columns.get("query")
     turns = [*history, *_single_turn(reading, columns["prompt"], query, columns["response"])]
     return _described(columns, reading, None, turns)
+
+
+def _described_preference(description: FileDescription, reading: Reading) -> Dialogue:
+    """A ranking, or an answer with a label: the record under the names of our own format."""
+    columns = _usable_columns(description, reading)
+    renamed = {ours: reading.record.get(theirs) for ours, theirs in columns.items()}
+    for ours, name in (("messages", "conversations"), ("response", "completion"), ("query", "input")):
+        if ours in renamed:
+            renamed[name] = renamed.pop(ours)
+    if "prompt" in renamed and isinstance(renamed["prompt"], str):
+        renamed["prompt"] = _joined(renamed["prompt"], renamed.pop("input", None))
+    reading.used.update(columns.values())
+    inner = Reading(renamed, set(), reading.ignored, reading.changed)
+    return PARSERS["preference" if description.ranking else "kto"](inner)
 
 
 def _described_sharegpt(description: FileDescription, reading: Reading) -> Dialogue:
@@ -297,11 +313,14 @@ def _described_sharegpt(description: FileDescription, reading: Reading) -> Dialo
 
 
 def _usable_columns(description: FileDescription, reading: Reading) -> Mapping[str, str]:
-    if description.ranking:
-        raise _of_preferences(f"a ranking, as {description.name!r} of dataset_info.json says", "preference")
-    for name, form in (("chosen", "preference"), ("rejected", "preference"), ("kto_tag", "kto")):
-        if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
-            raise _of_preferences(f"{name} answers in {description.columns[name]!r}", form)
+    for name in ("chosen", "rejected"):
+        column = description.columns.get(name)
+        if not description.ranking and column is not None and not is_empty(reading.record.get(column)):
+            raise BadRecord(
+                "preference data",
+                f"the record has {name} answers in {column!r}; set ranking: true in {description.name!r} of "
+                "dataset_info.json for preference tuning",
+            )
     for name in _MEDIA:
         if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
             raise BadRecord("pictures or sound", f"the record has {name}; training supports text only")

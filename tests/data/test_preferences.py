@@ -106,6 +106,31 @@ def test_labelled_answers(tmp_path, label):
         assert conversation.good is good
 
 
+def test_llama_factorys_descriptions(tmp_path):
+    entries = {
+        "a": {
+            "file_name": "pairs.json",
+            "ranking": True,
+            "columns": {"prompt": "ask", "query": "more", "chosen": "good", "rejected": "bad"},
+        },
+        "b": {
+            "file_name": "tags.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "talk", "kto_tag": "fine"},
+        },
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    (tmp_path / "pairs.json").write_text(json.dumps([{"ask": "q", "more": "x", "good": "a", "bad": "b", "id": "1"}]))
+    (tmp_path / "tags.json").write_text(json.dumps([{"talk": [Q, A], "fine": False}]))
+    found = {}
+    for name, kind in (("pairs", "pairs"), ("tags", "labelled")):
+        policy = BadRecordPolicy(SourceReport(name), "error")
+        ((_, found[name]),) = read_source(SourceConfig(path=str(tmp_path / f"{name}.json")), policy, kind)
+        assert not policy.report.ignored
+    assert written(found["pairs"]) == "user: q\nx | assistant: a + / user: q\nx | assistant: b +"
+    assert found["tags"].good is False
+
+
 DROPPED = {
     "the same answer": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "pairs", IDENTICAL),
     "an empty answer": ({"prompt": "q", "chosen": "a", "rejected": " "}, "pairs", EMPTY),
