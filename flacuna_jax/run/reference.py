@@ -61,7 +61,7 @@ class _Initial:
         self._setup, self._base, self._state = setup, base, state
         config, spec = setup.config, setup.spec
         if config.lora is not None and config.lora.init_from is None:
-            spec = dataclasses.replace(spec, lora=None)  # fresh adapters change nothing
+            spec = spec.without_adapters  # fresh adapters change nothing
         self.network = dataclasses.replace(NetworkConfig.of_run(setup.spec, config), spec=spec)
 
     @functools.cached_property

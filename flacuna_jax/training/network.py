@@ -76,8 +76,7 @@ class Network:
 
     def without_adapters(self) -> "Network":
         """The base by itself, without dropout."""
-        spec = dataclasses.replace(self.config.spec, lora=None)
-        return Network(dataclasses.replace(self.config, spec=spec), self.params)
+        return Network(dataclasses.replace(self.config, spec=self.config.spec.without_adapters), self.params)
 
     def with_reference_adapter(self) -> "Network":
         """The base with the adapter whose names begin with `REFERENCE`, without dropout."""
