@@ -130,8 +130,7 @@ def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, 
     changes = []
     for key in dict.fromkeys((*before, *now)):
         old, new = before.get(key, absent), now.get(key, absent)
-        # A setting that did not exist when the run began is null.
-        if old != new and not (old is absent and new is None):
+        if old != new:
             changes.append((key, "absent" if old is absent else old, "absent" if new is absent else new))
     return changes
 
