@@ -224,7 +224,8 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.data.new_tokens)
     fingerprint = tokenizer_fingerprint(config.model.tokenizer_path, config.data.new_tokens)
     template = open_template(config.data, config.model.tokenizer_path, tokenizer)
-    store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template)
+    kind = config.training.examples
+    store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template, kind)
     store, _ = hold_out(store, config.evaluation)
     return measured_statistics(plan_steps(store, config.data, config.training, seed=config.seed, shards=None), store)
 

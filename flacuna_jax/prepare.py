@@ -27,9 +27,9 @@ from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_steps
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
-from flacuna_jax.data.store import StoreBuilder, TokenStore, describe_example
+from flacuna_jax.data.store import StoreBuilder, TokenStore, describe_document
 from flacuna_jax.data.store_cache import cached_store, default_directory
-from flacuna_jax.data.tokenization import Tokenizer, tokenize
+from flacuna_jax.data.tokenization import TokenizedExample, Tokenizer, tokenize
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.collection import Built, build, find_inputs
 from flacuna_jax.flan_mini.config import FlanMiniConfig, LeakageConfig
@@ -148,7 +148,8 @@ def prepare_run(
     say(f"template: {describe_choice(config.data.template, directory)}")
     for note in template.notes:
         say(f"note: {note}")
-    store, report = cached_store(config.data, tokenizer, tokenizer_fingerprint(directory, new), cache, say, template)
+    fingerprint, examples = tokenizer_fingerprint(directory, new), config.training.examples
+    store, report = cached_store(config.data, tokenizer, fingerprint, cache, say, template, examples)
     held_out: list[tuple[str, str]] = []
     store, measured = hold_out(store, config.evaluation)
     if measured is not None:
@@ -242,14 +243,13 @@ def _record_texts(path: Path) -> Texts:
 def _source_texts(config: RunConfig) -> Texts:
     for source in config.data.sources:
         policy = BadRecordPolicy(SourceReport(source.path), config.data.on_bad_record)
-        for _, conversation in read_source(source, policy):
+        for _, conversation in read_source(source, policy, config.training.examples):
             yield conversation.source, *_by_role(conversation)
 
 
 def _by_role(conversation: Conversation) -> tuple[list[str], list[str]]:
-    prompts, answers = (
-        [turn.text for turn in conversation.turns if turn.role == role] for role in ("user", "assistant")
-    )
+    turns = [turn for document in conversation.documents for turn in document.turns]
+    prompts, answers = (list(dict.fromkeys(t.text for t in turns if t.role == role)) for role in ("user", "assistant"))
     return prompts, answers
 
 
@@ -305,16 +305,28 @@ def _show_store(store: TokenStore, tokenizer: Tokenizer, count: int) -> None:
                 Text(f"── {name} · {example.source} · {example.id} · ", style="bold")
                 + Text(f"{len(example.ids)} tokens, {supervised} with loss", style="bold")
             )
-            text = Text()
-            for piece in describe_example(store, index, tokenizer):
-                plain = piece.text
-                if not console.is_terminal:
-                    plain = f"‹{plain}›" if piece.special else plain
-                    plain = f"⟦{plain}⟧" if piece.supervised else plain
-                style = "green" if piece.supervised else "dim"
-                text.append(plain, style=f"{style} reverse" if piece.special else style)
-            console.print(text)
+            for title, document in zip(_titles(example), example.documents, strict=True):
+                if title:
+                    console.print(Text(f"─ {title}", style="bold"))
+                text = Text()
+                for piece in describe_document(document, tokenizer):
+                    plain = piece.text
+                    if not console.is_terminal:
+                        plain = f"‹{plain}›" if piece.special else plain
+                        plain = f"⟦{plain}⟧" if piece.supervised else plain
+                    style = "green" if piece.supervised else "dim"
+                    text.append(plain, style=f"{style} reverse" if piece.special else style)
+                console.print(text)
             console.print()
+
+
+def _titles(example: TokenizedExample) -> tuple[str, ...]:
+    """What each document of an example is; empty for the only one."""
+    if example.first_length is None:
+        return ("",)
+    if example.good is None:
+        return ("chosen", "rejected")
+    return ("good" if example.good else "bad", "with the answer to another question, for KTO's reference point")
 
 
 if __name__ == "__main__":

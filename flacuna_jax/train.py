@@ -23,6 +23,7 @@ from flacuna_jax.model.sharding import batch_sharding
 from flacuna_jax.run.bad_steps import BadStep, BatchInspector
 from flacuna_jax.run.deliver import what_next
 from flacuna_jax.run.determinism import Beginning, NotDeterministic, check_determinism
+from flacuna_jax.run.reference import with_reference
 from flacuna_jax.run.setup import (
     Say,
     open_parts,
@@ -103,8 +104,9 @@ def prove_determinism(config: RunConfig) -> int:
 
     def begin() -> Beginning:
         step_config = setup.step_config
-        source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
         state, base = fresh_state(setup)
+        store = with_reference(setup, base, state, say).store
+        source = StepSource(store, setup.plan, jax.process_index(), jax.process_count())
         step = make_step(step_config, setup.layout.optimizer, setup.mesh, setup.layout.shardings)
         return Beginning(state, base, step, BatchStream(source, start_step=0, threads=2, ahead=2))
 
@@ -123,6 +125,7 @@ def inspect_step(config: RunConfig, number: int) -> int:
     if not 1 <= number <= setup.plan.total_steps:
         raise UserError(f"--inspect_step {number}: the run's steps are 1 to {setup.plan.total_steps}")
     state, base = newest_state(setup, say_on_stderr if primary else say_nothing)
+    setup = with_reference(setup, base, state, say_on_stderr if primary else say_nothing)
     source = StepSource(setup.store, setup.plan, jax.process_index(), jax.process_count())
     step_config = setup.step_config
     splits = [one.split for one in config.data.sources]

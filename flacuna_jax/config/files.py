@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from flacuna_jax.config.other_names import ours
 from flacuna_jax.config.schema import RunConfig, SourceConfig
@@ -220,7 +220,7 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def _explain(error: ValidationError, overridden: dict[Location, str], origin_of: Any, schema: type[BaseModel]) -> str:
-    items = [(_without_union_tags(item["loc"]), item) for item in error.errors()]
+    items = [(_as_written(item["loc"]), item) for item in error.errors()]
     messages = []
     for location, item in items:
         # A union reports every alternative and a container reports its items' failure again: keep the deepest.
@@ -250,6 +250,11 @@ def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
         return f"{key} is not a setting{_nearest_key(location, value, schema)}"
     if kind == "missing":
         return f"{key} is missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        names = [name.strip("'") for name in re.findall(r"'[^']+'", item["ctx"].get("expected_tags", ""))]
+        near = difflib.get_close_matches(str(item["ctx"].get("tag")), names, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key}.name must be one of {', '.join(names)}{hint}" if names else f"{key}.name is missing"
     if kind == "value_error":
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     if kind == "literal_error":
@@ -297,9 +302,12 @@ def _as_number(value: Any, whole: bool) -> str | None:
         return None
 
 
-def _without_union_tags(location: tuple[str | int, ...]) -> Location:
-    """Removes the type names that Pydantic adds to the location of a union's error; users do not write them."""
-    return tuple(part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part)))
+def _as_written(location: tuple[str | int, ...]) -> Location:
+    """Removes the type names and the names of alternatives that Pydantic adds to the location of a union's error."""
+    parts = [part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part))]
+    if parts[:2] == ["training", "objective"]:
+        del parts[2:3]
+    return tuple(parts)
 
 
 def _as_section(location: Location, value: Any, schema: type[BaseModel]) -> str:
@@ -348,11 +356,16 @@ def _section_at(location: Location, schema: type[BaseModel]) -> type[BaseModel] 
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section of a setting; for alternatives, one with the settings of all of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
-        return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
-    return None
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType, tuple, typing.Annotated):
+        return None
+    found = [section for section in map(_section_in, typing.get_args(annotation)) if section is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    fields = {name: (field.annotation, field) for section in found for name, field in section.model_fields.items()}
+    return create_model("Alternatives", **fields)  # type: ignore[call-overload]
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -15,10 +15,12 @@ from pydantic import (
     model_validator,
 )
 
+from flacuna_jax.config.objectives import AdapterReferenceConfig, PreferenceConfig
 from flacuna_jax.config.types import (
     AUTO,
     HEAD,
     AlphaPattern,
+    Examples,
     Fraction,
     Layers,
     LocalPath,
@@ -200,6 +202,8 @@ class SourceConfig(Section):
         "dolly",
         "prompt_completion",
         "question_answer",
+        "preference",
+        "kto",
         "text",
     ] = "auto"
     """auto: detected from the fields of the first records of each file. text: no template is applied, and the loss
@@ -252,6 +256,9 @@ class DataConfig(Section):
 
 
 class TrainingConfig(Section):
+    objective: Annotated[PreferenceConfig, Field(discriminator="name")] | None = None
+    """Preference tuning: {name: dpo}, simpo, orpo or kto, with the settings in docs/preference.md. null: instruction
+    tuning, the cross-entropy of the answers."""
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     """Maximum number of optimizer steps; a run ends at `epochs` or `max_steps`, whichever comes first."""
@@ -307,6 +314,11 @@ class TrainingConfig(Section):
         if self.betas is not None and self.optimizer == "adafactor":
             raise ValueError("betas apply to AdamW and Lion only; Adafactor computes its own decay rates")
         return self
+
+    @property
+    def examples(self) -> Examples:
+        """The kind of examples that the objective trains on."""
+        return "answers" if self.objective is None else self.objective.examples
 
     def warmup_of(self, total_steps: int) -> int:
         """Number of warm-up steps in a run of `total_steps` steps."""
@@ -407,7 +419,7 @@ class EvaluationConfig(Section):
         # eval/MEASURE/SOURCE or tasks/NAME/MEASURE; the names of sources and tasks must not influence the result.
         parts = self.metric.split("/")
         measure = parts[1] if self.metric.startswith("eval/") else parts[-1]
-        return "loss" in measure or "perplexity" in measure
+        return "loss" in measure or "perplexity" in measure or measure in ("kl", "nll")
 
 
 class LoggingConfig(Section):
@@ -461,6 +473,33 @@ class RunConfig(Section):
         if self.training.attention == "tokamax" and self.model.dtype != "bfloat16":
             raise ValueError("training.attention: tokamax needs model.dtype: bfloat16")
         return self
+
+    @model_validator(mode="after")
+    def objective_fits(self) -> "RunConfig":
+        if self.training.objective is None:
+            return self
+        objective = f"training.objective {self.training.objective.name}"
+        if self.data.train_on == "all":
+            raise ValueError(f"data.train_on: all has no meaning for {objective}, which compares answers")
+        if self.data.over_length == "truncate_prompt":
+            raise ValueError(f"data.over_length: truncate_prompt is not available for {objective}; use drop or error")
+        if self.training.attention == "cudnn":
+            raise ValueError(f"training.attention: cudnn needs one document per row, but {objective} has two")
+        if self.reference_adapter is not None and self.lora is None:
+            raise ValueError("training.objective.reference: an adapter needs lora; with lora: null, use cached")
+        return self
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Directory of the adapter that is the reference; None for other references."""
+        reference = getattr(self.training.objective, "reference", None)
+        return reference.adapter if isinstance(reference, AdapterReferenceConfig) else None
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether log-probabilities of the reference are computed once, before training."""
+        reference = getattr(self.training.objective, "reference", None)
+        return reference == "cached" or (reference == "base" and self.lora is None)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -15,6 +15,10 @@ HEAD: Target = "lm_head"
 PROJECTIONS = tuple(target for target in TARGETS if target != HEAD)
 ALL_LINEAR = "all-linear"
 
+Examples = Literal["answers", "pairs", "labelled"]
+"""What an objective trains on: conversations whose answers are imitated, pairs of a preferred and a rejected answer, or
+single answers that are labelled good or bad."""
+
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 """Sizes, steps and layer indices fit a signed 32-bit integer."""

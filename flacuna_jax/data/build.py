@@ -1,15 +1,16 @@
 """Builds the tokenised corpus of a config: reads, tokenises, applies the length policy, and counts everything."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
 from flacuna_jax.config.schema import DataConfig, SourceConfig
-from flacuna_jax.config.types import AUTO, FALLBACK
+from flacuna_jax.config.types import AUTO, FALLBACK, Examples
 from flacuna_jax.data.conversation import Conversation, Segment, Template, TemplateRefusal, named_template
 from flacuna_jax.data.files import Place
-from flacuna_jax.data.formats import read_source
+from flacuna_jax.data.formats import IDENTICAL, read_source
 from flacuna_jax.data.over_length import Shortener
 from flacuna_jax.data.report import BadRecordPolicy, DataReport, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore
@@ -25,11 +26,14 @@ TURNS_REMOVED = "turns removed to fit data.max_length"
 ANSWER_TOO_LONG = "answer and shortened question longer than data.max_length"
 NO_LOSS = "no supervised token"
 REFUSED = "the template does not support the record"
+ALONE = "no other answer, which KTO's estimate needs"
 
 Located = tuple[int, Place, Conversation]
 """The number of a record in its source, its place, and its conversation."""
 SHOWN_CHARACTERS = 20
 """Maximum number of unknown characters that the report lists."""
+
+Example = tuple[Located, TokenizedExample]
 
 Progress = Callable[[int], None]
 """Called periodically with the number of records read so far."""
@@ -40,11 +44,13 @@ def build_store(
     tokenizer: Tokenizer,
     on_progress: Progress | None = None,
     template: Template | None = None,
+    examples: Examples = "answers",
 ) -> tuple[TokenStore, DataReport]:
     """Tokenises every source of a config.
 
     Args:
       template: None uses the one that `config` names, which must then not be that of a checkpoint.
+      examples: The kind of examples that the records must have.
 
     Raises:
       UserError: The input is invalid, or a source yields no example.
@@ -56,7 +62,8 @@ def build_store(
     for index, source in enumerate(config.sources):
         report = SourceReport(source.path)
         reports.append(report)
-        for _ in SourceBuild(config, template, source, index, tokenizer, encoder, report, builder).blocks():
+        build = SourceBuild(config, template, source, index, tokenizer, encoder, report, builder, examples)
+        for _ in build.blocks():
             if on_progress:
                 on_progress(sum(r.read for r in reports))
         require_examples(report)
@@ -82,6 +89,12 @@ def require_examples(report: SourceReport) -> None:
         raise UserError(f"{report.path}: no usable example ({reasons or 'no records'}){first}")
 
 
+def _together(conversation: Conversation, documents: list[TokenizedExample]) -> TokenizedExample:
+    """The example of a conversation with one or two tokenised documents."""
+    first = replace(documents[0], good=conversation.good)
+    return first if len(documents) == 1 else first.followed_by(documents[1].ids, documents[1].loss_mask)
+
+
 class SourceBuild:
     """Adds the examples of one source to a store. `builder` may be replaced between blocks, to build it in parts."""
 
@@ -95,8 +108,9 @@ class SourceBuild:
         encoder: SegmentEncoder,
         report: SourceReport,
         builder: StoreBuilder,
+        examples: Examples = "answers",
     ) -> None:
-        self._config = config
+        self._config, self._examples = config, examples
         self._source = source
         self._index = index
         self._encoder = encoder
@@ -130,34 +144,55 @@ class SourceBuild:
 
     def _read(self) -> Iterator[tuple[int, Place, Conversation]]:
         policy = BadRecordPolicy(self._report, self._config.on_bad_record)
-        for place, conversation in read_source(self._source, policy):
+        for place, conversation in read_source(self._source, policy, self._examples):
             yield self._report.read - 1, place, conversation
 
     def _add(self, block: list[Located]) -> None:
         accepted, rendered = self._render(block)
-        conversations = [conversation for _, _, conversation in accepted]
-        examples = tokenize_batch(conversations, rendered, self._encoder, self._config.train_on)
-        kept: list[TokenizedExample] = []
-        records: list[int] = []
-        for (record, place, conversation), example in zip(accepted, examples, strict=True):
-            fitting = self._fit(place, conversation, example)
-            if fitting is not None:
-                kept.append(fitting)
-                records.append(record)
-                self._count_unknown(conversation, fitting)
-        self.builder.add(self._index, kept, records)
+        documents = [document for _, _, conversation in accepted for document in conversation.documents]
+        tokenized = iter(tokenize_batch(documents, rendered, self._encoder, self._config.train_on))
+        examples = [
+            _together(conversation, [next(tokenized) for _ in conversation.documents])
+            for _, _, conversation in accepted
+        ]
+        fitting = self._fitting(list(zip(accepted, examples, strict=True)))
+        if self._examples == "labelled":
+            fitting = self._fitting(self._with_other_answers(fitting))
+        kept = [example for _, example in fitting]
+        for (_, _, conversation), example in fitting:
+            self._count_unknown(conversation, example)
+        self.builder.add(self._index, kept, [record for (record, _, _), _ in fitting])
         self._report.kept += len(kept)
         self._report.tokens += sum(len(example.ids) for example in kept)
         self._report.supervised_tokens += sum(int(np.count_nonzero(example.loss_mask)) for example in kept)
 
+    def _fitting(self, examples: list[Example]) -> list[Example]:
+        fitted = [(located, self._fit(located[1], located[2], example)) for located, example in examples]
+        return [(located, example) for located, example in fitted if example is not None]
+
+    def _with_other_answers(self, examples: list[Example]) -> list[Example]:
+        """Gives each labelled answer a second document: its prompt with the answer to the question before it in the
+        block, for KTO's estimate of the divergence from the reference. The first gets the last one's answer."""
+        if len(examples) == 1:
+            self._report.drop(ALONE, examples[0][0][1])
+            return []
+        made = []
+        for (located, example), (_, other) in zip(examples, [examples[-1], *examples[:-1]], strict=True):
+            asked, answered = int(np.argmax(example.loss_mask)), int(np.argmax(other.loss_mask))
+            ids = np.concatenate([example.ids[:asked], other.ids[answered:]])
+            mask = np.concatenate([example.loss_mask[:asked], other.loss_mask[answered:]])
+            made.append((located, example.followed_by(ids, mask)))
+        return made
+
     def _render(self, block: list[Located]) -> tuple[list[Located], list[list[Segment]]]:
-        """The conversations that the template supports, and their segments."""
+        """The conversations that the template supports, and the segments of their documents."""
         policy = BadRecordPolicy(self._report, self._config.on_bad_record)
         accepted: list[Located] = []
         rendered: list[list[Segment]] = []
         for record, place, conversation in block:
             try:
-                rendered.append(segments_of(conversation, self._template, self._encoder.tokenizer))
+                documents = conversation.documents
+                rendered += [segments_of(document, self._template, self._encoder.tokenizer) for document in documents]
                 accepted.append((record, place, conversation))
             except TemplateRefusal as refusal:
                 policy.reject(REFUSED, place, str(refusal))
@@ -180,8 +215,12 @@ class SourceBuild:
     def _fit(self, place: Place, conversation: Conversation, example: TokenizedExample) -> TokenizedExample | None:
         """The example, shortened to the length limit if necessary; None if it is dropped, which is counted."""
         length, limit = len(example.ids), self._config.max_length
-        if not example.loss_mask.any():
+        documents = example.documents
+        if not all(document.loss_mask.any() for document in documents):
             self._report.drop(NO_LOSS, place)
+            return None
+        if conversation.rejected is not None and np.array_equal(documents[0].ids, documents[1].ids):
+            self._report.drop(IDENTICAL, place)
             return None
         if length <= limit:
             return example

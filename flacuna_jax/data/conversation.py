@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config.types import AUTO, CHECKPOINT
+from flacuna_jax.config.types import AUTO, CHECKPOINT, Examples
 from flacuna_jax.data.as_text import written_as_text
 from flacuna_jax.data.jinja_template import jinja_template, read_jinja_file
 from flacuna_jax.data.layouts import NAMES, our_template, source_of
@@ -107,6 +107,9 @@ class Conversation:
       tools: JSON schemas of the functions that the assistant may call, in the form of transformers.
       raw: Whether the record is a text without roles: `turns` is one turn of the assistant with that text, no template
         is applied, and every token carries loss.
+      rejected: In a pair, the turns with the rejected answer, and `turns` are those with the chosen one. None if it is
+        not a pair.
+      good: Label of a single answer. None if it has none.
     """
 
     id: str
@@ -115,6 +118,20 @@ class Conversation:
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     raw: bool = False
+    rejected: tuple[Turn, ...] | None = None
+    good: bool | None = None
+
+    @property
+    def examples(self) -> Examples:
+        """The kind of example that it is."""
+        return "pairs" if self.rejected is not None else "answers" if self.good is None else "labelled"
+
+    @property
+    def documents(self) -> tuple["Conversation", ...]:
+        """The conversations that are tokenised: itself, or the two of a pair."""
+        if self.rejected is None:
+            return (self,)
+        return tuple(dataclasses.replace(self, turns=turns, rejected=None) for turns in (self.turns, self.rejected))
 
 
 def render(conversation: Conversation, template: Template) -> list[Segment]:

@@ -2,21 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from flacuna_jax.data.dataset_info import FileDescription
 from flacuna_jax.data.messages import ROLES, read_messages, read_tools, without_loss
-from flacuna_jax.data.record import BadRecord, Reading, decoded, is_empty, kind_name
+from flacuna_jax.data.preferences import CHOSEN, LABELS, REJECTED, Prompt, read_label, read_pair, transcript
+from flacuna_jax.data.record import BadRecord, Dialogue, Reading, decoded, is_empty, kind_name
 from flacuna_jax.data.segments import Role, Turn
-
-
-class Dialogue(NamedTuple):
-    """The content of a record: its system text (None without one), its turns, the schemas of its tools."""
-
-    system: str | None
-    turns: list[Turn]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
 
 Parser = Callable[[Reading], Dialogue]
 
@@ -29,8 +21,9 @@ _MEDIA = ("images", "videos", "audios")
 _MEDIUM = tuple(name.removesuffix("s") for name in _MEDIA)
 _MARKS = tuple(f"<{name}>" for name in _MEDIUM)
 """Placeholders of a picture, a video or a sound in a text."""
-_PAIR = ("chosen", "rejected", "preferred_output", "non_preferred_output")
-_NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, "kto_tag", "label"))
+_PAIR = (*CHOSEN, *REJECTED)
+_PAIR_PROMPTS = ("prompt", "question", "query", "instruction", "input")
+_NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, *LABELS))
 """Fields that, unless empty, mark a record as one of pictures or of preferences."""
 
 
@@ -95,6 +88,42 @@ def _prompt_completion(reading: Reading) -> Dialogue:
     return Dialogue(system, [*without_loss(turns), *completion])
 
 
+def _preference(reading: Reading) -> Dialogue:
+    """A pair of answers; see data/preferences.py."""
+    system, chosen, rejected = read_pair(reading, _prompt_of_pair(reading))
+    if reading.record.get("messages") == reading.record.get("chosen"):
+        reading.used.add("messages")  # UltraFeedback repeats the chosen conversation
+    return Dialogue(system, chosen, rejected=rejected)
+
+
+def _prompt_of_pair(reading: Reading) -> Prompt | None:
+    """The prompt beside the two answers; None if each of them is a whole conversation."""
+    lists = [name for name in ("prompt", *_MESSAGES) if isinstance(reading.record.get(name), list)]
+    whole = reading.record.get("messages") == reading.record.get("chosen")
+    if lists and not (whole and lists == ["messages"]):
+        return Prompt(*read_messages(reading, lists[0]))
+    field = next((name for name in _PAIR_PROMPTS if not is_empty(reading.record.get(name))), None)
+    if field is None:
+        return None
+    if isinstance(inner := reading.record[field], dict):  # OpenAI's {"input": {"messages": [...]}}
+        reading.used.add(field)
+        return Prompt(*read_messages(Reading(inner, set(), reading.ignored, reading.changed), "messages"))
+    asked = reading.text(field)
+    if field == "instruction":
+        asked = _joined(asked, reading.optional_text("input"))
+    return Prompt(None, transcript(asked) or [*_history(reading), Turn("user", asked)])
+
+
+def _kto(reading: Reading) -> Dialogue:
+    """An answer with a label; of a list of messages, the label is that of the last answer."""
+    if reading.first("completion") is None and (field := reading.first(*_MESSAGES)) is not None:
+        system, turns = read_messages(reading, field)
+        turns = [*without_loss(turns[:-1]), *turns[-1:]]
+    else:
+        system, turns, *_ = _prompt_completion(reading)
+    return Dialogue(system, turns, good=read_label(reading))
+
+
 def _text(reading: Reading) -> Dialogue:
     return Dialogue(None, [Turn("assistant", reading.text("text"))])
 
@@ -103,8 +132,8 @@ def _with_fields_beside(parse: Parser) -> Parser:
     """Extends `parse` with a system text and tools from separate fields."""
 
     def parse_all(reading: Reading) -> Dialogue:
-        own, turns, _ = parse(reading)
-        return Dialogue(_system(reading, own), turns, read_tools(reading, *_TOOLS))
+        found = parse(reading)
+        return found._replace(system=_system(reading, found.system), tools=read_tools(reading, *_TOOLS))
 
     return parse_all
 
@@ -127,6 +156,8 @@ PARSERS: Mapping[str, Parser] = {
     "dolly": _with_fields_beside(_dolly),
     "prompt_completion": _with_fields_beside(_prompt_completion),
     "question_answer": _with_fields_beside(_question_answer),
+    "preference": _with_fields_beside(_preference),
+    "kto": _with_fields_beside(_kto),
     "text": _text,
 }
 
@@ -159,8 +190,7 @@ COLUMNS = tuple(
             *_TOOLS,
             *_MEDIA,
             *_PAIR,
-            "kto_tag",
-            "label",
+            *LABELS,
         )
     )
 )
@@ -171,11 +201,15 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
     """The format whose fields a record has. `unread` are more field names. Raises BadRecord with the fields found."""
     if not isinstance(record, dict):
         raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
+    if _has_pair(record):
+        return "preference"
+    if not is_empty(record.get("kto_tag")) or (
+        isinstance(record.get("label"), bool) and record.get("completion") is not None
+    ):
+        return "kto"
     for fields, name in FORMATS:
         if all(record.get(field) is not None for field in fields):
             return name
-    if _has_pair(record):
-        raise _preference("chosen and rejected answers")
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
     if isinstance(record.get("text"), str):
         detail = "the record has only `text`; set format: text in its source to train on it without a template"
@@ -195,15 +229,15 @@ def detect_format(record: object, unread: Sequence[str] = ()) -> str:
 
 
 def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Sequence[str]) -> None:
-    """Raises BadRecord for pictures and preferences, which training on answers would silently ignore."""
+    """Raises BadRecord for pictures, and for preferences that the format of the file would ignore."""
     if not unread and reading.record.keys().isdisjoint(_NOT_TEXT):
         return
-    if _has_pair(reading.record):
-        raise _preference("chosen and rejected answers")
+    if _has_pair(reading.record) and reading.used.isdisjoint(_PAIR):
+        raise _of_preferences("chosen and rejected answers", "preference")
     if "kto_tag" in reading.record and "kto_tag" not in reading.used:
-        raise _preference("kto_tag, which says whether the answer is good")
-    if isinstance(reading.record.get("label"), bool) and "completion" in reading.used:
-        raise _preference("label, which says whether the completion is good")
+        raise _of_preferences("kto_tag, which says whether the answer is good", "kto")
+    if isinstance(reading.record.get("label"), bool) and "completion" in reading.used and "label" not in reading.used:
+        raise _of_preferences("label, which says whether the completion is good", "kto")
     marked = any(mark in turn.text for turn in turns for mark in _MARKS)
     for name in (*reading.record, *unread):
         filled = name in unread or not is_empty(reading.record[name])
@@ -215,11 +249,11 @@ def _has_pair(record: Mapping[str, Any]) -> bool:
     return any(not is_empty(record.get(name)) for name in _PAIR)
 
 
-def _preference(what: str) -> BadRecord:
+def _of_preferences(what: str, name: str) -> BadRecord:
     return BadRecord(
         "preference data",
-        f"the record has {what}: preference tuning is not supported; to train on the preferred answers only, write "
-        "them as prompt and completion without the others",
+        f"the record has {what}, which this format does not read; set format: {name} in its source, and "
+        "training.objective for preference tuning",
     )
 
 
@@ -229,6 +263,8 @@ def described_columns(description: FileDescription) -> tuple[str, ...]:
 
 def described_parser(description: FileDescription) -> Parser:
     """The parser of a file that LLaMA-Factory's dataset_info.json describes."""
+    if description.ranking or "kto_tag" in description.columns:
+        return partial(_described_preference, description)
     return partial(_described_sharegpt if description.formatting == "sharegpt" else _described_alpaca, description)
 
 
@@ -240,6 +276,20 @@ def _described_alpaca(description: FileDescription, reading: Reading) -> Dialogu
     query = columns.get("query")
     turns = [*history, *_single_turn(reading, columns["prompt"], query, columns["response"])]
     return _described(columns, reading, None, turns)
+
+
+def _described_preference(description: FileDescription, reading: Reading) -> Dialogue:
+    """A ranking, or an answer with a label: the record under the names of our own format."""
+    columns = _usable_columns(description, reading)
+    renamed = {ours: reading.record.get(theirs) for ours, theirs in columns.items()}
+    for ours, name in (("messages", "conversations"), ("response", "completion"), ("query", "input")):
+        if ours in renamed:
+            renamed[name] = renamed.pop(ours)
+    if "prompt" in renamed and isinstance(renamed["prompt"], str):
+        renamed["prompt"] = _joined(renamed["prompt"], renamed.pop("input", None))
+    reading.used.update(columns.values())
+    inner = Reading(renamed, set(), reading.ignored, reading.changed)
+    return PARSERS["preference" if description.ranking else "kto"](inner)
 
 
 def _described_sharegpt(description: FileDescription, reading: Reading) -> Dialogue:
@@ -263,11 +313,14 @@ def _described_sharegpt(description: FileDescription, reading: Reading) -> Dialo
 
 
 def _usable_columns(description: FileDescription, reading: Reading) -> Mapping[str, str]:
-    if description.ranking:
-        raise _preference(f"a ranking, as {description.name!r} of dataset_info.json says")
-    for name in ("chosen", "rejected", "kto_tag"):
-        if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
-            raise _preference(f"{name} answers in {description.columns[name]!r}")
+    for name in ("chosen", "rejected"):
+        column = description.columns.get(name)
+        if not description.ranking and column is not None and not is_empty(reading.record.get(column)):
+            raise BadRecord(
+                "preference data",
+                f"the record has {name} answers in {column!r}; set ranking: true in {description.name!r} of "
+                "dataset_info.json for preference tuning",
+            )
     for name in _MEDIA:
         if name in description.columns and not is_empty(reading.record.get(description.columns[name])):
             raise BadRecord("pictures or sound", f"the record has {name}; training supports text only")

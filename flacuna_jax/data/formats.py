@@ -6,6 +6,7 @@ alpaca                {"instruction": str, "input": str, "output": str, "history
 dolly                 {"instruction": str, "context": str, "response": str}
 prompt_completion     {"prompt": str or messages, "completion": str or messages}
 question_answer       {"question" or "query" or "prompt" or "input": str, "answer" or "response" or "output": str}
+preference, kto       see preferences.py
 text                  {"text": str}: no template, every token carries loss; only if the source sets format: text
 
 Lists of messages are read the same in every field; see `messages.py`. `id` and `source` are kept if a record has them;
@@ -17,7 +18,8 @@ Rules for all formats:
   supports later system messages and consecutive turns of one role.
 - Turns after the last answer (a question without an answer, an empty answer) are removed and counted.
 - A record without any text of the assistant is dropped and counted, because there is nothing to learn in it.
-- Pairs of a preferred and a rejected answer, and records with pictures, are rejected.
+- Pairs of a chosen and a rejected answer that are the same, or of which one is empty, are dropped and counted.
+- Records of another kind than the objective trains on, and records with pictures, are rejected.
 - Any other record is a bad record: an error with its place, or counted, depending on data.on_bad_record.
 
 Alpaca's instruction and input are stripped of white space at both ends and joined as "{instruction}\n{input}", as the
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from flacuna_jax.config.schema import SourceConfig
+from flacuna_jax.config.types import Examples
 from flacuna_jax.data.conversation import Conversation, Turn
 from flacuna_jax.data.dataset_info import FileDescription
 from flacuna_jax.data.fields import (
@@ -46,12 +49,15 @@ from flacuna_jax.data.fields import (
     refuse_what_is_not_text,
 )
 from flacuna_jax.data.files import Place, RawRecord, read_records
+from flacuna_jax.data.preferences import EMPTY, IDENTICAL
 from flacuna_jax.data.record import BadRecord, Reading, kind_name
 from flacuna_jax.data.report import BadRecordPolicy
 from flacuna_jax.data.source_files import source_files
 
 __all__ = [
     "COLUMNS",
+    "EMPTY",
+    "IDENTICAL",
     "LEADING_ANSWER",
     "NO_ANSWER",
     "PARSERS",
@@ -66,8 +72,12 @@ UNANSWERED = "last turn without an answer removed"
 NO_ANSWER = "no answer in the record"
 
 
-def read_source(config: SourceConfig, policy: BadRecordPolicy) -> Iterator[tuple[Place, Conversation]]:
+def read_source(
+    config: SourceConfig, policy: BadRecordPolicy, examples: Examples = "answers"
+) -> Iterator[tuple[Place, Conversation]]:
     """The usable conversations of a source, in file order, each with its place.
+
+    Records of another kind than `examples` are bad records.
 
     The format of a file is that of its first record with a known format, or that given by a dataset_info.json next to
     the file. `policy.report` counts every record that is read and every one that is not yielded. The caller applies
@@ -85,11 +95,29 @@ def read_source(config: SourceConfig, policy: BadRecordPolicy) -> Iterator[tuple
             policy.report.read += 1
             try:
                 conversation = parse_record(raw, chooser.parser_for(raw), policy)
+                _require(examples, conversation)
             except BadRecord as bad:
                 policy.reject(bad.reason, raw.place, bad.detail + chooser.other_format(raw))
             else:
                 if conversation is not None:
                     yield raw.place, conversation
+
+
+_KINDS: Mapping[Examples, tuple[str, str]] = {
+    "answers": ("an answer without a preference", "instruction tuning (training.objective: null)"),
+    "pairs": ("a pair of a chosen and a rejected answer", "training.objective: {name: dpo}, simpo or orpo"),
+    "labelled": ("an answer that is labelled good or bad", "training.objective: {name: kto}"),
+}
+"""Of each kind of example: what a record has, and what trains on it."""
+
+
+def _require(examples: Examples, conversation: Conversation | None) -> None:
+    """Raises BadRecord for an example of another kind."""
+    if conversation is not None and conversation.examples != examples:
+        (found, theirs), (needed, _) = _KINDS[conversation.examples], _KINDS[examples]
+        raise BadRecord(
+            "another kind of example", f"the record has {found}, which is for {theirs}; this run needs {needed}"
+        )
 
 
 class _Chooser:
@@ -134,8 +162,8 @@ def parse_record(raw: RawRecord, parse: Parser, policy: BadRecordPolicy) -> Conv
     if not isinstance(record, dict):
         raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
     reading = Reading(record, used={"id", "source"})
-    system, turns, tools = parse(reading)
-    _check_unicode(system, turns)
+    system, turns, tools, rejected, good = parse(reading)
+    _check_unicode(system, [*turns, *(rejected or ())])
     refuse_what_is_not_text(reading, turns, raw.unread)
     for name in dict.fromkeys([*reading.unused(), *reading.ignored, *raw.unread]):
         policy.report.ignore(name)
@@ -144,11 +172,20 @@ def parse_record(raw: RawRecord, parse: Parser, policy: BadRecordPolicy) -> Conv
     identity, source = _id(record, place), _source(record, place)
     if parse is PARSERS["text"]:
         return _plain_text(identity, source, turns, place, policy)
+    if rejected is not None:
+        if turns == rejected:
+            policy.report.drop(IDENTICAL, place)
+            return None
+        if not all(any(map(_learns, document)) for document in (turns, rejected)):
+            policy.report.drop(EMPTY, place)
+            return None
+        rejected = _repair(rejected, place, policy)
     turns = _repair(turns, place, policy)
-    if not turns:
+    if not turns or (good is not None and not _learns(turns[-1])):
         policy.report.drop(NO_ANSWER, place)
         return None
-    return Conversation(identity, source, tuple(turns), system, tools)
+    other = None if rejected is None else tuple(rejected)
+    return Conversation(identity, source, tuple(turns), system, tools, rejected=other, good=good)
 
 
 def _plain_text(
@@ -166,6 +203,10 @@ def _answers(turn: Turn) -> bool:
     if turn.role != "assistant":
         return False
     return bool(turn.text.strip()) or (turn.extra is not None and replace(turn, text="").says_something)
+
+
+def _learns(turn: Turn) -> bool:
+    return turn.trained and _answers(turn)
 
 
 def _repair(turns: list[Turn], place: Place, policy: BadRecordPolicy) -> list[Turn]:

@@ -82,6 +82,9 @@ def select(store: TokenStore, examples: NDArray[np.int64]) -> TokenStore:
         record_index=store.record_index[examples],
         id_bytes=_pieces(store.id_bytes, store.id_offsets, examples),
         id_offsets=_offsets(store.id_offsets, examples),
+        first_lengths=None if store.first_lengths is None else store.first_lengths[examples],
+        good=None if store.good is None else store.good[examples],
+        reference=None if store.reference is None else store.reference[examples],
     )
 
 

@@ -26,6 +26,10 @@ Batch = dict[str, NDArray[Any]]
 tokens are inputs; targets[..., t] is the next token of the same document, or 0 at its end; loss_mask is True for
 targets with loss; segment_ids number the documents of each row from 1, 0 is padding; positions start at 0 in each
 document.
+
+Examples of two documents have those next to each other, the first with an odd segment id. Values of an example or of a
+document are constant over its tokens: `good`, bool, the label; `reference`, float32, the document's log-probability
+under the reference.
 """
 
 
@@ -253,6 +257,7 @@ class StepSource:
         self._local_rows = plan.micro_rows // process_count
         self._first_row = process_index * self._local_rows
         self._lengths = store.lengths
+        self._values = _values_of_documents(store)
         self._lock = threading.Lock()
         self._packed: OrderedDict[int, PackPlan] = OrderedDict()
 
@@ -268,6 +273,8 @@ class StepSource:
         shape = (plan.accumulation, self._local_rows, plan.max_length)
         batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         batch["loss_mask"] = np.zeros(shape, np.bool_)
+        for name, values in self._values.items():
+            batch[name] = np.zeros(shape, values.dtype)
         for number, examples in enumerate(self.rows(step)):
             micro_batch, row = divmod(number, plan.micro_rows)
             row -= self._first_row
@@ -291,7 +298,7 @@ class StepSource:
             micro_batch, row = divmod(number, self._plan.micro_rows)
             row -= self._first_row
             if 0 <= row < self._local_rows:
-                of_segment = np.concatenate([[-1], label_of_example[examples]])
+                of_segment = np.concatenate([[-1], np.repeat(label_of_example[examples], self._store.documents)])
                 labels[micro_batch, row] = of_segment[batch["segment_ids"][micro_batch, row]]
         return {**batch, "labels": labels}
 
@@ -311,17 +318,19 @@ class StepSource:
         )
 
     def _fill_row(self, row: dict[str, NDArray[Any]], examples: Sequence[int] | NDArray[np.int64]) -> None:
-        start = 0
-        for segment, example in enumerate(examples, start=1):
-            span = slice(self._store.offsets[example], self._store.offsets[example + 1])
-            tokens = self._store.tokens[span]
-            end = start + len(tokens)
-            row["tokens"][start:end] = tokens
-            row["targets"][start : end - 1] = tokens[1:]
-            row["loss_mask"][start : end - 1] = self._store.loss_mask[span][1:]
-            row["segment_ids"][start:end] = segment
-            row["positions"][start:end] = np.arange(end - start)
-            start = end
+        start, segment = 0, 0
+        for example in examples:
+            for document, span in enumerate(self._store.spans(example)):
+                tokens = self._store.tokens[span]
+                end, segment = start + len(tokens), segment + 1
+                row["tokens"][start:end] = tokens
+                row["targets"][start : end - 1] = tokens[1:]
+                row["loss_mask"][start : end - 1] = self._store.loss_mask[span][1:]
+                row["segment_ids"][start:end] = segment
+                row["positions"][start:end] = np.arange(end - start)
+                for name, values in self._values.items():
+                    row[name][start:end] = values[example, document]
+                start = end
 
     def _epoch(self, epoch: int) -> PackPlan:
         """The plan of an epoch; two are kept, because prefetching threads cross from one epoch into the next."""
@@ -334,6 +343,13 @@ class StepSource:
                 while len(self._packed) > 2:
                     self._packed.popitem(last=False)
             return self._packed[epoch]
+
+
+def _values_of_documents(store: TokenStore) -> dict[str, NDArray[Any]]:
+    """The further leaves of a batch, by name: [examples, documents], the value of each document."""
+    good = None if store.good is None else np.broadcast_to(store.good[:, None], (len(store), store.documents))
+    found = {"good": good, "reference": store.reference}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 class BatchStream(Iterator[Batch]):

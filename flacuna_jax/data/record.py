@@ -1,9 +1,29 @@
-"""Tracks which fields of a record a parser has used, and its errors."""
+"""The content of a record, which of its fields a parser has used, and its errors."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from flacuna_jax.data.segments import Turn
+
+
+class Dialogue(NamedTuple):
+    """The content of a record.
+
+    Attributes:
+      system: The system text. None without one.
+      turns: The conversation; in a pair, the one with the chosen answer.
+      tools: Schemas of the tools.
+      rejected: The conversation with the rejected answer. None if the record is not a pair.
+      good: The label of the answer. None if it has none.
+    """
+
+    system: str | None
+    turns: list[Turn]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: list[Turn] | None = None
+    good: bool | None = None
 
 
 class BadRecord(Exception):

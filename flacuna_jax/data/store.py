@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from flacuna_jax.config.types import Examples
 from flacuna_jax.data.tokenization import TokenizedExample, Tokenizer
 
 
@@ -25,6 +26,11 @@ class TokenStore:
     task_index: int32 [examples], index into `tasks`, the values of the records' field `source` ("cot_gsm8k").
     record_index: int64 [examples], number of the record in its source, from 0.
     id_bytes, id_offsets: the records' ids, UTF-8, uint8 [..] and int64 [examples + 1].
+    first_lengths: int64 [examples], number of tokens of the first of the two documents of each example; None if
+      examples have one document. The two are those of a pair, or an answer and the answer to another question, for KTO.
+    good: bool [examples], the labels of single answers; None without labels.
+    reference: float32 [examples, 2], log-probability of each document's answer under the reference; None unless it is
+      computed before training (run/reference.py).
     """
 
     tokens: NDArray[np.integer[Any]]
@@ -38,6 +44,9 @@ class TokenStore:
     id_offsets: NDArray[np.int64]
     sources: tuple[str, ...]
     tasks: tuple[str, ...]
+    first_lengths: NDArray[np.int64] | None = None
+    good: NDArray[np.bool_] | None = None
+    reference: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -45,6 +54,31 @@ class TokenStore:
     @property
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
+
+    @property
+    def examples(self) -> Examples:
+        """The kind of all examples."""
+        return "answers" if self.first_lengths is None else "pairs" if self.good is None else "labelled"
+
+    @property
+    def documents(self) -> int:
+        """Number of documents of each example."""
+        return 1 if self.first_lengths is None else 2
+
+    @functools.cached_property
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, [examples, documents]."""
+        if self.first_lengths is None:
+            return self.lengths[:, None]
+        return np.stack([self.first_lengths, self.lengths - self.first_lengths], axis=1)
+
+    def spans(self, example: int) -> tuple[slice, ...]:
+        """The tokens of each document of an example."""
+        start, end = self.offsets[example], self.offsets[example + 1]
+        if self.first_lengths is None:
+            return (slice(start, end),)
+        middle = start + self.first_lengths[example]
+        return slice(start, middle), slice(middle, end)
 
     def id_of(self, example: int) -> str:
         start, end = self.id_offsets[example], self.id_offsets[example + 1]
@@ -57,13 +91,16 @@ class TokenStore:
             self.loss_mask[span],
             self.id_of(index),
             self.tasks[self.task_index[index]],
+            None if self.first_lengths is None else int(self.first_lengths[index]),
+            None if self.good is None else bool(self.good[index]),
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that training depends on: tokens, masks, lengths and their sources."""
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self.tokens, self.loss_mask, self.offsets, self.source_index):
+        of_preferences = (array for array in (self.first_lengths, self.good) if array is not None)
+        for array in (self.tokens, self.loss_mask, self.offsets, self.source_index, *of_preferences):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -103,6 +140,8 @@ class StoreBuilder:
         self._record_index = _Growing(np.int64)
         self._id_bytes = _Growing(np.uint8)
         self._id_lengths = _Growing(np.int64)
+        self._first_lengths = _Growing(np.int64)
+        self._good = _Growing(np.bool_)
         self._tasks: dict[str, int] = {}
 
     def add(self, source: int, examples: Sequence[TokenizedExample], records: Sequence[int]) -> None:
@@ -111,7 +150,8 @@ class StoreBuilder:
         if not examples:
             return
         supervised = np.array([np.count_nonzero(example.loss_mask) for example in examples])
-        if not supervised.all() or any(example.loss_mask[0] for example in examples):
+        masks = [document.loss_mask for example in examples for document in example.documents]
+        if not all(mask.any() for mask in masks) or any(mask[0] for mask in masks):
             raise ValueError("an example has no supervised token, or loss on its first token")
         self._tokens.append(np.concatenate([example.ids for example in examples]))
         self._loss_mask.append(np.concatenate([example.loss_mask for example in examples]))
@@ -122,6 +162,8 @@ class StoreBuilder:
             np.array([self._tasks.setdefault(example.source, len(self._tasks)) for example in examples])
         )
         self._record_index.append(np.array(records))
+        self._first_lengths.append(np.array([e.first_length for e in examples if e.first_length is not None], np.int64))
+        self._good.append(np.array([example.good for example in examples if example.good is not None], np.bool_))
         encoded = [example.id.encode() for example in examples]
         self._id_bytes.append(np.frombuffer(b"".join(encoded), np.uint8))
         self._id_lengths.append(np.array([len(text) for text in encoded]))
@@ -139,6 +181,8 @@ class StoreBuilder:
             id_offsets=_offsets(self._id_lengths.finish()),
             sources=self._sources,
             tasks=tuple(self._tasks),
+            first_lengths=self._first_lengths.finish() if self._first_lengths.size else None,
+            good=self._good.finish() if self._good.size else None,
         )
 
 
@@ -158,7 +202,12 @@ class Piece(NamedTuple):
 
 def describe_example(store: TokenStore, index: int, tokenizer: Tokenizer) -> list[Piece]:
     """The text of an example as the model sees it, split at special tokens and at the start and end of loss."""
-    example = store.example(index)
+    documents = store.example(index).documents
+    return [piece for document in documents for piece in describe_document(document, tokenizer)]
+
+
+def describe_document(example: TokenizedExample, tokenizer: Tokenizer) -> list[Piece]:
+    """`describe_example` for one document."""
     ids, mask = example.ids.tolist(), example.loss_mask.tolist()
     special = tokenizer.special.spellings
     pieces: list[Piece] = []

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.types import Examples
 from flacuna_jax.data.build import SourceBuild, require_examples, template_without_checkpoint
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.report import DataReport, SourceReport
@@ -43,6 +44,8 @@ UNUSED_DAYS = 30
 """Days after which an unopened corpus or an abandoned build is removed."""
 
 _SHAPING = ("max_length", "over_length", "on_bad_record", "train_on", "template_variables", "tools_as_text")
+_OF_PREFERENCES = ("first_lengths", "good")
+"""Arrays that the examples of some kinds do not have."""
 _FLAT = ("tokens", "loss_mask", "supervised", "source_index", "record_index", "id_bytes")
 _AFTER_TOKENISATION = tuple(
     f"data/{name}.py" for name in ("held_out", "hub", "lookup", "packing", "pipeline", "report", "store_cache")
@@ -65,13 +68,14 @@ def cached_store(
     directory: Path,
     say: Say,
     template: Template | None = None,
+    examples: Examples = "answers",
 ) -> tuple[TokenStore, DataReport]:
     """The result of `build_store`, from the cache if it is there; otherwise it is built in the cache, in parts.
 
     `say` receives whether it was a hit or a miss, and why. Raises UserError like `build_store`.
     """
     template = template or template_without_checkpoint(config, tokenizer)
-    parts = identity(config, template, tokenizer_hash)
+    parts = identity(config, template, tokenizer_hash, examples)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     place = directory / key
     directory.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ def cached_store(
             return _renamed(found, [source.path for source in config.sources])
         say(f"tokenised data: {_why(directory, parts)}; building {place}")
         _remove_unused(directory, place, say)
-        return _build(config, template, tokenizer, parts, place, say)
+        return _build(config, template, tokenizer, parts, place, say, examples)
 
 
 @contextmanager
@@ -114,13 +118,16 @@ def _renamed(found: tuple[TokenStore, DataReport], paths: Sequence[str]) -> tupl
     return dataclasses.replace(store, sources=tuple(paths)), DataReport(tuple(reports))
 
 
-def identity(config: DataConfig, template: Template, tokenizer_hash: str) -> dict[str, Any]:
+def identity(
+    config: DataConfig, template: Template, tokenizer_hash: str, examples: Examples = "answers"
+) -> dict[str, Any]:
     """Everything that the examples of a config depend on, as settings and hashes."""
     return {
         "tokenizer": tokenizer_hash,
         "code": source_digest("data", without=_AFTER_TOKENISATION),
         "settings": {name: getattr(config, name) for name in _SHAPING},
         "template": template.jinja,
+        "examples": examples,
         "sources": [_source_identity(source) for source in config.sources],
     }
 
@@ -178,7 +185,13 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _build(
-    config: DataConfig, template: Template, tokenizer: Tokenizer, parts: Mapping[str, Any], place: Path, say: Say
+    config: DataConfig,
+    template: Template,
+    tokenizer: Tokenizer,
+    parts: Mapping[str, Any],
+    place: Path,
+    say: Say,
+    examples: Examples,
 ) -> tuple[TokenStore, DataReport]:
     workshop = place.with_name(f"{place.name}.parts")
     workshop.mkdir(parents=True, exist_ok=True)
@@ -191,7 +204,7 @@ def _build(
         done = _finished_parts(workshop, index)
         if done:
             say(f"{source.path}: continuing after {len(done)} finished parts")
-        way = _Way(config, template, source, index, tokenizer, encoder, workshop)
+        way = _Way(config, template, source, index, tokenizer, encoder, workshop, examples)
         reports.append(way.run(done))
         require_examples(reports[-1])
         finished += _finished_parts(workshop, index)
@@ -227,6 +240,7 @@ class _Way:
         tokenizer: Tokenizer,
         encoder: SegmentEncoder,
         workshop: Path,
+        examples: Examples,
     ) -> None:
         self._names = [s.path for s in config.sources]
         self._vocab_size = tokenizer.vocab_size
@@ -234,7 +248,7 @@ class _Way:
         self._workshop = workshop
         self._report = SourceReport(source.path)
         self._source_build = SourceBuild(
-            config, template, source, index, tokenizer, encoder, self._report, self._new_builder()
+            config, template, source, index, tokenizer, encoder, self._report, self._new_builder(), examples
         )
 
     def run(self, done: Sequence[Path]) -> SourceReport:
@@ -265,8 +279,9 @@ class _Way:
         partial = part.with_name(f".{part.name}.{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in (*_FLAT, "offsets", "task_index", "id_offsets"):
-            np.save(partial / f"{name}.npy", getattr(store, name), allow_pickle=False)
+        for name in (*_FLAT, "offsets", "task_index", "id_offsets", *_OF_PREFERENCES):
+            if (array := getattr(store, name)) is not None:
+                np.save(partial / f"{name}.npy", array, allow_pickle=False)
         facts = {"passed": passed, "complete": complete, "tasks": store.tasks, "report": _report_json(self._report)}
         (partial / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         _sync_and_move(partial, part)
@@ -279,7 +294,7 @@ class _Part:
 
 
 def _load_part(directory: Path) -> _Part:
-    names = (*_FLAT, "offsets", "task_index", "id_offsets")
+    names = (*_FLAT, "offsets", "task_index", "id_offsets", *_present(directory))
     arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
     return _Part(arrays, tuple(_read_json(directory / _FACTS)["tasks"]))
 
@@ -297,8 +312,10 @@ def _join(
     partial.mkdir(parents=True)
     tasks = tuple(dict.fromkeys(task for part in parts for task in part.tasks))
     position = {task: index for index, task in enumerate(tasks)}
-    for name in _FLAT:
-        _write_joined(partial / f"{name}.npy", [part.arrays[name] for part in parts])
+    for name in (*_FLAT, *_OF_PREFERENCES):
+        # A part without examples has no arrays of preferences.
+        if arrays := [part.arrays[name] for part in parts if name in part.arrays]:
+            _write_joined(partial / f"{name}.npy", arrays)
     renumbered = [
         np.array([position[task] for task in part.tasks], np.int32)[part.arrays["task_index"]] for part in parts
     ]
@@ -352,9 +369,13 @@ def _open(place: Path) -> tuple[TokenStore, DataReport] | None:
 
 
 def _mapped(place: Path, sources: Sequence[str], tasks: Sequence[str]) -> TokenStore:
-    names = [field.name for field in dataclasses.fields(TokenStore) if field.name not in ("sources", "tasks")]
+    names = (*_FLAT, "offsets", "task_index", "id_offsets", *_present(place))
     arrays = {name: _map(place / f"{name}.npy") for name in names}
     return TokenStore(**arrays, sources=tuple(sources), tasks=tuple(tasks))
+
+
+def _present(place: Path) -> list[str]:
+    return [name for name in _OF_PREFERENCES if (place / f"{name}.npy").exists()]
 
 
 def _map(path: Path) -> NDArray[Any]:

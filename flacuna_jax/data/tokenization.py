@@ -67,16 +67,33 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A conversation as the model sees it.
+    """A conversation as the model sees it, or the two of a preference, one after the other.
 
     ids: int32 [n], from BOS to the last EOS. loss_mask: bool [n]; loss_mask[i] is True if token i is a target with loss
-    (predicted from token i-1); the first is always False.
+    (predicted from token i-1); the first of a document is always False. first_length: number of tokens of the first of
+    two documents; None if there is one. good: label of a single answer; None without one.
     """
 
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     id: str
     source: str
+    first_length: int | None = None
+    good: bool | None = None
+
+    @property
+    def documents(self) -> tuple["TokenizedExample", ...]:
+        """The one or two documents by themselves."""
+        if self.first_length is None:
+            return (self,)
+        cut = self.first_length
+        spans = (slice(None, cut), slice(cut, None))
+        return tuple(TokenizedExample(self.ids[s], self.loss_mask[s], self.id, self.source) for s in spans)
+
+    def followed_by(self, ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> "TokenizedExample":
+        """The example whose second document has these tokens."""
+        both = np.concatenate([self.ids, ids]), np.concatenate([self.loss_mask, loss_mask])
+        return dataclasses.replace(self, ids=both[0], loss_mask=both[1], first_length=len(self.ids))
 
 
 def puts_space_in_front(tokenizer: Tokenizer) -> bool:

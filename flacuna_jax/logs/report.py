@@ -67,13 +67,16 @@ def write_report(
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     hooks = [record for record in records if record.get("kind") == "hook"]
     tasks = dict.fromkeys(key for record in evaluations for key in record if key.startswith("tasks/"))
+    scalars = dict.fromkeys(key for record in steps for key in record if key not in TrainRecord.names())
+    unit = "examples" if any(name.startswith("rewards/") for name in scalars) else "supervised tokens"
     curves = (
-        _chart(steps, "loss", "Loss", "mean over a step's supervised tokens", smooth=True),
+        _chart(steps, "loss", "Loss", f"mean over a step's {unit}", smooth=True),
         _chart(steps, "learning_rate", "Learning rate", ""),
         _chart(steps, "grad_norm", "Gradient norm", "before clipping", smooth=True),
         _chart(steps, "supervised_tokens_per_second", "Throughput", "supervised tokens per second", smooth=True),
-        _chart(evaluations, "eval/loss", "Held-out loss", "mean over supervised tokens"),
+        _chart(evaluations, "eval/loss", "Held-out loss", f"mean over {unit}"),
         _chart(evaluations, "eval/token_accuracy", "Held-out token accuracy", "share of correct tokens"),
+        *(_chart(evaluations, f"eval/{name}", escape(f"Held-out {name}"), "") for name in scalars),
         *(_chart(evaluations, task, task.removeprefix("tasks/"), "benchmark") for task in tasks),
         _curves_by_name(steps, without=TrainRecord.names()),
         _curves_by_name(hooks),
@@ -192,16 +195,32 @@ def _by_source(evaluations: Sequence[Row]) -> list[Row]:
         before = format(first[key], form) if isinstance(first.get(key), float) else "–"
         return f"{before} → {format(last[key], form)}" if isinstance(last.get(key), float) else before
 
+    counts = {name: title for name, title in _COUNTS.items() if f"eval/{name}" in last}
+    measured = {name: form for name, form in _MEASURES.items() if f"eval/{name}" in last}
     return [
         {
             "source": suffix.removeprefix("/") or "all",
-            "supervised tokens": last[f"eval/tokens{suffix}"],
-            "loss": change(f"eval/loss{suffix}", ".4f"),
-            "perplexity": change(f"eval/perplexity{suffix}", ".2f"),
-            "token accuracy": change(f"eval/token_accuracy{suffix}", ".1%"),
+            **{title: last[f"eval/{name}{suffix}"] for name, title in counts.items()},
+            **{_titled(name): change(f"eval/{name}{suffix}", form) for name, form in measured.items()},
         }
         for suffix in suffixes
     ]
+
+
+_COUNTS = {"tokens": "supervised tokens", "pairs": "pairs", "examples": "examples"}
+"""What an evaluation counts → its title in the table."""
+_MEASURES = {
+    "loss": ".4f",
+    "perplexity": ".2f",
+    "token_accuracy": ".1%",
+    "rewards/accuracy": ".1%",
+    "rewards/margin": ".3f",
+}
+"""Measures in the table by source, with their formats."""
+
+
+def _titled(name: str) -> str:
+    return name.replace("rewards/", "reward ").replace("_", " ")
 
 
 def _before_and_after(samples: Sequence[Row]) -> list[Row]:

@@ -96,6 +96,11 @@ class ModelSpec:
         return {path: Parameter.of(leaf) for path, leaf in of_type(self.abstract[1], *types).items()}
 
     @property
+    def without_adapters(self) -> "ModelSpec":
+        """The base by itself."""
+        return dataclasses.replace(self, lora=None, tokens=NO_TOKENS)
+
+    @property
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training updates: the adapters, or all weights in full fine-tuning. Always float32."""
         moved = self.base if self.lora is None else self.adapters

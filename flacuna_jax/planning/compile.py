@@ -17,6 +17,7 @@ from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mes
 from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
+from flacuna_jax.training.network import REFERENCE
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import make_step
 
@@ -71,7 +72,11 @@ def lower_step(workload: Workload, layout: Layout, devices: Sequence[jax.Device]
 
 
 def _frozen(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    return {} if workload.spec.lora is None else abstract_arrays(workload.spec.held, mesh)
+    if workload.spec.lora is None:
+        return {}
+    adapters = workload.spec.adapters if workload.reference_adapter else {}
+    reference = {REFERENCE + path: parameter for path, parameter in adapters.items()}
+    return abstract_arrays({**workload.spec.held, **reference}, mesh)
 
 
 def _batch(workload: Workload, layout: Layout, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -46,7 +46,7 @@ def argument_bytes(workload: Workload, layout: Layout) -> dict[str, int]:
     """Bytes per device of the step's arguments, by kind."""
     spec, mesh = workload.spec, layout.mesh
     rows = workload.micro_batches(layout) * layout.micro_batch
-    batch = rows * workload.length * (4 * 4 + 1)  # tokens, targets, segments, positions; one mask
+    batch = rows * workload.length * sum(np.dtype(leaf.dtype).itemsize for leaf in workload.step.objective.leaves)
     state = _bytes_per_device(StateLayout(spec, workload.optimizer, _abstract(mesh)).opt_state)
     trained = _stored(spec.trainable, mesh)
     if spec.lora is None:
@@ -116,7 +116,7 @@ def attention_flops(workload: Workload, layout: Layout) -> float:
     in_window = min(visible, config.sliding_window or math.inf)
     keys = visible * (config.num_layers - config.count_windowed) + in_window * config.count_windowed
     width = config.num_heads * config.head_dim / layout.mesh.tensor
-    passes = 2 + 5 + (2 if layout.remat == "full" else 0)
+    passes = 2 * (1 + workload.step.objective.forwards) + 5 + (2 if layout.remat == "full" else 0)
     return passes * 2 * keys * width * _tokens(workload, layout)
 
 
@@ -137,10 +137,12 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     tokens, micro_batches = _tokens(workload, layout), workload.micro_batches(layout)
     weights = count({path: p.shape for path, p in spec.base.items() if p.stacked and p.kind == "matrix"})
     full_tuning, recomputed = spec.lora is None, layout.remat in MULTIPLYING_AGAIN
-    passes = 2 + full_tuning + recomputed
+    forwards = workload.step.objective.forwards
+    passes = 2 + full_tuning + recomputed + forwards
     head_tokens = head_chunks(workload, layout) * chunk_size(workload.tokens_per_pass(layout)) * micro_batches
     head = config.vocab_size * config.hidden_size
-    matrix_flops = 2 * passes * weights / tensor * tokens + 2 * (4 if full_tuning else 2) * head / tensor * head_tokens
+    through_head = (4 if full_tuning else 2) + forwards
+    matrix_flops = 2 * passes * weights / tensor * tokens + 2 * through_head * head / tensor * head_tokens
     if not full_tuning:
         matrix_flops += 2 * 3 * count(spec.lora_shapes) * tokens / tensor
     size, d = workload.compute_bytes, config.hidden_size
@@ -149,7 +151,7 @@ def estimate_work(workload: Workload, layout: Layout) -> Work:
     if spec.quantization is not None:
         codes = sum(math.prod(part.shape) * part.dtype.itemsize for part in _projections(spec))
         traffic += micro_batches * passes * codes / tensor  # the kernels are dequantised from them
-    traffic += tokens * config.num_layers * per_token * size * (2 + recomputed)
+    traffic += tokens * config.num_layers * per_token * size * (2 + recomputed + forwards)
     return Work(matrix_flops, attention_flops(workload, layout), traffic, tuple(_collectives(workload, layout)))
 
 

@@ -67,10 +67,13 @@ class Workload:
     length: int
     """Tokens per row."""
     statistics: Statistics
+    reference_adapter: bool = False
+    """Whether a second, frozen adapter is the reference of a preference."""
 
     @classmethod
     def of_run(cls, spec: ModelSpec, config: RunConfig, statistics: Statistics) -> "Workload":
-        return cls(StepConfig.of_run(spec, config), config.training, config.data.max_length, statistics)
+        step, by_adapter = StepConfig.of_run(spec, config), config.reference_adapter is not None
+        return cls(step, config.training, config.data.max_length, statistics, by_adapter)
 
     @property
     def spec(self) -> ModelSpec:
@@ -106,7 +109,7 @@ def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
         examples_per_step=plan.examples_per_step,
         fill=plan.fill,
         supervised=int(store.supervised.sum()) / tokens,
-        document_length=tokens / len(store),
+        document_length=tokens / store.document_lengths.size,
         assumed=False,
     )
 

@@ -23,7 +23,7 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.training.loop import StepRecord, to_devices
-from flacuna_jax.training.scoring import make_scorer
+from flacuna_jax.training.scoring import make_scorer, make_statistics
 from flacuna_jax.training.state import TrainState
 from flacuna_jax.training.step import StepConfig
 from flacuna_jax.whole_files import write_atomically
@@ -66,7 +66,9 @@ class BatchInspector:
         batch = to_devices(self.source.labelled(step - 1, place), self.batch_sharding)
         mesh = self.batch_sharding.mesh
         assert isinstance(mesh, Mesh), "batches are of real devices"
-        sums = jax.device_get(make_scorer(self.config, len(examples), mesh)(trainable, frozen, batch))
+        summed = make_statistics(self.config, mesh)(trainable, frozen, batch)
+        statistics = {name: found.mean() for name, found in summed.items()}
+        sums = jax.device_get(make_scorer(self.config, len(examples), mesh)(trainable, frozen, batch, statistics))
         found = {}
         for example in dict.fromkeys(examples.tolist()):
             loss, tokens = float(sums.values["loss"][place[example]]), int(sums.tokens[place[example]])

@@ -77,12 +77,13 @@ def evaluation_data(config: RunConfig) -> DataConfig:
 def _tokenised(
     config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
 ) -> tuple[TokenStore, DataReport]:
+    examples = config.training.examples
     try:
         tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path, data.new_tokens)
-        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template)
+        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template, examples)
     except OSError as error:
         say(f"tokenised data: no cache ({error}); built in memory")
-        store, report = build_store(data, tokenizer, template=template)
+        store, report = build_store(data, tokenizer, template=template, examples=examples)
     for line in report.lines():
         say(line)
     return store, report

@@ -24,7 +24,10 @@ def setting_rows(config: RunConfig) -> dict[str, str]:
     warmup = f"{training.warmup_steps} warm-up steps"
     if training.warmup_ratio:
         warmup = f"warm-up in the first {100 * training.warmup_ratio:g} % of the steps"
+    objective = training.objective
+    settings = {} if objective is None else objective.model_dump(mode="json")
     return {
+        **({"objective": ", ".join(f"{name} {value}" for name, value in settings.items())} if settings else {}),
         "data": ", ".join(source.path for source in data.sources),
         "template": data.template,
         "loss on": f"{data.train_on} tokens, examples of at most {data.max_length} tokens",

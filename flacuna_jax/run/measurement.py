@@ -101,6 +101,8 @@ def _in_words(record: dict[str, Any]) -> str:
         "eval/loss": "held-out loss {:.4f}",
         "eval/perplexity": "perplexity {:.2f}",
         "eval/token_accuracy": "token accuracy {:.1%}",
+        "eval/rewards/accuracy": "preferred {:.1%}",
+        "eval/rewards/margin": "margin {:.3f}",
     }
     words = [text.format(record[name]) for name, text in shown.items() if name in record]
     return ", ".join([*words, *(f"{name.removeprefix('tasks/')} {value:.3f}" for name, value in _tasks(record))])

@@ -16,6 +16,7 @@ _FREE = (
     "model.name",
     "model.tokenizer",
     "lora.init_from",
+    "training.objective.reference.adapter",
     # Evaluation, and the handling of bad steps, which never change the parameters.
     "evaluation",
     "training.on_bad_step",
@@ -47,6 +48,7 @@ WORDS = {
     "tokenizer": ("fingerprints.tokenizer",),
     "base": ("fingerprints.base",),
     "code": ("fingerprints.code",),
+    "reference": ("fingerprints.reference",),
 }
 
 

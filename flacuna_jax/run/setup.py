@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from flacuna_jax import distributed
 from flacuna_jax.config.files import parse_config
 from flacuna_jax.config.schema import DistributedConfig, LoraConfig, MeshConfig, RunConfig
+from flacuna_jax.config.types import Examples
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_steps
 from flacuna_jax.data.report import DataReport
@@ -51,7 +52,9 @@ from flacuna_jax.run.code_version import (
 from flacuna_jax.run.data import read_data
 from flacuna_jax.run.model import ModelSource, context_warning, open_model
 from flacuna_jax.storage.bucket import is_bucket, read_text
+from flacuna_jax.storage.checkpoint import checksum
 from flacuna_jax.storage.local_run import local_run
+from flacuna_jax.training.network import REFERENCE
 from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
 from flacuna_jax.training.state import StateLayout
@@ -128,6 +131,7 @@ class Setup:
                 "tokenizer": tokenizer_fingerprint(self.config.model.tokenizer_path, self.config.data.new_tokens),
                 "base": fingerprint(self.source.reader, self.source.config) if self.source.reader else "random",
                 "code": code_fingerprints(),
+                **self._reference,
             },
             "libraries": library_versions(),
             "device": self.mesh.devices.flat[0].device_kind,
@@ -136,6 +140,14 @@ class Setup:
             "total_steps": self.plan.total_steps,
             **({} if self.objective is None else {"objective": self.objective.name}),
         }
+
+    @property
+    def _reference(self) -> dict[str, str]:
+        """The adapter that a run begins with, if its log-probabilities are the reference."""
+        lora = self.config.lora
+        if lora is None or lora.init_from is None or not self.config.caches_reference:
+            return {}
+        return {"reference": checksum(_adapter_of_run(self, lora.init_from, "lora.init_from"))}
 
     @property
     def shared_facts(self) -> dict[str, str]:
@@ -255,12 +267,19 @@ def peak_flops() -> float | None:
 
 
 def load_weights(setup: Setup) -> Params:
+    """The base, and the adapter of the reference if there is one, under names that begin with `REFERENCE`."""
     spec, mesh = setup.spec, setup.mesh
     if setup.source.reader is None:
-        return init_params(spec, spec.held, setup.config.seed, mesh)
-    shardings = parameter_shardings(spec.base, mesh)
-    keep = functools.partial(quantize, spec, mesh)
-    return load_base(setup.source.reader, setup.source.config, shardings, spec.param_dtype, keep=keep)
+        base = init_params(spec, spec.held, setup.config.seed, mesh)
+    else:
+        shardings = parameter_shardings(spec.base, mesh)
+        keep = functools.partial(quantize, spec, mesh)
+        base = load_base(setup.source.reader, setup.source.config, shardings, spec.param_dtype, keep=keep)
+    directory = setup.config.reference_adapter
+    if directory is None:
+        return base
+    adapter = _adapter_of_run(setup, directory, "training.objective.reference.adapter")
+    return base | {REFERENCE + path: value for path, value in adapter.items()}
 
 
 def first_adapters(setup: Setup, base: Params) -> Params:
@@ -269,23 +288,29 @@ def first_adapters(setup: Setup, base: Params) -> Params:
         return {}
     if lora.init_from is None:
         return setup.layout.fresh_adapters(setup.config.seed, base)
-    adapter = read_adapter(local_run(lora.init_from), setup.source.config, setup.source.reader)
+    return _adapter_of_run(setup, lora.init_from, "lora.init_from")
+
+
+def _adapter_of_run(setup: Setup, directory: str, key: str) -> Params:
+    """An adapter with the settings of the run. Raises UserError for one of another base or with other settings."""
+    assert setup.config.lora is not None, "validated"
+    adapter = read_adapter(local_run(directory), setup.source.config, setup.source.reader)
     if adapter.changes is not None:
         changed = names.some(list(adapter.changes.by_tensor) or ["a tied head"], 3)
         raise UserError(
-            f"lora.init_from: {lora.init_from} changes the base ({changed}); merge it first, with `flacuna export OUT "
+            f"{key}: {directory} changes the base ({changed}); merge it first, with `flacuna export OUT "
             "--format merged --adapter DIR --model BASE`, and train a new adapter of the result"
         )
-    _require_same_adapters(lora, adapter.lora)
+    _require_same_adapters(setup.config.lora, adapter.lora, f"{key} ({directory})")
     if adapter.spec.tokens != setup.spec.tokens:
         raise UserError(
-            f"lora.init_from: {lora.init_from} has rows of {adapter.spec.tokens}, but this run trains "
+            f"{key}: {directory} has rows of {adapter.spec.tokens}, but this run trains "
             f"{setup.spec.tokens}; set lora.train_tokens to the ids of the adapter"
         )
     return jax.device_put(adapter.params, parameter_shardings(setup.spec.adapters, setup.mesh))
 
 
-def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
+def _require_same_adapters(lora: LoraConfig, found: LoraConfig, where: str) -> None:
     """Raises UserError with the options that set every setting that differs."""
     ours, theirs = lora.model_dump(mode="json"), found.model_dump(mode="json")
     changes = [
@@ -295,9 +320,7 @@ def _require_same_adapters(lora: LoraConfig, found: LoraConfig) -> None:
         and ((set(ours[name]) != set(theirs[name])) if name == "targets" else (ours[name] != theirs[name]))
     ]
     if changes:
-        raise UserError(
-            f"the adapter in lora.init_from ({lora.init_from}) has other settings; set them with: {' '.join(changes)}"
-        )
+        raise UserError(f"the adapter in {where} has other settings; set them with: {' '.join(changes)}")
 
 
 def plan_facts(setup: Setup) -> list[tuple[str, str]]:
@@ -311,13 +334,13 @@ def plan_facts(setup: Setup) -> list[tuple[str, str]]:
         ("model", f"{total:,} parameters, {trainable:,} trainable ({100 * trainable / total:.3g} %)"),
         (
             "data",
-            f"{plan.examples:,} examples in {plan.rows:,} rows of {plan.max_length} tokens, "
+            f"{plan.examples:,} {_NAMES[setup.store.examples]} in {plan.rows:,} rows of {plan.max_length} tokens, "
             f"fill {100 * plan.fill:.2f} %",
         ),
         (
             "steps",
             f"{plan.total_steps:,} in {epochs}, each of {_counted(plan.rows_per_step, 'row')} with "
-            f"{plan.examples_of_a_step} examples",
+            f"{plan.examples_of_a_step} {_NAMES[setup.store.examples]}",
         ),
         (
             "devices",
@@ -326,6 +349,9 @@ def plan_facts(setup: Setup) -> list[tuple[str, str]]:
         ),
         *(("warning", warning) for warning in _warnings(setup)),
     ]
+
+
+_NAMES: Mapping[Examples, str] = {"answers": "examples", "pairs": "pairs", "labelled": "labelled answers"}
 
 
 def _counted(count: int, what: str, plural: str = "s") -> str:

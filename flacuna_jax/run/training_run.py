@@ -27,6 +27,7 @@ from flacuna_jax.run.bad_steps import BadStep, BadStepPolicy, BatchInspector
 from flacuna_jax.run.deliver import deliver_result
 from flacuna_jax.run.evaluation import make_measurement, read_tasks
 from flacuna_jax.run.measurement import is_due
+from flacuna_jax.run.reference import with_reference
 from flacuna_jax.run.resume import WORDS
 from flacuna_jax.run.setup import (
     Say,
@@ -123,11 +124,12 @@ class TrainingRun:
         outputs: contextlib.ExitStack,
     ) -> None:
         config, self._primary = setup.config, jax.process_index() == 0
-        self.setup, self._directory, self._checkpointer = setup, directory, checkpointer
+        self._directory, self._checkpointer = directory, checkpointer
         self._stop, self._say, self._outputs = stop, say, outputs
         for label, text in plan_facts(setup):
             say(f"{label:<10} {text}")
         start = starting_point(setup, directory, checkpointer, say)
+        self.setup = setup = with_reference(setup, start.base, start.state, say)
         self.state: TrainState = start.state
         self.base: Params = start.base
         self._history, self._recent = start.history, start.recent
@@ -318,7 +320,11 @@ class TrainingRun:
             info=self._source.info,
             tracker=tracker,
             progress=progress,
-            flops=functools.partial(flops_of_step, StepFlops.of(setup.spec), setup.store.lengths),
+            flops=functools.partial(
+                flops_of_step,
+                StepFlops.of(setup.spec, self._step_config.objective.forwards),
+                setup.store.document_lengths,
+            ),
             peak_flops=peak_flops(),
             recent=self._recent,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,9 @@ from flacuna_jax.data.pipeline import StepSource, plan_epochs
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.training.loop import to_devices
-from flacuna_jax.training.scoring import Scorer, Sums, make_scorer
+from flacuna_jax.training.network import Batch
+from flacuna_jax.training.objective import Objective, Weighted
+from flacuna_jax.training.scoring import Scorer, Sums, make_scorer, make_statistics
 from flacuna_jax.training.step import StepConfig
 
 ACCUMULATED = 4
@@ -32,34 +35,45 @@ class HeldOut:
     """Names of the labels: the sources that the records state."""
     labels: NDArray[np.int32]
     score: Scorer
-    derived: Callable[[Mapping[str, float]], dict[str, float]]
-    """`Objective.derived`: further figures from the means."""
+    statistics: Callable[[Params, Params, Batch], Mapping[str, Weighted]]
+    objective: Objective
     batch_sharding: NamedSharding
 
     def measure(self, trainable: Params, frozen: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Means of the objective's measures, "eval/loss", ..., and "eval/tokens", over all records.
+        """Means of the objective's measures, "eval/loss", ..., and their number, "eval/tokens", over all records.
 
         If the records have several sources, also "eval/loss/SOURCE", ... The devices sum a few rows at a time in
         float32, and the host adds these sums in float64. Returns None if `stop` returns True between two batches.
         """
-        totals: Sums | None = None
-        for step in range(self.steps):
-            if stop():
+        means: dict[str, Any] = {}
+        if self.objective.statistics is not None:
+            sums = self._total(lambda batch: self.statistics(trainable, frozen, batch), stop)
+            if sums is None:
                 return None
-            batch = to_devices(self.source.labelled(step, self.labels), self.batch_sharding)
-            found = jax.device_get(self.score(trainable, frozen, batch))
-            found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
-            totals = found if totals is None else jax.tree.map(np.add, totals, found)
-        assert totals is not None, "held-out records fill at least one step"
+            means = {name: np.float32(found.sum / max(found.weight, 1)) for name, found in sums.items()}
+        totals = self._total(lambda batch: self.score(trainable, frozen, batch, means), stop)
+        if totals is None:
+            return None
         record = self._figures("", jax.tree.map(np.sum, totals))
         if len(self.names) > 1:
             for label, name in enumerate(self.names):
                 record |= self._figures(f"/{name}", jax.tree.map(lambda leaf, label=label: leaf[label], totals))
         return record
 
+    def _total(self, function: Callable[[Batch], Any], stop: Callable[[], bool]) -> Any:
+        """The results of all batches, added up in float64; None if `stop` returns True."""
+        total = None
+        for step in range(self.steps):
+            if stop():
+                return None
+            batch = to_devices(self.source.labelled(step, self.labels), self.batch_sharding)
+            found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(function(batch)))
+            total = found if total is None else jax.tree.map(np.add, total, found)
+        return total
+
     def _figures(self, suffix: str, sums: Sums) -> dict[str, float]:
         means = {name: float(value / sums.tokens) for name, value in sums.values.items()}
-        figures = {**means, **self.derived(means), "tokens": int(sums.tokens)}
+        figures = {**self.objective.derived(means), self.objective.counted: int(sums.tokens)}
         return {f"eval/{name}{suffix}": value for name, value in figures.items()}
 
 
@@ -100,7 +114,8 @@ def lay_out(
         names=names,
         labels=labels,
         score=make_scorer(config, len(names), mesh),
-        derived=config.objective.derived,
+        statistics=make_statistics(config, mesh),
+        objective=config.objective,
         batch_sharding=batch_sharding,
     )
 

@@ -26,16 +26,17 @@ class StepFlops:
     window: int = 0
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> "StepFlops":
+    def of(cls, spec: ModelSpec, forwards: int = 0) -> "StepFlops":
+        """`forwards`: forward passes in addition to that of the loss, without adapters, as those of a reference."""
         sizes = spec.config
         matrices = count({path: p.shape for path, p in spec.base.items() if p.kind == "matrix" and p.stacked})
         head = sizes.vocab_size * sizes.hidden_size
         # Per weight and token, a product costs 2 FLOP forward, 2 for the gradient of its input, and 2 for the gradient
         # of the weight if it is trained.
-        products = 4 if spec.lora is not None else 6
+        products = (4 if spec.lora is not None else 6) + 2 * forwards
         adapters = count(spec.lora_shapes)
         # Two products forward and four backward, for each pair, head and dimension of a head.
-        attention = 12 * sizes.num_heads * sizes.head_dim
+        attention = (12 + 4 * forwards) * sizes.num_heads * sizes.head_dim
         windowed = sizes.count_windowed
         return cls(
             products * matrices + 6 * adapters,
@@ -58,5 +59,5 @@ def _pairs(lengths: NDArray[np.int64]) -> float:
 
 
 def flops_of_step(flops: StepFlops, lengths: NDArray[np.int64], info: StepInfo) -> float:
-    """FLOP of the examples of a step; `lengths` are the lengths of all examples of the run."""
-    return flops.count(lengths[info.example_indices], info.supervised_tokens)
+    """FLOP of the examples of a step; `lengths` [examples, documents] are those of all documents of the run."""
+    return flops.count(lengths[info.example_indices].reshape(-1), info.supervised_tokens)

@@ -12,6 +12,9 @@ from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.llama import Llama
 from flacuna_jax.model.parameters import ModelSpec, Params
 
+REFERENCE = "reference/"
+"""Prefix of the names of a second, frozen adapter among the parameters: that of the reference of a preference."""
+
 Batch = Mapping[str, jax.Array]
 """Packed rows by leaf (see `training.objective`): [accumulation, batch, length]; in a micro-batch [batch, length]."""
 
@@ -29,7 +32,8 @@ class NetworkConfig:
     @classmethod
     def of_run(cls, spec: ModelSpec, config: RunConfig) -> "NetworkConfig":
         training = config.training
-        return cls(spec, training.remat, training.attention, config.data.packing == "none")
+        one_document = config.data.packing == "none" and training.examples == "answers"
+        return cls(spec, training.remat, training.attention, one_document)
 
     def with_params(self, params: Params, row_keys_b: jax.Array | None = None) -> "Network":
         return Network(self, params, row_keys_b)
@@ -69,6 +73,15 @@ class Network:
         return token_scores(
             states_btd, model.head(), batch["targets"], batch["loss_mask"], softcap=model.config.logits_softcap
         )
+
+    def without_adapters(self) -> "Network":
+        """The base by itself, without dropout."""
+        return Network(dataclasses.replace(self.config, spec=self.config.spec.without_adapters), self.params)
+
+    def with_reference_adapter(self) -> "Network":
+        """The base with the adapter whose names begin with `REFERENCE`, without dropout."""
+        adapter = {path: self.params[REFERENCE + path] for path in self.config.spec.adapters}
+        return Network(self.config, {**self.params, **adapter})
 
     def _before_head(self, batch: Batch) -> tuple[Llama, jax.Array, int]:
         """The module, the input states of its head, and the number of their columns that belong to an adapter."""

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flacuna_jax.config.schema import TrainingConfig
 from flacuna_jax.training.network import Batch, Network
 
 
@@ -54,9 +53,7 @@ class Measures(NamedTuple):
     """Bool [batch, length]: the tokens over which the values are averaged."""
 
 
-def _nothing(means: Mapping[str, float]) -> dict[str, float]:
-    del means
-    return {}
+Statistics = Callable[[Network, Batch], Mapping[str, Weighted]]
 
 
 class Leaf(NamedTuple):
@@ -74,13 +71,21 @@ class Objective:
       leaves: the arrays of a batch, each [accumulation, batch, length]; among them `segment_ids`, 0 in padding.
       terms: (network, micro-batch) → the loss and other scalars of one micro-batch.
       measures: (network, micro-batch) → per-token results for an evaluation. Dropout is off.
-      derived: means of an evaluation by name → further figures.
+      derived: means of an evaluation by name → the figures to log.
+      statistics: (network, micro-batch) → sums over a micro-batch by name. Their means over the whole step are computed
+        before the loss, without gradient and dropout; `terms` and `measures` find them in the micro-batch under these
+        names, as scalars. In an evaluation, they are means over all held-out records. None if there are none.
+      counted: what `Measures.counted_bt` counts.
+      forwards: forward passes of a step in addition to that of the loss.
     """
 
     leaves: tuple[Leaf, ...]
     terms: Callable[[Network, Batch], Terms]
     measures: Callable[[Network, Batch], Measures]
-    derived: Callable[[Mapping[str, float]], dict[str, float]] = _nothing
+    derived: Callable[[Mapping[str, float]], dict[str, float]] = dict
+    statistics: Statistics | None = None
+    counted: str = "tokens"
+    forwards: int = 0
 
     @property
     def name(self) -> str:
@@ -99,7 +104,7 @@ def _token_measures(network: Network, batch: Batch) -> Measures:
 
 
 def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
-    return {"perplexity": math.exp(means["loss"]) if means["loss"] < 700 else math.inf}
+    return {**means, "perplexity": math.exp(means["loss"]) if means["loss"] < 700 else math.inf}
 
 
 PACKED_ROWS = (
@@ -110,9 +115,3 @@ PACKED_ROWS = (
 
 SUPERVISED_TOKENS = Objective(PACKED_ROWS, _token_terms, _token_measures, _perplexity)
 """Mean cross-entropy of the supervised tokens, with equal weight per token."""
-
-
-def objective_of(training: TrainingConfig) -> Objective:
-    """The objective of a run with these settings, of which none chooses another one yet."""
-    del training
-    return SUPERVISED_TOKENS

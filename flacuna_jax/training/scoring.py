@@ -4,18 +4,17 @@ step.
 Only the sums leave the device; logits and losses of single tokens are not kept.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.model.parameters import Params
-from flacuna_jax.model.sharding import constrain
 from flacuna_jax.training.network import Batch
-from flacuna_jax.training.objective import Measures
-from flacuna_jax.training.step import StepConfig
+from flacuna_jax.training.objective import Measures, Weighted
+from flacuna_jax.training.step import StepConfig, micro_batch_of, sum_statistics
 
 
 class Sums(NamedTuple):
@@ -27,8 +26,18 @@ class Sums(NamedTuple):
     """Number of counted tokens, int32."""
 
 
-Scorer = Callable[[Params, Params, Batch], Sums]
-"""(trainable, frozen, batch with the additional int32 leaf `labels`) → sums, readable on every host."""
+Means = Mapping[str, jax.Array]
+"""Means of the objective's statistics by name."""
+
+
+_NONE: Means = {}
+
+
+class Scorer(Protocol):
+    """(trainable, frozen, batch with the additional int32 leaf `labels`, means of the objective's statistics) → sums,
+    readable on every host."""
+
+    def __call__(self, trainable: Params, frozen: Params, batch: Batch, statistics: Means = ...) -> Sums: ...
 
 
 def make_scorer(config: StepConfig, labels: int, mesh: Mesh) -> Scorer:
@@ -40,12 +49,12 @@ def make_scorer(config: StepConfig, labels: int, mesh: Mesh) -> Scorer:
       mesh: the mesh of the parameters.
     """
 
-    def score(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+    def score(trainable: Params, frozen: Params, batch: Batch, statistics: Means) -> Sums:
         network = config.network.with_params({**frozen, **trainable})
 
         def of_micro_batch(index: jax.Array) -> Sums:
-            micro_batch = {name: constrain(leaf[index], "batch", None) for name, leaf in batch.items()}
-            measures: Measures = config.objective.measures(network, micro_batch)
+            micro_batch = micro_batch_of(batch, index)
+            measures: Measures = config.objective.measures(network, {**micro_batch, **statistics})
             # Tokens that are not counted get an additional label, whose sum is dropped.
             counted_bt = measures.counted_bt & (micro_batch["labels"] >= 0)
             labels_bt = jnp.where(counted_bt, micro_batch["labels"], labels)
@@ -65,7 +74,24 @@ def make_scorer(config: StepConfig, labels: int, mesh: Mesh) -> Scorer:
 
     jitted = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def on_mesh(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+    def on_mesh(trainable: Params, frozen: Params, batch: Batch, statistics: Means = _NONE) -> Sums:
+        with jax.set_mesh(mesh):
+            return jitted(trainable, frozen, batch, dict(statistics))
+
+    return on_mesh
+
+
+def make_statistics(config: StepConfig, mesh: Mesh) -> Callable[[Params, Params, Batch], Mapping[str, Weighted]]:
+    """Returns a jitted function of (trainable, frozen, batch): the sums of the objective's statistics, as `Scorer`
+    needs their means."""
+
+    def statistics(trainable: Params, frozen: Params, batch: Batch) -> Mapping[str, Weighted]:
+        network = config.network.with_params({**frozen, **trainable})
+        return sum_statistics(config.objective, network, batch, batch["segment_ids"].shape[0])
+
+    jitted = jax.jit(statistics, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def on_mesh(trainable: Params, frozen: Params, batch: Batch) -> Mapping[str, Weighted]:
         with jax.set_mesh(mesh):
             return jitted(trainable, frozen, batch)
 

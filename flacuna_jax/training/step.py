@@ -23,8 +23,9 @@ from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import constrain, row_shards
 from flacuna_jax.model.variables import Parameter
 from flacuna_jax.training.guard import skips
-from flacuna_jax.training.network import Batch, NetworkConfig
-from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective, Terms, objective_of
+from flacuna_jax.training.network import Batch, Network, NetworkConfig
+from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective, Terms, Weighted
+from flacuna_jax.training.preference import preference_objective
 
 
 class StepMetrics(NamedTuple):
@@ -52,7 +53,7 @@ class StepConfig:
 
     @classmethod
     def of_run(cls, spec: ModelSpec, config: RunConfig) -> "StepConfig":
-        return cls(NetworkConfig.of_run(spec, config), config.seed, objective_of(config.training))
+        return cls(NetworkConfig.of_run(spec, config), config.seed, objective_of(config))
 
     @property
     def spec(self) -> ModelSpec:
@@ -63,6 +64,12 @@ class StepConfig:
 
     def with_remat(self, remat: str) -> "StepConfig":
         return dataclasses.replace(self, network=dataclasses.replace(self.network, remat=remat))
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The objective that the settings of a run ask for."""
+    settings = config.training.objective
+    return SUPERVISED_TOKENS if settings is None else preference_objective(settings, config.caches_reference)
 
 
 def partition(spec: ModelSpec, base: Params, adapters: Params) -> tuple[Params, Params]:
@@ -81,10 +88,14 @@ def loss_and_gradients(
     differentiated = trainable if config.spec.lora is None else _copy_per_shard(config.spec, trainable)
     dropout = config.spec.lora is not None and config.spec.lora.dropout > 0
     step_key = jax.random.fold_in(jax.random.key(config.seed), index)
+    live_rows = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=-1))
+    micro_batches = (live_rows + rows_per_micro_batch - 1) // rows_per_micro_batch
+    network = config.network.with_params({**frozen, **trainable})
+    summed = sum_statistics(config.objective, network, batch, micro_batches)
+    statistics = {name: jax.lax.stop_gradient(found.mean()) for name, found in summed.items()}
 
     def terms(params: Params, accumulation_index: jax.Array) -> Terms:
-        micro_batch = {name: leaf[accumulation_index] for name, leaf in batch.items()}
-        micro_batch = {name: constrain(leaf, "batch", None) for name, leaf in micro_batch.items()}
+        micro_batch = {**micro_batch_of(batch, accumulation_index), **statistics}
         row_keys_b = None
         if dropout:
             rows_b = accumulation_index * rows_per_micro_batch + jnp.arange(rows_per_micro_batch)
@@ -99,8 +110,6 @@ def loss_and_gradients(
         (_, found), gradients = jax.value_and_grad(summed_loss, has_aux=True)(differentiated, accumulation_index)
         return jax.tree.map(jnp.add, carry, (found, gradients))
 
-    live_rows = jnp.sum(jnp.any(batch["segment_ids"] > 0, axis=-1))
-    micro_batches = (live_rows + rows_per_micro_batch - 1) // rows_per_micro_batch
     of_one = jax.eval_shape(terms, differentiated, jax.ShapeDtypeStruct((), jnp.int32))
     zeros = jax.tree.map(jnp.zeros_like, (of_one, differentiated))
     found, gradients = jax.lax.fori_loop(0, micro_batches, accumulate, zeros)
@@ -110,6 +119,27 @@ def loss_and_gradients(
     divisor = found.loss.divisor
     gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
     return found.loss.mean(), {name: scalar.mean() for name, scalar in found.scalars.items()}, gradients
+
+
+def micro_batch_of(batch: Batch, index: jax.Array) -> dict[str, jax.Array]:
+    return {name: constrain(leaf[index], "batch", None) for name, leaf in batch.items()}
+
+
+def sum_statistics(
+    objective: Objective, network: Network, batch: Batch, micro_batches: jax.Array | int
+) -> Mapping[str, Weighted]:
+    """The objective's statistics, summed over the first `micro_batches` of a step."""
+    statistics = objective.statistics
+    if statistics is None:
+        return {}
+
+    def of_micro_batch(index: jax.Array) -> Mapping[str, Weighted]:
+        return statistics(network, micro_batch_of(batch, index))
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_micro_batch, jax.ShapeDtypeStruct((), jnp.int32)))
+    return jax.lax.fori_loop(
+        0, micro_batches, lambda index, sums: jax.tree.map(jnp.add, sums, of_micro_batch(index)), zeros
+    )
 
 
 def _copy_per_shard(spec: ModelSpec, adapters: Params) -> Params:

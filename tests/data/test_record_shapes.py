@@ -253,18 +253,21 @@ SHAPES: dict[str, Shape] = {
     "empty text": Shape({"text": " "}, counted=(f"dropped {NO_ANSWER}",), format="text"),
     # Rejected kinds of records.
     "chosen and rejected": Shape(
-        {"prompt": "q", "chosen": "a", "rejected": "b"}, refused="chosen and rejected answers"
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        refused="a pair of a chosen and a rejected answer, which is for",
     ),
-    "OpenAI's preferred output": Shape(
-        {"input": "q", "preferred_output": "a", "non_preferred_output": "b"}, refused="chosen and rejected answers"
-    ),
-    "rejected with a completion": Shape(
-        {"prompt": "q", "completion": "a", "rejected": "b"}, refused="preference tuning is not supported"
+    "chosen and rejected in another format": Shape(
+        {"prompt": "q", "completion": "a", "rejected": "b"},
+        refused="chosen and rejected answers, which this format does not read; set format: preference",
+        format="prompt_completion",
     ),
     "a label with a completion": Shape(
-        {"prompt": "q", "completion": "a", "label": False}, refused="label, which says whether the completion is good"
+        {"prompt": "q", "completion": "a", "label": False}, refused="labelled good or bad, which is for .*name: kto"
     ),
-    "kto_tag": Shape(chat(Q, A, kto_tag=True), refused="kto_tag, which says whether the answer is good"),
+    "kto_tag": Shape(chat(Q, A, kto_tag=True), refused="labelled good or bad, which is for"),
+    "kto_tag in another format": Shape(
+        chat(Q, A, kto_tag=True), refused="kto_tag, which says whether the answer is good", format="messages"
+    ),
     "pictures": Shape(
         say(("human", "<image>q"), GA, images=["x.png"]), refused="has 'images'; training supports text only"
     ),

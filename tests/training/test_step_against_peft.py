@@ -12,6 +12,7 @@ from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.training.network import NetworkConfig
+from flacuna_jax.training.objective import SUPERVISED_TOKENS, Objective
 from flacuna_jax.training.step import StepConfig, loss_and_gradients, make_step
 from tests.tiny import SMALL, in_steps, packed_batch, to_device
 from tests.torch_models import config_of, from_torch, torch, torch_llama, torch_module, transformers
@@ -111,7 +112,12 @@ def run_torch(model: "peft.PeftModel", batches: list[list[list[int]]], rate: flo
 
 
 def run_ours(
-    spec: ModelSpec, base: Params, adapters: Params, batches: list[dict[str, jax.Array]], rate: float
+    spec: ModelSpec,
+    base: Params,
+    adapters: Params,
+    batches: list[dict[str, jax.Array]],
+    rate: float,
+    objective: Objective = SUPERVISED_TOKENS,
 ) -> tuple[list[float], Params]:
     mesh = make_mesh(MeshConfig())
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.999, 1e-8, weight_decay=0.01))
@@ -120,7 +126,7 @@ def run_ours(
         parameter_shardings(spec.adapters, mesh),
         jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), opt_state),
     )
-    step = make_step(StepConfig(NetworkConfig(spec)), optimizer, mesh, shardings)
+    step = make_step(StepConfig(NetworkConfig(spec), objective=objective), optimizer, mesh, shardings)
     losses = []
     for index, batch in enumerate(batches):
         adapters, opt_state, metrics = step(adapters, opt_state, base, batch, np.int32(index))

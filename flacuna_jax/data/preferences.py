@@ -1,0 +1,126 @@
+r"""Records of preferences: pairs of a chosen and a rejected answer, and single answers that are labelled good or bad.
+
+pair       {"prompt": str or messages, "chosen": str, message or messages, "rejected": likewise}
+whole      {"chosen": messages, "rejected": messages}: two conversations with the same beginning, which is the prompt
+HH         {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": likewise}: the same as one text
+kto        {"prompt": str or messages, "completion": str or messages, "label": bool}, or messages with `kto_tag`
+
+Where the two conversations first differ, an answer must begin in both. Everything before it is the prompt, which
+carries no loss.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from flacuna_jax.data.messages import read_messages, without_loss
+from flacuna_jax.data.record import BadRecord, Reading, kind_name
+from flacuna_jax.data.segments import Turn
+
+CHOSEN = ("chosen", "preferred_output")
+REJECTED = ("rejected", "non_preferred_output")
+LABELS = ("label", "kto_tag")
+IDENTICAL = "chosen and rejected answers are the same"
+EMPTY = "chosen or rejected answer is empty"
+
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
+
+
+class Prompt(NamedTuple):
+    """The prompt of a record by itself: its system text and its turns."""
+
+    system: str | None
+    turns: Sequence[Turn]
+
+
+class Answers(NamedTuple):
+    """The two conversations of a pair, whose common beginning carries no loss."""
+
+    system: str | None
+    chosen: list[Turn]
+    rejected: list[Turn]
+
+
+def transcript(text: str) -> list[Turn] | None:
+    """The turns of a text in the form of HH-RLHF; None for other texts.
+
+    A last "Assistant:" without a text, as at the end of a prompt, is left out.
+    """
+    if not text.lstrip().startswith("Human:"):
+        return None
+    parts = _SPEAKER.split(text.strip())[1:]
+    turns = [
+        Turn("user" if speaker == "Human" else "assistant", said.strip())
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == Turn("assistant", "") else turns
+
+
+def read_pair(reading: Reading, prompt: Prompt | None) -> Answers:
+    """The chosen and rejected conversations. Raises BadRecord if they have no common prompt."""
+    fields = [reading.first(*names) or names[0] for names in (CHOSEN, REJECTED)]
+    (own, chosen), (other, rejected) = (_conversation(reading, field, prompt) for field in fields)
+    if own != other:
+        raise BadRecord("different prompts", "chosen and rejected have different system texts")
+    common = _common(chosen, rejected)
+    first_answers = [turns[common : common + 1] for turns in (chosen, rejected)]
+    if common < max(len(chosen), len(rejected)):
+        for field, first in zip(fields, first_answers, strict=True):
+            if not first or first[0].role != "assistant":
+                what = f"a turn of the {first[0].role}" if first else "nothing"
+                raise BadRecord(
+                    "different prompts",
+                    f"chosen and rejected differ from turn {common + 1} on, where {field!r} has {what}; they may "
+                    "differ only from an answer on",
+                )
+    if not any(turn.role == "user" for turn in chosen[:common]):
+        raise BadRecord("no prompt", "chosen and rejected have no prompt in common")
+    if common == len(chosen):
+        return Answers(own, chosen, rejected)
+    asked = without_loss(chosen[:common])
+    return Answers(own, [*asked, *chosen[common:]], [*asked, *rejected[common:]])
+
+
+def _conversation(reading: Reading, field: str, prompt: Prompt | None) -> tuple[str | None, list[Turn]]:
+    """The conversation of one of the fields, with the prompt of the record if it has only an answer."""
+    value = reading.record.get(field)
+    if isinstance(value, str):
+        whole = transcript(reading.text(field))
+        if prompt is not None and whole is None:
+            return prompt.system, [*prompt.turns, Turn("assistant", value)]
+        if whole is None:
+            raise BadRecord(
+                "no prompt",
+                f"{field!r} is a text, but the record has no prompt; add the field prompt, or write whole "
+                "conversations as messages",
+            )
+        system = None
+    elif isinstance(value, dict | list):
+        reading = reading if isinstance(value, list) else replace(reading, record={**reading.record, field: [value]})
+        system, whole = read_messages(reading, field)
+    else:
+        raise BadRecord("wrong type", f"{field!r} must be text or messages, not {kind_name(value)}")
+    if whole and whole[0].role == "assistant" and prompt is not None:
+        return system or prompt.system, [*prompt.turns, *whole]
+    if prompt is not None and [turn.text for turn in whole[: len(prompt.turns)]] != [t.text for t in prompt.turns]:
+        asked = [turn.text for turn in whole if turn.role == "user"]
+        if len(prompt.turns) != 1 or prompt.turns[0].text not in asked:
+            raise BadRecord("different prompts", f"the conversation in {field!r} does not begin with the prompt")
+    return system or (prompt.system if prompt is not None else None), whole
+
+
+def _common(one: Sequence[Turn], other: Sequence[Turn]) -> int:
+    same = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(same, min(len(one), len(other)))
+
+
+def read_label(reading: Reading) -> bool:
+    """Whether the answer of a record is good. Raises BadRecord for anything but true, false, 1 and 0."""
+    field = reading.first(*LABELS) or LABELS[0]
+    value = reading.take(field)
+    words = {"true": True, "false": False, "1": True, "0": False}
+    label = words.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise BadRecord("wrong label", f"{field!r} is {value!r}; it must be true (a good answer) or false (a bad one)")
+    return bool(label)
