@@ -21,7 +21,7 @@ from flacuna_jax.huggingface.answer_ends import checkpoint_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.files.native import is_native, read_manifest
 from flacuna_jax.huggingface.files.pieces import file_digest
-from flacuna_jax.huggingface.files.place import local_checkpoint
+from flacuna_jax.huggingface.files.place import hub_hint, local_checkpoint
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.golden import FILE, Record, compare, compare_text, read_golden
 from flacuna_jax.huggingface.other_encoder import encoder_of
@@ -34,15 +34,16 @@ _SECONDS = 120
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
-    directory = local_checkpoint(arguments.directory)
+    directory, given = local_checkpoint(arguments.directory), arguments.directory
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; give the output of `flacuna export` or `flacuna convert`")
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise UserError(f"{given} {what}; give the output of `flacuna export` or `flacuna convert`{hub_hint(given)}")
     if (directory / CONFIG_FILE).is_file():
         return _check_adapter(directory)
     if is_native(directory):
         return _check_converted(directory)
     if not (directory / FILE).is_file():
-        raise UserError(f"{directory} has no {FILE}; `flacuna export --format merged` writes it")
+        raise UserError(f"{given} has no {FILE}; `flacuna export` writes it beside merged models and GGUF files")
     records, count = read_golden(directory)
     if arguments.server is None:
         faults = list(_check_files(directory, records, count))
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "directory",
         metavar="DIR",
-        help="output of `flacuna export` or `flacuna convert`, or an export on the Hub, as hf:NAME[@REVISION]",
+        help="output of `flacuna export` or `flacuna convert`, or an export on the Hub, as hf:NAME[@REVISION][:FILE]",
     )
     parser.add_argument(
         "--server", metavar="URL", help="an OpenAI-compatible server to check, for example http://localhost:8000"

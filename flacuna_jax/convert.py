@@ -135,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="directory with safetensors, .bin or consolidated.*.pth files, a GGUF file, or hf:NAME[@REVISION]; the "
-        "released Flacuna gives its adapter",
+        help="directory with safetensors, .bin or consolidated.*.pth files, a GGUF file, or hf:NAME[@REVISION][:FILE]; "
+        "the released Flacuna gives its adapter",
     )
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--delta", metavar="DIR", help="a published delta (also hf:NAME) to add to MODEL, its base")

@@ -85,9 +85,10 @@ class Export:
     gguf_type: Kind | None = None
     """Type of the matrices in a GGUF file. None: bf16 for a base in bfloat16, else f16."""
     adapter: str | None = None
-    """Without a run: directory of any PEFT adapter, to be merged into `model` (optional for a GGUF file), ..."""
+    """Without a run: directory of any PEFT adapter to be merged into `model`; None writes the model itself."""
     model: str | None = None
-    """... a checkpoint in Hugging Face's, Meta's or the native form, or a GGUF file. Both may be hf:NAME[@REVISION]."""
+    """Without a run: a checkpoint in Hugging Face's, Meta's or the native form, or a GGUF file. Both may be
+    hf:NAME[@REVISION]."""
     push: str | None = None
     """Repository on the Hub to upload `out` to after its verification, NAME[@BRANCH]; created if it does not exist."""
     public: bool = False
@@ -127,10 +128,10 @@ def export_run(export: Export, say: Say = lambda _: None) -> None:
 
 def _write(export: Export, say: Say, target: Path) -> None:
     if export.run is None:
-        _merge_adapter(export, say, target)
+        _write_model(export, say, target)
         return
     if export.adapter is not None or export.model is not None:
-        raise UserError("--adapter and --model replace RUN; give either a run, or an adapter and a model")
+        raise UserError("--adapter and --model replace RUN; give either a run or a model")
     run = local_run(export.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} has no config.yaml; give the output directory of a training run")
@@ -151,7 +152,8 @@ def _write(export: Export, say: Say, target: Path) -> None:
         adapter = dataclasses.replace(adapter, base_name=name, base_revision=revision)
         _export_adapter(export, say, target, adapter, trained, facts, _tokenizer_writer(settings))
     else:
-        beside = dataclasses.replace(_companions(export, say, settings, config, facts), base_name=name)
+        found = settings.model_copy(update={"model": model})
+        beside = dataclasses.replace(_companions(export, say, found, config, facts), base_name=name)
         seen = _seen_by_training(settings, config, reader)
         if export.merge_base == "dequantised" and seen is None:
             raise UserError("--merge-base dequantised: the run's base was not quantised (model.quantization)")
@@ -171,15 +173,12 @@ def _write(export: Export, say: Say, target: Path) -> None:
             )
 
 
-def _merge_adapter(export: Export, say: Say, target: Path) -> None:
-    """Merges an adapter that need not be of one of our runs."""
-    if export.model is None or (export.adapter is None and export.format != "gguf"):
-        raise UserError(
-            "give a run to export, or --adapter DIR and --model DIR to merge any PEFT adapter; a GGUF file needs only "
-            "--model"
-        )
+def _write_model(export: Export, say: Say, target: Path) -> None:
+    """Writes a model that need not be of one of our runs, with an adapter merged into it if one is given."""
+    if export.model is None:
+        raise UserError("give a run to export, or --model DIR to write any model, with --adapter DIR merged into it")
     if export.format == "adapter":
-        raise UserError("--format adapter: the adapter is one already; --format merged merges it into --model")
+        raise UserError("--format adapter needs a run; --format merged merges an --adapter into --model")
     if (option := next((name for name in _OF_A_RUN if getattr(export, name) is not None), None)) is not None:
         raise UserError(f"--{option.replace('_', '-')} is an option for a run, not for --adapter and --model")
     base = local_checkpoint(export.model)
@@ -410,7 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="the checkpoint (also hf:NAME) that --adapter is merged into, or that becomes a GGUF file",
+        help="without RUN: the checkpoint to write (also hf:NAME or a GGUF file)",
     )
     parser.add_argument(
         "--base-name",

@@ -1,8 +1,10 @@
 """Repositories of the Hugging Face Hub, hf:NAME[@REVISION], which huggingface_hub downloads into its own cache."""
 
+import dataclasses
 import errno
 import functools
 import glob
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +16,9 @@ from typing import Literal
 from flacuna_jax.errors import UserError
 
 PREFIX = "hf:"
+MODEL_FORM = "hf:NAME[@REVISION][:FILE]"
+_PAGE = re.compile(r"(?i:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/*)([\w.-]+/[\w.-]+).*")
+"""Addresses of pages of the Hub, and other ways to write a name."""
 _WORTH_TELLING = 1 << 30
 _AGAIN = (
     "; run again, the same command transfers only the missing files. If all are in the cache, HF_HUB_OFFLINE=1 uses "
@@ -32,10 +37,12 @@ class HubName:
     Attributes:
       name: OWNER/NAME; a few old repositories have no owner.
       revision: a branch, a tag or a commit. None: the default branch.
+      file: which of the repository's GGUF files is meant.
     """
 
     name: str
     revision: str | None = None
+    file: str | None = None
 
     @staticmethod
     def parse(text: str, form: str = "hf:NAME[@REVISION]") -> "HubName":
@@ -45,8 +52,17 @@ class HubName:
             raise UserError(f"{text!r} is not the name of a repository on the Hugging Face Hub; write {form}")
         return HubName(name, revision or None)
 
+    @staticmethod
+    def parse_model(text: str) -> "HubName":
+        """Parses the name of a model, hf:NAME[@REVISION][:FILE]. Raises UserError."""
+        repository, colon, file = text.removeprefix(PREFIX).partition(":")
+        if bool(colon) != bool(file):
+            raise UserError(f"{text!r} has no file after the colon; write {MODEL_FORM}")
+        return dataclasses.replace(HubName.parse(PREFIX + repository, MODEL_FORM), file=file or None)
+
     def __str__(self) -> str:
-        return f"{PREFIX}{self.name}" + (f"@{self.revision}" if self.revision else "")
+        revision, file = f"@{self.revision}" if self.revision else "", f":{self.file}" if self.file else ""
+        return f"{PREFIX}{self.name}{revision}{file}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,13 @@ def is_repository_name(text: str) -> bool:
 
 
 def is_hub_name(path: str | Path) -> bool:
-    return str(path).startswith(PREFIX)
+    """Whether a path begins with hf:. Raises UserError if it is the address of a repository in another form."""
+    text = str(path)
+    if text.startswith(PREFIX) and not text.startswith(f"{PREFIX}/"):
+        return True
+    if (page := _PAGE.fullmatch(text)) and not os.path.exists(text):
+        raise UserError(f"{text}: for this repository of the Hugging Face Hub, write {PREFIX}{page[1]}")
+    return False
 
 
 @functools.cache

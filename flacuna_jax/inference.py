@@ -25,7 +25,7 @@ from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import choose_template, describe_choice, open_template
-from flacuna_jax.huggingface.files.place import local_checkpoint, require_directory
+from flacuna_jax.huggingface.files.place import hub_hint, local_checkpoint, require_directory
 from flacuna_jax.huggingface.files.read import note_on_quantisation, open_checkpoint
 from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.load import load_base
@@ -159,7 +159,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="a Hugging Face LLaMA directory, a converted one, a GGUF file, or hf:NAME[@REVISION], instead of --run",
+        help="a Hugging Face LLaMA directory, a converted one, a GGUF file, or hf:NAME[@REVISION][:FILE], instead of "
+        "--run",
     )
     parser.add_argument(
         "--adapter",
@@ -317,5 +318,5 @@ def find_adapter(path: Path | None) -> Path | None:
         return None
     path = local_checkpoint(path)
     if not path.is_dir():
-        raise UserError(f"{path}: this adapter directory does not exist")
+        raise UserError(f"{path}: this adapter directory does not exist{hub_hint(path)}")
     return path / "adapter" if (path / "adapter").is_dir() else path

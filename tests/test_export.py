@@ -93,6 +93,25 @@ def test_a_merged_model(
     assert "USER:" in (out / "tokenizer_config.json").read_text()
 
 
+def test_a_model_without_an_adapter_is_written_unchanged(story_llama: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(story_llama), "--format", "merged", "--golden-tokens", "0"]
+    assert run_verb(export.main, [str(tmp_path / "out"), *arguments]) == 0
+    found, given = open_checkpoint(tmp_path / "out"), open_checkpoint(story_llama)
+    layers = [name for name in found if "layers" in name]
+    assert layers
+    assert all(found.dtype(name) == given.dtype(name) for name in layers)
+    assert all(np.array_equal(found.read(name), given.read(name)) for name in layers)
+
+
+def test_a_base_that_was_moved(run: Path, story_llama: Path, tmp_path: Path) -> None:
+    """The tokenizer is taken from it, too."""
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(story_llama), str(tmp_path / "before")))
+    arguments = ["--base", str(story_llama), "--format", "merged", "--golden-tokens", "0"]
+    assert run_verb(export.main, [str(run), str(tmp_path / "out"), *arguments]) == 0
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+
+
 def test_any_adapter_is_merged_into_any_checkpoint(
     run: Path, story_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,8 +130,8 @@ def test_any_adapter_is_merged_into_any_checkpoint(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["OUT", "--format", "merged"], "give a run to export, or --adapter DIR and --model DIR"),
-        (["OUT", "--format", "adapter", "--adapter", "A", "--model", "M"], "the adapter is one already"),
+        (["OUT", "--format", "merged"], "give a run to export, or --model DIR to write any model"),
+        (["OUT", "--format", "adapter", "--adapter", "A", "--model", "M"], "--format adapter needs a run"),
         (
             ["OUT", "--format", "merged", "--adapter", "A", "--model", "M", "--step", "5"],
             "--step is an option for a run",

@@ -34,6 +34,21 @@ def test_names() -> None:
             HubName.parse(text)
 
 
+def test_names_of_models() -> None:
+    assert HubName.parse_model("hf:a/b@v1:sub/Q4_K_M.gguf") == HubName("a/b", "v1", "sub/Q4_K_M.gguf")
+    assert str(HubName("a/b", "v1", "c.gguf")) == "hf:a/b@v1:c.gguf"
+    with pytest.raises(UserError, match=r"'hf:a/b:' has no file after the colon; write hf:NAME"):
+        HubName.parse_model("hf:a/b:")
+
+
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/a/b/tree/main", "hf.co/a/b", "huggingface.co/a/b", "HF:a/b", "hf://a/b"]
+)
+def test_other_ways_to_write_a_name_are_corrected(address: str) -> None:
+    with pytest.raises(UserError, match=r"for this repository of the Hugging Face Hub, write hf:a/b$"):
+        local_checkpoint(address)
+
+
 def test_only_needed_files_are_downloaded_and_only_once(hub: Hub) -> None:
     hub.add("o/n", MODEL)
     settings = local_checkpoint("hf:o/n", weights=False)

@@ -89,7 +89,8 @@ class RopeScalingConfig(Section):
 class ModelConfig(Section):
     path: LocalPath | None = None
     """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`; a GGUF file; or
-    hf:NAME[@REVISION], a model of the Hugging Face Hub, which is downloaded into the Hub's cache."""
+    hf:NAME[@REVISION][:FILE], a model of the Hugging Face Hub or one of its GGUF files, which is downloaded into the
+    Hub's cache."""
     name: str | None = None
     """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to the name on the
     Hub, or to `path` as given."""
@@ -136,7 +137,7 @@ class ModelConfig(Section):
 
     @property
     def _on_hub(self) -> HubName | None:
-        return HubName.parse(self.path) if self.path is not None and is_hub_name(self.path) else None
+        return HubName.parse_model(self.path) if self.path is not None and is_hub_name(self.path) else None
 
 
 class LoraConfig(Section):

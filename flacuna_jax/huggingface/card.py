@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.hub import is_repository_name
@@ -36,7 +37,7 @@ def adapter_card(lora: LoraConfig, base_name: str | None, base_revision: str | N
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{revision})",
+        f"base = AutoModelForCausalLM.from_pretrained({_place(base)}{revision})",
         'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
     ]
     return _card("LoRA adapter", ["library_name: peft", "tags: [lora, flacuna]"], base_name, rows, facts.results, usage)
@@ -87,6 +88,14 @@ def _card(
         ]
         lines += [""]
     return "\n".join([*lines, "```python", *usage, "```", ""])
+
+
+def _place(base: str) -> str:
+    """The arguments with which transformers opens a base, which may be a GGUF file."""
+    path = PurePath(base)
+    if path.suffix != ".gguf":
+        return json.dumps(base)
+    return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
 
 
 def described(lora: LoraConfig) -> str:

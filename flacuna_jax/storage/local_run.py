@@ -8,6 +8,7 @@ from pathlib import Path
 from etils import epath
 
 from flacuna_jax.errors import UserError
+from flacuna_jax.hub import is_hub_name
 from flacuna_jax.storage.bucket import bucket_path, is_bucket, require_supported, talking_to
 from flacuna_jax.user_cache import user_cache
 from flacuna_jax.whole_files import replacing
@@ -25,7 +26,7 @@ def local_run(run: str) -> Path:
     Raises:
       UserError: there is no run in the bucket, or it does not answer.
     """
-    if not is_bucket(run):
+    if is_hub_name(run) or not is_bucket(run):
         return Path(run)
     parent, _, product = run.rstrip("/").rpartition("/")
     if product in _DELIVERED:

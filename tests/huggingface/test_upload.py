@@ -6,8 +6,9 @@ import pytest
 
 from flacuna_jax import export
 from flacuna_jax.cli import run_verb
+from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.card import Facts, model_card
+from flacuna_jax.huggingface.card import Facts, adapter_card, model_card
 from flacuna_jax.huggingface.upload import prepare_upload
 from tests.hub_server import LARGE, READ_ONLY, TOKEN, USER, Hub, read_files
 
@@ -51,6 +52,11 @@ def test_the_hub_accepts_our_cards(base: str, listed: bool, hub: Hub, token: Non
     (model / "README.md").write_text("---\nbase_model: /data/vicuna\n---\n")
     with pytest.raises(UserError, match=r"\(ValueError: Invalid metadata in README.md. - .base_model. with value"):
         prepare_upload("lab/model").send(model)
+
+
+def test_the_card_of_an_adapter_opens_a_gguf_file_as_transformers_does() -> None:
+    text = adapter_card(LoraConfig(), "/models/x.Q4_1.gguf", None, Facts())
+    assert 'from_pretrained("/models", gguf_file="x.Q4_1.gguf")' in text
 
 
 def test_a_second_upload_replaces_the_weights_of_the_first(hub: Hub, token: None, model: Path) -> None:

@@ -1,13 +1,14 @@
 """The local directory of a checkpoint, an adapter or a tokenizer: a path, a GGUF file, or a name on the Hub
-(hf:NAME[@REVISION])."""
+(hf:NAME[@REVISION], and for one of several GGUF files hf:NAME[@REVISION]:FILE)."""
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.hub import HubName, fetch, is_hub_name, snapshot_of
-from flacuna_jax.huggingface.gguf.header import SUFFIX, gguf_in
+from flacuna_jax.huggingface.gguf.header import SUFFIX, gguf_in, without_part
 
 LOCAL = (".", "..", "checkpoints", "models", "runs")
 """Common names of local directories, which are not owners on the Hub."""
@@ -27,22 +28,28 @@ def local_checkpoint(path: str | Path, *, weights: bool = True) -> Path:
     """The directory of a checkpoint, an adapter or a tokenizer. A name on the Hub is downloaded, unless it is cached.
 
     Args:
-      path: hf:NAME[@REVISION]; a repository's directory in the cache of the Hub, models--OWNER--NAME, which stands
-        for its snapshot; a GGUF file, or a directory with one and without config.json, which is unpacked; or any other
-        path, which is returned unchanged and need not exist.
-      weights: whether the weights are needed. If not, only configuration, tokenizer and templates are downloaded.
+      path: hf:NAME[@REVISION][:FILE]; a repository's directory in the cache of the Hub, models--OWNER--NAME, which
+        stands for its snapshot; a GGUF file, or a directory with one and without config.json, which is unpacked; or any
+        other path, which is returned unchanged and need not exist.
+      weights: whether the weights are needed. If not, only configuration, tokenizer and templates are downloaded, which
+        in a GGUF file are together with the weights.
 
     Raises:
-      UserError: the repository cannot be downloaded, or it has no weights; or the GGUF file cannot be read.
+      UserError: the repository cannot be downloaded, has no weights, or several GGUF files; or the GGUF file cannot be
+        read.
     """
     if not is_hub_name(path):
         directory = snapshot_of(Path(path))
         file = gguf_in(directory)
         return directory if file is None else _unpacked(file)
-    name = HubName.parse(str(path))
-    snapshot = fetch(name, "model", _everything if weights else _settings)
+    name = HubName.parse_model(str(path))
+    snapshot = fetch(name, "model", _Needed(name, weights))
+    if gguf := next((file for file in snapshot.files if file.endswith(SUFFIX)), None):
+        return _unpacked(snapshot.directory / gguf)
     if weights and not _weights(snapshot.files):
-        raise UserError(f"{name} has no weights of a model or an adapter (.safetensors, .bin): {snapshot.directory}")
+        raise UserError(
+            f"{name} has no weights of a model or an adapter (.safetensors, .bin, {SUFFIX}): {snapshot.directory}"
+        )
     return snapshot.directory
 
 
@@ -64,8 +71,41 @@ def _weights(files: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _everything(files: Sequence[str]) -> list[str]:
-    return [*_settings(files), *_weights(files)]
+@dataclass(frozen=True)
+class _Needed:
+    """Chooses the files of a repository that are needed; see `local_checkpoint`."""
+
+    name: HubName
+    weights: bool
+
+    def __call__(self, files: Sequence[str]) -> list[str]:
+        weights = [] if self.name.file else _weights(files)
+        if weights:
+            return [*_settings(files), *(weights if self.weights else ())]
+        return [*_settings(files), *_of_gguf(self.name, [file for file in files if file.endswith(SUFFIX)])]
+
+
+def _of_gguf(name: HubName, files: Sequence[str]) -> list[str]:
+    """The GGUF file that a name means, or all parts of it; none if the repository has none.
+
+    Raises:
+      UserError: it is not clear which file is meant, or there is no such file.
+    """
+    wanted = [file for file in files if name.file is None or _is_named(file, name.file)]
+    wholes = {without_part(file) for file in wanted}
+    if name.file and not files:
+        raise UserError(f"{name}: the repository has no GGUF files; write {HubName(name.name, name.revision)}")
+    if len(wholes) > 1 or (name.file and not wholes):
+        which = f"{len(wholes)} GGUF files that may be meant" if wholes else f"no GGUF file {name.file}"
+        form = f"{HubName(name.name, name.revision)}:FILE"
+        raise UserError(f"{name}: the repository has {which}; write {form} with one of: {', '.join(files)}")
+    return wanted
+
+
+def _is_named(file: str, given: str) -> bool:
+    """Whether a file has a name, or in it the name of a quantised type, as in SmolLM2-135M-Q4_K_M.gguf."""
+    stem = PurePosixPath(without_part(file)).stem.lower()
+    return given in (file, without_part(file)) or stem.endswith((f"-{given.lower()}", f".{given.lower()}"))
 
 
 def require_directory(path: str | Path, *, weights: bool = True) -> Path:
@@ -74,11 +114,15 @@ def require_directory(path: str | Path, *, weights: bool = True) -> Path:
     directory = local_checkpoint(path, weights=weights)
     if directory.is_dir():
         return directory
-    if directory.suffix == SUFFIX:
+    if directory.suffix == SUFFIX and not directory.exists():
         raise UserError(f"{path} does not exist")
-    hint = ""
-    if not directory.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        first, _ = str(path).split("/")
-        of_hub = first not in LOCAL and not Path(first).is_dir()
-        hint = f"; for a model of the Hugging Face Hub, write hf:{path if of_hub else 'NAME'}"
-    raise UserError(f"{path} is not a directory; give a checkpoint directory{hint}")
+    raise UserError(f"{path} is not a directory; give a checkpoint directory{hub_hint(path)}")
+
+
+def hub_hint(path: str | Path) -> str:
+    """The end of a message about a directory that does not exist, if the path looks like a name on the Hub."""
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return ""
+    first, _ = str(path).split("/")
+    of_hub = first not in LOCAL and not Path(first).is_dir()
+    return f"; for one of the Hugging Face Hub, write hf:{path if of_hub else 'NAME'}"

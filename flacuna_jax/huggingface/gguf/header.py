@@ -78,6 +78,7 @@ class Header:
 
 _OTHER_MODELS = ("config.json", "params.json", "adapter_config.json")
 """Files of directories in which GGUF files are not looked for."""
+_COPY_AGAIN = "download or copy it again"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -94,6 +95,12 @@ def parts(path: Path) -> list[Path]:
     if missing := next((part for part in found if not part.is_file()), None):
         raise UserError(f"{missing} is missing; {path.name} is a part of a file in {len(found)} parts")
     return found
+
+
+def without_part(name: str) -> str:
+    """The name of a file without the number of a part."""
+    match = _PART.fullmatch(name)
+    return name if match is None else f"{match[1]}{SUFFIX}"
 
 
 def gguf_in(path: Path) -> Path | None:
@@ -131,6 +138,8 @@ def read_header(path: Path) -> Header:
 def _read_part(path: Path) -> Header:
     require_content(path)
     try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty; {_COPY_AGAIN}")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
             return _parse(path, _Cursor(path, pages))
     except (OSError, ValueError) as error:
@@ -146,7 +155,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if self.position > len(self.pages):
-            raise UserError(f"{self.path} is torn: it ends at byte {len(self.pages)}, within its header")
+            raise UserError(f"{self.path} is torn: it ends at byte {len(self.pages)}, within its header; {_COPY_AGAIN}")
         return self.pages[start : self.position]
 
     def number(self, form: str) -> Any:
@@ -192,7 +201,10 @@ def _parse(path: Path, cursor: _Cursor) -> Header:
     for name, shape, kind, offset in described:
         tensors[name] = _tensor(path, name, shape, kind, start + offset)
         if tensors[name].stored.end > len(cursor.pages):
-            raise UserError(f"{path} is torn: tensor {name} ends at byte {tensors[name].stored.end}, after its end")
+            raise UserError(
+                f"{path} is torn: it ends at byte {len(cursor.pages)}, but {name} needs {tensors[name].stored.end}; "
+                f"{_COPY_AGAIN}"
+            )
     return Header(path, metadata, tensors)
 
 

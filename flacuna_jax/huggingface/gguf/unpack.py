@@ -30,10 +30,10 @@ def unpacked(path: Path) -> Path:
     """
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _linked(path)]
     key = hashlib.sha256(repr((source_digest("huggingface/gguf"), states)).encode()).hexdigest()[:16]
-    target = user_cache() / "gguf" / f"{path.stem}-{key}"
+    target = user_cache() / "gguf" / key / path.stem  # the last part becomes the name of the model in results
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             unpack(path, Path(temporary) / "whole")
             with contextlib.suppress(OSError):  # another process was faster
                 (Path(temporary) / "whole").rename(target)

@@ -17,10 +17,10 @@ def test_a_directory_is_accepted(tmp_path: Path) -> None:
     [
         (
             "lmsys/vicuna-7b-v1.1",
-            "checkpoint directory; for a model of the Hugging Face Hub, write hf:lmsys/vicuna-7b-v1.1$",
+            "checkpoint directory; for one of the Hugging Face Hub, write hf:lmsys/vicuna-7b-v1.1$",
         ),
-        ("models/vicuna-7b", "checkpoint directory; for a model of the Hugging Face Hub, write hf:NAME$"),
-        ("mine/base", "checkpoint directory; for a model of the Hugging Face Hub, write hf:NAME$"),
+        ("models/vicuna-7b", "checkpoint directory; for one of the Hugging Face Hub, write hf:NAME$"),
+        ("mine/base", "checkpoint directory; for one of the Hugging Face Hub, write hf:NAME$"),
         ("/nowhere/at/all", "checkpoint directory$"),
         ("vicuna", "checkpoint directory$"),
     ],

@@ -18,6 +18,7 @@ from flacuna_jax.huggingface.gguf.settings import rope_divisors
 from flacuna_jax.huggingface.gguf.tensors import GGUFTensor
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.model.rope import RopeScaling
+from tests.hub_server import Hub
 from tests.huggingface.gguf.files import gguf, llama_metadata, llama_tensors, permuted, write
 
 PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
@@ -161,6 +162,39 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.gguf does not exist"):
         open_checkpoint(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "found"),
+    [
+        (["m.gguf"], "", "m"),
+        (["m-Q8_0.gguf", "m-F16.gguf"], ":m-F16.gguf", "m-F16"),
+        (["m-Q8_0.gguf", "m.F16.gguf", "model.safetensors"], "@main:f16", "m.F16"),
+    ],
+)
+def test_files_of_the_hub(files: list[str], given: str, found: str, hub: Hub, tmp_path: Path) -> None:
+    content = write(tmp_path / "x.gguf", llama_metadata(), llama_tensors()).read_bytes()
+    hub.add("o/n", {"config.json": b"of another form", **dict.fromkeys(files, content)})
+    directory = local_checkpoint(f"hf:o/n{given}", weights=False)
+    assert directory.name == found
+    assert len([name for name in hub.downloaded() if name.endswith(".gguf")]) == 1
+    assert read_architecture(directory).hidden_size == 32
+    assert "model.layers.1.self_attn.q_proj.weight" in open_checkpoint(f"hf:o/n{given}")
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "message"),
+    [
+        (["m-q8_0.gguf", "m-f16.gguf"], "", "has 2 GGUF files that may be meant; write hf:o/n:FILE with one of: m-f16"),
+        (["m-q8_0.gguf"], ":q4_0", "hf:o/n:q4_0: the repository has no GGUF file q4_0; .* one of: m-q8_0.gguf"),
+        (["model.safetensors"], ":q4_0", "the repository has no GGUF files; write hf:o/n$"),
+        ([], "", "hf:o/n has no weights of a model or an adapter"),
+    ],
+)
+def test_files_of_the_hub_that_are_not_clear(files: list[str], given: str, message: str, hub: Hub) -> None:
+    hub.add("o/n", {"config.json": b"{}", **dict.fromkeys(files, b"x")})
+    with pytest.raises(UserError, match=message):
+        local_checkpoint(f"hf:o/n{given}")
 
 
 def test_several_files_in_a_directory(tmp_path: Path) -> None:
