@@ -199,6 +199,8 @@ def explained(client: ModuleType, error: Exception, name: HubName, kind: Kind, a
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         cache = client.constants.HF_HUB_CACHE
         return f"the disk of {cache} is full; free space, or set HF_HOME to a directory on another disk"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be written to ({error.strerror}); set HF_HOME to a directory that can be"
     return f"the transfer failed ({type(error).__name__}: {_on_one_line(error)}){advice}"
 
 

@@ -159,6 +159,16 @@ def test_repositories_that_do_not_exist(hub: Hub) -> None:
         local_checkpoint("hf:o/data")
 
 
+def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    hub.add("o/n", MODEL)
+    with pytest.raises(UserError, match=r"^hf:o/n: .*file.* cannot be written to .*set HF_HOME to a directory"):
+        local_checkpoint("hf:o/n")
+
+
 def test_a_hub_that_does_not_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

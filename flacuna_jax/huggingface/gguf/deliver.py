@@ -87,7 +87,7 @@ def write_gguf(
         digest = write_file(partial / FILE, architecture.name, {**general, **described}, tensors, kind)
         verify_digest(partial / FILE, digest)
         unpack(partial / FILE, opened)
-        notes = _verify(opened, config, tensors, meant)
+        notes = _verify(opened, config, tensors, kind, meant)
         shift = _logit_shift(opened, config, Side(stored_weights(reader, config), adapter), kind)
         lora = None if adapter is None else adapter.lora
         notes += describe(partial, opened, config, companions, lora, shift, time.monotonic() - started, FILE)
@@ -95,7 +95,7 @@ def write_gguf(
     return Delivery(Path(target), (FILE,), sum(tensor.nbytes for tensor in tensors), shift, tuple(notes))
 
 
-def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor], meant: Path) -> list[str]:
+def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor], kind: Kind, meant: Path) -> list[str]:
     """Compares settings, tensors and tokenizer of the file with those that were meant; returns notes."""
     found = read_architecture(opened)
     written = dataclasses.replace(config, family=found.family, sliding_window=None, windowed_layers=None)
@@ -107,6 +107,8 @@ def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor],
         raise VerificationError(f"{opened}: the tensors read back are not those that were written")
     _verify_values(reader, tensors)
     notes = []
+    if other := [tensor for tensor in tensors if len(tensor.source.shape) > 1 and tensor.kind != kind.upper()]:
+        notes.append(f"{len(other)} matrices are {other[0].kind}, because their rows are not whole blocks of {kind}")
     if config.sliding_window is not None:
         notes.append(f"GGUF does not have the sliding window of {config.sliding_window} tokens; keep inputs below it")
     if lost := set(checkpoint_ends(meant)) - set(checkpoint_ends(opened)):

@@ -9,6 +9,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.answer_ends import GENERATION_CONFIG
 from flacuna_jax.huggingface.architecture import CONFIG_FILE
 from flacuna_jax.huggingface.gguf.header import parts, read_header
@@ -26,17 +27,25 @@ def unpacked(path: Path) -> Path:
     """The checkpoint directory of a GGUF file; made on the first call.
 
     Raises:
-      UserError: the file cannot be read, or its architecture or tokenizer is not supported.
+      UserError: the file cannot be read, its architecture or tokenizer is not supported, or the cache cannot be
+        written to.
     """
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _linked(path)]
     key = hashlib.sha256(repr((source_digest("huggingface/gguf"), states)).encode()).hexdigest()[:16]
     target = user_cache() / "gguf" / key / path.stem  # the last part becomes the name of the model in results
-    if not target.is_dir():
+    if target.is_dir():
+        return target
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             unpack(path, Path(temporary) / "whole")
             with contextlib.suppress(OSError):  # another process was faster
                 (Path(temporary) / "whole").rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be unpacked to {target.parent} ({error.strerror}); set FLACUNA_CACHE to a directory with "
+            "free space that you may write to"
+        ) from None
     return target
 
 

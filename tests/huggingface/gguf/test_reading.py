@@ -152,11 +152,19 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (b"GGML" + bytes(100), "does not begin with GGUF"),
         (b"GGUF\x01\0\0\0" + bytes(100), "GGUF of version 1"),
         (b"GGUF\0\0\0\x03" + bytes(100), "big-endian"),
+        (b"", "x.gguf is empty; download or copy it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13\n", "Git LFS pointer"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             local_checkpoint(path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "x.gguf", llama_metadata(), llama_tensors())
+    monkeypatch.setenv("FLACUNA_CACHE", str(path))
+    with pytest.raises(UserError, match=r"cannot be unpacked to .* \(Not a directory\); set FLACUNA_CACHE"):
+        local_checkpoint(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
