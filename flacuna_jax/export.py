@@ -16,7 +16,7 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
 from flacuna_jax.config.schema import LoraConfig, ModelConfig, RunConfig
 from flacuna_jax.convert import STORED_DTYPES
-from flacuna_jax.data.conversation import Template, Turn, render_prompt, render_text
+from flacuna_jax.data.conversation import Template, TemplateRefusal, Turn, render_prompt, render_text
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.hub import is_hub_name
@@ -363,7 +363,10 @@ def _golden(
     prompts = []
     for question in QUESTIONS if count else ():
         turns = (Turn("user", question),)
-        ids = tokenize_prompt(turns, template, tokenizer)
+        try:
+            ids = tokenize_prompt(turns, template, tokenizer)
+        except TemplateRefusal as refusal:
+            raise UserError(f"golden prompts: {refusal}; --golden-tokens 0 leaves them out") from None
         if len(ids) + count <= config.context_length:
             text = render_text(render_prompt(turns, template))
             added = "".join(tokenizer.special.spellings[token] for token in tokenizer.prefix_ids)

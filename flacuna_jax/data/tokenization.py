@@ -23,7 +23,15 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.data.conversation import Conversation, Template, Tools, Turn, render, render_prompt
+from flacuna_jax.data.conversation import (
+    Conversation,
+    Template,
+    TemplateRefusal,
+    Tools,
+    Turn,
+    render,
+    render_prompt,
+)
 from flacuna_jax.data.segments import Segment, join_segments
 from flacuna_jax.data.special_tokens import SpecialTokens
 
@@ -176,7 +184,10 @@ _MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_
 def with_notes_on_marks(template: Template, tokenizer: Tokenizer) -> Template:
     """The template, with a note for each of its markers for which the tokenizer has no token."""
     turns = (Turn("user", "x"), Turn("assistant", "y"), Turn("user", "x"))
-    rendered = render_prompt(turns, template)
+    try:
+        rendered = render_prompt(turns, template)
+    except TemplateRefusal:  # it may support shorter conversations; otherwise each one gets the message
+        return template
     text = "".join(segment.text for segment in rendered if segment.token is None)
     notes = []
     for mark in dict.fromkeys(_MARK.findall(text)):

@@ -338,6 +338,13 @@ def test_missing_marker_tokens_are_reported(loaded: Loaded) -> None:
     assert choose_template("chatml", Path("."), owning).notes == ()
 
 
+def test_a_template_for_single_turns_can_be_used_for_them(loaded: Loaded) -> None:
+    source = "{% if messages | length > 2 %}{{ raise_exception('single') }}{% endif %}{{ messages[0].content }}"
+    ours, _ = loaded()
+    template = with_notes_on_marks(template_from_jinja({"default": source}, "single", ours.special), ours)
+    assert tokenize_prompt((Turn("user", "one"),), template, ours)
+
+
 def test_chatml_with_its_markers_as_tokens_ends_without_eos(loaded: Loaded) -> None:
     ours, theirs = loaded("<|im_start|>", "<|im_end|>")
     template = choose_template("chatml", Path("."), ours)
