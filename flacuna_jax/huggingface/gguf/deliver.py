@@ -81,7 +81,8 @@ def write_gguf(
             end=companions.end,
             new_tokens=companions.new_tokens,
         )
-        described = metadata_of(config, architecture) | tokenizer_metadata(meant, config.vocab_size)
+        of_tokenizer = tokenizer_metadata(meant, config.vocab_size, origin=companions.tokenizer)
+        described = metadata_of(config, architecture) | of_tokenizer
         name = Path(companions.base_name or reader.directory).name
         general = {"general.type": "model", "general.name": name}
         digest = write_file(partial / FILE, architecture.name, {**general, **described}, tensors, kind)

@@ -38,12 +38,13 @@ class Token(NamedTuple):
     type: TokenType
 
 
-def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
+def tokenizer_metadata(directory: Path, vocab_size: int, *, origin: Path | None = None) -> dict[str, Any]:
     """The metadata of the tokenizer and chat template of a checkpoint directory.
 
     Args:
       directory: with tokenizer files, and generation_config.json.
       vocab_size: rows of the embedding; ids without a token get names that no text contains.
+      origin: the directory that messages name, if the files were copied from it.
 
     Raises:
       UserError: llama.cpp has no tokenizer of this kind.
@@ -54,7 +55,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
         tokens = {number: Token(text, score, TokenType(kind)) for number, (text, score, kind) in pieces.items()}
         made: dict[str, Any] = {"model": "llama", "pre": "default", "add_space_prefix": True}
     else:
-        tokens, made = _of_json(tokenizer, directory)
+        tokens, made = _of_json(tokenizer, origin or directory)
     rows = [tokens.get(number, Token(f"[PAD{number}]", -1000.0, TokenType.UNUSED)) for number in range(vocab_size)]
     made |= {"tokens": [row.text for row in rows], "token_type": [int(row.type) for row in rows]}
     if made["model"] == "llama":
