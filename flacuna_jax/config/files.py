@@ -222,7 +222,7 @@ def _lists_to_tuples(value: Any) -> Any:
 def _explain(error: ValidationError, overridden: dict[Location, str], origin_of: Any, schema: type[BaseModel]) -> str:
     items = [(_as_written(item["loc"]), item) for item in error.errors()]
     messages = []
-    for location, item in items:
+    for location, item in _joined(items):
         # A union reports every alternative and a container reports its items' failure again: keep the deepest.
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in items):
             continue
@@ -230,6 +230,28 @@ def _explain(error: ValidationError, overridden: dict[Location, str], origin_of:
         override = next((text for at, text in overridden.items() if _concerns(at, location, message)), None)
         messages.append(f"{repr(override) if override else origin_of(location)}: {message}")
     return "\n".join(dict.fromkeys(messages))
+
+
+def _joined(items: list[tuple[Location, Any]]) -> list[tuple[Location, Any]]:
+    """One error per location, where a union reports one for each alternative: with the words of all of them, or the one
+    of an alternative that has the right type."""
+    by_location: dict[Location, list[Any]] = {}
+    for location, item in items:
+        by_location.setdefault(location, []).append(item)
+    joined = []
+    for location, found in by_location.items():
+        words = [item["ctx"]["expected"] for item in found if item["type"] == "literal_error"]
+        right = [item for item in found if item["type"] not in ("string_type", "int_type", "int_from_float")]
+        if words:
+            *first, last = dict.fromkeys(re.findall(r"'[^']+'", " ".join(words)))
+            expected = f"{', '.join(first)} or {last}" if first else last
+            joined.append((location, {**found[0], "type": "literal_error", "ctx": {"expected": expected}}))
+        elif right or len(found) == 1:
+            joined += [(location, item) for item in right or found]
+        else:
+            needed = " or ".join(item["msg"].removeprefix("Input should be ") for item in found)
+            joined.append((location, {**found[0], "type": "type", "msg": f"Input should be {needed}"}))
+    return joined
 
 
 def _concerns(set_at: Location, location: Location, message: str) -> bool:
@@ -243,10 +265,13 @@ def _concerns(set_at: Location, location: Location, message: str) -> bool:
 def _explain_one(item: Any, location: Location, schema: type[BaseModel]) -> str:
     key = ".".join(map(str, location))
     kind, value = item["type"], item.get("input")
-    if kind == "model_type":
-        form = _as_section(location, value, schema) or " (or one of its fixed words)"
-        return f"{key} must be a section, not {value!r}{form}"
+    if kind in ("model_type", "model_attributes_type"):
+        null = " or null" if _may_be_null(location, schema) else ""
+        return f"{key} must be a section{null}, not {value!r}{_as_section(location, value, schema)}"
     if kind == "extra_forbidden":
+        section = _section_at(location[:-1], schema)
+        if section and location[-1] in section.model_fields:  # of another alternative
+            return f"{key} is not a setting of {item['loc'][-2]}"
         return f"{key} is not a setting{_nearest_key(location, value, schema)}"
     if kind == "missing":
         return f"{key} is missing"
@@ -304,18 +329,21 @@ def _as_number(value: Any, whole: bool) -> str | None:
 
 def _as_written(location: tuple[str | int, ...]) -> Location:
     """Removes the type names and the names of alternatives that Pydantic adds to the location of a union's error."""
-    parts = [part for part in location if not (isinstance(part, str) and ("Config" in part or "[" in part))]
+    parts = [part for part in location if not (isinstance(part, str) and re.search(r"Config|\[|^constrained-", part))]
     if parts[:2] == ["training", "objective"]:
         del parts[2:3]
     return tuple(parts)
 
 
 def _as_section(location: Location, value: Any, schema: type[BaseModel]) -> str:
-    """A hint that shows a source written as a section, for a source (or list of sources) given as a path alone."""
-    if _section_at(location, schema) is not SourceConfig or not isinstance(value, str):
+    """A hint that shows a value written as a section, for a source (or list of sources) given as a path alone and for an
+    alternative given by its name."""
+    section = _section_at(location, schema)
+    key = "path" if section is SourceConfig else "name"
+    if section is None or key not in section.model_fields or not isinstance(value, str):
         return ""
-    form = f"{{path: {value}}}"
-    if isinstance(location[-1], int):
+    form = f"{{{key}: {value}}}"
+    if section is not SourceConfig or isinstance(location[-1], int):
         return f"; write {form}"
     return f"; write [{form}], on a command line --{'.'.join(map(str, location))}='[{form}]'"
 

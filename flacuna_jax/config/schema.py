@@ -243,11 +243,12 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def tokens_are_new_once(self) -> "DataConfig":
         new = [token for token, _ in self.new_tokens]
-        for token in new:
+        for token, special in self.new_tokens:
             if new.count(token) > 1:
                 raise ValueError(f"add_tokens and add_special_tokens name {token!r} twice")
             if token != token.strip():
-                raise ValueError(f"add_tokens: {token!r} begins or ends with white space")
+                key = "add_special_tokens" if special else "add_tokens"
+                raise ValueError(f"{key}: {token!r} begins or ends with white space")
         return self
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from flacuna_jax.config.types import Examples
 from flacuna_jax.data.dataset_info import FileDescription
 from flacuna_jax.data.messages import ROLES, read_messages, read_tools, without_loss
 from flacuna_jax.data.preferences import CHOSEN, LABELS, REJECTED, Prompt, read_label, read_pair, transcript
@@ -197,14 +198,27 @@ COLUMNS = tuple(
 """The fields that any format reads."""
 
 
-def detect_format(record: object, unread: Sequence[str] = ()) -> str:
-    """The format whose fields a record has. `unread` are more field names. Raises BadRecord with the fields found."""
+def detect_format(record: object, unread: Sequence[str] = (), examples: Examples = "answers") -> str:
+    """The format whose fields a record has.
+
+    Args:
+      record: the record.
+      unread: more field names.
+      examples: the kind that the run needs. In instruction tuning, `label` is often the class of an example, so that
+        only true and false beside a completion say that it is good or bad.
+
+    Raises:
+      BadRecord: the fields are of no known format.
+    """
     if not isinstance(record, dict):
         raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
     if _has_pair(record):
         return "preference"
+    label = record.get("label")
     if not is_empty(record.get("kto_tag")) or (
-        isinstance(record.get("label"), bool) and record.get("completion") is not None
+        label is not None
+        if examples == "labelled"
+        else isinstance(label, bool) and record.get("completion") is not None
     ):
         return "kto"
     for fields, name in FORMATS:

@@ -88,7 +88,7 @@ def read_source(
     policy.report.notes = found.notes
     for path in found.files:
         description = found.descriptions.get(path) if config.format == "auto" else None
-        chooser = _Chooser(config.format, description)
+        chooser = _Chooser(config.format, description, examples)
         if description is not None:
             policy.report.notes += (f"{path.name} read as {description.name!r} of dataset_info.json",)
         for raw in read_records(path, chooser.columns, policy):
@@ -123,7 +123,8 @@ def _require(examples: Examples, conversation: Conversation | None) -> None:
 class _Chooser:
     """Chooses the format of one file: that of the source, of dataset_info.json, or of the first known record."""
 
-    def __init__(self, name: str, description: FileDescription | None) -> None:
+    def __init__(self, name: str, description: FileDescription | None, examples: Examples) -> None:
+        self._examples = examples
         self.columns = COLUMNS if description is None else (*COLUMNS, *described_columns(description))
         self._name = None if name == "auto" else name
         self._parser = None if name == "auto" else PARSERS[name]
@@ -133,7 +134,7 @@ class _Chooser:
 
     def parser_for(self, raw: RawRecord) -> Parser:
         if self._parser is None:
-            self._name = detect_format(raw.value, raw.unread)
+            self._name = detect_format(raw.value, raw.unread, self._examples)
             self._parser = PARSERS[self._name]
             self._decided_by = raw.place
         return self._parser
@@ -143,7 +144,7 @@ class _Chooser:
         if self._parser is None:
             return ""
         try:
-            found = detect_format(raw.value)
+            found = detect_format(raw.value, (), self._examples)
         except BadRecord:
             return ""
         if PARSERS[found] is self._parser:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from flacuna_jax.data.messages import read_messages, without_loss
-from flacuna_jax.data.record import BadRecord, Reading, kind_name
+from flacuna_jax.data.record import BadRecord, Reading
 from flacuna_jax.data.segments import Turn
 
 CHOSEN = ("chosen", "preferred_output")
@@ -100,7 +100,7 @@ def _conversation(reading: Reading, field: str, prompt: Prompt | None) -> tuple[
         reading = reading if isinstance(value, list) else replace(reading, record={**reading.record, field: [value]})
         system, whole = read_messages(reading, field)
     else:
-        raise BadRecord("wrong type", f"{field!r} must be text or messages, not {kind_name(value)}")
+        raise reading.wrong_type(field, "text or messages")
     if whole and whole[0].role == "assistant" and prompt is not None:
         return system or prompt.system, [*prompt.turns, *whole]
     if prompt is not None and [turn.text for turn in whole[: len(prompt.turns)]] != [t.text for t in prompt.turns]:

@@ -59,9 +59,13 @@ class Reading:
         """A field that must be text. Raises BadRecord if it is not."""
         value = self.take(name)
         if not isinstance(value, str):
-            what = f"not {kind_name(value)}" if name in self.record else "and is missing"
-            raise BadRecord("wrong type", f"{name!r} must be text, {what}")
+            raise self.wrong_type(name, "text")
         return value
+
+    def wrong_type(self, name: str, needed: str) -> BadRecord:
+        """The error for a field that is missing or is not `needed`."""
+        what = f"not {kind_name(self.record[name])}" if name in self.record else "and is missing"
+        return BadRecord("wrong type", f"{name!r} must be {needed}, {what}")
 
     def optional_text(self, name: str) -> str | None:
         """A field that may be absent or null. Raises BadRecord if it is anything but text."""

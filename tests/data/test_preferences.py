@@ -13,6 +13,7 @@ from flacuna_jax.data.build import ALONE, NO_LOSS, OVER_LENGTH, build_store
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.formats import EMPTY, IDENTICAL, NO_ANSWER, read_source
 from flacuna_jax.data.pipeline import StepSource, plan_epochs
+from flacuna_jax.data.preferences import LABELS
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.store_cache import cached_store
 from flacuna_jax.errors import UserError
@@ -93,13 +94,14 @@ def test_pairs(tmp_path, record, expected):
     assert set(report.ignored) <= {"score_chosen"}
 
 
-@pytest.mark.parametrize("label", [True, False, "true", "False"])
+@pytest.mark.parametrize("label", [True, False, "true", "False", 1, 0])
 def test_labelled_answers(tmp_path, label):
-    good = str(label).lower() == "true"
+    good = str(label).lower() in ("true", "1")
     for record in (
-        {"prompt": "q", "completion": "a", "label": good},
+        {"prompt": "q", "completion": "a", "label": label},
         {"prompt": [Q], "completion": [A], "kto_tag": label},
         {"messages": [Q, A], "kto_tag": label},
+        {"messages": [Q, A], "label": label},
     ):
         (conversation,), _ = read(tmp_path, record, "labelled")
         assert written(conversation) == "user: q | assistant: a +"
@@ -160,16 +162,17 @@ REFUSED = {
     "one goes on": ({"chosen": [Q, A], "rejected": [Q, A, Q, B]}, "where 'chosen' has nothing"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "'chosen' is a text, but the record has no prompt"),
     "no question": ({"chosen": [A], "rejected": [B]}, "have no prompt in common"),
-    "no rejected answer": ({"prompt": "q", "chosen": "a"}, "'rejected' must be text or messages, not null"),
+    "no rejected answer": ({"prompt": "q", "chosen": "a"}, "'rejected' must be text or messages, and is missing"),
     "a number": ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or messages, not a number"),
     "a label of 0.5": ({"prompt": "q", "completion": "a", "kto_tag": 0.5}, "'kto_tag' is 0.5; it must be true"),
+    "a label of 2": ({"prompt": "q", "completion": "a", "label": 2}, "'label' is 2; it must be true"),
     "a label in words": ({"prompt": "q", "completion": "a", "kto_tag": "good"}, "'kto_tag' is 'good'; it must be true"),
 }
 
 
 @pytest.mark.parametrize(("record", "message"), REFUSED.values(), ids=REFUSED)
 def test_bad_records_are_refused_by_line_or_counted(tmp_path, record, message):
-    kind = "labelled" if "kto_tag" in record else "pairs"
+    kind = "pairs" if record.keys().isdisjoint(LABELS) else "labelled"
     with pytest.raises(UserError, match=rf"a\.jsonl, line 1 \(record 1\): .*{message}"):
         read(tmp_path, record, kind)
     _, report = read(tmp_path, record, kind, "skip")
