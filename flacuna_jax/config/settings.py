@@ -26,22 +26,31 @@ class ShowSettings(argparse.Action):
         parser.exit()
 
 
-def describe(section: type[BaseModel], indent: str = "") -> list[str]:
-    """The lines of a section: each setting with its default, its allowed words and its description."""
+def describe(section: type[BaseModel], indent: str = "", width: int = _WIDTH) -> list[str]:
+    """The lines of a section: each setting with its default, its allowed words and its description. Where a setting has
+    alternatives, those that are not the default are commented out."""
     lines = []
     for name, field in section.model_fields.items():
-        lines += [f"{indent}# {line}" for line in _comment(field, _WIDTH - len(indent) - 2)]
-        inner, in_a_list = _section_of(field.annotation)
-        if inner is None:
+        lines += [f"{indent}# {line}" for line in _comment(field, width - len(indent) - 2)]
+        sections, in_a_list = _sections_of(field.annotation)
+        if not sections or isinstance(field.default, str):
             lines.append(f"{indent}{name}:{_default(field)}")
-            continue
-        lines.append(f"{indent}{name}:")
-        settings = describe(inner, f"{indent}  {'  ' if in_a_list else ''}")
-        if in_a_list:
-            first = next(index for index, line in enumerate(settings) if not line.lstrip().startswith("#"))
-            settings[first] = f"{indent}  - {settings[first].lstrip()}"
-        lines += settings
+        else:
+            first, *sections = sections
+            lines += [f"{indent}{name}:", *_settings(first, indent, width, in_a_list)]
+        for other in sections:
+            settings = _settings(other, indent, width - 2, in_a_list)
+            lines += [f"{indent}# or", *(f"{indent}# {line.removeprefix(indent)}" for line in settings)]
     return lines
+
+
+def _settings(section: type[BaseModel], indent: str, width: int, in_a_list: bool) -> list[str]:
+    """The lines below the name of a section."""
+    settings = describe(section, f"{indent}  {'  ' if in_a_list else ''}", width)
+    if in_a_list:
+        first = next(index for index, line in enumerate(settings) if not line.lstrip().startswith("#"))
+        settings[first] = f"{indent}  - {settings[first].lstrip()}"
+    return settings
 
 
 def _comment(field: FieldInfo, width: int) -> list[str]:
@@ -49,14 +58,15 @@ def _comment(field: FieldInfo, width: int) -> list[str]:
     words = _words(field.annotation)
     if len(words) > 1:
         notes.insert(0, f"{' | '.join(words)}.")
-    if _section_of(field.annotation)[0] is not None and not field.is_required() and not field.get_default():
+    if _sections_of(field.annotation)[0] and not field.is_required() and not field.get_default():
         notes.append("Default: null.")
     return textwrap.wrap(" ".join(filter(None, notes)), width)
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "    # required"
+        words = _words(field.annotation)
+        return f" {words[0]}" if len(words) == 1 else "    # required"
     value = field.get_default(call_default_factory=True)
     text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
     return f" {text.strip().removesuffix('...').strip()}"
@@ -69,13 +79,14 @@ def _words(annotation: Any) -> list[str]:
     return [word for part in typing.get_args(annotation) for word in _words(part)]
 
 
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section class of a setting, or None, and whether the setting is a list of such sections."""
+def _sections_of(annotation: Any) -> tuple[list[type[BaseModel]], bool]:
+    """The section classes of a setting, which are alternatives, and whether the setting is a list of such sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
+        return [annotation], False
+    found: list[type[BaseModel]] = []
+    in_a_list = typing.get_origin(annotation) is tuple
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         for part in typing.get_args(annotation):
-            inner, in_a_list = _section_of(part)
-            if inner is not None:
-                return inner, in_a_list or typing.get_origin(annotation) is tuple
-    return None, False
+            sections, is_list = _sections_of(part)
+            found, in_a_list = [*found, *sections], in_a_list or is_list
+    return found, in_a_list

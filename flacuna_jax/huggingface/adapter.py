@@ -281,7 +281,9 @@ def _group(source: Path, tensors: Mapping[str, ReadableTensor], config: LlamaCon
             raise UserError(f"{source} has {leaf} of {where} twice, as {name} and under another name")
         modules[module, layer][leaf] = tensor
     if unknown:
-        raise UserError(f"{source} has tensors that are not LoRA factors of a projection: {names.some(unknown)}")
+        raise UserError(
+            f"{source} has tensors that are not LoRA factors of a projection of this base: {names.some(unknown)}"
+        )
     if not modules:
         raise UserError(f"{source} has no LoRA factors; the adapter was saved empty")
     for (module, layer), parts in modules.items():

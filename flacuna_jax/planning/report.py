@@ -62,7 +62,7 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
     row(
         "data",
         f"{assumed}{statistics.rows_per_step} rows and {statistics.examples_per_step:.0f} examples per step, "
-        f"examples of {statistics.document_length:.0f} tokens, fill {100 * statistics.fill:.1f} %",
+        f"documents of {statistics.document_length:.0f} tokens, fill {100 * statistics.fill:.1f} %",
     )
     row("run", _run_length(plan, price))
     return table

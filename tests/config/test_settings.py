@@ -5,6 +5,7 @@ import typing
 import pytest
 import yaml
 
+from flacuna_jax.config.objectives import PreferenceConfig
 from flacuna_jax.config.schema import EvaluationConfig, RunConfig, TrainingConfig
 from flacuna_jax.config.settings import describe
 from flacuna_jax.train import main
@@ -31,3 +32,15 @@ def test_allowed_words_are_printed() -> None:
     for word in typing.get_args(TrainingConfig.model_fields["remat"].annotation):
         assert word in lines
     assert "stop | skip." in lines
+
+
+def test_alternatives_are_printed() -> None:
+    lines = describe(TrainingConfig)
+    for objective in typing.get_args(PreferenceConfig):
+        (name,) = typing.get_args(objective.model_fields["name"].annotation)
+        where = next(index for index, line in enumerate(lines) if line.strip(" #") == f"name: {name}")
+        following = [line.strip(" #").split(":")[0] for line in lines[where:]]
+        assert set(objective.model_fields) <= set(following)
+    assert yaml.safe_load("\n".join(lines))["objective"]["reference"] == "base"
+    assert yaml.safe_load("\n".join(describe(RunConfig)))["mesh"] == "auto"
+    assert [line for line in describe(RunConfig) if line.strip() == "#   fsdp: 1"]
