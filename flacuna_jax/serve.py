@@ -134,6 +134,7 @@ class Offer:
     def models(self) -> "Models":
         from flacuna_jax.serving.adapters import Models, Served
 
+        additions = [self._read(name, found) for name, found in self._adapters.items()]
         address = ModelAddress(self._base)
         template = template_of(address, self._template, self._trained, say_on_stderr)
         mesh = make_mesh("auto")
@@ -141,8 +142,8 @@ class Offer:
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
         network = Network(self._spec, self._loader.base_params(self._opened, mesh), mesh)
         models = Models.of(network, Served(self._name, template, self._ends))
-        for name, found in self._adapters.items():
-            models = self._read(name, found)(models)
+        for add in additions:
+            models = add(models)
         return models
 
     def load(self, name: str, path: str) -> "Callable[[Models], Models]":
@@ -154,14 +155,12 @@ class Offer:
         return self._read(name, ModelAddress(self._base, directory))
 
     def _read(self, name: str, address: ModelAddress) -> "Callable[[Models], Models]":
+        from flacuna_jax.serving.adapters import require_factors
+
         opened = self._loader.open(address)
         adapter = opened.adapter
         assert adapter is not None
-        if adapter.changes is not None:
-            raise UserError(
-                f"adapter {name!r} changes tensors of the base, so it cannot share a batch with other adapters; serve "
-                "the model that `flacuna export --format merged` writes"
-            )
+        require_factors(name, adapter)
         if opened.base != self._spec:
             raise UserError(
                 f"adapter {name!r} was trained on a base with other settings (model.quantization, rope scaling) than "

@@ -102,6 +102,14 @@ def test_answers_of_run_and_merged_adapter_agree(
     assert answers[0] == answers[1]
 
 
+def test_a_server_refuses_trained_rows(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("uvicorn")
+    assert flacuna(["serve", "--run", str(tuned)]) == 2
+    said = capsys.readouterr().err
+    assert "trains rows of tokens, so it cannot share a batch" in said
+    assert "note:" not in said
+
+
 @pytest.mark.slow
 def test_full_fine_tuning_with_new_tokens(train: Callable[..., int], tmp_path: Path, base: Path) -> None:
     assert train(tmp_path / "run", *SETTINGS, "--lora=null", "--training.max_steps=1") == 0

@@ -336,8 +336,8 @@ def _as_written(location: tuple[str | int, ...]) -> Location:
 
 
 def _as_section(location: Location, value: Any, schema: type[BaseModel]) -> str:
-    """A hint that shows a value written as a section, for a source (or list of sources) given as a path alone and for an
-    alternative given by its name."""
+    """A hint that shows a value written as a section, for a source (or list of sources) given as a path alone, and for
+    an alternative given by its name."""
     section = _section_at(location, schema)
     key = "path" if section is SourceConfig else "name"
     if section is None or key not in section.model_fields or not isinstance(value, str):

@@ -120,8 +120,9 @@ def meaning(
       UserError: a tensor does not belong to the base, or ids and rows do not match.
     """
     sizes = dataclasses.replace(config, vocab_size=_vocabulary(source, file, settings, besides, config))
-    _check_replaced(source, besides.replaced, sizes)
-    replaced = _without_equal(besides.replaced, config, base)
+    replaced = _split_fused(besides.replaced, sizes)
+    _check_replaced(source, replaced, sizes)
+    replaced = _without_equal(replaced, config, base)
     table, head = replaced.pop(names.EMBEDDING, None), replaced.pop(names.HEAD, None)
     if config.tie_word_embeddings and sizes.vocab_size != config.vocab_size:
         table, head = (head if table is None else table), (table if head is None else head)
@@ -169,6 +170,18 @@ def _vocabulary(source: Path, file: Path, settings: Mapping[str, Any], besides: 
             "save_embedding_layers=True"
         )
     return size
+
+
+def _split_fused(replaced: Mapping[str, np.ndarray], config: LlamaConfig) -> dict[str, np.ndarray]:
+    """The matrices of the network's modules, where the base's files have those of several modules in one (Phi-3)."""
+    stored, split = names.stored_parts(config), {}
+    for name, value in replaced.items():
+        parts = stored.get(name, ())
+        if len(parts) < 2 or value.shape[:1] != (parts[-1].rows.stop,):
+            split[name] = value
+            continue
+        split |= {base_parameters(config)[part.path].tensor(part.layer): value[part.rows] for part in parts}
+    return split
 
 
 def _check_replaced(source: Path, replaced: Mapping[str, np.ndarray], config: LlamaConfig) -> None:

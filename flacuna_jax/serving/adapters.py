@@ -50,15 +50,9 @@ class Models:
         return cls(base, {model.name: model}, base)
 
     def with_adapter(self, name: str, adapter: Adapter, template: Template, ends: tuple[int, ...]) -> "Models":
-        """Raises UserError if the name is taken, or the adapter cannot share a batch with others."""
+        """Raises UserError if the name is taken."""
         if name in self.offered:
             raise UserError(f"a model named {name!r} is loaded; unload it first, or choose another name")
-        changed = [part.kind for part in adapter.spec.adapters.values() if part.kind not in ("lora_a", "lora_b")]
-        if changed:
-            raise UserError(
-                f"adapter {name!r} has more than A and B ({changed[0]}), so it cannot share a batch with other "
-                "adapters; serve the model that `flacuna export --format merged` writes"
-            )
         rank = max(ranks.largest for ranks in adapter.spec.ranks.values())
         first = _first_gap([model.columns for model in self.offered.values() if model.adapter], rank)
         served = Served(name, template, ends, adapter, (first, first + rank))
@@ -75,6 +69,19 @@ class Models:
         shardings = parameter_shardings(spec.adapters, self.base.mesh)
         placed = {path: jax.device_put(value, shardings[path]) for path, value in adapters.items()}
         return Models(self.base, offered, Network(spec, {**self.base.params, **placed}, self.base.mesh))
+
+
+def require_factors(name: str, adapter: Adapter) -> None:
+    """Raises UserError for an adapter that is more than A and B, which cannot share a batch with others."""
+    kinds = {part.kind for part in adapter.spec.adapters.values()}
+    more = ["changes tensors of the base"] if adapter.changes is not None else []
+    more += ["uses DoRA"] if "lora_magnitude" in kinds else []
+    more += ["trains rows of tokens"] if "token_rows" in kinds else []
+    if more:
+        raise UserError(
+            f"adapter {name!r} {' and '.join(more)}, so it cannot share a batch with other adapters; serve the model "
+            "that `flacuna export --format merged` writes"
+        )
 
 
 def _first_gap(taken: Sequence[tuple[int, int]], size: int) -> int:

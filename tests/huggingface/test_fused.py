@@ -66,8 +66,8 @@ def with_peft(path: Path, **settings: object) -> "peft.PeftModel":
     """An adapter of PEFT with random factors."""
     model = peft.get_peft_model(reference(path), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             with torch.no_grad():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.eval()
@@ -116,6 +116,15 @@ def test_an_adapter_of_peft_is_read_and_written_unchanged(settings: dict, path: 
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert set(written["target_modules"]) == set(settings["target_modules"])
+
+
+def test_a_whole_fused_matrix_replaces_those_of_its_modules(path: Path, tmp_path: Path) -> None:
+    model = with_peft(path, r=4, target_modules=["qkv_proj"], modules_to_save=["gate_up_proj"])
+    model.save_pretrained(tmp_path)
+    config, base = read_architecture(path), open_checkpoint(path)
+    adapter = read_adapter(tmp_path, config, base)
+    ours = streamed_logits(stored_weights(adapter.base(base), config), config, IDS, adapter)
+    np.testing.assert_allclose(ours, logits_of(model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
