@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
-from flacuna_jax.data.conversation import Template, Turn
+from flacuna_jax.data.conversation import Turn
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.impact import writing_prompt
 from flacuna_jax.generation.chat_model import ChatModel, Decoding
 from flacuna_jax.generation.decode import GREEDY, Sampling
-from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.inference import (
     ModelAddress,
     ModelLoader,
@@ -25,7 +24,9 @@ from flacuna_jax.inference import (
     add_model_options,
     add_template_option,
     addressed_model,
+    find_adapter,
     template_of,
+    trained_with,
 )
 from flacuna_jax.run.setup import say_on_stderr
 
@@ -34,7 +35,6 @@ COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    template: Template
     max_new_tokens: int = 512
     sampling: Sampling = GREEDY
     seed: int = 0
@@ -45,7 +45,7 @@ class Chat:
     """One conversation with a model; if `beside_base`, the model without its adapter answers each question too."""
 
     address: ModelAddress
-    load: Callable[[ModelAddress, bool], LlamaLanguageModel]
+    load: Callable[[ModelAddress, bool], ChatModel]
     """Returns a loaded model. If the second argument is true, reads it from its files again."""
     settings: Settings
     beside_base: bool = False
@@ -68,8 +68,10 @@ class Chat:
     def _converse(self, text: str) -> Iterator[str]:
         self.turns.append(Turn("user", text if self.task is None else writing_prompt(self.task, text)))
         if self.beside_base and self.address.adapter is not None:
+            base = ModelAddress(self.address.base)
+            self.load(base, False)  # its notes come before the line
             yield "[base]  "
-            yield from self._ask(ModelAddress(self.address.base))
+            yield from self._ask(base)
             yield "\n[tuned] "
         said = ""
         for piece in self._ask(self.address):
@@ -78,8 +80,7 @@ class Chat:
         self.turns.append(Turn("assistant", said.strip()))
 
     def _ask(self, address: ModelAddress) -> Iterator[str]:
-        settings = self.settings
-        model = ChatModel(self.load(address, False), settings.template)
+        settings, model = self.settings, self.load(address, False)
         room = model.context_length - settings.max_new_tokens
         while True:
             prompt = model.encode(self.turns, self.system)
@@ -124,19 +125,20 @@ class Chat:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     loader = ModelLoader(arguments.dtype, stored_base=arguments.stored_base)
-    models: dict[ModelAddress, LlamaLanguageModel] = {}
+    models: dict[ModelAddress, ChatModel] = {}
+    first, trained = addressed_model(arguments)
 
-    def load(address: ModelAddress, again: bool = False) -> LlamaLanguageModel:
+    def load(address: ModelAddress, again: bool = False) -> ChatModel:
         if again or address not in models:
-            models[address] = loader.load(address)
+            data = trained_with(find_adapter(address.adapter)) or trained
+            template = template_of(address, arguments.template, data, say_on_stderr)
+            models[address] = ChatModel(loader.load(address), template)
         return models[address]
 
-    address, trained = addressed_model(arguments)
-    template = template_of(address, arguments.template, trained, say_on_stderr)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    settings = Settings(template, _new_tokens(arguments.max_new_tokens, load(address)), sampling, arguments.seed)
-    chat = Chat(address, load, settings, arguments.beside_base, arguments.system, arguments.task)
-    print(f"{address.name}   {COMMANDS}", file=sys.stderr)
+    settings = Settings(_new_tokens(arguments.max_new_tokens, load(first)), sampling, arguments.seed)
+    chat = Chat(first, load, settings, arguments.beside_base, arguments.system, arguments.task)
+    print(f"{first.name}   {COMMANDS}", file=sys.stderr)
     while (line := _read()) is not None:
         if line == "/quit":
             break
@@ -145,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def _new_tokens(wanted: int | None, model: LlamaLanguageModel) -> int:
+def _new_tokens(wanted: int | None, model: ChatModel) -> int:
     context = model.context_length
     if wanted is None:
         return min(Settings.max_new_tokens, context // 2)

@@ -11,6 +11,7 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError
+from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import GenerationRequest
 from flacuna_jax.inference import ModelAddress
@@ -27,7 +28,8 @@ def model(story_llama: Path) -> LlamaLanguageModel:
 
 
 def _chat(model: LlamaLanguageModel, new: int = 20) -> Chat:
-    return Chat(ADDRESS, lambda address, again: model, Settings(TEMPLATE, max_new_tokens=new), system="Tell stories.")
+    answering = ChatModel(model, TEMPLATE)
+    return Chat(ADDRESS, lambda address, again: answering, Settings(max_new_tokens=new), system="Tell stories.")
 
 
 def _expected(model: LlamaLanguageModel, turns: list[Turn], new: int = 20) -> str:
@@ -73,11 +75,11 @@ def test_commands(model: LlamaLanguageModel) -> None:
 def test_an_adapter_that_was_trained_further_is_read_again(model: LlamaLanguageModel) -> None:
     read: list[tuple[str, bool]] = []
 
-    def load(address: ModelAddress, again: bool) -> LlamaLanguageModel:
+    def load(address: ModelAddress, again: bool) -> ChatModel:
         read.append((address.name, again))
-        return model
+        return ChatModel(model, TEMPLATE)
 
-    chat = Chat(ADDRESS, load, Settings(TEMPLATE, max_new_tokens=2))
+    chat = Chat(ADDRESS, load, Settings(max_new_tokens=2))
     chat.command("/load other/lora")
     list(chat.answer("One day"))
     chat.command("/load other/lora")
@@ -128,5 +130,5 @@ def test_mistakes_exit_before_the_first_question(
 
 
 def test_new_tokens_leave_space_for_the_question(model: LlamaLanguageModel) -> None:
-    assert chat._new_tokens(None, model) == 256
-    assert chat._new_tokens(511, model) == 511
+    assert chat._new_tokens(None, ChatModel(model, TEMPLATE)) == 256
+    assert chat._new_tokens(511, ChatModel(model, TEMPLATE)) == 511

@@ -1,5 +1,6 @@
 """Tokens that a run adds: tokenizer, tables, training, files, answers; as by a user, and compared with transformers."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -100,6 +101,17 @@ def test_answers_of_run_and_merged_adapter_agree(
         assert flacuna(["generate", *source, *options]) == 0
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] == answers[1]
+
+
+def test_the_base_gets_the_same_template_without_its_new_tokens(
+    tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("red"))
+    assert flacuna(["chat", "--run", str(tuned), "--beside-base", "--dtype", "float32", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr()
+    assert "[base]" in said.out
+    assert "the tokenizer has no token <|im_start|>, which the template writes" in said.err
+    assert "error:" not in said.err
 
 
 def test_a_server_refuses_trained_rows(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:

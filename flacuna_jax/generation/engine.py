@@ -70,7 +70,8 @@ class LlamaLanguageModel:
         return self.spec.config.context_length
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """Raises UserError for a request with an empty context or continuation, or longer than the model's context."""
+        """Raises UserError for a request with an empty context or continuation, longer than the model's context, or with
+        an id that the model's tables do not have."""
         documents = self._documents(requests)
         log_probability = np.zeros(len(requests))
         is_greedy = np.ones(len(requests), bool)
@@ -99,6 +100,7 @@ class LlamaLanguageModel:
                 raise UserError(
                     f"score request {index + 1} has {len(tokens)} tokens; the model's context is {self.context_length}"
                 )
+            self._check_ids(f"score request {index + 1}", request.context + request.continuation)
             document = documents.setdefault(tokens, Document(tokens, []))
             first = len(request.context) - 1
             document.wanted.extend((first + i, target, index) for i, target in enumerate(request.continuation))
@@ -126,8 +128,9 @@ class LlamaLanguageModel:
             yield laid_out.owners, log_probability, is_greedy
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        """Raises UserError for a prompt that is empty or longer than the context. Answers may exceed the context, as in
-        transformers; protocols that must avoid this shorten their prompts."""
+        """Raises UserError for a prompt that is empty, longer than the context, or has an id that the model's tables do
+        not have. Answers may exceed the context, as in transformers; protocols that must avoid this shorten their
+        prompts."""
         self._check(requests)
         # Rows of a group share the size of their caches.
         sizes: dict[int, list[int]] = {}
@@ -168,6 +171,13 @@ class LlamaLanguageModel:
                 raise UserError(
                     f"prompt {index + 1} has {len(request.prompt)} tokens; the model's context is {self.context_length}"
                 )
+            self._check_ids(f"prompt {index + 1}", request.prompt)
+
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        rows = self.spec.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < rows:
+            wrong = next(number for number in ids if not 0 <= number < rows)
+            raise UserError(f"{what} has the token id {wrong}, but the model's tables have {rows} rows")
 
     @functools.cached_property
     def network(self) -> Network:

@@ -147,7 +147,7 @@ def _key(setup: Setup, store: TokenStore, initial: _Initial) -> str:
     parts = {
         "data": store.fingerprint,
         "weights": initial.identity,
-        "sizes": repr(setup.source.config),
+        "sizes": dataclasses.asdict(setup.source.config),
         "model": model.model_dump(mode="json", include={"dtype", "quantization", "rope_scaling"}),
         "lora": None if lora is None else lora.model_dump(mode="json", exclude={"init_from", "dropout"}),
         "rows": [data.max_length, data.packing],

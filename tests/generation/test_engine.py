@@ -278,6 +278,10 @@ def test_requests_that_do_not_fit_are_errors(story_llama: Path) -> None:
     model = story_model(story_llama)
     with pytest.raises(UserError, match=r"prompt 1 has 513 tokens; the model's context is 512"):
         model.generate([GenerationRequest((5,) * 513, 3)])
+    with pytest.raises(UserError, match="prompt 2 has the token id 99999, but the model's tables have"):
+        model.generate([GenerationRequest((5,), 3), GenerationRequest((5, 99999), 3)])
+    with pytest.raises(UserError, match="score request 1 has the token id 99999"):
+        model.loglikelihood([ScoreRequest((1,), (99999,))])
     with pytest.raises(UserError, match="score request 2 has 600 tokens"):
         model.loglikelihood([ScoreRequest((1,), (5,)), ScoreRequest((1,), (5,) * 600)])
     with pytest.raises(UserError, match="no continuation"):
