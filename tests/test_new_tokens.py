@@ -157,7 +157,7 @@ def test_new_tokens_with_a_quantised_base_an_evaluation_and_continued(
         (["--lora.train_tokens=[99999]"], "99999 is not an id"),
         (["--lora.train_tokens=[5, 5]"], "5 is named twice"),
         (["--lora.train_tokens=[5]", "--lora.targets=[lm_head]"], "cannot have an adapter together with trained rows"),
-        (["--data.add_tokens=['</s>']"], "'</s>' is a token of .* already, with id 2"),
+        (["--data.add_special_tokens=['</s>']"], "data.add_special_tokens: '</s>' is a token of .* already, with id 2"),
         (["--data.add_tokens=[a b c, a b c]"], "name 'a b c' twice"),
         (["--data.add_tokens=[' a']"], "begins or ends with white space"),
     ],

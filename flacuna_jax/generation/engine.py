@@ -70,8 +70,8 @@ class LlamaLanguageModel:
         return self.spec.config.context_length
 
     def loglikelihood(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """Raises UserError for a request with an empty context or continuation, longer than the model's context, or with
-        an id that the model's tables do not have."""
+        """Raises UserError for a request with an empty context or continuation, longer than the model's context, or
+        with an id that the model's tables do not have."""
         documents = self._documents(requests)
         log_probability = np.zeros(len(requests))
         is_greedy = np.ones(len(requests), bool)

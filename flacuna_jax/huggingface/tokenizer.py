@@ -56,11 +56,11 @@ def load_tokenizer(directory: str | Path, new: NewTokens = ()) -> AnyTokenizer:
     if not new:
         return _load(directory, settings)
     known = _load(directory, settings)
-    for content, _ in new:
+    for content, special in new:
         if (number := token_id(known, content)) is not None:
+            key = "data.add_special_tokens" if special else "data.add_tokens"
             raise UserError(
-                f"data.add_tokens: {content!r} is a token of {directory} already, with id {number}; lora.train_tokens "
-                "trains it"
+                f"{key}: {content!r} is a token of {directory} already, with id {number}; lora.train_tokens trains it"
             )
     if not any((directory / name).is_file() for name in (FAST, SENTENCEPIECE)):
         raise UserError(f"data.add_tokens: {directory} has no {FAST}; load the tokenizer with transformers and save it")
