@@ -15,11 +15,12 @@ from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import read_chat_template
 from flacuna_jax.huggingface.deliver import Companions, Delivery, describe
 from flacuna_jax.huggingface.directories import whole_directory
-from flacuna_jax.huggingface.files.read import open_checkpoint
+from flacuna_jax.huggingface.files.read import CheckpointReader, open_checkpoint
 from flacuna_jax.huggingface.files.tensors import BFLOAT16, TensorReader, cast
 from flacuna_jax.huggingface.gguf.architectures import architecture_of
 from flacuna_jax.huggingface.gguf.modelfile import Around, jinja_renderer, modelfile, texts_around
 from flacuna_jax.huggingface.gguf.settings import metadata_of
+from flacuna_jax.huggingface.gguf.tensors import read_tensors
 from flacuna_jax.huggingface.gguf.tokenizer_metadata import tokenizer_metadata
 from flacuna_jax.huggingface.gguf.unpack import unpack
 from flacuna_jax.huggingface.gguf.write import FLOAT, Kind, WrittenTensor, write_file, written_tensors
@@ -98,11 +99,13 @@ def write_gguf(
 
 def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor], kind: Kind, meant: Path) -> list[str]:
     """Compares settings, tensors and tokenizer of the file with those that were meant; returns notes."""
-    found = read_architecture(opened)
-    written = dataclasses.replace(config, family=found.family, sliding_window=None, windowed_layers=None)
+    found, architecture = read_architecture(opened), architecture_of(config)
+    written = dataclasses.replace(config, family=found.family)
+    if architecture.whole_every is None:
+        written = dataclasses.replace(written, sliding_window=None, windowed_layers=None)
     if _in_float32(found) != _in_float32(written):
         raise VerificationError(f"{opened}: the metadata read back give {found}")
-    reader = open_checkpoint(opened)
+    reader = CheckpointReader(opened, read_tensors(opened, found))
     wanted = {tensor.source.name: tensor.source.shape for tensor in tensors if tensor.source.name in reader}
     if {name: reader.shape(name) for name in reader} != wanted:
         raise VerificationError(f"{opened}: the tensors read back are not those that were written")
@@ -110,8 +113,8 @@ def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor],
     notes = []
     if other := [tensor for tensor in tensors if len(tensor.source.shape) > 1 and tensor.kind != kind.upper()]:
         notes.append(f"{len(other)} matrices are {other[0].kind}, because their rows are not whole blocks of {kind}")
-    if config.sliding_window is not None:
-        notes.append(f"GGUF does not have the sliding window of {config.sliding_window} tokens; keep inputs below it")
+    if config.sliding_window is not None and not architecture.whole_every:
+        notes.append(f"llama.cpp does not apply the window of {config.sliding_window} tokens; keep inputs below it")
     if lost := set(checkpoint_ends(meant)) - set(checkpoint_ends(opened)):
         notes.append(f"GGUF files can name three tokens that end an answer; {sorted(lost)} are only in {MODELFILE}")
     ours, theirs = load_tokenizer(meant), load_tokenizer(opened)
@@ -126,6 +129,8 @@ def _in_float32(config: LlamaConfig) -> Mapping[str, Any]:
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: rounded(entry) for key, entry in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(rounded, value))
         return float(np.float32(value)) if isinstance(value, float) else value
 
     return rounded(dataclasses.asdict(config))
@@ -138,7 +143,7 @@ def _first_difference(ours: AnyTokenizer, theirs: AnyTokenizer) -> str | None:
 def _verify_values(reader: TensorReader, tensors: Sequence[WrittenTensor]) -> None:
     """Compares the values of the file with those that were meant."""
     for tensor in tensors:
-        if tensor.source.name not in reader:  # rope_freqs, which is in the settings
+        if tensor.source.name not in reader:  # divisors of rotary frequencies, which are in the settings
             continue
         for rows in tensor.blocks():
             meant, found = tensor.source.make(rows), cast(reader.read(tensor.source.name, rows), FLOAT)

@@ -13,9 +13,15 @@ from flacuna_jax.huggingface.gguf.architectures import (
     EMBEDDING,
     HEAD,
     KEYS,
+    LONGROPE,
     ROPE_FACTORS,
+    WHOLE,
+    WINDOW,
+    WINDOW_PATTERN,
+    WINDOWED,
     Architecture,
-    architecture_named,
+    architecture_in,
+    layers_with_window,
 )
 from flacuna_jax.huggingface.gguf.header import Header
 from flacuna_jax.model.llama import LlamaConfig
@@ -46,7 +52,8 @@ def settings_of(header: Header) -> dict[str, Any]:
       UserError: the architecture is not supported, a size is missing, or a setting is not implemented.
     """
     origin, prefix = str(header.path), header.architecture
-    architecture = architecture_named(prefix, origin)
+    architecture = architecture_in(header)
+    member = architecture.member
     own = {
         key.removeprefix(f"{prefix}."): value for key, value in header.metadata.items() if key.startswith(prefix + ".")
     }
@@ -55,21 +62,40 @@ def settings_of(header: Header) -> dict[str, Any]:
         raise UserError(f"{origin} has no tensor {EMBEDDING}; it is not a language model")
     written |= {
         "model_type": architecture.family,
-        "hidden_act": "silu",
         "vocab_size": header.tensors[EMBEDDING].shape[0],
         "tie_word_embeddings": HEAD not in header.tensors,
         "torch_dtype": _dtype(header),
         **{key: header.get(f"tokenizer.ggml.{name}_token_id", int) for key, name in _TOKEN_IDS.items()},
     }
-    if "head_dim" not in written and "rope.dimension_count" in own:
+    if member.partial_rotary:
+        written["partial_rotary_factor"] = own.get("rope.dimension_count", _head_dim(written)) / _head_dim(written)
+    elif "head_dim" not in written and "rope.dimension_count" in own:
         written["head_dim"] = own["rope.dimension_count"]
+    written = {**architecture.absent, **architecture.implied(written), **written, **_windows(own, architecture, origin)}
     written |= {key: True for key, tensor in _BIASES.items() if tensor in header.tensors}
-    written["rope_scaling"] = _scaling(header, own, written, origin)
+    written |= _scaling(header, own, architecture, written)
     _check_unused(own, architecture, written, origin)
     config = parse_architecture(written, origin)
-    return {key: value for key, value in written.items() if value is not None} | {
+    return {key: value for key, value in written.items() if value is not None or key in member.defaults} | {
         "architectures": hugging_face_config(config, np.dtype(np.float32))["architectures"]
     }
+
+
+def _windows(own: Mapping[str, Any], architecture: Architecture, origin: str) -> dict[str, Any]:
+    """The window if it is 0, which is none; the layers that have one, if a file lists them or has their period."""
+    found: dict[str, Any] = {} if own.get(WINDOW, 1) else {"sliding_window": None}
+    pattern = own.get(WINDOW_PATTERN)
+    if architecture.whole_every is None or pattern is None:
+        return found
+    if isinstance(pattern, list):
+        return found | {"layer_types": [WINDOWED if has_window else WHOLE for has_window in pattern]}
+    if type(pattern) is not int:
+        raise UserError(f"{origin}: {WINDOW_PATTERN} is {pattern!r}, not a number or a list")
+    return found | {"layer_types": layers_with_window(pattern, own.get("block_count", 0))}
+
+
+def _head_dim(settings: Mapping[str, Any]) -> int:
+    return settings.get("head_dim") or settings.get("hidden_size", 0) // (settings.get("num_attention_heads") or 1)
 
 
 def _keys(architecture: Architecture) -> Mapping[str, str]:
@@ -95,17 +121,44 @@ def _dtype(header: Header) -> str:
 
 
 def _check_unused(own: Mapping[str, Any], architecture: Architecture, written: Mapping[str, Any], origin: str) -> None:
-    heads = written.get("num_attention_heads") or 1
-    head_dim = written.get("head_dim") or written.get("hidden_size", 0) // heads
-    for key in ("rope.dimension_count", "attention.value_length"):
+    head_dim = _head_dim(written)
+    rotated = () if architecture.member.partial_rotary else ("rope.dimension_count",)
+    for key in ("attention.value_length", *rotated):
         if own.get(key, head_dim) != head_dim:
             raise UserError(f"{origin}: {key} is {own[key]!r}, but heads have size {head_dim}; this is not implemented")
-    known = {*_keys(architecture), *_CHECKED}
+    known = {*_keys(architecture), *_CHECKED, *(() if architecture.whole_every is None else (WINDOW_PATTERN,))}
     if unknown := [key for key, value in own.items() if key not in known and value]:
         raise UserError(f"{origin}: the setting {unknown[0]} ({own[unknown[0]]!r}) is not implemented")
 
 
-def _scaling(header: Header, own: Mapping[str, Any], written: Mapping[str, Any], origin: str) -> dict[str, Any] | None:
+def _scaling(
+    header: Header, own: Mapping[str, Any], architecture: Architecture, written: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keys of config.json about rope scaling."""
+    origin = str(header.path)
+    if any(name in header.tensors for name in LONGROPE.values()):
+        return _longrope(header, own, origin)
+    return {"rope_scaling": _factors(header, own, architecture, written, origin)}
+
+
+def _longrope(header: Header, own: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """LongRoPE, of which files have the divisors of all frequencies in tensors."""
+    if missing := [name for name in LONGROPE.values() if name not in header.tensors]:
+        raise UserError(f"{origin} has no tensor {missing[0]}, which belongs to LongRoPE")
+    if ROPE_FACTORS in header.tensors or own.get(f"{_ROPE}factor", 1.0) not in (0.0, 1.0):
+        raise UserError(f"{origin} has another rope scaling in addition to LongRoPE, which is not implemented")
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for key, name in LONGROPE.items():
+        divisors = header.tensors[name].stored.read(MappedFiles()).tolist()
+        scaling[key] = [_plain(divisor, name, origin) for divisor in divisors]
+    scaling["attention_factor"] = _plain(own.get(f"{_ROPE}attn_factor", 1.0), "attn_factor", origin)
+    original = own.get(f"{_ROPE}original_context_length")
+    return {"rope_scaling": scaling, **({} if original is None else {"original_max_position_embeddings": original})}
+
+
+def _factors(
+    header: Header, own: Mapping[str, Any], architecture: Architecture, written: Mapping[str, Any], origin: str
+) -> dict[str, Any] | None:
     given = {key.removeprefix(_ROPE): value for key, value in own.items() if key.startswith(_ROPE)}
     kind = given.get("type", "none")
     if ROPE_FACTORS in header.tensors:
@@ -125,7 +178,8 @@ def _scaling(header: Header, own: Mapping[str, Any], written: Mapping[str, Any],
         "original_max_position_embeddings": given.get(
             "original_context_length", written.get("max_position_embeddings")
         ),
-        "attention_factor": _plain(given.get("attn_factor", 1.0), "attn_factor", origin) * _yarn_magnitude(factor),
+        "attention_factor": _plain(given.get("attn_factor", 1.0), "attn_factor", origin)
+        * (1.0 if architecture.whole_attn_factor else _yarn_magnitude(factor)),
     }
     for key, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if key in given:
@@ -162,6 +216,16 @@ def rope_divisors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarr
     return plain / scaled
 
 
+def rope_tensors(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """Name → divisors of rotary frequencies, float32, for those scalings whose files have them."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        return {ROPE_FACTORS: rope_divisors(config.head_dim, config.rope_theta, scaling).astype(np.float32)}
+    if scaling is not None and scaling.kind == "longrope":
+        return {name: np.array(getattr(scaling, key), np.float32) for key, name in LONGROPE.items()}
+    return {}
+
+
 def metadata_of(config: LlamaConfig, architecture: Architecture) -> dict[str, Any]:
     """The metadata of a model's sizes, with the prefix of its architecture.
 
@@ -169,34 +233,43 @@ def metadata_of(config: LlamaConfig, architecture: Architecture) -> dict[str, An
       UserError: a setting cannot be expressed.
     """
     raw = hugging_face_config(config, np.dtype(np.float32))
-    if config.activation != "silu":
-        raise UserError(
-            f"GGUF files of architecture {architecture.name} cannot express hidden_act {raw['hidden_act']!r}"
-        )
+    known = {theirs: raw[theirs] for theirs in _keys(architecture).values()}
+    absent = {**architecture.member.defaults, **architecture.absent}
+    needed = {key: absent[key] for key, value in known.items() if value is None and absent.get(key) is not None}
+    for key, value in {**architecture.implied(raw), **needed}.items():
+        if raw[key] != value:
+            raise UserError(f"GGUF files of architecture {architecture.name} cannot express {key} {raw[key]!r}")
     if config.layers_without_rope not in ((), tuple(range(3, config.num_layers, 4))):
         raise UserError("GGUF files cannot express no_rope_layers other than every fourth")
-    own = {ours: raw[theirs] for ours, theirs in _keys(architecture).items()}
+    own = {ours: raw[theirs] for ours, theirs in _keys(architecture).items() if raw[theirs] is not None}
     own |= {
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": 2 * len(config.rope_frequencies),
         "vocab_size": config.vocab_size,
-        **_scaling_metadata(config.rope_scaling),
+        **_scaling_metadata(config, architecture),
     }
+    if architecture.whole_every is not None:
+        own.setdefault(WINDOW, 0)  # llama.cpp has other defaults
     return {f"{architecture.name}.{key}": value for key, value in own.items()}
 
 
-def _scaling_metadata(scaling: RopeScaling | None) -> dict[str, Any]:
+def _scaling_metadata(config: LlamaConfig, architecture: Architecture) -> dict[str, Any]:
+    scaling = config.rope_scaling
     if scaling is None or scaling.kind == "llama3":
         return {}
-    if scaling.kind == "dynamic" or not scaling.truncate:
+    original = scaling.original_max_position_embeddings
+    stretched = scaling.kind != "longrope" or scaling.factor == config.max_position_embeddings / original
+    if scaling.kind == "dynamic" or not scaling.truncate or not stretched:
         raise UserError(f"GGUF files cannot express rope scaling {scaling.kind!r} with these settings")
     if scaling.kind == "linear":
         return {f"{_ROPE}type": "linear", f"{_ROPE}factor": scaling.factor}
-    share = scaling.attention_factor / _yarn_magnitude(scaling.factor)
+    if scaling.kind == "longrope":
+        return {f"{_ROPE}original_context_length": original, f"{_ROPE}attn_factor": scaling.attention_factor}
+    share = scaling.attention_factor / (1.0 if architecture.whole_attn_factor else _yarn_magnitude(scaling.factor))
     return {
         f"{_ROPE}type": "yarn",
         f"{_ROPE}factor": scaling.factor,
-        f"{_ROPE}original_context_length": scaling.original_max_position_embeddings,
+        f"{_ROPE}original_context_length": original,
         **({} if share == 1 else {f"{_ROPE}attn_factor": share}),
         f"{_ROPE}yarn_beta_fast": scaling.beta_fast,
         f"{_ROPE}yarn_beta_slow": scaling.beta_slow,

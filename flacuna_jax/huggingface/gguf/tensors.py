@@ -13,7 +13,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.meta import interleaved
 from flacuna_jax.huggingface.files.tensors import ALL_ROWS, MappedFiles, cast
 from flacuna_jax.huggingface.gguf import gguf_package
-from flacuna_jax.huggingface.gguf.architectures import ROPE_FACTORS, architecture_named, named_tensors
+from flacuna_jax.huggingface.gguf.architectures import ROPE_TENSORS, architecture_in, named_tensors
 from flacuna_jax.huggingface.gguf.header import SUFFIX, TensorInfo, read_header
 from flacuna_jax.model.llama import LlamaConfig
 
@@ -81,11 +81,11 @@ def linked_file(directory: Path) -> Path:
 def read_tensors(directory: Path, config: LlamaConfig) -> dict[str, GGUFTensor]:
     """The tensors of an unpacked file under their Hugging Face names; unknown ones keep theirs."""
     header = read_header(linked_file(directory))
-    architecture = architecture_named(header.architecture, str(header.path))
+    architecture = architecture_in(header)
     known = {tensor.theirs: tensor for tensor in named_tensors(architecture, config)}
     found = {}
     for theirs, info in header.tensors.items():
-        if theirs == ROPE_FACTORS:  # it is a part of config.json
+        if theirs in ROPE_TENSORS:  # they are a part of config.json
             continue
         tensor = known.get(theirs)
         if tensor is None:

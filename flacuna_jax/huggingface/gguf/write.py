@@ -15,9 +15,9 @@ from flacuna_jax.huggingface.files.meta import interleaved
 from flacuna_jax.huggingface.files.pieces import Maker, write_pieces
 from flacuna_jax.huggingface.files.tensors import BFLOAT16, as_bytes, cast, is_finite, overflow, row_blocks
 from flacuna_jax.huggingface.gguf import gguf_package
-from flacuna_jax.huggingface.gguf.architectures import ROPE_FACTORS, Architecture, named_tensors
+from flacuna_jax.huggingface.gguf.architectures import Architecture, named_tensors
 from flacuna_jax.huggingface.gguf.header import DEFAULT_ALIGNMENT
-from flacuna_jax.huggingface.gguf.settings import rope_divisors
+from flacuna_jax.huggingface.gguf.settings import rope_tensors
 from flacuna_jax.huggingface.merged import PendingTensor
 from flacuna_jax.model.llama import LlamaConfig
 
@@ -112,10 +112,9 @@ def written_tensors(
             stored = "F16"
         head_dim = architecture.head_dim_of(named.parameter, config)
         found.append(WrittenTensor(named.theirs, tensor, stored, head_dim, architecture.offset_of(named.parameter)))
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        divisors = rope_divisors(config.head_dim, config.rope_theta, config.rope_scaling).astype(FLOAT)
-        source = PendingTensor(ROPE_FACTORS, divisors.shape, FLOAT, lambda rows: divisors[rows])
-        found.append(WrittenTensor(ROPE_FACTORS, source, "F32", 0, 0.0))
+    for name, divisors in rope_tensors(config).items():
+        source = PendingTensor(name, divisors.shape, FLOAT, divisors.__getitem__)
+        found.append(WrittenTensor(name, source, "F32", 0, 0.0))
     return found
 
 

@@ -3,6 +3,8 @@
 float32 on both sides, sums in other orders: logits are O(1) and agree to 1e-4.
 """
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.7}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.1],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    "original_max_position_embeddings": 64,
+}
+PHI3 = {"pad_token_id": None, "sliding_window": None}
 FAMILY = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "llama, tied, linear": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
@@ -58,15 +69,23 @@ FAMILY = {
     "olmo2": ("Olmo2", {}),
     "granite": ("Granite", GRANITE),
     "smollm3": ("SmolLM3", {"pad_token_id": None}),
+    "olmo3": ("Olmo3", {"sliding_window": 4, "rope_parameters": YARN}),
+    "gemma2": ("Gemma2", {"head_dim": 256, "sliding_window": 4}),
+    "gemma3": ("Gemma3", {"head_dim": 256, "sliding_window": 4, "num_hidden_layers": 7}),
+    "phi3": ("Phi3", PHI3),
+    "phi3, window": ("Phi3", {**PHI3, "sliding_window": 4}),
+    "longrope": ("Phi3", {**PHI3, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
 }
-READ_BY_TRANSFORMERS = ("llama", "qwen2")
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "gemma2", "gemma3", "phi3")
 PERMUTED = ("Llama", "Mistral", "Granite", "SmolLM3")
 
 
-def model_of(member: str) -> Any:
+def model_of(member: str, **sizes: int) -> Any:
     kind, changes = FAMILY[member]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | changes)
+    config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")(
+        **SIZES | changes | sizes
+    )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
     for name, parameter in model.named_parameters():  # neither ones nor zeros
         if "norm" in name or name.endswith("bias"):
@@ -92,12 +111,17 @@ def as_llama_cpp_writes_it(path: Path, model: Any, kind: str) -> None:
             value = permuted(value, config.num_heads)
         if kind in PERMUTED and ".self_attn.k_proj" in name:
             value = permuted(value, config.num_kv_heads)
+        if "Gemma" in kind and "norm" in name:
+            value = value + 1
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             tensors[table.get_name(name, try_suffixes=(".weight", ".bias"))] = value
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         plain = 5e5 ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
         scaled = model.model.rotary_emb.inv_freq.numpy()
         tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
+        for key in ("short", "long"):
+            tensors[f"rope_factors_{key}.weight"] = np.array(LONGROPE[f"{key}_factor"], np.float32)
     vocabulary = TOKENIZER | {
         "tokenizer.ggml.tokens": [f"token{number}" for number in range(97)],
         "tokenizer.ggml.scores": [0.0] * 97,
@@ -115,8 +139,37 @@ def test_logits_of_files_by_llama_cpp(member: str, tmp_path: Path) -> None:
     ours = streamed_logits(stored_weights(open_checkpoint(tmp_path / "x.gguf"), config), config, ids, None)
     np.testing.assert_allclose(ours, logits_of(model, ids), atol=1e-4)
     if member in READ_BY_TRANSFORMERS:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
-        np.testing.assert_allclose(ours, logits_of(theirs, ids), atol=1e-4)
+        np.testing.assert_allclose(ours, logits_of(reopened(tmp_path / "x.gguf"), ids), atol=1e-4)
+
+
+def reopened(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager", pad_token_id=0
+    )
+
+
+SLOW = [pytest.param(member, marks=pytest.mark.slow) for member in ("gemma2", "phi3", "olmo3")]
+
+
+@pytest.mark.parametrize("member", ["gemma3", "longrope", *SLOW])
+def test_exports_of_further_families(member: str, story_llama: Path, tmp_path: Path) -> None:
+    """All values are bfloat16 numbers, so that the export rounds nothing."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = model_of(member, vocab_size=read_architecture(story_llama).vocab_size)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    model.save_pretrained(source)
+    for file in story_llama.glob("*token*"):
+        shutil.copyfile(file, source / file.name)
+    export.export_run(export.Export(None, str(out), "gguf", model=str(source), gguf_type="bf16", golden_tokens=0))
+    config = read_architecture(out)
+    assert config == dataclasses.replace(read_architecture(source), rope_scaling=config.rope_scaling)
+    ids, expected = probe_ids(config), logits_of(model, probe_ids(config))
+    ours = streamed_logits(stored_weights(open_checkpoint(out), config), config, ids, None)
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * expected.std())
+    if member in READ_BY_TRANSFORMERS:
+        theirs = reopened(out / "model.gguf")
+        np.testing.assert_allclose(logits_of(theirs, ids), expected, atol=1e-4 * expected.std())
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
@@ -171,18 +224,23 @@ def test_an_exported_adapter_is_merged(story_llama: Path, tmp_path: Path) -> Non
         assert torch.equal(found, weight.bfloat16().float() if weight.ndim == 2 else weight), name
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
 @pytest.mark.parametrize(
-    ("member", "message"),
+    ("family", "settings", "message"),
     [
-        ({"hidden_act": "gelu"}, "cannot express hidden_act 'gelu'"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "cannot express rope scaling",
-        ),
+        ("llama", {"hidden_act": "gelu"}, "architecture llama cannot express hidden_act 'gelu'"),
+        ("llama", {"rope_parameters": DYNAMIC}, "cannot express rope scaling"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, "architecture gemma2 cannot express query_pre_attn_scalar 100"),
+        ("gemma2", {"attn_logit_softcapping": None}, "architecture gemma2 cannot express attn_logit_softcapping None"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "gemma3 cannot express attn_logit_softcapping 50.0"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 4}, "architecture gemma3 cannot express layer_types"),
+        ("ministral", {}, "GGUF of model_type 'ministral' is not implemented"),
     ],
 )
-def test_what_gguf_cannot_express(member: dict[str, Any], message: str) -> None:
-    config = parse_architecture(transformers.LlamaConfig(**SIZES | member).to_dict(), "config")
+def test_what_gguf_cannot_express(family: str, settings: dict[str, Any], message: str) -> None:
+    config = parse_architecture({"model_type": family, **SIZES, **settings}, "config")
     with pytest.raises(UserError, match=message):
         metadata_of(config, architecture_of(config))
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.huggingface.architecture import read_architecture
+from flacuna_jax.huggingface.architecture import parse_architecture, read_architecture
 from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.files.read import note_on_quantisation, open_checkpoint
-from flacuna_jax.huggingface.files.tensors import MappedFiles
-from flacuna_jax.huggingface.gguf.header import read_header
-from flacuna_jax.huggingface.gguf.settings import rope_divisors
+from flacuna_jax.huggingface.files.tensors import MappedFiles, StoredTensor
+from flacuna_jax.huggingface.gguf.header import Header, TensorInfo, read_header
+from flacuna_jax.huggingface.gguf.settings import rope_divisors, settings_of
 from flacuna_jax.huggingface.gguf.tensors import GGUFTensor
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.model.rope import RopeScaling
 from tests.hub_server import Hub
-from tests.huggingface.gguf.files import gguf, llama_metadata, llama_tensors, permuted, write
+from tests.huggingface.gguf.files import SIZES, gguf, llama_metadata, llama_tensors, permuted, write
 
 PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 
@@ -123,6 +123,46 @@ def test_what_is_not_implemented_is_named(changes: dict[str, Any], message: str,
     path = write(tmp_path / "x.gguf", llama_metadata(**changes), llama_tensors())
     with pytest.raises(UserError, match=rf"x\.gguf.*{message}"):
         local_checkpoint(path)
+
+
+def gemma(name: str, layers: int = 6, **changes: Any) -> Header:
+    """The header of a Gemma without its other tensors."""
+    sizes = {**SIZES, "attention.key_length": 16, "rope.dimension_count": 16, "attention.sliding_window": 128}
+    sizes |= {"block_count": layers, **changes}
+    metadata = {f"{name}.{key}": value for key, value in sizes.items() if value is not None}
+    place = StoredTensor(Path("x.gguf"), 0, (6, 32), np.dtype(np.float32))
+    tensors = {"token_embd.weight": TensorInfo((6, 32), "F32", place)}
+    return Header(Path("x.gguf"), {"general.architecture": name, **metadata}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("header", "window", "layers"),
+    [
+        (gemma("gemma3", 7), 128, (0, 1, 2, 3, 4, 6)),
+        (gemma("gemma2"), 128, (0, 2, 4)),
+        (gemma("gemma2", **{"attention.sliding_window": None}), 4096, (0, 2, 4)),
+        (gemma("gemma3", **{"attention.sliding_window": None}), None, None),
+        (gemma("gemma3", **{"attention.sliding_window": 0}), None, None),
+        (gemma("gemma3", **{"attention.sliding_window_pattern": 3}), 128, (0, 1, 3, 4)),
+        (gemma("gemma3", 3, **{"attention.sliding_window_pattern": [False, True, False]}), 128, (1,)),
+    ],
+)
+def test_layers_with_a_window(header: Header, window: int | None, layers: tuple[int, ...] | None) -> None:
+    """llama.cpp's defaults count for keys that a file lacks."""
+    config = parse_architecture(settings_of(header), "config")
+    assert (config.sliding_window, config.windowed_layers) == (window, layers)
+
+
+@pytest.mark.parametrize(("name", "layers", "scalar"), [("gemma2", 42, 16), ("gemma2", 46, 8), ("gemma3", 62, 8)])
+def test_scores_of_the_largest_gemma_are_scaled_by_its_width(name: str, layers: int, scalar: int) -> None:
+    assert parse_architecture(settings_of(gemma(name, layers)), "config").attention_multiplier == scalar**-0.5
+
+
+def test_longrope_needs_both_tensors(tmp_path: Path) -> None:
+    metadata = {key.replace("llama.", "phi3."): value for key, value in llama_metadata().items()}
+    tensors = llama_tensors() | {"rope_factors_long.weight": np.ones(4, np.float32)}
+    with pytest.raises(UserError, match=r"x\.gguf has no tensor rope_factors_short\.weight"):
+        local_checkpoint(write(tmp_path / "x.gguf", metadata, tensors, None, "phi3"))
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
