@@ -30,8 +30,8 @@ class Architecture:
         None: files have none.
       width_layers: the number of layers of the size with query_pre_attn_scalar hidden_size / num_attention_heads; in
         other sizes, it is head_dim.
-      whole_attn_factor: whether YaRN's attn_factor is transformers' attention_factor, as the converter of llama.cpp
-        writes it; otherwise, it is the share beyond the magnitude that llama.cpp computes.
+      unclear_attn_factor: whether YaRN's attn_factor is transformers' attention_factor for the converter of llama.cpp,
+        but multiplies YaRN's own factor of attention in llama.cpp.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Architecture:
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     whole_every: int | None = None
     width_layers: int = 0
-    whole_attn_factor: bool = False
+    unclear_attn_factor: bool = False
 
     @property
     def member(self) -> Member:
@@ -83,7 +83,7 @@ _ALL = (
     Architecture("llama", "llama", permuted=True),
     Architecture("qwen2", "qwen2"),
     Architecture("qwen3", "qwen3"),
-    Architecture("olmo2", "olmo3", keys={WINDOW: "sliding_window"}, whole_every=4, whole_attn_factor=True),
+    Architecture("olmo2", "olmo3", keys={WINDOW: "sliding_window"}, whole_every=4, unclear_attn_factor=True),
     Architecture("olmo2", "olmo2"),
     Architecture("smollm3", "smollm3", permuted=True),
     Architecture(

@@ -169,6 +169,11 @@ def _factors(
         return None
     if kind not in ("linear", "yarn") or "factor" not in given:
         raise UserError(f"{origin}: {_ROPE}type is {kind!r}; only linear and yarn, with a factor, are implemented")
+    if architecture.unclear_attn_factor and given.get("attn_factor", 1.0) != 1:
+        raise UserError(
+            f"{origin}: {_ROPE}attn_factor is {given['attn_factor']:g}; llama.cpp and its converter disagree about its "
+            f"meaning in {architecture.family}; use the checkpoint in Hugging Face form"
+        )
     factor = _plain(given["factor"], "factor", origin)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
@@ -178,8 +183,7 @@ def _factors(
         "original_max_position_embeddings": given.get(
             "original_context_length", written.get("max_position_embeddings")
         ),
-        "attention_factor": _plain(given.get("attn_factor", 1.0), "attn_factor", origin)
-        * (1.0 if architecture.whole_attn_factor else _yarn_magnitude(factor)),
+        "attention_factor": _plain(given.get("attn_factor", 1.0), "attn_factor", origin) * _yarn_magnitude(factor),
     }
     for key, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         if key in given:
@@ -246,14 +250,14 @@ def metadata_of(config: LlamaConfig, architecture: Architecture) -> dict[str, An
         "attention.value_length": config.head_dim,
         "rope.dimension_count": 2 * len(config.rope_frequencies),
         "vocab_size": config.vocab_size,
-        **_scaling_metadata(config, architecture),
+        **_scaling_metadata(config),
     }
     if architecture.whole_every is not None:
         own.setdefault(WINDOW, 0)  # llama.cpp has other defaults
     return {f"{architecture.name}.{key}": value for key, value in own.items()}
 
 
-def _scaling_metadata(config: LlamaConfig, architecture: Architecture) -> dict[str, Any]:
+def _scaling_metadata(config: LlamaConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "llama3":
         return {}
@@ -265,7 +269,7 @@ def _scaling_metadata(config: LlamaConfig, architecture: Architecture) -> dict[s
         return {f"{_ROPE}type": "linear", f"{_ROPE}factor": scaling.factor}
     if scaling.kind == "longrope":
         return {f"{_ROPE}original_context_length": original, f"{_ROPE}attn_factor": scaling.attention_factor}
-    share = scaling.attention_factor / (1.0 if architecture.whole_attn_factor else _yarn_magnitude(scaling.factor))
+    share = scaling.attention_factor / _yarn_magnitude(scaling.factor)
     return {
         f"{_ROPE}type": "yarn",
         f"{_ROPE}factor": scaling.factor,

@@ -56,6 +56,10 @@ LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
     "original_max_position_embeddings": 64,
 }
+BY_LAYER_TYPE = {
+    "full_attention": YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 PHI3 = {"pad_token_id": None, "sliding_window": None}
 FAMILY = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
@@ -69,7 +73,7 @@ FAMILY = {
     "olmo2": ("Olmo2", {}),
     "granite": ("Granite", GRANITE),
     "smollm3": ("SmolLM3", {"pad_token_id": None}),
-    "olmo3": ("Olmo3", {"sliding_window": 4, "rope_parameters": YARN}),
+    "olmo3": ("Olmo3", {"sliding_window": 4, "rope_parameters": BY_LAYER_TYPE}),
     "gemma2": ("Gemma2", {"head_dim": 256, "sliding_window": 4}),
     "gemma3": ("Gemma3", {"head_dim": 256, "sliding_window": 4, "num_hidden_layers": 7}),
     "phi3": ("Phi3", PHI3),

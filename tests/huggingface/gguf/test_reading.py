@@ -158,6 +158,16 @@ def test_scores_of_the_largest_gemma_are_scaled_by_its_width(name: str, layers: 
     assert parse_architecture(settings_of(gemma(name, layers)), "config").attention_multiplier == scalar**-0.5
 
 
+def test_an_attn_factor_of_olmo3_is_refused() -> None:
+    """llama.cpp's converter writes the whole factor, and llama.cpp multiplies it by YaRN's."""
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.attn_factor": 1.2079442}
+    header = gemma("olmo2", **{"rope.scaling.original_context_length": 16, **yarn})
+    with pytest.raises(
+        UserError, match=r"x\.gguf: rope\.scaling\.attn_factor is 1\.20794; llama\.cpp and its converter"
+    ):
+        settings_of(header)
+
+
 def test_longrope_needs_both_tensors(tmp_path: Path) -> None:
     metadata = {key.replace("llama.", "phi3."): value for key, value in llama_metadata().items()}
     tensors = llama_tensors() | {"rope_factors_long.weight": np.ones(4, np.float32)}
