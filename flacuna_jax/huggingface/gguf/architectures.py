@@ -9,7 +9,7 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.families import MEMBERS, Member
 from flacuna_jax.huggingface.gguf import gguf_package
 from flacuna_jax.huggingface.gguf.header import Header
-from flacuna_jax.model.llama import LlamaConfig
+from flacuna_jax.model.llama import Family, LlamaConfig
 from flacuna_jax.model.parameters import base_parameters
 from flacuna_jax.model.variables import Parameter
 
@@ -35,7 +35,7 @@ class Architecture:
     """
 
     name: str
-    family: str
+    family: Family
     permuted: bool = False
     norm_offset: float = 0.0
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -119,7 +119,9 @@ _ALL = (
     Architecture("phi3", "phi3", keys={WINDOW: "sliding_window"}, whole_every=0),
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in _ALL}
-_OF_FAMILY = {architecture.family: architecture for architecture in _ALL} | {"mistral": ARCHITECTURES["llama"]}
+_OF_FAMILY: dict[Family, Architecture] = {architecture.family: architecture for architecture in _ALL} | {
+    "mistral": ARCHITECTURES["llama"]
+}
 
 KEYS = {
     "context_length": "max_position_embeddings",
