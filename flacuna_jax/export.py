@@ -3,7 +3,6 @@ Face's or llama.cpp's form."""
 
 import argparse
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,8 +15,6 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
 from flacuna_jax.config.schema import LoraConfig, ModelConfig, RunConfig
 from flacuna_jax.convert import STORED_DTYPES
-from flacuna_jax.data.conversation import Template, TemplateRefusal, Turn, render_prompt, render_text
-from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.hub import is_hub_name
 from flacuna_jax.huggingface import deliver
@@ -34,7 +31,7 @@ from flacuna_jax.huggingface.files.rounded import RoundedBase
 from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.gguf.deliver import write_gguf
 from flacuna_jax.huggingface.gguf.write import KINDS, Kind
-from flacuna_jax.huggingface.golden import Golden, Prompt
+from flacuna_jax.huggingface.golden import golden_prompts
 from flacuna_jax.huggingface.load import fingerprint
 from flacuna_jax.huggingface.merged import SHARD_BYTES
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
@@ -202,7 +199,7 @@ def _write_model(export: Export, say: Say, target: Path) -> None:
         stop_strings=template.stop_strings,
         base_name=export.base_name or (adapter and adapter.base_name) or ModelConfig(path=export.model).base_name,
         facts=Facts({} if merged is None else {"adapter": merged}),
-        golden=_golden(template, tokenizer, config, ends, export.golden_tokens, say),
+        golden=golden_prompts(template, tokenizer, config, ends, export.golden_tokens, say),
     )
     _write_merged(export, say, target, reader, config, adapter, beside)
 
@@ -349,38 +346,8 @@ def _companions(
     check_vocabulary(tokenizer, config.vocab_size, directory)
     template = open_template(settings.data, directory, tokenizer)
     made = companions(settings, template, tokenizer)
-    golden = _golden(template, tokenizer, config, made.ends, export.golden_tokens, say)
+    golden = golden_prompts(template, tokenizer, config, made.ends, export.golden_tokens, say)
     return dataclasses.replace(made, facts=facts, golden=golden)
-
-
-QUESTIONS = ("Why is the sky blue?", "Name three colours.", "Write one sentence about rain.")
-"""Questions of the golden prompts; short, because the exporting machine answers them with the written model."""
-
-
-def _golden(
-    template: Template, tokenizer: Tokenizer, config: LlamaConfig, ends: tuple[int, ...], count: int, say: Say
-) -> Golden | None:
-    prompts = []
-    for question in QUESTIONS if count else ():
-        turns = (Turn("user", question),)
-        try:
-            ids = tokenize_prompt(turns, template, tokenizer)
-        except TemplateRefusal as refusal:
-            raise UserError(f"golden prompts: {refusal}; --golden-tokens 0 leaves them out") from None
-        if len(ids) + count <= config.context_length:
-            text = render_text(render_prompt(turns, template))
-            added = "".join(tokenizer.special.spellings[token] for token in tokenizer.prefix_ids)
-            prompts.append(Prompt(question, text.removeprefix(added), tuple(ids)))
-    if count and len(prompts) < len(QUESTIONS):
-        say(
-            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; the others and {count} tokens exceed the context"
-        )
-    return Golden(tuple(prompts), count, ends, tokenizer.decode, functools.partial(_announce, say)) if prompts else None
-
-
-def _announce(say: Say, seconds: float) -> None:
-    if seconds > 60:
-        say(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 skips this")
 
 
 def _report(written: deliver.Delivery, say: Say) -> None:

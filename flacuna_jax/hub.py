@@ -217,7 +217,7 @@ def _command(name: HubName, kind: Kind) -> str:
 
 
 def _cached(repository: Path, revision: str | None) -> Path | None:
-    """The snapshot of a revision in a repository's directory of the cache; None if there is none."""
+    """The cached snapshot of a revision, given the directory of its repository in the cache; None if not cached."""
     ref = repository / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
     directory = None if commit is None else repository / "snapshots" / commit

@@ -21,12 +21,12 @@ from flacuna_jax.config.files import load_config, require_config
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_steps
-from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.data.store_cache import default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import open_template
 from flacuna_jax.huggingface.files.place import local_checkpoint
-from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
@@ -36,6 +36,7 @@ from flacuna_jax.planning.report import plan_table, ranking_table, write_html
 from flacuna_jax.planning.search import choices, nearest_fit, search
 from flacuna_jax.planning.targets import CompilerUnusable, Machine, absent_devices, parse_target, present_machine
 from flacuna_jax.planning.workload import Statistics, Workload, assumed_statistics, measured_statistics
+from flacuna_jax.run.data import cached_corpus
 from flacuna_jax.run.model import architecture_sizes, trained_tokens, with_new_tokens, with_rope_scaling
 
 Note = Callable[[str], None]
@@ -222,10 +223,8 @@ def _statistics(config: RunConfig, examples: int | None, note: Note) -> Statisti
         note(f"note: not found: {', '.join(missing)}; the statistics of the data are assumed")
         return assumed_statistics(config.data, config.training, examples)
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.data.new_tokens)
-    fingerprint = tokenizer_fingerprint(config.model.tokenizer_path, config.data.new_tokens)
     template = open_template(config.data, config.model.tokenizer_path, tokenizer)
-    kind = config.training.examples
-    store, _ = cached_store(config.data, tokenizer, fingerprint, default_directory(), note, template, kind)
+    store, _ = cached_corpus(config, tokenizer, template, default_directory(), note)
     store, _ = hold_out(store, config.evaluation)
     return measured_statistics(plan_steps(store, config.data, config.training, seed=config.seed, shards=None), store)
 

@@ -28,7 +28,7 @@ from flacuna_jax.data.packing import epoch_examples
 from flacuna_jax.data.pipeline import plan_steps
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.store import StoreBuilder, TokenStore, describe_document
-from flacuna_jax.data.store_cache import cached_store, default_directory
+from flacuna_jax.data.store_cache import default_directory
 from flacuna_jax.data.tokenization import TokenizedExample, Tokenizer, tokenize
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.collection import Built, build, find_inputs
@@ -40,6 +40,7 @@ from flacuna_jax.flan_mini.work import writing
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
+from flacuna_jax.run.data import cached_corpus
 from flacuna_jax.run.model import context_warning, network_sizes
 
 Say = Callable[[str], None]
@@ -142,14 +143,12 @@ def prepare_run(
         _make_directory(Path(output), "--output")
     scan = _leakage_scan(LeakageConfig(files=benchmarks) if benchmarks else None)
     directory = config.model.tokenizer_path
-    new = config.data.new_tokens
-    tokenizer = load_tokenizer(directory, new)
+    tokenizer = load_tokenizer(directory, config.data.new_tokens)
     template = open_template(config.data, directory, tokenizer)
     say(f"template: {describe_choice(config.data.template, directory)}")
     for note in template.notes:
         say(f"note: {note}")
-    fingerprint, examples = tokenizer_fingerprint(directory, new), config.training.examples
-    store, report = cached_store(config.data, tokenizer, fingerprint, cache, say, template, examples)
+    store, report = cached_corpus(config, tokenizer, template, cache, say)
     held_out: list[tuple[str, str]] = []
     store, measured = hold_out(store, config.evaluation)
     if measured is not None:

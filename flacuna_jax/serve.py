@@ -147,7 +147,7 @@ class Offer:
         return models
 
     def load(self, name: str, path: str) -> "Callable[[Models], Models]":
-        """Reads an adapter below the directory for adapters. Raises UserError if there is none, or it does not fit."""
+        """Reads an adapter at a path below --adapters-below. Raises UserError if it is missing or does not fit."""
         assert self._below is not None
         directory = (self._below / path).resolve()
         if not directory.is_relative_to(self._below) or not directory.is_dir():

@@ -6,6 +6,7 @@ SmolLM2-135M-Instruct, downloaded by `make smollm2`; the tests are skipped witho
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +29,14 @@ QUESTIONS = (
     "Describe the sea in three words.",
 )
 END = "<|im_end|>"
+
+
+def greedy_ids(model: Any, tokenizer: Any, question: str, count: int) -> list[int]:
+    """The answer of transformers, at most `count` tokens."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    return model.generate(prompt, do_sample=False, max_new_tokens=count)[0][prompt.shape[1] :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +70,7 @@ def test_greedy_answers_equal_those_of_transformers(smollm2: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     for question, answer in zip(QUESTIONS, ours, strict=True):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
-        with torch.no_grad():
-            output = theirs.generate(prompt, do_sample=False, max_new_tokens=32)[0][prompt.shape[1] :].tolist()
+        output = greedy_ids(theirs, tokenizer, question, 32)
         ended = bool(output) and output[-1] == tokenizer.convert_tokens_to_ids(END)
         assert answer.text == tokenizer.decode(output, skip_special_tokens=True)
         assert answer.finish == ("eos" if ended else "length")
@@ -102,12 +104,7 @@ mesh: {{data: 1, fsdp: 1, tensor: 1}}
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     for question, answer in records:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-        with torch.no_grad():
-            output = model.generate(prompt, do_sample=False, max_new_tokens=24)[0][prompt.shape[1] :].tolist()
-        assert tokenizer.decode(output) == answer + END
+        assert tokenizer.decode(greedy_ids(model, tokenizer, question, 24)) == answer + END
 
 
 def test_the_gguf_file_is_the_checkpoint_that_transformers_made_of_it(smollm2: Path, smollm2_gguf: Path) -> None:
@@ -153,14 +150,7 @@ mesh: {{data: 1, fsdp: 1, tensor: 1}}
         tokenizer = transformers.AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
         model = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32)
         for question, answer in records.items():
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )["input_ids"]
-            with torch.no_grad():
-                output = model.generate(prompt, do_sample=False, max_new_tokens=16)[0][prompt.shape[1] :]
+            output = greedy_ids(model, tokenizer, question, 16)
             assert tokenizer.decode(output, skip_special_tokens=True) == answer
 
 

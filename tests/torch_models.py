@@ -13,6 +13,17 @@ from tests.tiny import SMALL
 torch = pytest.importorskip("torch", reason="the parity tests compare against torch")
 transformers = pytest.importorskip("transformers")
 
+# Rotary embeddings of configs whose contexts are as small as the test models'.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def torch_llama(config: LlamaConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
     """transformers' model of the same sizes, float32, with weights large enough that attention is far from uniform."""

@@ -17,7 +17,7 @@ from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter_settings import last_new_token, scale_of_embedding, trained_tokens
 from flacuna_jax.huggingface.changed_base import BaseChanges, Change, extended_to, grown, plus_product, replaced_by
 from flacuna_jax.huggingface.files.tensors import MappedFiles, ReadableTensor, TensorReader, cast, is_finite
-from flacuna_jax.huggingface.load import FLOATING, match_tensors
+from flacuna_jax.huggingface.load import FLOATING, names_in
 from flacuna_jax.model.llama import EMBEDDING, LlamaConfig
 from flacuna_jax.model.parameters import base_parameters
 from flacuna_jax.model.token_rows import NO_TOKENS, TrainedTokens
@@ -210,12 +210,7 @@ def _without_equal(
     """Those that differ from the base, in its dtype."""
     if base is None or not replaced:
         return dict(replaced)
-    sources = match_tensors(base, config)
-    stored = {
-        parameter.tensor(layer): name
-        for path, parameter in base_parameters(config).items()
-        for layer, name in zip(parameter.layers, sources[path], strict=True)
-    }
+    stored = names_in(base, config)
     if config.tie_word_embeddings:
         stored[names.HEAD] = stored[names.EMBEDDING]
 

@@ -4,16 +4,15 @@ used, and everything else reads it like a checkpoint."""
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.files.tensors import ALL_ROWS, TensorReader, cast, row_blocks
-from flacuna_jax.huggingface.load import match_tensors
+from flacuna_jax.huggingface.files.read import CheckpointReader
+from flacuna_jax.huggingface.files.tensors import ALL_ROWS, MappedFiles, TensorReader, cast, row_blocks
+from flacuna_jax.huggingface.load import names_in
 from flacuna_jax.model.llama import LlamaConfig
-from flacuna_jax.model.parameters import base_parameters
 
 _FLOAT = np.dtype(np.float32)
 
@@ -27,39 +26,14 @@ class Tensor:
     dtype: np.dtype
     rows: Callable[[slice], np.ndarray]
 
+    def read(self, files: MappedFiles, rows: slice = ALL_ROWS) -> np.ndarray:
+        del files
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.rows(slice(start, stop))
+
 
 Change = Callable[[Tensor], Tensor]
 """What happens to a tensor of the base."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ChangedBase:
-    """Reads like a checkpoint.
-
-    Attributes:
-      directory: that of the checkpoint.
-      tensors: by Hugging Face's names.
-    """
-
-    directory: Path
-    tensors: Mapping[str, Tensor]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, rows: slice = ALL_ROWS) -> np.ndarray:
-        tensor = self.tensors[name]
-        start, stop, _ = rows.indices(tensor.shape[0])
-        return tensor.rows(slice(start, stop))
 
 
 def stored(reader: TensorReader, name: str) -> Tensor:
@@ -106,8 +80,8 @@ def plus_product(a_rv: np.ndarray, b_dr: np.ndarray, scale: float) -> Change:
 
 
 def grown(vocab_size: int, tokens: int) -> int:
-    """The number of rows of tables with room for so many tokens: unchanged if they fit. Otherwise it is divisible by as
-    large a power of two, up to 64, as before, so that the tables can be split over as many devices."""
+    """Number of rows of a table for `tokens` tokens: `vocab_size` if it is enough. A larger number is divisible by the
+    same power of two as `vocab_size`, up to 64, so that the table can be split over as many devices."""
     multiple = math.gcd(vocab_size, 64)
     return vocab_size if tokens <= vocab_size else -(-tokens // multiple) * multiple
 
@@ -154,16 +128,13 @@ class BaseChanges:
 
     def on(self, reader: TensorReader) -> TensorReader:
         """The changed checkpoint. Raises UserError if the checkpoint is not one of these sizes."""
-        sources, tensors = match_tensors(reader, self.base), {}
-        for path, parameter in base_parameters(self.base).items():
-            for layer, name in zip(parameter.layers, sources[path], strict=True):
-                tensors[parameter.tensor(layer)] = stored(reader, name)
+        tensors = {name: stored(reader, source) for name, source in names_in(reader, self.base).items()}
         if names.HEAD not in tensors and not self.config.tie_word_embeddings:
             tensors[names.HEAD] = tensors[names.EMBEDDING]
         for name, changes in self.by_tensor.items():
             for change in changes:
                 tensors[name] = change(tensors[name])
-        return ChangedBase(reader.directory, tensors)
+        return CheckpointReader(reader.directory, tensors)
 
 
 def with_more_rows(base: LlamaConfig, vocab_size: int) -> BaseChanges:

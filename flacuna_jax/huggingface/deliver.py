@@ -225,7 +225,7 @@ def _write_weights(
     and of the files."""
     with LogitsAlongside(config, meant) as alongside:
         files = _read_back(partial, write_shards(partial, tensors, shard_bytes, alongside.see))
-        _write_settings(partial, config, tensors, model_source, companions)
+        write_companions(partial, config, main_dtype(tensors), model_source, companions)
         verify_model(partial, config, tensors)
         return files, alongside.both(stored_weights(open_checkpoint(partial), config))
 
@@ -254,17 +254,18 @@ def _device_weights(params: Mapping[str, jax.Array], config: LlamaConfig, dtype:
     return weights
 
 
-def _write_settings(
-    partial: Path,
+def write_companions(
+    directory: Path,
     config: LlamaConfig,
-    tensors: list[PendingTensor],
+    dtype: np.dtype,
     model_source: str | Path | None,
     companions: Companions,
 ) -> None:
+    """Writes everything that a model directory has besides weights and card: settings, tokenizer, chat template."""
     write_settings(
-        partial,
+        directory,
         config,
-        main_dtype(tensors),
+        dtype,
         model_source=model_source,
         tokenizer_source=companions.tokenizer,
         chat_template=companions.chat_template,

@@ -7,11 +7,14 @@ likely tokens are close, a server in half precision may choose the other one.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flacuna_jax.data.conversation import Template, TemplateRefusal, Turn, render_prompt, render_text
+from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.other_encoder import OtherEncoder
@@ -47,6 +50,45 @@ class Golden:
     ends: tuple[int, ...]
     decode: Callable[[Sequence[int]], str]
     announce: Callable[[float], None] = lambda seconds: None
+
+
+QUESTIONS = ("Why is the sky blue?", "Name three colours.", "Write one sentence about rain.")
+"""Questions of the golden prompts; short, because the exporting machine answers them with the written model."""
+
+
+def golden_prompts(
+    template: Template,
+    tokenizer: Tokenizer,
+    config: LlamaConfig,
+    ends: tuple[int, ...],
+    count: int,
+    say: Callable[[str], None],
+) -> Golden | None:
+    """The golden prompts of a model, with answers of `count` tokens; None if `count` is 0 or none fits the context.
+
+    Raises UserError if the template does not support them.
+    """
+    prompts = []
+    for question in QUESTIONS if count else ():
+        turns = (Turn("user", question),)
+        try:
+            ids = tokenize_prompt(turns, template, tokenizer)
+        except TemplateRefusal as refusal:
+            raise UserError(f"golden prompts: {refusal}; --golden-tokens 0 leaves them out") from None
+        if len(ids) + count <= config.context_length:
+            text = render_text(render_prompt(turns, template))
+            added = "".join(tokenizer.special.spellings[token] for token in tokenizer.prefix_ids)
+            prompts.append(Prompt(question, text.removeprefix(added), tuple(ids)))
+    if count and len(prompts) < len(QUESTIONS):
+        say(
+            f"note: {len(prompts)} of {len(QUESTIONS)} golden prompts; the others and {count} tokens exceed the context"
+        )
+    return Golden(tuple(prompts), count, ends, tokenizer.decode, functools.partial(_announce, say)) if prompts else None
+
+
+def _announce(say: Callable[[str], None], seconds: float) -> None:
+    if seconds > 60:
+        say(f"answering golden prompts takes up to {seconds / 60:.0f} min; --golden-tokens 0 skips this")
 
 
 @dataclasses.dataclass(frozen=True)

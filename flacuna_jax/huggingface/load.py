@@ -90,6 +90,16 @@ def match_tensors(reader: TensorReader, config: LlamaConfig) -> Sources:
     return sources
 
 
+def names_in(reader: TensorReader, config: LlamaConfig) -> dict[str, str]:
+    """The name of each tensor of the network → its name in the files. Raises UserError as `match_tensors` does."""
+    sources = match_tensors(reader, config)
+    return {
+        parameter.tensor(layer): name
+        for path, parameter in base_parameters(config).items()
+        for layer, name in zip(parameter.layers, sources[path], strict=True)
+    }
+
+
 def _tied_source(reader: TensorReader) -> str:
     """The name of a tied model's table; some writers store it under the head's name, some under both names."""
     if names.HEAD not in reader:

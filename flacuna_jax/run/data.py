@@ -1,6 +1,7 @@
 """The data of a run: tokenised, counted, and split into training and held-out examples."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -77,13 +78,28 @@ def evaluation_data(config: RunConfig) -> DataConfig:
 def _tokenised(
     config: RunConfig, data: DataConfig, tokenizer: Tokenizer, template: Template, say: Say
 ) -> tuple[TokenStore, DataReport]:
-    examples = config.training.examples
     try:
-        tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path, data.new_tokens)
-        store, report = cached_store(data, tokenizer, tokenizer_hash, default_directory(), say, template, examples)
+        store, report = cached_corpus(config, tokenizer, template, default_directory(), say, data)
     except OSError as error:
         say(f"tokenised data: no cache ({error}); built in memory")
-        store, report = build_store(data, tokenizer, template=template, examples=examples)
+        store, report = build_store(data, tokenizer, template=template, examples=config.training.examples)
     for line in report.lines():
         say(line)
     return store, report
+
+
+def cached_corpus(
+    config: RunConfig, tokenizer: Tokenizer, template: Template, cache: Path, say: Say, data: DataConfig | None = None
+) -> tuple[TokenStore, DataReport]:
+    """The tokenised records of a run and their counts, from the cache directory if they are in it.
+
+    Args:
+      data: settings of other records; by default, of the training data.
+
+    Raises:
+      OSError: the cache cannot be written.
+      UserError: the data are not usable.
+    """
+    data = data or config.data
+    tokenizer_hash = tokenizer_fingerprint(config.model.tokenizer_path, data.new_tokens)
+    return cached_store(data, tokenizer, tokenizer_hash, cache, say, template, config.training.examples)

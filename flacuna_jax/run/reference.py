@@ -117,8 +117,10 @@ def _log_probabilities(setup: Setup, store: TokenStore, initial: _Initial) -> ND
 
 
 def _scorer(network: NetworkConfig, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Returns a jitted function of parameters and a labelled batch: the label of each example, -1 where there is none,
-    and its log-probabilities by document; readable on every host."""
+    """Returns a jitted function: (parameters, labelled batch) → (labels, log-probabilities), on every host.
+
+    Labels are int32 [examples], -1 for unused places; log-probabilities are float32 [examples, 2], one per document.
+    """
 
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def of_micro_batch(index: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""What the server asks its scheduler for, and what it is told."""
+"""Jobs that the server submits to its scheduler, and the events that the scheduler reports."""
 
 import dataclasses
 import time
@@ -51,10 +51,10 @@ class Job:
     Attributes:
       tell: called by the scheduler's thread with each event; after Finished or Failed there are no others.
       deadline: on the clock of `time.monotonic`.
-      streams: whether progress is told.
+      streams: whether `tell` is also called with partial answers.
       scored: whether tokens of the answer are scored.
       scores_prompt: whether tokens of the prompt are scored.
-      cancelled: set from any thread when nobody waits for the answer any more.
+      cancelled: set, from any thread, when the client no longer needs the answer.
     """
 
     model: Served

@@ -141,7 +141,7 @@ class Scheduler:
         self.models, self._decoder.network = models, models.network
 
     def end(self, seconds: float) -> None:
-        """Accepts no more jobs, and fails those that have not ended after so many seconds."""
+        """Stops accepting jobs. Jobs that are still running after `seconds` fail."""
         with self._changed:
             self._ending, self.deadline = True, time.monotonic() + seconds
             self._changed.notify()

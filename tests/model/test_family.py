@@ -33,7 +33,7 @@ from flacuna_jax.model.sharding import make_mesh, parameter_shardings
 from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.step import StepConfig, loss_and_gradients
 from tests.tiny import in_steps, packed_batch, to_device
-from tests.torch_models import torch, transformers
+from tests.torch_models import LLAMA3, YARN, torch, transformers
 from tests.training.test_step_against_peft import run_ours, run_torch, torch_loss
 
 peft = pytest.importorskip("peft")
@@ -49,15 +49,6 @@ SIZES = {
     "initializer_range": 0.2,
     "attn_implementation": "eager",
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONGROPE = {
     "rope_type": "longrope",

@@ -155,7 +155,7 @@ def architecture_in(header: Header) -> Architecture:
 
 
 def architecture_of(config: LlamaConfig) -> Architecture:
-    """The architecture in which llama.cpp knows a model. Raises `UserError` if there is none."""
+    """The llama.cpp architecture of a model. Raises `UserError` if llama.cpp does not support the model."""
     if config.family not in _OF_FAMILY:
         raise UserError(
             f"GGUF of model_type {config.family!r} is not implemented; supported are {', '.join(_OF_FAMILY)}"

@@ -13,7 +13,7 @@ from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.answer_ends import checkpoint_ends
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.chat_template import read_chat_template
-from flacuna_jax.huggingface.deliver import Companions, Delivery, describe
+from flacuna_jax.huggingface.deliver import Companions, Delivery, describe, write_companions
 from flacuna_jax.huggingface.directories import whole_directory
 from flacuna_jax.huggingface.files.read import CheckpointReader, open_checkpoint
 from flacuna_jax.huggingface.files.tensors import BFLOAT16, TensorReader, cast
@@ -24,7 +24,7 @@ from flacuna_jax.huggingface.gguf.tensors import read_tensors
 from flacuna_jax.huggingface.gguf.tokenizer_metadata import tokenizer_metadata
 from flacuna_jax.huggingface.gguf.unpack import unpack
 from flacuna_jax.huggingface.gguf.write import FLOAT, Kind, WrittenTensor, write_file, written_tensors
-from flacuna_jax.huggingface.merged import main_dtype, merged_tensors, write_settings
+from flacuna_jax.huggingface.merged import main_dtype, merged_tensors
 from flacuna_jax.huggingface.probe import Side, StreamedModel, probe_ids, stored_weights
 from flacuna_jax.huggingface.tokenizer import PROBES, AnyTokenizer, load_tokenizer
 from flacuna_jax.huggingface.verify import VerificationError, verify_digest, verify_merge
@@ -70,18 +70,7 @@ def write_gguf(
     with whole_directory(target) as partial, tempfile.TemporaryDirectory() as temporary:
         meant, opened = Path(temporary) / "meant", Path(temporary) / "opened"
         meant.mkdir()
-        write_settings(
-            meant,
-            config,
-            FLOAT,
-            model_source=reader.directory,
-            tokenizer_source=companions.tokenizer,
-            chat_template=companions.chat_template,
-            token_ids=companions.token_ids,
-            ends=companions.ends,
-            end=companions.end,
-            new_tokens=companions.new_tokens,
-        )
+        write_companions(meant, config, FLOAT, reader.directory, companions)
         of_tokenizer = tokenizer_metadata(meant, config.vocab_size, origin=companions.tokenizer)
         described = metadata_of(config, architecture) | of_tokenizer
         name = Path(companions.base_name or reader.directory).name

@@ -19,7 +19,7 @@ from flacuna_jax.huggingface.gguf.architectures import architecture_of
 from flacuna_jax.huggingface.gguf.settings import metadata_of
 from flacuna_jax.huggingface.probe import probe_ids, stored_weights, streamed_logits
 from tests.huggingface.gguf.files import TOKENIZER, gguf, permuted, write
-from tests.torch_models import torch, transformers
+from tests.torch_models import LLAMA3, YARN, torch, transformers
 
 SIZES = {
     "vocab_size": 97,
@@ -38,15 +38,6 @@ GRANITE = {
     "residual_multiplier": 0.25,
     "logits_scaling": 8.0,
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.7}
 LONGROPE = {
     "rope_type": "longrope",
