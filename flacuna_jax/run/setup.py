@@ -339,8 +339,8 @@ def plan_facts(setup: Setup) -> list[tuple[str, str]]:
         ),
         (
             "steps",
-            f"{plan.total_steps:,} in {epochs}, each of {_counted(plan.rows_per_step, 'row')} with "
-            f"{plan.examples_of_a_step} {_NAMES[setup.store.examples]}",
+            f"{plan.total_steps:,} in {epochs}, {_counted(plan.rows_per_step, 'row')} each; "
+            f"{_NAMES[setup.store.examples]} per step: {plan.examples_of_a_step}",
         ),
         (
             "devices",
