@@ -310,7 +310,7 @@ def test_llama_factorys_descriptions(tmp_path: Path) -> None:
     )
     assert answers(tmp_path / "own.json") == ["a1"]  # a single file is described, too
     write(tmp_path / "pairs.json", record("a"))
-    with pytest.raises(UserError, match="'chosen' must be text or messages, not null"):
+    with pytest.raises(UserError, match="'chosen' must be text or messages, and is missing"):
         read(tmp_path / "pairs.json")
     with pytest.raises(UserError, match="describes data files and has no records; give its directory"):
         read(tmp_path / "dataset_info.json")

@@ -241,7 +241,17 @@ def test_a_bucket_in_use_by_another_run_is_an_error(undisturbed, machine, strang
 
 def test_a_run_whose_bucket_is_taken_over_stops(undisturbed, machine, stranger, capsys):
     """Two starts in the same second, or one that was believed dead."""
-    hooks = at_step(4, lambda: (stranger("gs://runs/lost"), time.sleep(0.3)))
+    lease = bucket_module.bucket_path("gs://runs/lost") / "run.lock"
+
+    def be_taken_over() -> None:
+        """Returns once the run's own heartbeat, which may overwrite the stranger's once, has given up."""
+        stranger("gs://runs/lost")
+        foreign = 0
+        while foreign < 20:
+            foreign = foreign + 1 if json.loads(lease.read_text())["owner"] == "other" else 0
+            time.sleep(0.05)
+
+    hooks = at_step(4, be_taken_over)
     assert run(undisturbed / "config.yaml", "--output_dir=gs://runs/lost", hooks=hooks) == 2
     assert "has been taken over by pid 7 on elsewhere" in capsys.readouterr().err
     assert list_checkpoints("gs://runs/lost") == [3]
