@@ -27,8 +27,9 @@ from lm_eval.api.instance import Instance
 
 from flacuna_jax.evaluation import mmlu
 from flacuna_jax.evaluation.harness import HarnessModel
-from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
+from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import GenerationRequest
+from flacuna_jax.generation.settings import Placement
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import load_tokenizer

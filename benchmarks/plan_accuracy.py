@@ -24,7 +24,6 @@ from flacuna_jax.config.schema import LoraConfig, TrainingConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, split_everywhere
-from flacuna_jax.plan import LLAMA_SIZES
 from flacuna_jax.planning.compile import lower_step
 from flacuna_jax.planning.plans import compiled_plan
 from flacuna_jax.planning.targets import present_machine
@@ -32,6 +31,7 @@ from flacuna_jax.planning.workload import Layout, Statistics, Workload
 from flacuna_jax.training.network import NetworkConfig
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig
+from flacuna_jax.verbs.plan import LLAMA_SIZES
 
 SIZES = {"58m": LlamaConfig(32000, 512, 1376, 8, 8, 8, 64), **LLAMA_SIZES}
 DOCUMENT, SUPERVISED = 256, 0.3

@@ -12,40 +12,40 @@ from flacuna_jax.version import __version__
 if TYPE_CHECKING:
     from flacuna_jax.config.files import load_config, parse_config
     from flacuna_jax.config.schema import RunConfig
-    from flacuna_jax.convert import Conversion, convert_model
     from flacuna_jax.data.conversation import Conversation, Turn
     from flacuna_jax.data.tokenization import tokenize
     from flacuna_jax.errors import UserError
     from flacuna_jax.evaluation.benchmark import Options
     from flacuna_jax.evaluation.suite import evaluate_model
-    from flacuna_jax.export import Export, export_run
-    from flacuna_jax.generation.chat_model import ChatModel, Decoding
-    from flacuna_jax.generation.decode import Sampling
+    from flacuna_jax.generation.chat_model import ChatModel
+    from flacuna_jax.generation.settings import Decoding, Sampling
     from flacuna_jax.huggingface.chat_template import load_template
     from flacuna_jax.huggingface.tokenizer import load_tokenizer
     from flacuna_jax.inference import load_model
-    from flacuna_jax.plan import plan_run
     from flacuna_jax.run.data import read_data
     from flacuna_jax.run.training_run import TrainingRun, open_run
     from flacuna_jax.training.loop import Request, StateHook, StepHook
     from flacuna_jax.training.objective import Objective
+    from flacuna_jax.verbs.convert import Conversion, convert_model
+    from flacuna_jax.verbs.export import Export, export_run
+    from flacuna_jax.verbs.plan import plan_run
 
 _MODULES = {
     "config.files": ("load_config", "parse_config"),
     "config.schema": ("RunConfig",),
-    "convert": ("Conversion", "convert_model"),
+    "verbs.convert": ("Conversion", "convert_model"),
     "data.conversation": ("Conversation", "Turn"),
     "data.tokenization": ("tokenize",),
     "errors": ("UserError",),
     "evaluation.benchmark": ("Options",),
     "evaluation.suite": ("evaluate_model",),
-    "export": ("Export", "export_run"),
-    "generation.chat_model": ("ChatModel", "Decoding"),
-    "generation.decode": ("Sampling",),
+    "verbs.export": ("Export", "export_run"),
+    "generation.chat_model": ("ChatModel",),
+    "generation.settings": ("Decoding", "Sampling"),
     "huggingface.chat_template": ("load_template",),
     "huggingface.tokenizer": ("load_tokenizer",),
     "inference": ("load_model",),
-    "plan": ("plan_run",),
+    "verbs.plan": ("plan_run",),
     "run.data": ("read_data",),
     "run.training_run": ("TrainingRun", "open_run"),
     "training.loop": ("Request", "StateHook", "StepHook"),

@@ -1,4 +1,5 @@
-"""Command lines: options, overrides of settings among them, and number parsers for argparse's `type`."""
+"""Command lines: options, those that verbs share among them, overrides of settings, and number parsers for argparse's
+`type`. Imports only the standard library, so that `--help` and mistyped options do not wait for JAX."""
 
 import argparse
 import difflib
@@ -49,6 +50,51 @@ class Parser(argparse.ArgumentParser):
             return None
         near = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.85)
         return known[near[0]] if near else None
+
+
+class ShowText(argparse.Action):
+    """An option that prints `text()` and exits, as --help does."""
+
+    def __init__(self, option_strings: list[str], dest: str, text: Callable[[], str], help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+        self._text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(self._text())
+        parser.exit()
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `inference.addressed_model` reads."""
+    parser.add_argument("--run", metavar="DIR", help="a training run; uses its base, adapter and template")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face LLaMA directory, a converted one, a GGUF file, or hf:NAME[@REVISION][:FILE], instead of "
+        "--run",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="a PEFT adapter for --model, also as hf:NAME[@REVISION], or the run that trained one",
+    )
+
+
+def add_template_option(add: Callable[..., object]) -> None:
+    add(
+        "--template",
+        metavar="NAME",
+        help="name of a format, a .jinja file, or checkpoint; default: that of the run, else of the checkpoint, else "
+        "vicuna_v1.1",
+    )
+
+
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stored-base",
+        action="store_true",
+        help="use the stored weights of the base even if the run quantised them (model.quantization)",
+    )
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -19,7 +19,8 @@ from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.cache import directory_fingerprint
 from flacuna_jax.generation.chat_model import ChatModel
-from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
+from flacuna_jax.generation.engine import LlamaLanguageModel
+from flacuna_jax.generation.settings import Placement
 from flacuna_jax.hub import name_of
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.answer_ends import answer_ends
@@ -153,31 +154,6 @@ class ModelLoader:
         return self._held[1]
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `addressed_model` reads."""
-    parser.add_argument("--run", metavar="DIR", help="a training run; uses its base, adapter and template")
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="a Hugging Face LLaMA directory, a converted one, a GGUF file, or hf:NAME[@REVISION][:FILE], instead of "
-        "--run",
-    )
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        help="a PEFT adapter for --model, also as hf:NAME[@REVISION], or the run that trained one",
-    )
-
-
-def add_template_option(add: Callable[..., object]) -> None:
-    add(
-        "--template",
-        metavar="NAME",
-        help="name of a format, a .jinja file, or checkpoint; default: that of the run, else of the checkpoint, else "
-        "vicuna_v1.1",
-    )
-
-
 def load_model(
     model: str | os.PathLike[str] | None = None,
     *,
@@ -248,14 +224,6 @@ def _finished(run: Path, product: str) -> Path:
             f"{run} has no {product}/ yet; training writes it at its end (continue the run, or use `flacuna export`)"
         )
     return run / product
-
-
-def add_base_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--stored-base",
-        action="store_true",
-        help="use the stored weights of the base even if the run quantised them (model.quantization)",
-    )
 
 
 def _run_of(adapter_directory: Path | None) -> RunConfig | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from flacuna_jax import chat
-from flacuna_jax.chat import Chat, Settings
 from flacuna_jax.cli import run_verb
 from flacuna_jax.data.conversation import Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
@@ -15,6 +14,7 @@ from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import GenerationRequest
 from flacuna_jax.inference import ModelAddress
+from flacuna_jax.verbs.chat import Chat, Settings, new_tokens
 from tests.evaluation.models import story_model
 from tests.vocabularies import llama_template
 
@@ -130,5 +130,5 @@ def test_mistakes_exit_before_the_first_question(
 
 
 def test_new_tokens_leave_space_for_the_question(model: LlamaLanguageModel) -> None:
-    assert chat._new_tokens(None, ChatModel(model, TEMPLATE)) == 256
-    assert chat._new_tokens(511, ChatModel(model, TEMPLATE)) == 511
+    assert new_tokens(None, ChatModel(model, TEMPLATE)) == 256
+    assert new_tokens(511, ChatModel(model, TEMPLATE)) == 511

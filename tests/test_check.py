@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import flacuna_jax.verbs.export
 from flacuna_jax import check, convert, export
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.schema import LoraConfig
@@ -270,7 +271,7 @@ def test_an_adapter_that_vllm_refuses_is_not_exported(
     arguments = [str(run), str(tmp_path / "out"), "--format", "adapter", "--check", "vllm"]
     assert run_verb(export.main, arguments) == 0
     assert "vLLM can load it with --enable-lora" in capsys.readouterr().out
-    monkeypatch.setattr(export, "vllm_violations", lambda _: ["rank 5 is odd"])
+    monkeypatch.setattr(flacuna_jax.verbs.export, "vllm_violations", lambda _: ["rank 5 is odd"])
     arguments[1] = str(tmp_path / "other")
     assert run_verb(export.main, arguments) == 2
     assert "cannot be served: rank 5 is odd" in capsys.readouterr().err

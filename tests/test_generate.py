@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import flacuna_jax.verbs.generate
 from flacuna_jax import chat, generate
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import parse_config
@@ -157,7 +158,7 @@ def test_the_number_of_answers_printed_together_does_not_change_them(
 ) -> None:
     options = ["--model", str(story_llama), "--raw", *PRECISE, "--temperature", "1", "--batch-size", "2", *[STORY] * 5]
     together = _say(capsys, *options)
-    monkeypatch.setattr(generate, "PRINTED_TOGETHER", 1)
+    monkeypatch.setattr(flacuna_jax.verbs.generate, "PRINTED_TOGETHER", 1)
     assert _say(capsys, *options) == together
 
 

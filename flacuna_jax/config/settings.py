@@ -1,10 +1,9 @@
 """Prints every setting of a run as a YAML file with comments, for `flacuna train --settings`."""
 
-import argparse
 import textwrap
 import types
 import typing
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -15,15 +14,9 @@ from flacuna_jax.config.schema import RunConfig
 _WIDTH = 100
 
 
-class ShowSettings(argparse.Action):
-    """An option that prints all settings and exits, as --help does."""
-
-    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        print("\n".join(["# Each setting can also be given as --section.key=value.", *describe(RunConfig)]))
-        parser.exit()
+def run_settings() -> str:
+    """Every setting of a run."""
+    return "\n".join(["# Each setting can also be given as --section.key=value.", *describe(RunConfig)])
 
 
 def describe(section: type[BaseModel], indent: str = "", width: int = _WIDTH) -> list[str]:

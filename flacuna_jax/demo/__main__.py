@@ -167,8 +167,8 @@ def _verb(verb: str, *arguments: str) -> None:
 def _measure(paths: Paths) -> tuple[list[Question], list[str], list[str]]:
     # jax is imported here, because before it would only have taken memory from the training processes.
     from flacuna_jax.data.conversation import named_template
-    from flacuna_jax.generation.chat_model import ChatModel, Decoding
-    from flacuna_jax.generation.engine import Placement
+    from flacuna_jax.generation.chat_model import ChatModel
+    from flacuna_jax.generation.settings import Decoding, Placement
     from flacuna_jax.huggingface.tokenizer import load_tokenizer
     from flacuna_jax.inference import ModelAddress, ModelLoader
 

@@ -8,9 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 from flacuna_jax.errors import UserError
 
 
@@ -57,11 +54,7 @@ def read_json(path: Path) -> Any:
 def read_rows(path: Path) -> list[Row]:
     """Records of a .jsonl(.gz), .json (a list, or {"examples": [...]}) or .parquet file."""
     if path.suffix == ".parquet":
-        try:
-            values = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}") from None
-        return [Row(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
+        return _parquet_rows(path)
     if ".jsonl" in path.name:
         return list(_json_lines(path))
     content = read_json(path)
@@ -71,6 +64,16 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f'{path}: expected a JSON list or {{"examples": [...]}}, found {type(content).__name__}')
     rows = [Row(f"{path}, record {number}", value) for number, value in enumerate(content, 1)]
     return [_checked(row) for row in rows]
+
+
+def _parquet_rows(path: Path) -> list[Row]:
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+    return [Row(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

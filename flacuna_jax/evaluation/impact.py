@@ -20,8 +20,8 @@ from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading
 from flacuna_jax.evaluation.files import Row, field, locate, read_rows
 from flacuna_jax.evaluation.judge import Judge
 from flacuna_jax.evaluation.results import Outcome, TaskResult
-from flacuna_jax.generation.decode import Sampling
 from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, encode_prompt
+from flacuna_jax.generation.settings import Sampling
 
 CATEGORIES = ("informative", "professional", "argumentative", "creative")
 PER_CATEGORY = 50

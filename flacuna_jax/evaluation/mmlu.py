@@ -7,8 +7,6 @@ with pandas, which turns the option "NA" into "nan" and 1.50 into 1.5; so does t
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas
-
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import locate, read_csv
@@ -142,6 +140,8 @@ def _ask(row: Sequence[str]) -> str:
 
 
 def _read_as_pandas(path: Path) -> list[list[str]]:
+    import pandas  # takes a second
+
     _read_as_text(path)  # for its error messages
     return [
         [f"{cell}" for cell in row] for row in pandas.read_csv(path, header=None).itertuples(index=False, name=None)

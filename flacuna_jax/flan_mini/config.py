@@ -175,5 +175,13 @@ class FlanMiniConfig(Section):
     def directory(self) -> Path:
         return Path(self.output_dir)
 
+    def with_benchmarks(self, files: Mapping[str, str]) -> "FlanMiniConfig":
+        """The same, with further files to search the records for."""
+        if not files:
+            return self
+        known = self.leakage or LeakageConfig(files=dict(files))
+        leakage = known.model_copy(update={"files": {**known.files, **files}})
+        return self.model_copy(update={"leakage": leakage})
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flacuna_jax.generation.decode import GREEDY, RowSampling
+from flacuna_jax.generation.decode import RowSampling
+from flacuna_jax.generation.settings import GREEDY
 from flacuna_jax.generation.shared_prefix import layer_of
 from flacuna_jax.model.parameters import ModelSpec
 

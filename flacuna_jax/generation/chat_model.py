@@ -9,25 +9,12 @@ import numpy as np
 from flacuna_jax.data.conversation import Conversation, Template, TemplateRefusal, Turn
 from flacuna_jax.data.tokenization import Tokenizer, tokenize, tokenize_prompt
 from flacuna_jax.errors import UserError
-from flacuna_jax.generation.decode import GREEDY, Sampling
 from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest, encode_prompt
+from flacuna_jax.generation.settings import Decoding
 
 Prompt = str | Sequence[Turn]
 """What the user says, or a conversation that ends with a turn of the user."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How answers are made."""
-
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, in addition to those of the template."""
-    sampling: Sampling = GREEDY
-    seed: int = 0
-    system: str | None = None
-    """Replaces the template's system text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flacuna_jax.generation.caches import Block, Layered, Rows, of_layer, written_at
-from flacuna_jax.generation.decode import (
-    LogProbabilities,
-    Method,
-    Numbers,
-    RowSampling,
-    choose_tokens,
-    log_probabilities,
-)
+from flacuna_jax.generation.decode import LogProbabilities, Numbers, RowSampling, choose_tokens, log_probabilities
+from flacuna_jax.generation.settings import Method
 from flacuna_jax.generation.shared_prefix import (
     SCORED_TOGETHER,
     Earlier,

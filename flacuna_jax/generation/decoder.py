@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flacuna_jax.generation import continuation
 from flacuna_jax.generation.caches import Rows, empty_rows
 from flacuna_jax.generation.continuation import Chosen, Piece
-from flacuna_jax.generation.decode import GREEDY, LogProbabilities, RowSampling, Sampling, most_general
+from flacuna_jax.generation.decode import LogProbabilities, RowSampling, most_general
+from flacuna_jax.generation.settings import GREEDY, Sampling
 from flacuna_jax.generation.shared_prefix import Prefix
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.model.parameters import ModelSpec

@@ -15,10 +15,10 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import shared_prefix
 from flacuna_jax.generation.answers import certain, ended
-from flacuna_jax.generation.decode import Sampling
 from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, on_host, padded_size
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.generation.prefixes import Group, plan_prefixes
+from flacuna_jax.generation.settings import Placement, Sampling
 from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import row_shards
@@ -27,16 +27,6 @@ STEPS = 16
 """New tokens per row between two checks for ended rows."""
 STREAMED_STEPS = 4
 """The same for streaming."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Batch sizes: packed rows of `row_length` tokens (longer if a text needs it) in batches of `row_tokens` tokens,
-    and `rows` prompts that are decoded together."""
-
-    row_length: int = 512
-    row_tokens: int = 4096
-    rows: int = 16
 
 
 class Document(NamedTuple):

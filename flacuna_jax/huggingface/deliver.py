@@ -27,11 +27,11 @@ from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.quantised import method_of
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.files.tensors import TensorReader, common_dtype
+from flacuna_jax.huggingface.forms import SHARD_BYTES
 from flacuna_jax.huggingface.golden import Golden, answer, write_golden
 from flacuna_jax.huggingface.golden import notes as golden_notes
 from flacuna_jax.huggingface.load import fingerprint, match_tensors
 from flacuna_jax.huggingface.merged import (
-    SHARD_BYTES,
     PendingTensor,
     copy_tokenizer,
     main_dtype,

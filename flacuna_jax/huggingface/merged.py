@@ -22,14 +22,12 @@ from flacuna_jax.huggingface.files.json_file import read_json
 from flacuna_jax.huggingface.files.read import SAFETENSORS, SAFETENSORS_INDEX
 from flacuna_jax.huggingface.files.safetensors_file import write_file
 from flacuna_jax.huggingface.files.tensors import TensorReader, cast, is_finite, overflow, row_blocks
+from flacuna_jax.huggingface.forms import SHARD_BYTES
 from flacuna_jax.huggingface.load import match_tensors
 from flacuna_jax.huggingface.tokenizer import TEMPLATES, NewTokens, copy_new_tokens, tokenizer_files
 from flacuna_jax.huggingface.tokenizer_settings import CONFIG, read_tokenizer_settings
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import base_parameters
-
-SHARD_BYTES = 5_000_000_000
-"""Metadata that every release of transformers writes or accepts."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from flacuna_jax.errors import UserError
-from flacuna_jax.generation.decode import LOWEST_TEMPERATURE
+from flacuna_jax.generation.settings import LOWEST_TEMPERATURE
 
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields that change no answer of this server."""

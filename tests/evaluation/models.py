@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 
 from flacuna_jax.data.tokenization import Tokenizer
-from flacuna_jax.generation.engine import LlamaLanguageModel, Placement
+from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
+from flacuna_jax.generation.settings import Placement
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import load_tokenizer

@@ -9,7 +9,8 @@ import pytest
 
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import decode
-from flacuna_jax.generation.decode import RowSampling, Sampling
+from flacuna_jax.generation.decode import RowSampling
+from flacuna_jax.generation.settings import Sampling
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (5, None), (None, 0.6), (None, 1.0), (8, 0.3), (500, 0.01)])

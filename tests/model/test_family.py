@@ -16,8 +16,8 @@ import pytest
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.generation import shared_prefix
-from flacuna_jax.generation.decode import GREEDY
 from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part
+from flacuna_jax.generation.settings import GREEDY
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+import flacuna_jax.verbs.plan
 from flacuna_jax import plan as verb
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
@@ -26,7 +27,7 @@ def refusing_compiler(monkeypatch):
     def refuse(workload, layout, devices):
         raise RuntimeError("INVALID_ARGUMENT: no such thing\nand a long dump")
 
-    monkeypatch.setattr(verb, "absent_devices", lambda machine: jax.devices()[:4])
+    monkeypatch.setattr(flacuna_jax.verbs.plan, "absent_devices", lambda machine: jax.devices()[:4])
     monkeypatch.setattr(compile_module, "lower_step", refuse)
 
 

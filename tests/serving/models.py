@@ -13,6 +13,7 @@ from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.serving.guard import Guard
 from flacuna_jax.serving.scheduler import Scheduler
+from flacuna_jax.verbs.serve import prepare
 
 ADAPTERS = {
     "small": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
@@ -43,4 +44,4 @@ def prepared(base: Path, adapters: dict[str, Path], *options: str) -> tuple[Sche
     """What `flacuna serve` runs, in float32, so that its texts can be compared."""
     named: Sequence[str] = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
     words = ["--model", str(base), "--name", "base", "--dtype", "float32", *named, *options]
-    return serve.prepare(serve._parser().parse_args(words))
+    return prepare(serve.parser().parse_args(words))

@@ -15,12 +15,13 @@ import pytest
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from flacuna_jax.check import Server as CheckedServer
 from flacuna_jax.evaluation.cache import Store
 from flacuna_jax.evaluation.judge import ServerJudge
-from flacuna_jax.generation.chat_model import ChatModel, Decoding
+from flacuna_jax.generation.chat_model import ChatModel
 from flacuna_jax.generation.language_model import GenerationRequest
+from flacuna_jax.generation.settings import Decoding
 from flacuna_jax.inference import ModelAddress, ModelLoader
+from flacuna_jax.verbs.check import Server as CheckedServer
 from tests.serving.models import ADAPTERS, make_adapter, make_adapters, prepared
 from tests.serving.serving import Running, running
 

@@ -17,13 +17,14 @@ from flacuna_jax.huggingface.deliver import Companions, Delivery, describe, writ
 from flacuna_jax.huggingface.directories import whole_directory
 from flacuna_jax.huggingface.files.read import CheckpointReader, open_checkpoint
 from flacuna_jax.huggingface.files.tensors import BFLOAT16, TensorReader, cast
+from flacuna_jax.huggingface.forms import GgufType
 from flacuna_jax.huggingface.gguf.architectures import architecture_of
 from flacuna_jax.huggingface.gguf.modelfile import Around, jinja_renderer, modelfile, texts_around
 from flacuna_jax.huggingface.gguf.settings import metadata_of
 from flacuna_jax.huggingface.gguf.tensors import read_tensors
 from flacuna_jax.huggingface.gguf.tokenizer_metadata import tokenizer_metadata
 from flacuna_jax.huggingface.gguf.unpack import unpack
-from flacuna_jax.huggingface.gguf.write import FLOAT, Kind, WrittenTensor, write_file, written_tensors
+from flacuna_jax.huggingface.gguf.write import FLOAT, WrittenTensor, write_file, written_tensors
 from flacuna_jax.huggingface.merged import main_dtype, merged_tensors
 from flacuna_jax.huggingface.probe import Side, StreamedModel, probe_ids, stored_weights
 from flacuna_jax.huggingface.tokenizer import PROBES, AnyTokenizer, load_tokenizer
@@ -41,7 +42,7 @@ def write_gguf(
     adapter: Adapter | None,
     companions: Companions,
     *,
-    kind: Kind | None = None,
+    kind: GgufType | None = None,
 ) -> Delivery:
     """Writes and verifies base + adapter as a GGUF file.
 
@@ -86,7 +87,9 @@ def write_gguf(
     return Delivery(Path(target), (FILE,), sum(tensor.nbytes for tensor in tensors), shift, tuple(notes))
 
 
-def _verify(opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor], kind: Kind, meant: Path) -> list[str]:
+def _verify(
+    opened: Path, config: LlamaConfig, tensors: Sequence[WrittenTensor], kind: GgufType, meant: Path
+) -> list[str]:
     """Compares settings, tensors and tokenizer of the file with those that were meant; returns notes."""
     found, architecture = read_architecture(opened), architecture_of(config)
     written = dataclasses.replace(config, family=found.family)
@@ -140,7 +143,7 @@ def _verify_values(reader: TensorReader, tensors: Sequence[WrittenTensor]) -> No
                 raise VerificationError(f"{tensor.name} read back differs by more than rounding to {tensor.kind}")
 
 
-def _logit_shift(opened: Path, config: LlamaConfig, meant: Side, kind: Kind) -> float:
+def _logit_shift(opened: Path, config: LlamaConfig, meant: Side, kind: GgufType) -> float:
     """The largest shift of a logit.
 
     The steps of q8_0 depend on the largest of 32 values, so that single logits shift more than in half precision; their

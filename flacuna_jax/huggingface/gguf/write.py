@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +14,13 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.files.meta import interleaved
 from flacuna_jax.huggingface.files.pieces import Maker, write_pieces
 from flacuna_jax.huggingface.files.tensors import BFLOAT16, as_bytes, cast, is_finite, overflow, row_blocks
+from flacuna_jax.huggingface.forms import GgufType
 from flacuna_jax.huggingface.gguf import gguf_package
 from flacuna_jax.huggingface.gguf.architectures import Architecture, named_tensors
 from flacuna_jax.huggingface.gguf.header import DEFAULT_ALIGNMENT
 from flacuna_jax.huggingface.gguf.settings import rope_tensors
 from flacuna_jax.huggingface.merged import PendingTensor
 from flacuna_jax.model.llama import LlamaConfig
-
-Kind = Literal["f16", "bf16", "q8_0"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FLOAT = np.dtype(np.float32)
 _FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -93,7 +91,7 @@ class WrittenTensor:
 
 
 def written_tensors(
-    tensors: Sequence[PendingTensor], architecture: Architecture, config: LlamaConfig, kind: Kind
+    tensors: Sequence[PendingTensor], architecture: Architecture, config: LlamaConfig, kind: GgufType
 ) -> list[WrittenTensor]:
     """The tensors of the file, in order: matrices in `kind`, vectors in float32 as llama.cpp needs them.
 
@@ -119,7 +117,7 @@ def written_tensors(
 
 
 def write_file(
-    path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Sequence[WrittenTensor], kind: Kind
+    path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Sequence[WrittenTensor], kind: GgufType
 ) -> str:
     """Writes the file and returns its digest (`pieces.file_digest`).
 

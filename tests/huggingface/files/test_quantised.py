@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.convert import Conversion, convert_model
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import parse_architecture, read_architecture
 from flacuna_jax.huggingface.files.read import CheckpointReader, note_on_quantisation, open_checkpoint
 from flacuna_jax.huggingface.load import match_tensors
+from flacuna_jax.verbs.convert import Conversion, convert_model
 from tests.huggingface.checkpoints import SMALL, write
 from tests.torch_models import torch, transformers
 

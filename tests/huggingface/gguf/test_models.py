@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax import check, export
+from flacuna_jax import Export, check, export_run
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import parse_architecture, read_architecture
 from flacuna_jax.huggingface.files.read import open_checkpoint
@@ -156,7 +156,7 @@ def test_exports_of_further_families(member: str, story_llama: Path, tmp_path: P
     model.save_pretrained(source)
     for file in story_llama.glob("*token*"):
         shutil.copyfile(file, source / file.name)
-    export.export_run(export.Export(None, str(out), "gguf", model=str(source), gguf_type="bf16", golden_tokens=0))
+    export_run(Export(None, str(out), "gguf", model=str(source), gguf_type="bf16", golden_tokens=0))
     config = read_architecture(out)
     assert config == dataclasses.replace(read_architecture(source), rope_scaling=config.rope_scaling)
     ids, expected = probe_ids(config), logits_of(model, probe_ids(config))
@@ -173,7 +173,7 @@ def test_an_exported_model_in_transformers(kind: str, story_llama: Path, tmp_pat
     reads the same values, names and ids from it."""
     said: list[str] = []
     given = {"run": None, "out": str(tmp_path / "out"), "format": "gguf", "model": str(story_llama), "gguf_type": kind}
-    export.export_run(export.Export(**given, golden_tokens=int(kind == "f16")), said.append)
+    export_run(Export(**given, golden_tokens=int(kind == "f16")), said.append)
     assert any("read back and verified" in line for line in said)
     if kind == "f16":
         assert check.main([str(tmp_path / "out")]) == 0
@@ -200,7 +200,7 @@ def test_an_exported_adapter_is_merged(story_llama: Path, tmp_path: Path) -> Non
         base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    request = export.Export(
+    request = Export(
         None,
         str(tmp_path / "out"),
         "gguf",
@@ -209,7 +209,7 @@ def test_an_exported_adapter_is_merged(story_llama: Path, tmp_path: Path) -> Non
         gguf_type="bf16",
         golden_tokens=0,
     )
-    export.export_run(request)
+    export_run(request)
     reopened = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32
     )
@@ -247,4 +247,4 @@ def test_options_that_do_not_apply(story_llama: Path, tmp_path: Path) -> None:
         ({"format": "merged", "gguf_type": "f16"}, "--gguf-type applies to --format gguf only"),
     ):
         with pytest.raises(UserError, match=message):
-            export.export_run(export.Export(**given | options))
+            export_run(Export(**given | options))
