@@ -45,6 +45,9 @@ def _gpu_module() -> ModuleType | None:
         return None
 
 
+AMPERE = 8.0
+"""The first compute capability with bfloat16 tensor cores, which the Triton kernels use."""
+
 _MODULES: dict[str, ModuleType | None] = {
     "xla": attention_xla,
     "pallas_gpu": _gpu_module(),
@@ -198,10 +201,21 @@ def _ambient_device() -> tuple[str | None, str | None]:
     return jax.devices()[0].device_kind, None
 
 
+def _compute_capability(device_kind: str | None) -> float | None:
+    """Of the GPUs of this process; None for other kinds. An absent GPU that can be planned for has kernels, or a name
+    that does not begin with NVIDIA."""
+    here = jax.devices()[0]
+    found = getattr(here, "compute_capability", None) if here.device_kind == device_kind else None
+    return None if found is None else float(found)
+
+
 def _gpu_backend(
     device_kind: str | None, dim: int, dtype: DTypeLike, softcap: float | None = None
 ) -> tuple[Backend, str]:
     """The fastest known backend for an NVIDIA GPU, and a remark about the choice for the log."""
+    capability = _compute_capability(device_kind)
+    if capability is not None and capability < AMPERE:
+        return "xla", f" of compute capability {capability}, and the kernels need {AMPERE}"
     has_triton = _MODULES["pallas_gpu"] is not None and gpu_holds(dim, dtype)
     misfit = attention_tokamax.misfit(dim, dtype, "gpu", device_kind, softcap)
     measured = measured_seconds(device_kind, dim, dtype)

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from flacuna_jax.deviceless import lowering_for, quick_options
 from flacuna_jax.errors import UserError
-from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE
+from flacuna_jax.kernels import attention_xla, cross_entropy
 from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mesh
-from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks
+from flacuna_jax.planning.estimate import Work, attention_flops, head_chunks, key_tiles
 from flacuna_jax.planning.hlo import Program
 from flacuna_jax.planning.workload import Layout, Workload
 from flacuna_jax.training.network import REFERENCE
@@ -128,8 +128,10 @@ def _compiled(workload: Workload, layout: Layout, devices: Sequence[jax.Device],
 
 def _loop_trips(op_name: str, workload: Workload, layout: Layout) -> float:
     """Trip count of a loop whose count the compiler does not know, from the origin of the loop."""
-    if LOOP_SCOPE in op_name:
+    if cross_entropy.LOOP_SCOPE in op_name:
         return head_chunks(workload, layout)
+    if attention_xla.LOOP_SCOPE in op_name:
+        return key_tiles(workload, attention_xla.TILE)
     if op_name.count("while") > 1:
         return workload.spec.config.num_layers
     return workload.micro_batches(layout)

@@ -111,13 +111,24 @@ def _projections(spec: ModelSpec) -> list[Parameter]:
 def attention_flops(workload: Workload, layout: Layout) -> float:
     """Operations per device and step of the attention kernels: two products forward and five backward, on the visible
     half of each document, in whole tiles."""
-    config, statistics = workload.spec.config, workload.statistics
-    visible = min(workload.length, statistics.document_length + 128) / 2
-    in_window = min(visible, config.sliding_window or math.inf)
-    keys = visible * (config.num_layers - config.count_windowed) + in_window * config.count_windowed
+    config = workload.spec.config
+    keys = config.num_layers * _mean_keys(workload, min(workload.length, workload.statistics.document_length + 128) / 2)
     width = config.num_heads * config.head_dim / layout.mesh.tensor
     passes = 2 * (1 + workload.step.objective.forwards) + 5 + (2 if layout.remat == "full" else 0)
     return passes * 2 * keys * width * _tokens(workload, layout)
+
+
+def key_tiles(workload: Workload, tile: int) -> float:
+    """Mean number of key tiles that a tile of queries needs, over all layers: those from the beginning of the document,
+    or of the window, to the queries themselves."""
+    return _mean_keys(workload, min(workload.length, workload.statistics.document_length) / 2) / tile + 1
+
+
+def _mean_keys(workload: Workload, keys: float) -> float:
+    """The mean over the layers of `keys`, of which layers with a window see at most the window."""
+    config = workload.spec.config
+    in_window = min(keys, config.sliding_window or math.inf)
+    return keys + (in_window - keys) * config.count_windowed / config.num_layers
 
 
 def _tokens(workload: Workload, layout: Layout) -> int:

@@ -75,6 +75,7 @@ def _ada(cores: int, clock_ghz: float, l2_mib: int) -> GpuFacts:
     return GpuFacts((8, 9), cores, 128, clock_ghz, l2_mib * MIB, 100 * KIB, 99 * KIB, 1536)
 
 
+_TURING = GpuFacts((7, 5), 40, 64, 1.59, 4 * MIB, 64 * KIB, 64 * KIB, 1024)
 _A100 = GpuFacts((8, 0), 108, 64, 1.41, 40 * MIB, 164 * KIB, 163 * KIB, 2048)
 _HOPPER = GpuFacts((9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB, 2048)
 
@@ -101,6 +102,8 @@ def _tpu(
 
 
 TARGETS = {
+    # Its tensor cores do not multiply bfloat16; XLA computes such products in float32, at this rate.
+    "t4": _pcie("Tesla T4", int(14.75 * GIB), 320e9, 8.1e12, _TURING),
     "a6000": _pcie("NVIDIA RTX A6000", 51_041_271_808, 768e9, 154.8e12, _ampere_consumer(84, 1.80)),
     "3090": _pcie("NVIDIA GeForce RTX 3090", int(23.69 * GIB), 936e9, 71e12, _ampere_consumer(82, 1.70)),
     "a40": _pcie("NVIDIA A40", int(44.3 * GIB), 696e9, 149.7e12, _ampere_consumer(84, 1.74)),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -206,6 +207,17 @@ def test_auto_on_a_mesh_selects_the_backend_of_its_devices(caplog: pytest.LogCap
     assert [message for message in caplog.messages if "backend" in message] == [
         "attention: backend xla, because the mesh has cpu devices (cpu)"
     ]
+
+
+@pytest.mark.parametrize(("capability", "backend"), [("7.5", "xla"), ("8.6", "pallas_gpu")])
+def test_gpus_without_bfloat16_tensor_cores_have_no_kernels(monkeypatch, caplog, capability: str, backend: str) -> None:
+    kind = "NVIDIA GeForce RTX 2080 Ti"
+    present = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [present])
+    attention_module._log_once.cache_clear()
+    with caplog.at_level("INFO"):
+        assert attention_module._resolve("auto", "gpu", kind, 64, jnp.bfloat16, False) == backend
+    assert ("of compute capability 7.5, and the kernels need 8.0" in caplog.messages[-1]) == (backend == "xla")
 
 
 WITHOUT_TRITON = """

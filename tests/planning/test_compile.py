@@ -16,7 +16,7 @@ from flacuna_jax.planning.compile import CompiledStep, compile_step, lower_step
 from flacuna_jax.planning.estimate import argument_bytes, estimate_work, head_chunks, temporary_bytes
 from flacuna_jax.planning.plans import compiled_plan, estimated_plan
 from flacuna_jax.planning.targets import parse_target, present_machine
-from flacuna_jax.planning.workload import Layout
+from flacuna_jax.planning.workload import Layout, Statistics
 from tests.planning.conftest import NETWORK, make_workload
 
 LLAMA_13B = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
@@ -78,6 +78,23 @@ def test_estimates_agree_with_the_program(sharded):
         for work in (estimated, step.work)
     ]
     assert layer_gathers[0] == layer_gathers[1]
+
+
+def test_every_layer_costs_the_same():
+    """XLA does not know the trip counts of the loops over key tiles, whose loop is nested in that over the layers."""
+    documents = Statistics(
+        rows_per_step=2, steps=10, examples_per_step=8, fill=1.0, supervised=0.3, document_length=128, assumed=True
+    )
+    flops = {}
+    for layers in (4, 8, 16):
+        workload = make_workload(replace(NETWORK, num_layers=layers), length=512, dtype="float32")
+        workload = replace(workload, statistics=documents)
+        flops[layers] = compiled(workload, Layout(MeshConfig(), "none", 2), jax.devices()[:1]).work.matrix_flops
+    assert flops[16] - flops[8] == pytest.approx(2 * (flops[8] - flops[4]), rel=0.01)
+    # Products with a layer's weights forward and for the activations' gradient; attention's in tiles of 64 on top.
+    weights = 4 * 128 * 128 + 3 * 128 * 352
+    attention = (2 + 5) * 2 * (128 / 2 / 64 + 1) * 64 * 128  # two products forward and five backward, per query
+    assert (flops[16] - flops[8]) / 8 == pytest.approx(2 * 512 * (2 * 2 * weights + attention), rel=0.1)
 
 
 @pytest.mark.slow
