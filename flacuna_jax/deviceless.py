@@ -10,6 +10,7 @@ Two things change between releases:
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +100,19 @@ def _lowers_kernels(device: AbstractDevice) -> bool:
     return True
 
 
+@contextmanager
+def not_cached(device: jax.Device) -> Iterator[None]:
+    """Keeps programs for an absent device out of JAX's cache on disk, from which JAX cannot read them back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    previous = getattr(jax.config, name)
+    if device not in jax.devices():
+        jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, previous)
+
+
 def quick_options(device: jax.Device) -> Options:
     """Options that minimize the optimization effort of the device's compiler; {} if it always compiles quickly."""
     candidates = QUICK.get(device.platform, ())
@@ -137,7 +151,8 @@ def _accepted(device: jax.Device, options: Mapping[str, Any]) -> bool:
 def _accepts(device: jax.Device, options: tuple[tuple[str, Any], ...]) -> bool:
     x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x + 1).lower(x).compile(dict(options))
+        with not_cached(device):
+            jax.jit(lambda x: x + 1).lower(x).compile(dict(options))
     except (TypeError, ValueError):  # a value that this release's Python side does not convert
         return False
     except jax.errors.JaxRuntimeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flacuna_jax.deviceless import lowering_for, quick_options
+from flacuna_jax.deviceless import lowering_for, not_cached, quick_options
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels import attention_xla, cross_entropy
 from flacuna_jax.model.sharding import abstract_arrays, batch_sharding, make_mesh
@@ -105,7 +105,9 @@ def compile_step(
 
 def _compiled(workload: Workload, layout: Layout, devices: Sequence[jax.Device], started: float) -> CompiledStep:
     options: Any = quick_options(devices[0])  # also numbers, which the types of older jax releases do not include
-    compiled = lower_step(workload, layout, devices).compile(options or None)
+    lowered = lower_step(workload, layout, devices)
+    with not_cached(devices[0]):
+        compiled = lowered.compile(options or None)
     program = Program(compiled.as_text() or "", lambda op_name: _loop_trips(op_name, workload, layout))
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
