@@ -1,6 +1,6 @@
 """Accelerators by name: facts for the compiler and the roofline, and absent devices to compile for.
 
-Sources. GPUs: NVIDIA's datasheets and architecture whitepapers (GA100, GA102, AD102, GH100) for cores, clocks, L2,
+Sources. GPUs: NVIDIA's datasheets and architecture whitepapers (TU104, GA100, GA102, AD102, AD104, GH100, GB202, Blackwell) for cores, clocks, L2,
 bandwidths and dense bfloat16 rates with float32 accumulation; the CUDA C++ Programming Guide, table "Technical
 Specifications per Compute Capability", for shared memory and threads; memory as reported by the CUDA driver (less than
 in the name of the card). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip. Networks
@@ -57,7 +57,7 @@ class Target:
     """Dense peak."""
     link_bandwidth: float
     """Received from the other devices of its host (for a TPU: of its slice), all links together."""
-    link: Literal["PCIe 4", "NVLink 3", "NVLink 4", "ICI", "memory"]
+    link: Literal["PCIe 4", "NVLink 3", "NVLink 4", "NVLink 5", "ICI", "memory"]
     network_bandwidth: float = 0.0
     """A device's share of the bandwidth that its host (for a TPU: its slice, whose torus spans the hosts) has for
     receiving from others."""
@@ -78,6 +78,8 @@ def _ada(cores: int, clock_ghz: float, l2_mib: int) -> GpuFacts:
 _TURING = GpuFacts((7, 5), 40, 64, 1.59, 4 * MIB, 64 * KIB, 64 * KIB, 1024)
 _A100 = GpuFacts((8, 0), 108, 64, 1.41, 40 * MIB, 164 * KIB, 163 * KIB, 2048)
 _HOPPER = GpuFacts((9, 0), 132, 128, 1.98, 50 * MIB, 228 * KIB, 227 * KIB, 2048)
+_B200 = GpuFacts((10, 0), 148, 128, 1.965, 126 * MIB, 228 * KIB, 227 * KIB, 2048)
+_RTX_5090 = GpuFacts((12, 0), 170, 128, 2.407, 96 * MIB, 100 * KIB, 99 * KIB, 1536)
 
 
 def _pcie(kind: str, memory: int, bandwidth: float, flops: float, gpu: GpuFacts) -> Target:
@@ -107,19 +109,31 @@ TARGETS = {
     "a6000": _pcie("NVIDIA RTX A6000", 51_041_271_808, 768e9, 154.8e12, _ampere_consumer(84, 1.80)),
     "3090": _pcie("NVIDIA GeForce RTX 3090", int(23.69 * GIB), 936e9, 71e12, _ampere_consumer(82, 1.70)),
     "a40": _pcie("NVIDIA A40", int(44.3 * GIB), 696e9, 149.7e12, _ampere_consumer(84, 1.74)),
+    "a10": _pcie("NVIDIA A10", int(22.0 * GIB), 600e9, 125e12, _ampere_consumer(72, 1.695)),
     "a10g": _pcie("NVIDIA A10G", int(22.2 * GIB), 600e9, 70e12, _ampere_consumer(80, 1.71)),
     "4090": _pcie("NVIDIA GeForce RTX 4090", int(23.65 * GIB), 1008e9, 165.2e12, _ada(128, 2.52, 72)),
+    "l4": _pcie("NVIDIA L4", int(22.0 * GIB), 300e9, 121e12, _ada(58, 2.04, 48)),
+    "rtx6000ada": _pcie("NVIDIA RTX 6000 Ada Generation", int(47.4 * GIB), 960e9, 364.2e12, _ada(142, 2.505, 96)),
     "l40s": _pcie("NVIDIA L40S", int(44.5 * GIB), 864e9, 362.05e12, _ada(142, 2.52, 96)),
     "a100-40gb": _a100("NVIDIA A100-SXM4-40GB", 42_331_013_120, 1555e9),
     "a100-80gb": _a100("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2039e9),
     "h100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072, 3352e9),
     "h200": _hopper("NVIDIA H200", int(139.8 * GIB), 4800e9),
+    "5090": _pcie("NVIDIA GeForce RTX 5090", int(31.3 * GIB), 1792e9, 209.5e12, _RTX_5090),
+    "b200": Target("NVIDIA B200", "cuda", int(178 * GIB), 8000e9, 2250e12, 900e9, "NVLink 5", 50e9, _B200),
     "v4": _tpu("TPU v4", 32, 1228e9, 275e12, 300e9, 6.25e9, "v4", 3),
     "v5e": _tpu("TPU v5 lite", 16, 819e9, 197e12, 200e9, 3.125e9, "v5e"),
     "v5p": _tpu("TPU v5", 95, 2765e9, 459e12, 600e9, 6.25e9, "v5p", 3),
     "v6e": _tpu("TPU v6 lite", 32, 1638e9, 918e12, 448e9, 12.5e9, "v6e"),
 }
-_ALIASES = {"rtxa6000": "a6000", "rtx3090": "3090", "rtx4090": "4090", "a100": "a100-80gb", "v5lite": "v5e"}
+_ALIASES = {
+    "rtxa6000": "a6000",
+    "rtx3090": "3090",
+    "rtx4090": "4090",
+    "rtx5090": "5090",
+    "a100": "a100-80gb",
+    "v5lite": "v5e",
+}
 
 
 @dataclass(frozen=True)
