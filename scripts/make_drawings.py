@@ -16,7 +16,7 @@ from flacuna_jax.kernels.packed_mask import make_packed_mask
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#e15759", "#9c755f", "#edc948")
-ROWS, TOKENS_OF_MASK = 8, 64
+ROWS = 8
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def packing() -> str:
-    """The first rows of the demo's first epoch, and the mask of the first tokens of one of them."""
+    """The first rows of the demo's first epoch, and the mask of the first of them."""
     config = load_config("configs/demo.yaml", ["--model.tokenizer=runs/demo/tokenizer"])
     store, length = read_data(config).store, config.data.max_length
     plan = pack(store.lengths, length, config.data.packing, config.seed, 0)
@@ -48,16 +48,18 @@ def packing() -> str:
         *(box(90, legend, 14, 14, COLOURS[0]), text(110, legend + 12, "answer: these tokens carry loss")),
         *(box(330, legend, 14, 14, "#eceff1"), text(350, legend + 12, "padding")),
     ]
-    left, cell = length * scale + 50, 3.4
-    drawn.append(text(left, 12, f"mask of the first {TOKENS_OF_MASK} tokens of row 1"))
-    segments = np.concatenate([np.full(store.lengths[e], n + 1) for n, e in enumerate(plan.row(0))])[:TOKENS_OF_MASK]
+    left = length * scale + 50
+    drawn.append(text(left, 12, "mask of row 1"))
+    drawn.append(box(left, 24, length, length, "#eceff1"))
+    segments = np.zeros(length, np.int32)
+    documents = np.repeat(np.arange(len(plan.row(0))) + 1, store.lengths[plan.row(0)])
+    segments[: len(documents)] = documents
     starts = np.asarray(make_packed_mask(segments[None]).start_bt)[0]
-    drawn.append(box(left, 24, TOKENS_OF_MASK * cell, TOKENS_OF_MASK * cell, "#eceff1"))
-    for query, start in enumerate(starts):
+    for query in range(len(documents)):
         colour = COLOURS[(segments[query] - 1) % len(COLOURS)]
-        drawn.append(box(left + start * cell, 24 + query * cell, (query - start + 1) * cell, cell, colour))
-    drawn.append(text(left, 24 + TOKENS_OF_MASK * cell + 18, "each row: what one token sees"))
-    return svg(drawn, left + TOKENS_OF_MASK * cell, legend + 24)
+        drawn.append(box(left + starts[query], 24 + query, query - starts[query] + 1, 1, colour))
+    drawn.append(text(left, 24 + length + 18, "each line: what one token sees"))
+    return svg(drawn, left + length, max(legend + 24, 24 + length + 24))
 
 
 def weights() -> str:
@@ -69,7 +71,7 @@ def weights() -> str:
         "adapter": (460, 120, ["adapters, float32", "the only trained arrays"]),
         "step": (690, 60, ["compiled step", "one program per run"]),
         "checkpoint": (920, 0, ["checkpoint", "adapters, optimizer, facts"]),
-        "delivery": (920, 120, ["adapter/ or merged model", "read back and compared"]),
+        "delivery": (920, 120, ["adapter or whole model", "read back and compared"]),
     }
     arrows = [("files", "arrays"), ("arrays", "base"), ("base", "step"), ("adapter", "step")]
     arrows += [("step", "checkpoint"), ("step", "delivery")]

@@ -101,7 +101,7 @@ class ModelConfig(Section):
     quantization: Literal["nf4", "int8", "int8_product", "fp8_product"] | None = None
     """How the projections of a frozen base are stored; null stores them in `dtype`. See docs/reference/methods.md. With
     the _product forms, the matrix products with activations and gradients are also computed in 8 bits, which some
-    devices do faster (docs/results/performance.md)."""
+    devices do faster (docs/results/laboratory.md)."""
     rope_scaling: RopeScalingConfig | None = None
     """For inputs longer than the model's context; null uses the rotary embedding of the checkpoint unchanged."""
     tokenizer: LocalPath | None = None
