@@ -3,9 +3,7 @@
 A page has one of the markers below where its generated part belongs.
 """
 
-import contextlib
 import importlib
-import io
 import os
 import posixpath
 import re
@@ -18,12 +16,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import flacuna_jax
-from flacuna_jax import cli
+from flacuna_jax.cli import VERBS
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.config.settings import allowed_words, default_text, sections_of
 
 DOCS = Path(__file__).parents[1] / "docs"
-HELP_COLUMNS = 100
 
 
 def on_config(config: Any) -> Any:
@@ -46,7 +43,7 @@ def settings() -> str:
 
 def commands() -> str:
     """The help of every verb."""
-    return "\n\n".join(f"## {verb}\n\n```text\n{help_of(verb)}\n```" for verb in cli.VERBS)
+    return "\n\n".join(f"## {verb}\n\nTo {what}.\n\n```text\n{help_of(verb)}\n```" for verb, what in VERBS.items())
 
 
 def names() -> str:
@@ -60,14 +57,9 @@ GENERATORS = {"<!-- settings -->": settings, "<!-- commands -->": commands, "<!-
 
 def help_of(verb: str) -> str:
     """What `flacuna VERB --help` prints in a terminal of 100 columns."""
-    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(HELP_COLUMNS)
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            cli.main([verb, "--help"])
-    finally:
-        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
-    return printed.getvalue().strip()
+    os.environ["COLUMNS"] = "100"
+    help_text: str = importlib.import_module(f"flacuna_jax.{verb}").parser().format_help()
+    return help_text.strip()
 
 
 def _existing(nav: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

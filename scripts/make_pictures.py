@@ -44,6 +44,9 @@ COLUMNS, LINES = 110, 400
 SVG = re.sub(r"@font-face \{\{.*?\}\}\s*", "", rich._export_format.CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 SVG = SVG.replace("Fira Code", "ui-monospace").replace('"https://www.textualize.io"', '"https://rich.readthedocs.io"')
 
+QUIETLY = "2> >(grep -v --line-buffered -e absl::InitializeLog -e cudart_stub)"
+"""Without remarks of CUDA's compiler, which is installed for plans but not needed here."""
+
 FIRST = (
     "flacuna train --config configs/demo.yaml --output_dir=runs/first --lora.rank=4 "
     "--evaluation='{fraction: 0.05, every_steps: 200}' --logging.every_steps=20"
@@ -111,8 +114,7 @@ def report() -> None:
 def chat() -> None:
     """A question in the page of the server, answered by the tuned model beside the base."""
     port = free_port()
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    server = subprocess.Popen(["flacuna", "serve", "--run", "runs/first", "--port", str(port)], env=environment)
+    server = subprocess.Popen(["flacuna", "serve", "--run", "runs/first", "--port", str(port)])
     try:
         wait_for(f"http://127.0.0.1:{port}/health")
         with chromium() as browser:
@@ -146,8 +148,7 @@ def run(command: str, look: Callable[[pyte.Screen], None] = lambda _: None) -> p
     stream = pyte.ByteStream(screen)
     process, terminal = pty.fork()
     if process == 0:
-        environment = {**os.environ, "TERM": "xterm-256color", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        os.execvpe("bash", ["bash", "-c", command], environment)
+        os.execvpe("bash", ["bash", "-c", f"{command} {QUIETLY}"], {**os.environ, "TERM": "xterm-256color"})
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     while True:
         try:
@@ -176,27 +177,32 @@ def photograph(name: str, command: str, screen: pyte.Screen) -> None:
 
 
 def colours(screen: pyte.Screen) -> Text:
-    """The lines of a screen that are not empty, with their colours."""
-    names = {"brown": "yellow", "default": ""}
-    text = Text()
+    """The lines of a screen up to the last one that is not empty, with their colours."""
     last = max(row for row, line in enumerate(screen.display) if line.strip())
-    for row in range(last + 1):
-        for column in range(COLUMNS):
-            cell = screen.buffer[row][column]
-            colour = names.get(cell.fg, cell.fg)
-            colour = f"#{colour}" if re.fullmatch("[0-9a-f]{6}", colour) else colour.replace("bright", "bright_")
-            style = [colour, "bold" if cell.bold else "", "reverse" if cell.reverse else ""]
-            text.append(cell.data, style=" ".join(filter(None, style)))
-        text.rstrip()
-        text.append("\n")
-    return text
+    return Text("\n").join(line_of(screen, row) for row in range(last + 1))
+
+
+def line_of(screen: pyte.Screen, row: int) -> Text:
+    line = Text()
+    for column in range(COLUMNS):
+        cell = screen.buffer[row][column]
+        colour = {"brown": "yellow", "default": ""}.get(cell.fg, cell.fg)
+        colour = f"#{colour}" if re.fullmatch("[0-9a-f]{6}", colour) else colour.replace("bright", "bright_")
+        style = [colour, "bold" if cell.bold else "", "reverse" if cell.reverse else ""]
+        line.append(cell.data, style=" ".join(filter(None, style)))
+    line.rstrip()
+    return line
 
 
 def record(name: str, command: str, shown: str | None = None, status: int = 0) -> None:
     """Writes what a command prints as docs/outputs/NAME.txt, with the command in its first line."""
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TF_CPP_MIN_LOG_LEVEL": "2"}
     done = subprocess.run(
-        command, shell=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ["bash", "-c", f"{command} {QUIETLY}"],
+        env={**os.environ, "COLUMNS": str(COLUMNS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode != status:
         raise RuntimeError(f"{command}: status {done.returncode}\n{done.stdout}")

@@ -24,6 +24,8 @@ class Command(NamedTuple):
     place: str
     verb: str
     arguments: list[str]
+    whole: bool = True
+    """Whether it can be called as it is; in running text, an option may lack its value."""
 
 
 def snippets(*languages: str) -> list[Snippet]:
@@ -42,11 +44,12 @@ def commands() -> list[Command]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         lines = [line for language, block in _BLOCK.findall(text) if language in ("bash", "") for line in _lines(block)]
-        lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", _BLOCK.sub("", text))]
         found += [one for line in lines for one in _calls(str(page.relative_to(ROOT)), line)]
+        mentioned = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", _BLOCK.sub("", text))]
+        found += [one._replace(whole=False) for code in mentioned for one in _calls(str(page.relative_to(ROOT)), code)]
     for config in sorted((ROOT / "configs").rglob("*.yaml")):
         lines = [line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#   ")]
-        found += [one for line in lines for one in _calls(f"configs/{config.name}", re.sub(r"\s{2,}\(.*", "", line))]
+        found += [one for line in lines for one in _calls(f"configs/{config.name}", re.sub(r"\s{2,}.*", "", line))]
     return found
 
 
