@@ -82,11 +82,20 @@ def _sections(name: str, section: type[BaseModel], seen: set[type[BaseModel]]) -
     for key, field in section.model_fields.items():
         sections, in_a_list = sections_of(field.annotation)
         path = f"{name}.{key}".lstrip(".")
-        below += [(f"{path}[]" if in_a_list else path, one) for one in sections if one not in seen]
+        heads = [f"{path}[]" if in_a_list else path] * len(sections)
+        if len(sections) > 1:
+            heads = [f"{path} {{name: {name_of(one)}}}" if name_of(one) else path for one in sections]
+        below += [(head, one) for head, one in zip(heads, sections, strict=True) if one not in seen]
         yield _row(key, field, bool(sections))
     yield ""
     for path, one in below:
         yield from _sections(path, one, seen)
+
+
+def name_of(section: type[BaseModel]) -> str | None:
+    """The word that selects this one of several alternatives."""
+    words = allowed_words(section.model_fields["name"].annotation) if "name" in section.model_fields else []
+    return words[0] if len(words) == 1 else None
 
 
 def _row(key: str, field: FieldInfo, is_section: bool) -> str:

@@ -57,7 +57,7 @@ def packing() -> str:
     starts = np.asarray(make_packed_mask(segments[None]).start_bt)[0]
     for query in range(len(documents)):
         colour = COLOURS[(segments[query] - 1) % len(COLOURS)]
-        drawn.append(box(left + starts[query], 24 + query, query - starts[query] + 1, 1, colour))
+        drawn.append(box(left + starts[query], 24 + query, query - starts[query] + 1, 1.2, colour))
     drawn.append(text(left, 24 + length + 18, "each line: what one token sees"))
     return svg(drawn, left + length, max(legend + 24, 24 + length + 24))
 

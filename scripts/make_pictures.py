@@ -17,7 +17,6 @@ import json
 import os
 import pty
 import re
-import shlex
 import shutil
 import socket
 import struct
@@ -98,7 +97,7 @@ def train() -> None:
 
 
 def ask() -> None:
-    record("generate", f"flacuna generate --run runs/first {shlex.quote(QUESTION)}")
+    record("generate", f'flacuna generate --run runs/first "{QUESTION}"')
     shutil.rmtree("runs/first-merged", ignore_errors=True)
     record("export", "flacuna export runs/first runs/first-merged --format merged")
     record("check", "flacuna check runs/first-merged")
