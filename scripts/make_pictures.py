@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyte
 import rich._export_format
@@ -217,8 +218,15 @@ class Browser:
     """A page of Chromium, driven by its DevTools protocol."""
 
     def __init__(self, address: str) -> None:
-        self._socket = connect(address, max_size=2**26)
+        self._connection = connect(address, max_size=2**26)
         self._number = 0
+
+    def __enter__(self) -> "Browser":
+        self._socket = self._connection.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._connection.__exit__(*error)
 
     def open(self, url: str) -> None:
         self._call("Page.navigate", url=url)
@@ -238,9 +246,6 @@ class Browser:
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         time.sleep(0.5)
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
-
-    def close(self) -> None:
-        self._socket.close()
 
     def _call(self, method: str, **parameters: object) -> dict:
         self._number += 1
@@ -270,9 +275,8 @@ def chromium() -> Iterator[Browser]:
         )
         try:
             pages = json.loads(wait_for(f"http://127.0.0.1:{port}/json"))
-            browser = Browser(next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"))
-            yield browser
-            browser.close()
+            with Browser(next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")) as browser:
+                yield browser
         finally:
             process.terminate()
             process.wait()
