@@ -44,7 +44,7 @@ QUICK = tests/config tests/data tests/logs tests/demo tests/huggingface/files te
 	$(addprefix tests/planning/test_,roofline.py targets.py) $(addprefix tests/run/test_,resume.py stop.py) \
 	tests/storage/test_run_directory.py $(addprefix tests/training/test_,flops.py guard.py history.py loop.py)
 
-.PHONY: demo test test-all test-quick test-newest test-skipped test-whole smollm2 lint types format clean
+.PHONY: demo test test-all test-quick test-newest test-skipped test-whole smollm2 docs lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
@@ -79,6 +79,11 @@ test-whole: $(WHOLE_VENV)/.installed-whole
 smollm2: $(PARITY_VENV)/.installed-parity
 	$(PARITY_VENV)/bin/python scripts/fetch_smollm2.py $(SMOLLM2)
 
+# The site, in site/: open site/index.html. `make docs DOCS=serve` shows it while its pages are edited.
+docs: DOCS ?= build
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(DOCS)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -103,7 +108,11 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[test,compilers,hub]"
+	$(BIN)/python -m pip install --quiet -e ".[test,compilers,hub,docs]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch $@ $(VENV)/.installed
 
 # torch first, so that a later resolution does not replace its CPU build.

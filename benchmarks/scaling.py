@@ -1,4 +1,4 @@
-"""Creates the tables of docs/scaling.md: plans 13B and 65B, adapters and full fine-tuning, for absent machines.
+"""Creates the tables of docs/results/scaling.md: plans 13B and 65B, adapters and full fine-tuning, for absent machines.
 
     pip install 'flacuna-jax[compilers]'
     python benchmarks/scaling.py [cuda|tpu|all]

@@ -1,6 +1,6 @@
 """Flacuna in JAX: LoRA instruction tuning of LLaMA-family models (Ghosal et al., 2023, arXiv:2307.02053).
 
-The names below are the Python API, which docs/python.md shows. They are imported on first use, so that
+The names below are the Python API, which docs/reference/python.md shows. They are imported on first use, so that
 `import flacuna_jax` and the command line do not wait for JAX.
 """
 

@@ -3,7 +3,7 @@
 The train step passes the options to `jax.jit`, so that the trainer, the planner (which compiles for absent machines)
 and the benchmarks use the same ones. An option that the installed jaxlib does not know is omitted with a warning
 (`deviceless.known_options`); an option that XLA_FLAGS or LIBTPU_INIT_ARGS sets is left to the user.
-docs/performance.md describes the effect of each option on the compiled step.
+docs/results/laboratory.md describes the effect of each option on the compiled step.
 
 Every verb first calls `prepare_process`, which sets what JAX reads when it initializes its devices.
 """

@@ -1,7 +1,7 @@
 """`flacuna serve --run RUN` or `--model M --adapter NAME=DIR ...`: a server with OpenAI's API, and a page for people.
 
 One base and any number of its adapters answer in one batch; `model: NAME` in a request picks the adapter. See
-docs/serving.md.
+docs/guides/serving.md.
 """
 
 from collections.abc import Sequence

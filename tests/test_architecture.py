@@ -1,4 +1,4 @@
-"""The table of imports in docs/architecture.md against the imports of the code."""
+"""The table of imports in docs/how/architecture.md against the imports of the code."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 import flacuna_jax
 
 ROOT = Path(flacuna_jax.__file__).parent
-DOCS = ROOT.parent / "docs" / "architecture.md"
+DOCS = ROOT.parent / "docs" / "how" / "architecture.md"
 TABLE = {
     row[0]: row[1]
     for row in re.findall(r"^\| `(\w+)` \| ([^|]*) \| [^|]* \|$", DOCS.read_text(), re.MULTILINE)

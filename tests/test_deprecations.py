@@ -5,7 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
-DOCS = Path(__file__).parent.parent / "docs" / "architecture.md"
+DOCS = Path(__file__).parent.parent / "docs" / "how" / "architecture.md"
 
 LOWER_THE_KERNELS = """
 import jax, jax.numpy as jnp

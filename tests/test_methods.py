@@ -1,4 +1,4 @@
-"""Combinations of methods, run as by a user; and every snippet of docs/methods.md is a config."""
+"""Combinations of methods, run as by a user; and every snippet of docs/reference/methods.md is a config."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.small_run import write_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[1] / "docs" / "reference" / "methods.md"
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
 SECTIONS = re.findall(r"^## (.+)$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
 

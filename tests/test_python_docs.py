@@ -1,4 +1,4 @@
-"""Every snippet of docs/python.md, in order, in a directory that has what the page speaks of."""
+"""Every snippet of docs/reference/python.md, in order, in a directory that has what the page speaks of."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import flacuna_jax
 from flacuna_jax import load_config, open_run
 from tests.small_run import write_run
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "python.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -19,7 +19,7 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for number, snippet in enumerate(SNIPPETS):
-        exec(compile(snippet, f"docs/python.md, snippet {number + 1}", "exec"), names)
+        exec(compile(snippet, f"docs/reference/python.md, snippet {number + 1}", "exec"), names)
     said = capsys.readouterr().out
     assert said.index("3 of 6") < said.index("6 of 6 steps done")
     assert "\nblue red\n" in said

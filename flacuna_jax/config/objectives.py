@@ -1,4 +1,4 @@
-"""Settings of `training.objective`: preference tuning. docs/preference.md describes the losses."""
+"""Settings of `training.objective`: preference tuning. docs/guides/preference.md describes the losses."""
 
 from typing import Annotated, ClassVar, Literal
 

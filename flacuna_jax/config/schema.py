@@ -67,7 +67,7 @@ class ArchitectureConfig(Section):
 
 
 class RopeScalingConfig(Section):
-    """Extends a model to longer inputs than it was trained with; see docs/methods.md."""
+    """Extends a model to longer inputs than it was trained with; see docs/reference/methods.md."""
 
     type: Literal["linear", "ntk", "llama3"]
     factor: Annotated[float, Field(gt=1)] | None = None
@@ -99,9 +99,9 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: ArchitectureConfig | None = None
     quantization: Literal["nf4", "int8", "int8_product", "fp8_product"] | None = None
-    """How the projections of a frozen base are stored; null stores them in `dtype`. See docs/methods.md. With the
-    _product forms, the matrix products with activations and gradients are also computed in 8 bits, which some devices
-    do faster (docs/performance.md)."""
+    """How the projections of a frozen base are stored; null stores them in `dtype`. See docs/reference/methods.md. With
+    the _product forms, the matrix products with activations and gradients are also computed in 8 bits, which some
+    devices do faster (docs/results/laboratory.md)."""
     rope_scaling: RopeScalingConfig | None = None
     """For inputs longer than the model's context; null uses the rotary embedding of the checkpoint unchanged."""
     tokenizer: LocalPath | None = None
@@ -193,7 +193,8 @@ class LoraConfig(Section):
 class SourceConfig(Section):
     path: LocalPath
     """A file (.json, .jsonl, .csv, .tsv, .parquet, .arrow, optionally compressed), a directory, a pattern such as
-    data/*.jsonl, or hf:NAME[@REVISION][:CONFIG[:SPLIT]], a dataset of the Hugging Face Hub. See docs/data.md."""
+    data/*.jsonl, or hf:NAME[@REVISION][:CONFIG[:SPLIT]], a dataset of the Hugging Face Hub. See
+    docs/reference/data.md."""
     format: Literal[
         "auto",
         "flan_mini",
@@ -236,7 +237,7 @@ class DataConfig(Section):
     """Which tokens the loss covers: every assistant turn, only the last assistant turn, or everything except BOS."""
     add_tokens: tuple[str, ...] = ()
     """New tokens, which the tokenizer finds in any text. The tables of the model get rows for them; see
-    docs/methods.md."""
+    docs/reference/methods.md."""
     add_special_tokens: tuple[str, ...] = ()
     """New special tokens, which only templates can write, such as <|im_start|>."""
 
@@ -259,8 +260,8 @@ class DataConfig(Section):
 
 class TrainingConfig(Section):
     objective: Annotated[PreferenceConfig, Field(discriminator="name")] | None = None
-    """Preference tuning: {name: dpo}, simpo, orpo or kto, with the settings in docs/preference.md. null: instruction
-    tuning, the cross-entropy of the answers."""
+    """Preference tuning: {name: dpo}, simpo, orpo or kto, with the settings in docs/guides/preference.md. null:
+    instruction tuning, the cross-entropy of the answers."""
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     """Maximum number of optimizer steps; a run ends at `epochs` or `max_steps`, whichever comes first."""
@@ -450,7 +451,7 @@ class DistributedConfig(Section):
 
 class RunConfig(Section):
     output_dir: LocalPath
-    """A directory, or gs://BUCKET/PATH; see docs/training.md."""
+    """A directory, or gs://BUCKET/PATH; see docs/guides/runs.md."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     model: ModelConfig
     lora: LoraConfig | None = LoraConfig()

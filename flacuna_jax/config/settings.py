@@ -1,4 +1,4 @@
-"""Prints every setting of a run as a YAML file with comments, for `flacuna train --settings`."""
+"""Describes every setting of a run, for `flacuna train --settings` as a YAML file with comments."""
 
 import textwrap
 import types
@@ -25,7 +25,7 @@ def describe(section: type[BaseModel], indent: str = "", width: int = _WIDTH) ->
     lines = []
     for name, field in section.model_fields.items():
         lines += [f"{indent}# {line}" for line in _comment(field, width - len(indent) - 2)]
-        sections, in_a_list = _sections_of(field.annotation)
+        sections, in_a_list = sections_of(field.annotation)
         if not sections or isinstance(field.default, str):
             lines.append(f"{indent}{name}:{_default(field)}")
         else:
@@ -48,31 +48,36 @@ def _settings(section: type[BaseModel], indent: str, width: int, in_a_list: bool
 
 def _comment(field: FieldInfo, width: int) -> list[str]:
     notes = [" ".join((field.description or "").split())]
-    words = _words(field.annotation)
+    words = allowed_words(field.annotation)
     if len(words) > 1:
         notes.insert(0, f"{' | '.join(words)}.")
-    if _sections_of(field.annotation)[0] and not field.is_required() and not field.get_default():
+    if sections_of(field.annotation)[0] and not field.is_required() and not field.get_default():
         notes.append("Default: null.")
     return textwrap.wrap(" ".join(filter(None, notes)), width)
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        words = _words(field.annotation)
+        words = allowed_words(field.annotation)
         return f" {words[0]}" if len(words) == 1 else "    # required"
+    return f" {default_text(field)}"
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default of a setting that is not required and not a section, as YAML."""
     value = field.get_default(call_default_factory=True)
     text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
-    return f" {text.strip().removesuffix('...').strip()}"
+    return text.strip().removesuffix("...").strip()
 
 
-def _words(annotation: Any) -> list[str]:
+def allowed_words(annotation: Any) -> list[str]:
     """The fixed words that a setting accepts."""
     if typing.get_origin(annotation) is typing.Literal:
         return [str(word) for word in typing.get_args(annotation)]
-    return [word for part in typing.get_args(annotation) for word in _words(part)]
+    return [word for part in typing.get_args(annotation) for word in allowed_words(part)]
 
 
-def _sections_of(annotation: Any) -> tuple[list[type[BaseModel]], bool]:
+def sections_of(annotation: Any) -> tuple[list[type[BaseModel]], bool]:
     """The section classes of a setting, which are alternatives, and whether the setting is a list of such sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation], False
@@ -80,6 +85,6 @@ def _sections_of(annotation: Any) -> tuple[list[type[BaseModel]], bool]:
     in_a_list = typing.get_origin(annotation) is tuple
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         for part in typing.get_args(annotation):
-            sections, is_list = _sections_of(part)
+            sections, is_list = sections_of(part)
             found, in_a_list = [*found, *sections], in_a_list or is_list
     return found, in_a_list

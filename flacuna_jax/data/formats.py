@@ -1,4 +1,4 @@
-r"""Reads the supported record formats into `Conversation`. docs/data.md lists the formats in a table.
+r"""Reads the supported record formats into `Conversation`. docs/reference/data.md lists the formats in a table.
 
 sharegpt, flan_mini   {"conversations": [{"from": "human", "value": str}, ...]}
 messages              {"messages": [{"role": "user", "content": str or text parts}, ...]}

@@ -1,7 +1,7 @@
 """Estimates memory, arithmetic and communication of a step from the sizes, for ranking and without a compiler.
 
 Weights, state and communication follow exactly from the shardings. Saved activations follow from the remat policies,
-with constants fitted to compiled programs (docs/scaling.md). Memory traffic is a rough count.
+with constants fitted to compiled programs (docs/results/scaling.md). Memory traffic is a rough count.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Estimates the time of a step: arithmetic, memory traffic and communication, each at the rate of the hardware.
 
 Peak rates are scaled by the fraction that good programs reach. These fractions are assumptions until a device is
-measured (docs/performance.md lists measured devices).
+measured (docs/results/performance.md lists measured devices).
 """
 
 from collections import Counter

@@ -3,7 +3,7 @@
 An example has two documents next to each other in a row, the first with an odd segment id. For the others they are the
 conversations with the chosen and with the rejected answer; for KTO, an answer, and the same prompt with the answer to
 another question. Losses are summed by example, so that a step is a mean over its pairs, however its rows are split into
-micro-batches. docs/preference.md has the formulas.
+micro-batches. docs/guides/preference.md has the formulas.
 
 Shape suffixes: b batch, t length, e examples of a row, a the two answers of an example.
 """
