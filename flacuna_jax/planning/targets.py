@@ -1,12 +1,13 @@
 """Accelerators by name: facts for the compiler and the roofline, and absent devices to compile for.
 
-Sources. GPUs: NVIDIA's datasheets and architecture whitepapers (TU104, GA100, GA102, AD102, AD104, GH100, GB202, Blackwell) for cores, clocks, L2,
-bandwidths and dense bfloat16 rates with float32 accumulation; the CUDA C++ Programming Guide, table "Technical
-Specifications per Compute Capability", for shared memory and threads; memory as reported by the CUDA driver (less than
-in the name of the card). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip. Networks
-between hosts: those of vendors' reference systems (DGX A100: a 200 Gb/s port per GPU, DGX H100/H200: 400 Gb/s), and
-one 100 Gb/s port shared by four cards for workstation and PCIe servers; between TPU slices the data-center bandwidth
-that those pages give per pod (v5e 6.4, v6e 25.6 Tb/s for 256 chips), for v4 and v5p a 200 Gb/s port per four chips.
+Sources. GPUs: NVIDIA's datasheets and architecture whitepapers (TU102, GA100, GA102, AD102, GH100, Blackwell) for
+cores, clocks, L2, bandwidths and dense bfloat16 rates with float32 accumulation; the CUDA C++ Programming Guide, table
+"Technical Specifications per Compute Capability", for shared memory and threads; memory as reported by the CUDA driver
+(less than in the name of the card). TPUs: the system-architecture pages of Google Cloud's TPU documentation, per chip.
+Networks between hosts: those of vendors' reference systems (DGX A100: a 200 Gb/s port per GPU, DGX H100/H200: 400
+Gb/s), and one 100 Gb/s port shared by four cards for workstation and PCIe servers; between TPU slices the data-center
+bandwidth that those pages give per pod (v5e 6.4, v6e 25.6 Tb/s for 256 chips), for v4 and v5p a 200 Gb/s port per four
+chips.
 """
 
 import importlib.util
