@@ -79,7 +79,10 @@ def prepare() -> None:
 def plan() -> None:
     command = "flacuna plan --config configs/demo.yaml"
     photograph("plan", command, run(command))
-    record("plan_13b", "flacuna plan --config configs/flacuna_13b.yaml --target 4xA6000 --estimate")
+
+
+def plan_13b() -> None:
+    record("plan_13b", "flacuna plan --config configs/flacuna_13b.yaml --target 4xA6000 --sizes 13b --estimate")
 
 
 def train() -> None:
@@ -134,6 +137,7 @@ MAKERS: dict[str, Callable[[], None]] = {
     "demo": demo,
     "prepare": prepare,
     "plan": plan,
+    "plan_13b": plan_13b,
     "train": train,
     "ask": ask,
     "report": report,
