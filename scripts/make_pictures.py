@@ -69,6 +69,8 @@ def demo() -> None:
     """The output of the whole demo, which takes minutes."""
     shutil.rmtree("runs/demo", ignore_errors=True)
     record("demo", "python -m flacuna_jax.demo", shown="make demo")
+    printed = (OUTPUTS / "demo.txt").read_text(encoding="utf-8")
+    write_output("demo_result", "make demo", f"…\n{printed[printed.index('[5/5]') :]}")
 
 
 def prepare() -> None:
