@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ from tests.docs.pages import ROOT, snippets
 
 PAGE = "docs/start.md"
 LINES = [line for one in snippets("bash") if one.page == PAGE for line in one.text.splitlines()]
-PORT = 8000
 
 
 def test_outputs_are_of_commands_on_the_page():
@@ -48,13 +48,17 @@ def test_every_command_of_the_page_succeeds(tmp_path):
 
 
 def _serves(command: str, directory: Path, environment: dict[str, str]) -> None:
-    server = subprocess.Popen(["exec " + command], shell=True, cwd=directory, env=environment)
+    """Starts the server of the page, on a free port, until it lists the tuned model."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    server = subprocess.Popen(f"exec {command} --port {port}", shell=True, cwd=directory, env=environment)
     try:
         end = time.monotonic() + 300
         while True:
             assert server.poll() is None, f"{command} ended"
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models") as answer:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
                     assert "first" in [model["id"] for model in json.load(answer)["data"]]
                 return
             except OSError:
