@@ -38,7 +38,7 @@ from rich.text import Text
 from websockets.sync.client import connect
 
 ROOT = Path(__file__).parents[1]
-PICTURES, OUTPUTS = ROOT / "docs" / "pictures", ROOT / "docs" / "outputs"
+PICTURES = ROOT / "docs" / "pictures"
 COLUMNS, LINES = 110, 400
 # As rich writes it, without the fonts that it loads from another host.
 SVG = re.sub(r"@font-face \{\{.*?\}\}\s*", "", rich._export_format.CONSOLE_SVG_FORMAT, flags=re.DOTALL)
@@ -59,7 +59,6 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MAKERS)}; default: all")
     os.chdir(ROOT)
     PICTURES.mkdir(exist_ok=True)
-    OUTPUTS.mkdir(exist_ok=True)
     for name in parser.parse_args().names or MAKERS:
         print(name, flush=True)
         MAKERS[name]()
@@ -68,8 +67,8 @@ def main() -> None:
 def demo() -> None:
     """The output of the whole demo, which takes minutes."""
     shutil.rmtree("runs/demo", ignore_errors=True)
-    record("demo", "python -m flacuna_jax.demo", shown="make demo")
-    printed = (OUTPUTS / "demo.txt").read_text(encoding="utf-8")
+    printed = output_of("python -m flacuna_jax.demo")
+    (ROOT / "docs" / "outputs" / "demo.txt").write_text(f"$ make demo\n{printed}", encoding="utf-8")
     write_output("demo_result", "make demo", f"…\n{printed[printed.index('[5/5]') :]}")
 
 
@@ -99,7 +98,8 @@ def train() -> None:
 
     end = run(FIRST, look)
     photograph("train", FIRST, middle[0])
-    write_output("train", FIRST, "\n".join(line.rstrip() for line in end.display).rstrip())
+    printed = "\n".join(end.display)
+    write_output("train", FIRST, f"…\n{printed[re.search(r'^[0-9,]+ of .* steps done', printed, re.M).start() :]}")
 
 
 def ask() -> None:
@@ -200,8 +200,12 @@ def line_of(screen: pyte.Screen, row: int) -> Text:
     return line
 
 
-def record(name: str, command: str, shown: str | None = None, status: int = 0) -> None:
-    """Writes what a command prints as docs/outputs/NAME.txt, with the command in its first line."""
+def record(name: str, command: str, status: int = 0) -> None:
+    """Writes what a command prints into the pages."""
+    write_output(name, command, output_of(command, status))
+
+
+def output_of(command: str, status: int = 0) -> str:
     done = subprocess.run(
         ["bash", "-c", f"{command} {QUIETLY}"],
         env={**os.environ, "COLUMNS": str(COLUMNS)},
@@ -212,12 +216,18 @@ def record(name: str, command: str, shown: str | None = None, status: int = 0) -
     )
     if done.returncode != status:
         raise RuntimeError(f"{command}: status {done.returncode}\n{done.stdout}")
-    write_output(name, shown or command, done.stdout)
+    return done.stdout
 
 
 def write_output(name: str, command: str, text: str) -> None:
+    """Writes a command and what it printed into the pages, where they have a mark with this name."""
     text = "\n".join(line.rstrip() for line in text.strip().splitlines())
-    (OUTPUTS / f"{name}.txt").write_text(f"$ {command}\n{text}\n", encoding="utf-8")
+    block = f"<!-- output: {name} -->\n```text\n$ {command}\n{text}\n```"
+    for page in (ROOT / "docs").rglob("*.md"):
+        before = page.read_text(encoding="utf-8")
+        after = re.sub(rf"<!-- output: {name} -->\n```text\n.*?\n```", lambda _: block, before, flags=re.DOTALL)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
 
 
 class Browser:
