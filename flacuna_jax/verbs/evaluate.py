@@ -31,7 +31,7 @@ from flacuna_jax.inference import (
     addressed_model,
     template_of,
 )
-from flacuna_jax.run.setup import say_on_stderr
+from flacuna_jax.say import say_on_stderr
 from flacuna_jax.whole_files import write_atomically
 
 
