@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from flacuna_jax.arguments import Parser, add_base_option, add_model_options, whole
 from flacuna_jax.cli import run_verb
-from flacuna_jax.evaluation.registry import BENCHMARKS, benchmark_settings
+from flacuna_jax.evaluation.settings import EXECUTING_CODE, IN_TEMPLATE, SETTINGS
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -39,22 +39,24 @@ def parser() -> Parser:
     add_base_option(options)
     add("--rows", type=whole(1), default=16, help="prompts decoded at once")
     add("--no-published", action="store_true", help="omit published rows from tables")
-    runs_code = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.executes_code)
-    in_template = ", ".join(benchmark.name for benchmark in BENCHMARKS if benchmark.uses_template)
-    add("--allow-code-execution", action="store_true", help=f"{runs_code}: run code that the model wrote, isolated")
-    for setting, readers in benchmark_settings().items():
+    add(
+        "--allow-code-execution",
+        action="store_true",
+        help=f"{', '.join(EXECUTING_CODE)}: run code that the model wrote, isolated",
+    )
+    for setting in SETTINGS:
         add(
             setting.flag,
             type=setting.parse,
             default=setting.default,
             choices=setting.choices,
-            help=f"{', '.join(readers)}: {setting.help}",
+            help=f"{', '.join(setting.readers)}: {setting.help}",
         )
     add(
         "--template",
         metavar="NAME",
         default="none",
-        help=f"{in_template}, lm_eval: chat template for prompts; auto: the checkpoint's own",
+        help=f"{', '.join(IN_TEMPLATE)}, lm_eval: chat template for prompts; auto: the checkpoint's own",
     )
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
     add("--judge-model", help="name of the judge on the server; without --judge-url, a model directory")

@@ -1,7 +1,8 @@
 """`python -m flacuna_jax.plan --config C [--target 4xA6000]`: predicts what a run needs on hardware that may be absent.
 
 Compiles the trainer's own step for the target, without weights or devices, and reports its memory and time, and
-whether it fits.
+whether it fits. `--calibrate` measures steps of small networks on the devices of this machine, in a few minutes; the
+seconds of later plans for them are based on that.
 """
 
 from collections.abc import Sequence
@@ -10,10 +11,19 @@ from pathlib import Path
 from flacuna_jax.arguments import Parser, amount, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.planning.llama import LLAMA
+from flacuna_jax.say import say_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    arguments, overrides = parser().parse_with_overrides(argv)
+    options = parser()
+    arguments, overrides = options.parse_with_overrides(argv)
+    if arguments.calibrate and overrides:
+        options.error(f"--calibrate has no settings: {' '.join(overrides)}")
+    if arguments.calibrate:
+        from flacuna_jax.verbs import plan
+
+        plan.calibrate(say_at_once)
+        return None
     from flacuna_jax.config.files import load_config
 
     config = load_config(arguments.config, overrides)
@@ -29,7 +39,11 @@ def parser() -> Parser:
         "Predicts memory, time, communication and cost of a run on a machine, and whether it fits.",
         epilog="Any setting of the config can be overridden: --mesh='{data: 4}' --training.remat=full --lora=null",
     )
-    options.add_argument("--config", required=True, metavar="YAML", help="see configs/")
+    what = options.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="YAML", help="see configs/")
+    what.add_argument(
+        "--calibrate", action="store_true", help="measure the devices of this machine, for the seconds of later plans"
+    )
     options.add_argument(
         "--target", metavar="M", help="4xA6000, 16x8xH100, v5p:4x4x8, ...; default: the devices of this machine"
     )

@@ -124,3 +124,18 @@ def test_a_step_that_exceeds_a_limit_is_named(benchmark_module):
     bad = {"together": 23e9, "products_per_layer": 19, "seconds": 30.0}
     assert compiled_step.judged(row, bad) == ["more than 22 GB", "products", "more than 20 s"]
     assert compiled_step.judged(row, {"failed": "no compiler"}) == ["no compiler"]
+
+
+def test_first_looks_are_taken_of_the_commands_themselves(story_llama, tmp_path):
+    arguments = ["--model", str(story_llama), "--new-tokens", "4", "--verbs", "check,train"]
+    command = [sys.executable, str(BENCHMARKS / "first_look.py"), *arguments, "--json", str(tmp_path / "looks.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    looks = {look["what"]: look for look in json.loads((tmp_path / "looks.json").read_text())["looks"]}
+    assert list(looks)[:4] == ["check --help", "train --help", "generate, cold", "generate, warm"]
+    assert looks["check --help"]["programs"] == 0
+    assert 0 < looks["generate, cold"]["programs"] == looks["generate, warm"]["programs"]
+    assert looks["check --help"]["cpu_seconds"] < looks["generate, warm"]["cpu_seconds"]
+    run, evaluation = looks["train, two steps, warm"], looks["first evaluation and samples, warm"]
+    assert 0 < evaluation["seconds"] < run["seconds"]
+    assert all(what in done.stdout for what in looks)

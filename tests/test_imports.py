@@ -11,9 +11,12 @@ from flacuna_jax.cli import VERBS
 
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "pandas", "pyarrow", "transformers", "datasets", "torch")
 """Each takes from a quarter of a second to several seconds to import."""
+OF_CONFIGS = ("numpy", "pydantic", "yaml")
+"""Reading a config may import these, `--help` may not."""
 LISTING = f"""
 import atexit, sys
-atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
+found = lambda: [name for name in {HEAVY + OF_CONFIGS} if name in sys.modules]
+atexit.register(lambda: print("imported:", *found(), file=sys.stderr))
 """
 
 
@@ -27,7 +30,7 @@ def imported(code: str, cwd: Path | None = None) -> tuple[int, set[str]]:
 
 
 def test_the_test_sees_imports() -> None:
-    assert imported("import flax.nnx")[1] >= {"jax", "flax"}
+    assert imported("import flax.nnx, pydantic")[1] >= {"jax", "flax", "numpy", "pydantic"}
 
 
 def test_the_package_imports_nothing_heavy() -> None:
@@ -65,10 +68,17 @@ def test_help_of_the_module_imports_nothing_heavy(verb: str) -> None:
 )
 def test_mistakes_are_found_before_anything_heavy_is_imported(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("trainin: {}\ndata: {}\n")
-    assert imported(f"from flacuna_jax.cli import script; sys.argv = ['flacuna', *{words}]; script()", tmp_path) == (
-        2,
-        set(),
-    )
+    code = f"from flacuna_jax.cli import script; sys.argv = ['flacuna', *{words}]; script()"
+    status, packages = imported(code, tmp_path)
+    assert status == 2
+    assert packages <= set(OF_CONFIGS)
+
+
+def test_answers_do_not_need_the_trainer_or_the_kernels_of_accelerators() -> None:
+    code = "import flacuna_jax.verbs.generate; assert 'jax.experimental.pallas' not in sys.modules"
+    status, packages = imported(code)
+    assert status == 0
+    assert packages & set(HEAVY) <= {"jax", "flax", "optax"}  # flax imports optax
 
 
 def test_the_names_of_the_package_are_there() -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from flacuna_jax.data.source_files import source_files
 from flacuna_jax.data.store import StoreBuilder, TokenStore
 from flacuna_jax.data.tokenization import SegmentEncoder, Tokenizer
 from flacuna_jax.errors import UserError
+from flacuna_jax.say import Say
 from flacuna_jax.source_code import source_digest
 from flacuna_jax.user_cache import user_cache
 
@@ -52,8 +53,6 @@ _AFTER_TOKENISATION = tuple(
 )
 """Code that a corpus does not depend on."""
 _STORE, _FACTS = "store.json", "facts.json"
-
-Say = Callable[[str], None]
 
 
 def default_directory() -> Path:

@@ -4,34 +4,18 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.evaluation.judge import Judge
 from flacuna_jax.evaluation.results import TaskResult
+from flacuna_jax.evaluation.settings import Setting
 from flacuna_jax.generation.language_model import LanguageModel
 
 T = TypeVar("T")
 Reading = Literal["faithful", "corrected"]
 Run = Callable[[LanguageModel], list[TaskResult]]
 """Evaluates a model on a benchmark whose data has been read and checked."""
-
-
-@dataclass(frozen=True)
-class Setting(Generic[T]):
-    """A command-line option that a benchmark adds to `flacuna evaluate`; several benchmarks may share one."""
-
-    name: str
-    """As a Python identifier: `impact_prompt` becomes `--impact-prompt`."""
-    default: T
-    parse: Callable[[str], T]
-    """For argparse's `type`: raises ArgumentTypeError or ValueError."""
-    help: str
-    choices: tuple[T, ...] | None = None
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -111,7 +95,6 @@ class Benchmark:
     columns: tuple[Column, ...] = ()
     shots: int | None = None
     """Worked examples per prompt in the paper. None: the benchmark has none, so `name:3` is an error."""
-    settings: tuple[Setting[Any], ...] = ()
     groupings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Further breakdowns in the summary of a result: name -> (group of problems -> larger group)."""
     executes_code: bool = False

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from flacuna_jax.arguments import whole
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading, Run, Setting, TableSpec, first_of_each
+from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading, Run, TableSpec, first_of_each
 from flacuna_jax.evaluation.files import field, locate, read_rows
 from flacuna_jax.evaluation.results import Outcome, TaskResult
+from flacuna_jax.evaluation.settings import REPETITIONS
 from flacuna_jax.generation.language_model import LanguageModel, Score, ScoreRequest, encode_prompt
 
 SIZES = {"harmless": 58, "helpful": 59, "honest": 61, "other": 43}
@@ -182,9 +182,6 @@ def run_hhh(
     )
 
 
-REPETITIONS = Setting("repetitions", 1, whole(1), "how often the paper's protocol draws the places of the answers")
-
-
 def _load(data: Path, options: Options) -> Run:
     comparisons = first_of_each(load(data), lambda comparison: comparison.category, options.limit)
     return lambda model: [
@@ -200,6 +197,4 @@ def _columns(protocol: Protocol) -> Iterator[Column]:
     yield Column(table, "Average", task, published="hhh")
 
 
-BENCHMARK = Benchmark(
-    name="hhh", load=_load, columns=(*_columns("paper"), *_columns("current")), settings=(REPETITIONS,)
-)
+BENCHMARK = Benchmark(name="hhh", load=_load, columns=(*_columns("paper"), *_columns("current")))

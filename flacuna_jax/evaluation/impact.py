@@ -16,10 +16,11 @@ from typing import Literal, get_args
 
 from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
-from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading, Run, Setting, TableSpec, sampling_seed
+from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading, Run, TableSpec, sampling_seed
 from flacuna_jax.evaluation.files import Row, field, locate, read_rows
 from flacuna_jax.evaluation.judge import Judge
 from flacuna_jax.evaluation.results import Outcome, TaskResult
+from flacuna_jax.evaluation.settings import IMPACT_PROMPT, IMPACT_TEMPERATURE
 from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, encode_prompt
 from flacuna_jax.generation.settings import Sampling
 
@@ -228,18 +229,17 @@ def _outcome(prompt: WritingPrompt, question: str, answer: str, reviews: dict[st
 
 
 STYLES: dict[str, tuple[Style, ...]] = {"raw": ("raw",), "output": ("output",), "both": ("raw", "output")}
-PROMPT = Setting("impact_prompt", "raw", str, "the benchmark's prompt (raw) or the paper's (output)", tuple(STYLES))
-TEMPERATURE = Setting("impact_temperature", 0.0, float, "its card says 1; LLaMA models were run greedily")
+"""The prompts for each choice of `IMPACT_PROMPT`."""
 
 
 def _load(data: Path, options: Options) -> Run:
-    temperature = options[TEMPERATURE]
+    temperature = options[IMPACT_TEMPERATURE]
     Sampling(temperature)  # raises UserError for a temperature that cannot be used
     prompts = load(data)[: options.limit]
     judge, templates = options.judge(), options.templates()
     return lambda model: [
         run_impact(prompts, model, judge, style, templates.get(model.name), temperature)
-        for style in STYLES[options[PROMPT]]
+        for style in STYLES[options[IMPACT_PROMPT]]
     ]
 
 
@@ -260,7 +260,6 @@ BENCHMARK = Benchmark(
     name="impact",
     load=_load,
     columns=(*_columns("raw", "benchmark's"), *_columns("output", "paper's")),
-    settings=(PROMPT, TEMPERATURE),
     uses_judge=True,
     uses_template=True,
 )

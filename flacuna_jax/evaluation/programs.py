@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from flacuna_jax.arguments import whole
-from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Run, Setting, sampling_seed
+from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Run, sampling_seed
 from flacuna_jax.evaluation.results import Outcome, TaskResult
 from flacuna_jax.evaluation.sandbox import DEFAULT_LIMITS, Limits, Verdict, isolation, run_programs
+from flacuna_jax.evaluation.settings import SAMPLES
 from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, encode_prompt
-
-SAMPLES = Setting("samples", 1, whole(1), "samples per problem (1, 10 or 100)")
 
 
 class CodeProblem(Protocol):
@@ -51,7 +49,7 @@ def code_benchmark(name: str, read: Callable[[Path], CodeTask[P]], column: Colum
         task = replace(whole_task, problems=whole_task.problems[: options.limit])
         return lambda model: [run_code(task, model, options[SAMPLES], workers=os.cpu_count() or 1)]
 
-    return Benchmark(name, load, (column,), settings=(SAMPLES,), executes_code=True)
+    return Benchmark(name, load, (column,), executes_code=True)
 
 
 def run_code(

@@ -1,9 +1,6 @@
 """The benchmarks of `flacuna evaluate`, in the order of tables and columns, and named sets of them."""
 
-from typing import Any
-
 from flacuna_jax.evaluation import bbh, crass, drop, hhh, humaneval, impact, mmlu
-from flacuna_jax.evaluation.benchmark import Setting
 
 BENCHMARKS = (
     mmlu.BENCHMARK,
@@ -21,12 +18,3 @@ SUITES = {
     "paper": ("mmlu:5", "bbh:3", "drop:3", "crass:3", "humaneval", "mmlu:0", "bbh:0", "crass:0", "hhh", "impact"),
 }
 """The tables of the Flacuna paper; do not add new benchmarks."""
-
-
-def benchmark_settings() -> dict[Setting[Any], list[str]]:
-    """The options that benchmarks add, each with the names of the benchmarks that read it."""
-    readers: dict[Setting[Any], list[str]] = {}
-    for benchmark in BENCHMARKS:
-        for setting in benchmark.settings:
-            readers.setdefault(setting, []).append(benchmark.name)
-    return readers

@@ -2,7 +2,7 @@
 counted."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +25,11 @@ from flacuna_jax.flan_mini.stages import LoadTokenizer, fetch, records_path, sca
 from flacuna_jax.flan_mini.templates import family, load_families
 from flacuna_jax.flan_mini.work import Crew, Job, Result, load_result, save_result
 from flacuna_jax.hub import is_hub_name, snapshot_of
+from flacuna_jax.say import Say
 from flacuna_jax.source_code import source_digest
 
 UNIT_BYTES, UNIT_FILES = 64 << 20, 64
 """Maximum bytes and maximum number of files that one job reads."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

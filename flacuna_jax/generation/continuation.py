@@ -4,13 +4,14 @@ whole or in pieces, `start` chooses their first tokens, `advance` adds tokens to
 """
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.generation.caches import Block, Layered, Rows, of_layer, written_at
 from flacuna_jax.generation.decode import LogProbabilities, Numbers, RowSampling, choose_tokens, log_probabilities
@@ -34,8 +35,8 @@ from flacuna_jax.model.lora import select_columns
 from flacuna_jax.model.parameters import ModelSpec
 
 SMALL_STACK = 4 << 30
-"""Maximum size of all layers in bytes for which a CPU keeps a second copy with separate layers. Larger models would
-need too much memory and compile time."""
+"""Maximum size of all layers in bytes for which a CPU's programs get the layers separately. Larger models would take
+too long to compile."""
 
 
 class Piece(NamedTuple):
@@ -67,17 +68,23 @@ class Recent(NamedTuple):
     made: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
-def _split(spec: ModelSpec, params: Params) -> list[nnx.State]:
-    stacked = nnx.state(spec.merge(params).layers)
-    return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(spec.config.num_layers)]
-
-
 def layers_apart(spec: ModelSpec, params: Params) -> list[nnx.State] | None:
     """The parameters of each layer separately if that is faster: for a small model on a CPU; otherwise None."""
     parameters = spec.held | spec.adapters
     size = sum(array.nbytes for path, array in params.items() if parameters[path].stacked)
-    return _split(spec, params) if jax.default_backend() == "cpu" and size <= SMALL_STACK else None
+    if jax.default_backend() != "cpu" or size > SMALL_STACK:
+        return None
+    stacked = nnx.state(spec.merge(params).layers)
+    return [jax.tree.map(functools.partial(_layer, index), stacked) for index in range(spec.config.num_layers)]
+
+
+def _layer(index: int, stacked: jax.Array) -> jax.Array:
+    """One layer of a stacked parameter, on a CPU. Compiling programs for this takes longer than the rest of a start."""
+    sharding = stacked.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    parts = [jax.device_put(np.asarray(part.data)[index], part.device) for part in stacked.addressable_shards]
+    return jax.make_array_from_single_device_arrays(stacked.shape[1:], sharding, parts)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "blocks", "alternatives"), donate_argnames=("rows",))

@@ -22,6 +22,9 @@ from flacuna_jax.model.variables import Parameter
 
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64"})
 _SAMPLE = 4096
+STACKED_ON_HOST = 256 << 20
+"""Maximum size in bytes of a parameter whose layers are stacked on the host. A larger one is stacked on the devices,
+one layer at a time, which needs memory for one layer but a compiled program for each shape."""
 
 __all__ = ["fingerprint", "load_base", "match_tensors", "read_architecture"]
 
@@ -39,7 +42,7 @@ def load_base(
     """The base weights of a checkpoint as stacked arrays on the devices.
 
     Each process reads only the slices of its devices. In addition to the result and the page cache, it needs memory for
-    one layer of one parameter, on the host and on the devices.
+    one layer of one parameter, on the host and on the devices, and at most for `STACKED_ON_HOST` bytes on the host.
 
     Args:
       base: directory of a checkpoint, or an open one.
@@ -160,7 +163,7 @@ def _load_leaf(
     if not parameter.stacked:
         return _place(shape, sharding, dtype, functools.partial(_read_slice, reader, sources[0]))
     axes = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
-    if axes[0] is not None:
+    if axes[0] is not None or math.prod(shape) * dtype.itemsize <= STACKED_ON_HOST:
         return _place(shape, sharding, dtype, functools.partial(_read_stacked, reader, sources))
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*axes[1:]))
     leaf = _allocator(shape, dtype, sharding)()

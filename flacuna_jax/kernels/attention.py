@@ -23,7 +23,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from flacuna_jax.deviceless import kind_compiled_for
-from flacuna_jax.kernels import attention_cudnn, attention_tokamax, attention_tpu, attention_xla
+from flacuna_jax.kernels import attention_cudnn, attention_tokamax
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.tiles import GpuTiles, TpuTiles, gpu_holds, gpu_tiles, measured_seconds, tpu_tiles
@@ -37,24 +37,20 @@ SAVED_NAMES = (OUTPUT_NAME, LSE_NAME)
 _logger = logging.getLogger(__name__)
 
 
-def _gpu_module() -> ModuleType | None:
-    """The only module that needs the Triton lowering of Pallas, whose removal JAX has announced; None without it."""
-    try:
-        return importlib.import_module("flacuna_jax.kernels.attention_gpu")
-    except ImportError:
-        return None
-
-
 AMPERE = 8.0
 """The first compute capability with bfloat16 tensor cores, which the Triton kernels use."""
 
-_MODULES: dict[str, ModuleType | None] = {
-    "xla": attention_xla,
-    "pallas_gpu": _gpu_module(),
-    "pallas_tpu": attention_tpu,
-    "cudnn": attention_cudnn,
-    "tokamax": attention_tokamax,
-}
+
+@cache
+def _module(backend: Backend) -> ModuleType | None:
+    """The kernels of a backend, imported on first use, because those for accelerators import large parts of Pallas.
+    None for pallas_gpu without the Triton lowering of Pallas, whose removal JAX has announced; only it needs that."""
+    try:
+        return importlib.import_module(f"flacuna_jax.kernels.attention_{backend.removeprefix('pallas_')}")
+    except ImportError:
+        if backend != "pallas_gpu":
+            raise
+        return None
 
 
 def attention(
@@ -168,7 +164,7 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
     q_bthd = args[0]
 
     def of(backend: Backend) -> Any:
-        function = getattr(_MODULES[backend], direction)
+        function = getattr(_module(backend), direction)
         return partial(function, **plan.options(backend, q_bthd.shape[-1], q_bthd.dtype))
 
     def local(*args: Any) -> Any:
@@ -216,12 +212,12 @@ def _gpu_backend(
     capability = _compute_capability(device_kind)
     if capability is not None and capability < AMPERE:
         return "xla", f" of compute capability {capability}, and the kernels need {AMPERE}"
-    has_triton = _MODULES["pallas_gpu"] is not None and gpu_holds(dim, dtype)
+    has_triton = _module("pallas_gpu") is not None and gpu_holds(dim, dtype)
     misfit = attention_tokamax.misfit(dim, dtype, "gpu", device_kind, softcap)
     measured = measured_seconds(device_kind, dim, dtype)
     tokamax_is_faster = "tokamax" in measured and min(measured, key=lambda name: measured[name]) == "tokamax"
     if not has_triton:
-        why = " and this package has no kernels for them" + (NO_TRITON if _MODULES["pallas_gpu"] is None else "")
+        why = " and this package has no kernels for them" + (NO_TRITON if _module("pallas_gpu") is None else "")
         return ("xla", f"{why}; tokamax {misfit}") if misfit else ("tokamax", why)
     if not tokamax_is_faster:
         return "pallas_gpu", ""
@@ -313,7 +309,7 @@ def _check_arrays(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask:
 def _check_options(backend: str, scale: float | None, softcap: float | None, tiles: GpuTiles | TpuTiles | None) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
-    if backend != "auto" and _MODULES[backend] is None:
+    if backend != "auto" and _module(backend) is None:
         raise ValueError(f"backend {backend} is not available{NO_TRITON}; use auto")
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None and value <= 0:

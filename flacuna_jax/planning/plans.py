@@ -13,6 +13,8 @@ from flacuna_jax.planning.roofline import StepTime, step_time, summarise
 from flacuna_jax.planning.targets import Machine
 from flacuna_jax.planning.workload import Layout, Workload
 
+UNCALIBRATED = "UNCALIBRATED: peak rates times assumed fractions; `flacuna plan --calibrate` measures devices"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,6 +48,14 @@ class Plan:
         if self.refused:
             return "ESTIMATED from the sizes, because the compiler failed"
         return "ESTIMATED from the sizes, not compiled"
+
+    @property
+    def origin_of_seconds(self) -> str:
+        """Where the rates behind the seconds come from, as text."""
+        calibration = self.machine.calibration
+        if calibration is None or self.workload.spec.dtype not in calibration.factors:
+            return UNCALIBRATED
+        return calibration.origin
 
     @property
     def headroom(self) -> int:
@@ -100,9 +110,11 @@ class Plan:
             "seconds": {
                 "arithmetic": self.time.compute,
                 "device_memory": self.time.memory,
+                "overhead": self.time.overhead,
                 "links": self.time.links,
                 "exposed_exchanges": self.time.exposed,
                 "step": self.time.step,
+                "origin": self.origin_of_seconds,
             },
             "bound_by": self.time.bound,
             "data": {
@@ -130,7 +142,7 @@ def estimated_plan(workload: Workload, layout: Layout, machine: Machine) -> Plan
         temporaries=temporaries,
         peak=sum(arguments.values()) + temporaries,
         work=work,
-        time=step_time(work, machine),
+        time=step_time(work, machine, workload.spec.dtype),
         compiled=False,
     )
 
@@ -157,7 +169,7 @@ def compiled_plan(workload: Workload, layout: Layout, machine: Machine, devices:
         temporaries=result.peak - result.arguments,
         peak=result.peak,
         work=result.work,
-        time=step_time(result.work, machine),
+        time=step_time(result.work, machine, workload.spec.dtype),
         compiled=True,
         compile_seconds=result.seconds,
     )

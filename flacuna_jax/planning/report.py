@@ -55,7 +55,10 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
     ]
     row("exchanges", *(exchanges or ["none"]))
     links = "".join(f", {link} {seconds:.2f} s" for link, seconds in time.links.items())
-    row("time", f"{time.step:.2f} s per step: arithmetic {time.compute:.2f} s, memory {time.memory:.2f} s{links}")
+    if time.overhead:
+        links = f", overhead {time.overhead:.2f} s{links}"
+    parts = f"arithmetic {time.compute:.2f} s, memory {time.memory:.2f} s{links}"
+    row("time", f"{time.step:.2f} s per step: {parts}", plan.origin_of_seconds)
     row("bound by", time.bound)
     row("speed", f"{plan.tokens_per_second:,.0f} tokens/s on all devices")
     assumed = "ASSUMED, the data are not on this machine: " if statistics.assumed else ""
@@ -120,7 +123,7 @@ def ranking_table(plans: Sequence[Plan], price: float | None) -> RenderableType:
     sources = {plan.source for plan in plans}
     note = (
         f"all {' and '.join(sorted(sources))}; {_assumption(plans[0])}; rows: per device and pass; exposed: seconds of "
-        "communication that is not overlapped"
+        f"communication that is not overlapped; seconds: {plans[0].origin_of_seconds}"
     )
     return Group(title, table, Text(note, style="dim"), Text())
 
@@ -165,7 +168,8 @@ def write_html(path: Path, plans: Sequence[Plan]) -> None:
         parts.append(f'<rect x="{x}" y="{bottom + 14}" width="12" height="12" fill="{_COLOURS[kind]}"/>')
         parts.append(_text(x + 18, bottom + 24, kind))
     how = "compiled" if all(plan.compiled for plan in plans) else "not all compiled"
-    note = f"{how}; {_assumption(best)}; seconds by roofline; grey does not fit; kinds below 1 % are not shown"
+    seconds_of = best.origin_of_seconds
+    note = f"{how}; {_assumption(best)}; seconds: {seconds_of}; grey does not fit; kinds below 1 % are not shown"
     document = (
         f"<!doctype html><meta charset=utf-8><title>Plan for {html.escape(machine.description)}</title>"
         "<style>body{font:14px system-ui,sans-serif;margin:2em}text{font-size:13px}</style>"

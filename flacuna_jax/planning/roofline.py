@@ -1,7 +1,8 @@
 """Estimates the time of a step: arithmetic, memory traffic and communication, each at the rate of the hardware.
 
-Peak rates are scaled by the fraction that good programs reach. These fractions are assumptions until a device is
-measured (docs/results/performance.md lists measured devices).
+On calibrated devices, the seconds of arithmetic and memory are those of `calibration.Factors`. Elsewhere, peak rates
+are scaled by the fraction that good programs reach, which is an assumption (docs/results/performance.md has
+measurements).
 """
 
 from collections import Counter
@@ -27,6 +28,8 @@ class StepTime:
 
     compute: float
     memory: float
+    overhead: float
+    """Seconds of a step, whatever its size; 0 if the devices are not calibrated."""
     links: dict[str, float]
     """Seconds of communication by link, overlapped or not."""
     exposed: float
@@ -36,10 +39,20 @@ class StepTime:
     """The part that takes most of the step's time."""
 
 
-def step_time(work: Work, machine: Machine) -> StepTime:
-    target = machine.target
-    compute = work.flops / (target.bf16_flops * MATRIX_SHARE[target.platform])
-    memory = work.memory_traffic / (target.memory_bandwidth * MEMORY_SHARE)
+def step_time(work: Work, machine: Machine, dtype: str) -> StepTime:
+    """The time of a step that computes in a dtype."""
+    factors = machine.calibration and machine.calibration.factors.get(dtype)
+    if factors:
+        compute = work.flops * factors.seconds_per_flop
+        memory = work.memory_traffic * factors.seconds_per_byte
+        overhead = factors.overhead
+        own = compute + memory + overhead
+    else:
+        target = machine.target
+        compute = work.flops / (target.bf16_flops * MATRIX_SHARE[target.platform])
+        memory = work.memory_traffic / (target.memory_bandwidth * MEMORY_SHARE)
+        overhead = 0.0
+        own = max(compute, memory)
     links: dict[str, float] = {}
     overlapped = exposed = 0.0
     for collective in work.collectives:
@@ -49,13 +62,14 @@ def step_time(work: Work, machine: Machine) -> StepTime:
             overlapped += seconds
         else:
             exposed += seconds
-    parts = {"arithmetic": compute, "device memory": memory, **links}
+    parts = {"arithmetic": compute, "device memory": memory, "overhead": overhead, **links}
     return StepTime(
         compute=compute,
         memory=memory,
+        overhead=overhead,
         links=links,
         exposed=exposed,
-        step=max(compute, memory, overlapped) + exposed,
+        step=max(own, overlapped) + exposed,
         bound=max(parts, key=lambda part: parts[part]),
     )
 

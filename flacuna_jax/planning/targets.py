@@ -24,6 +24,7 @@ from jax.experimental import topologies
 from flacuna_jax.compiler import MEMORY_FRACTION
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.sharding import tpu_slices
+from flacuna_jax.planning.calibration import Calibration, read_calibration
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -147,6 +148,8 @@ class Machine:
     devices_per_host: int = 1
     torus: tuple[int, ...] = ()
     """Sides of a TPU slice, if the user named them."""
+    calibration: Calibration | None = None
+    """What was measured on these devices."""
 
     @property
     def devices(self) -> int:
@@ -204,7 +207,7 @@ def known_target(device: jax.Device) -> Target | None:
 
 
 def present_machine(devices: Sequence[jax.Device]) -> Machine:
-    """The machine of the given devices, by their kind.
+    """The machine of the given devices, by their kind, with what `flacuna plan --calibrate` measured on them.
 
     CPU devices have approximate facts, 160 GFLOP/s per core; they share their host's memory and cores.
 
@@ -223,7 +226,7 @@ def present_machine(devices: Sequence[jax.Device]) -> Machine:
         target = known
     if target.platform == "tpu":
         hosts = tpu_slices(devices)
-    return Machine(target, hosts, len(devices) // hosts)
+    return Machine(target, hosts, len(devices) // hosts, calibration=read_calibration(devices))
 
 
 # Without these, libtpu queries a metadata server that exists only on TPU hosts, searches other hosts, and permits only

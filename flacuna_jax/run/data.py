@@ -1,6 +1,5 @@
 """The data of a run: tokenised, counted, and split into training and held-out examples."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ from flacuna_jax.data.store_cache import cached_store, default_directory
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.chat_template import describe_choice, open_template
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
-
-Say = Callable[[str], None]
+from flacuna_jax.say import Say
 
 
 class RunData(NamedTuple):

@@ -23,7 +23,8 @@ from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.store_cache import default_directory
 from flacuna_jax.model.parameters import Params
 from flacuna_jax.model.sharding import batch_sharding, row_shards
-from flacuna_jax.run.setup import Say, Setup, first_adapters, load_weights
+from flacuna_jax.run.setup import Setup, first_adapters, load_weights
+from flacuna_jax.say import Say
 from flacuna_jax.source_code import source_digest
 from flacuna_jax.storage.checkpoint import checksum
 from flacuna_jax.training.loop import to_devices

@@ -5,8 +5,7 @@ import functools
 import json
 import os
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +50,7 @@ from flacuna_jax.run.code_version import (
 )
 from flacuna_jax.run.data import read_data
 from flacuna_jax.run.model import ModelSource, context_warning, open_model
+from flacuna_jax.say import Say
 from flacuna_jax.storage.bucket import is_bucket, read_text
 from flacuna_jax.storage.checkpoint import checksum
 from flacuna_jax.storage.local_run import local_run
@@ -59,23 +59,6 @@ from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig
-
-Say = Callable[[str], None]
-"""Receives messages for the user; hosts other than the first print nothing."""
-
-
-def say_at_once(text: str) -> None:
-    """Prints and flushes, so that a log file is up to date and complete if the process is killed."""
-    print(text, flush=True)
-
-
-def say_on_stderr(text: str) -> None:
-    """For commands that print their result on standard output."""
-    print(text, file=sys.stderr)
-
-
-def say_nothing(text: str) -> None:
-    del text
 
 
 class Parts(NamedTuple):

@@ -14,7 +14,8 @@ from flacuna_jax.run.resume import (
     require_same_run,
     rounding_changes,
 )
-from flacuna_jax.run.setup import Say, Setup, first_adapters, load_weights
+from flacuna_jax.run.setup import Setup, first_adapters, load_weights
+from flacuna_jax.say import Say
 from flacuna_jax.storage.checkpoint import Checkpointer, Meta, checksum, list_checkpoints, restore_adapters
 from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.history import History, RecentLosses

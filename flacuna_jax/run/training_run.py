@@ -30,19 +30,17 @@ from flacuna_jax.run.measurement import is_due
 from flacuna_jax.run.reference import with_reference
 from flacuna_jax.run.resume import WORDS
 from flacuna_jax.run.setup import (
-    Say,
     Setup,
     open_parts,
     peak_flops,
     plan_facts,
     require_output_apart,
-    say_at_once,
-    say_nothing,
     set_up,
 )
 from flacuna_jax.run.start import chosen_state, starting_point
 from flacuna_jax.run.stop import StopRequest
 from flacuna_jax.run.watch import Watch, report_on, warn_if_worse
+from flacuna_jax.say import Say, say_at_once, say_nothing
 from flacuna_jax.storage.bucket import is_bucket, open_output
 from flacuna_jax.storage.checkpoint import Checkpointer
 from flacuna_jax.storage.run_directory import RunDirectory

@@ -9,7 +9,8 @@ from flacuna_jax.logs.report import environment, mixture_rows, read_metrics, wri
 from flacuna_jax.logs.step_log import StepLog
 from flacuna_jax.run.bad_steps import BadStepPolicy
 from flacuna_jax.run.measurement import Measurement
-from flacuna_jax.run.setup import Say, Setup, plan_facts
+from flacuna_jax.run.setup import Setup, plan_facts
+from flacuna_jax.say import Say
 from flacuna_jax.storage.checkpoint import Checkpointer, Meta
 from flacuna_jax.storage.run_directory import RunDirectory
 from flacuna_jax.training.history import History, RecentLosses

@@ -18,7 +18,7 @@ from flacuna_jax.inference import (
     template_of,
     trained_with,
 )
-from flacuna_jax.run.setup import say_on_stderr
+from flacuna_jax.say import say_on_stderr
 
 COMMANDS = "/reset  /system TEXT  /load ADAPTER  /base  /task TEXT  /help  /quit"
 

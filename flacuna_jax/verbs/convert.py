@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -21,8 +20,7 @@ from flacuna_jax.huggingface.files.released import BASE, DequantisedBase, releas
 from flacuna_jax.huggingface.files.tensors import TensorReader
 from flacuna_jax.huggingface.forms import StoredDtype
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer, tokenizer_files
-
-Say = Callable[[str], None]
+from flacuna_jax.say import Say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from flacuna_jax.evaluation.cache import CachedModel, Store
 from flacuna_jax.evaluation.judge import Judge, ModelJudge, ServerJudge
 from flacuna_jax.evaluation.plot import to_svg
 from flacuna_jax.evaluation.published import published_remarks, published_rows
-from flacuna_jax.evaluation.registry import BENCHMARKS, benchmark_settings
+from flacuna_jax.evaluation.registry import BENCHMARKS
 from flacuna_jax.evaluation.results import TaskResult, write_result
+from flacuna_jax.evaluation.settings import SETTINGS
 from flacuna_jax.evaluation.statistics import confidence_interval
 from flacuna_jax.evaluation.suite import named_tasks
 from flacuna_jax.evaluation.tables import all_differences, make_tables, to_latex, to_markdown
@@ -31,7 +32,7 @@ from flacuna_jax.inference import (
     addressed_model,
     template_of,
 )
-from flacuna_jax.run.setup import say_on_stderr
+from flacuna_jax.say import say_on_stderr
 from flacuna_jax.whole_files import write_atomically
 
 
@@ -92,7 +93,7 @@ def _options(arguments: argparse.Namespace, addresses: list[tuple[ModelAddress, 
         allow_code_execution=arguments.allow_code_execution,
         judge=functools.cache(lambda: _judge(arguments, output)),
         templates=functools.cache(lambda: {name: _template(arguments, address) for address, name in addresses}),
-        settings={setting: getattr(arguments, setting.name) for setting in benchmark_settings()},
+        settings={setting: getattr(arguments, setting.name) for setting in SETTINGS},
     )
 
 

@@ -37,11 +37,10 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.run.deliver import adapter_spec, companions, tokenizer_writer
 from flacuna_jax.run.facts import run_facts
 from flacuna_jax.run.model import ModelSource, open_model
+from flacuna_jax.say import Say
 from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters
 from flacuna_jax.storage.local_run import local_run
 from flacuna_jax.verbs.convert import STORED_DTYPES
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flacuna_jax.inference import (
     addressed_model,
     template_of,
 )
-from flacuna_jax.run.setup import say_on_stderr
+from flacuna_jax.say import say_on_stderr
 
 PRINTED_TOGETHER = 32
 """Answers are printed after each group of this many batches, so an interrupted list loses at most one group."""

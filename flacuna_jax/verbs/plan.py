@@ -25,7 +25,9 @@ from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
 from flacuna_jax.model.token_rows import NO_TOKENS
+from flacuna_jax.planning.calibration import Factors, new_calibration, write_calibration
 from flacuna_jax.planning.llama import LLAMA
+from flacuna_jax.planning.measure import calibration_cases, measure_cases
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
 from flacuna_jax.planning.report import plan_table, ranking_table, write_html
 from flacuna_jax.planning.search import choices, nearest_fit, search
@@ -59,6 +61,26 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> None:
         print(json.dumps({**document, "nearest_fit": nearest and nearest.to_json(arguments.price)}, indent=2))
     else:
         _print(planned, arguments)
+
+
+def calibrate(say: Note) -> None:
+    """Measures steps on the devices of this machine, and keeps the factors of their seconds for later plans."""
+    devices = jax.devices()
+    measured = measure_cases(calibration_cases(), say)
+    calibration = new_calibration(devices, measured)
+    for dtype, factors in calibration.factors.items():
+        errors = [abs(one.predicted(factors) / one.seconds - 1) for one in measured[dtype]]
+        say(f"{dtype}: {_rates(factors)}; these steps are met within {100 * max(errors):.0f} %")
+    say(f"{calibration.origin}: {write_calibration(calibration)}")
+
+
+def _rates(factors: Factors) -> str:
+    rates = (
+        (factors.seconds_per_flop, 1e-9, "GFLOP/s"),
+        (factors.seconds_per_byte, 1e-9, "GB/s through memory"),
+    )
+    told = [f"{unit / seconds:,.0f} {name}" for seconds, unit, name in rates if seconds]
+    return ", ".join([*told, f"{1e3 * factors.overhead:.1f} ms per step"])
 
 
 class Planned(NamedTuple):

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +33,7 @@ from flacuna_jax.huggingface.files.place import local_checkpoint
 from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
 from flacuna_jax.run.data import cached_corpus
 from flacuna_jax.run.model import context_warning, network_sizes
-
-Say = Callable[[str], None]
+from flacuna_jax.say import Say
 
 
 def prepare_collection(config: FlanMiniConfig, *, show: int = 0, rebuild: bool = False, say: Say = print) -> Built:

@@ -22,7 +22,7 @@ from flacuna_jax.inference import (
     trained_with,
 )
 from flacuna_jax.model.sharding import check_mesh, make_mesh, row_shards
-from flacuna_jax.run.setup import say_on_stderr
+from flacuna_jax.say import say_on_stderr
 from flacuna_jax.serving import LONGEST
 
 if TYPE_CHECKING:

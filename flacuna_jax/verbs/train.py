@@ -20,16 +20,13 @@ from flacuna_jax.run.deliver import what_next
 from flacuna_jax.run.determinism import Beginning, NotDeterministic, check_determinism
 from flacuna_jax.run.reference import with_reference
 from flacuna_jax.run.setup import (
-    Say,
     open_parts,
-    say_at_once,
-    say_nothing,
-    say_on_stderr,
     set_up,
 )
 from flacuna_jax.run.start import fresh_state, newest_state
 from flacuna_jax.run.stop import Stopped, StopRequest
 from flacuna_jax.run.training_run import open_run
+from flacuna_jax.say import Say, say_at_once, say_nothing, say_on_stderr
 from flacuna_jax.storage.bucket import require_supported
 from flacuna_jax.training.loop import StateHook, StepHook
 from flacuna_jax.training.step import make_step

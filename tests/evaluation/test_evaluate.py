@@ -10,6 +10,9 @@ import pytest
 
 from flacuna_jax import evaluate
 from flacuna_jax.cli import run_verb
+from flacuna_jax.evaluation import impact
+from flacuna_jax.evaluation.registry import BENCHMARKS
+from flacuna_jax.evaluation.settings import EXECUTING_CODE, IMPACT_PROMPT, IN_TEMPLATE, SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,10 @@ def test_options_that_are_not_numbers_are_errors(option: str, capsys: pytest.Cap
 def test_a_missing_model_is_an_error(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _evaluate("--model", tmp_path / "no", "--data", data, "--tasks", "crass", "--output", tmp_path / "o") == 2
     assert "is not a directory; give a checkpoint directory" in capsys.readouterr().err
+
+
+def test_options_name_the_benchmarks_that_they_are_for() -> None:
+    assert tuple(benchmark.name for benchmark in BENCHMARKS if benchmark.executes_code) == EXECUTING_CODE
+    assert tuple(benchmark.name for benchmark in BENCHMARKS if benchmark.uses_template) == IN_TEMPLATE
+    assert {name for setting in SETTINGS for name in setting.readers} <= {benchmark.name for benchmark in BENCHMARKS}
+    assert IMPACT_PROMPT.choices == tuple(impact.STYLES)

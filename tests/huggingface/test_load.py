@@ -11,6 +11,7 @@ import pytest
 
 from flacuna_jax.config.schema import MeshConfig
 from flacuna_jax.errors import UserError
+from flacuna_jax.huggingface import load as load_module
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.files.read import open_checkpoint
 from flacuna_jax.huggingface.load import fingerprint, load_base, match_tensors
@@ -28,8 +29,12 @@ def load(path: Path, config: LlamaConfig, mesh: MeshConfig = MESHES["one"], dtyp
     return load_base(path, config, parameter_shardings(base_parameters(config), make_mesh(mesh)), dtype)
 
 
+@pytest.mark.parametrize("stacked_on_host", [0, load_module.STACKED_ON_HOST])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_arrays_equal_those_of_transformers_and_have_the_right_shardings(mesh: str, written: Written) -> None:
+def test_arrays_equal_those_of_transformers_and_have_the_right_shardings(
+    mesh: str, stacked_on_host: int, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "STACKED_ON_HOST", stacked_on_host)
     params = load(written.path, written.config, MESHES[mesh])
     expected = from_torch(written.model, written.config)
     shardings = parameter_shardings(base_parameters(written.config), make_mesh(MESHES[mesh]))

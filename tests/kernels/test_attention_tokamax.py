@@ -57,6 +57,11 @@ def inputs(dim: int = 64, dtype: Any = jnp.bfloat16) -> tuple[tuple[jax.Array, .
     return packings.inputs(0, 2, 32, 4, 2, dim, dtype)[:3], make_packed_mask(jnp.array(segments))
 
 
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = attention_module._module
+    monkeypatch.setattr(attention_module, "_module", lambda name: None if name == "pallas_gpu" else module(name))
+
+
 @pytest.fixture
 def tokamax_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tokamax, "installed", lambda: VERSION)
@@ -135,7 +140,7 @@ def test_auto_selects_it_without_triton_or_if_it_is_measured_to_be_faster(
     monkeypatch.setattr(attention_tokamax, "installed", lambda: version)
     monkeypatch.setattr(attention_module, "measured_seconds", lambda *_: measured)
     if not has_triton:
-        monkeypatch.setitem(attention_module._MODULES, "pallas_gpu", None)
+        without_triton(monkeypatch)
     attention_module._log_once.cache_clear()
     with caplog.at_level("INFO"):
         chosen = attention_module._resolve("auto", "gpu", kind, 64, jnp.bfloat16, False)
@@ -145,7 +150,7 @@ def test_auto_selects_it_without_triton_or_if_it_is_measured_to_be_faster(
 
 
 def test_a_step_without_a_mesh_uses_it_too(monkeypatch: pytest.MonkeyPatch, tokamax_is_here: None) -> None:
-    monkeypatch.setitem(attention_module._MODULES, "pallas_gpu", None)
+    without_triton(monkeypatch)
     assert attention_module._gpu_backend(H200, 128, jnp.bfloat16)[0] == "tokamax"
     assert attention_module._gpu_backend(H200, 128, jnp.float32)[0] == "xla"
     capped, why = attention_module._gpu_backend(H200, 128, jnp.bfloat16, softcap=50.0)

@@ -34,10 +34,10 @@ def test_overlapped_communication_costs_only_the_excess():
     machine = parse_target("4xA6000")
     second = 154.8e12 * MATRIX_SHARE["cuda"]
     exchange = Collective("all-gather", int(32e9 * LINK_SHARE["PCIe 4"] * 4 / 3), (0, 1, 2, 3), 1, False, "")
-    alone = step_time(Work(2 * second, 0, 0, [exchange]), machine)
+    alone = step_time(Work(2 * second, 0, 0, [exchange]), machine, "bfloat16")
     assert alone.step == pytest.approx(3, rel=1e-3)
     assert alone.bound == "arithmetic"
-    hidden = step_time(Work(2 * second, 0, 0, [dataclasses.replace(exchange, overlapped=True)]), machine)
+    hidden = step_time(Work(2 * second, 0, 0, [dataclasses.replace(exchange, overlapped=True)]), machine, "bfloat16")
     assert hidden.step == pytest.approx(2, rel=1e-3)
-    link_bound = step_time(Work(0.5 * second, 0, 0, [exchange]), machine)
+    link_bound = step_time(Work(0.5 * second, 0, 0, [exchange]), machine, "bfloat16")
     assert link_bound.bound == "PCIe 4"
