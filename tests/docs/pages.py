@@ -68,3 +68,15 @@ def _calls(place: str, line: str) -> Iterator[Command]:
     verb, *arguments = [word.rstrip(";") for word in words[:end]]
     if re.fullmatch("[a-z]+", verb) and "..." not in arguments:
         yield Command(place, verb, arguments)
+
+
+def benchmarks() -> dict[str, set[str]]:
+    """The options with which pages call each benchmark, by its file."""
+    found: dict[str, set[str]] = {}
+    for page in PAGES:
+        for called in re.findall(
+            r"python (?:-m )?(benchmarks[./]\w+)(?:\.py)?([^`\n#|]*)", page.read_text(encoding="utf-8")
+        ):
+            file = f"{called[0].replace('.', '/')}.py"
+            found.setdefault(file, set()).update(re.findall(r"--[\w-]+", called[1]))
+    return found

@@ -4,7 +4,10 @@ that need nothing from elsewhere."""
 import ast
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
-from tests.docs.pages import PAGES, ROOT, Command, Snippet, commands, snippets
+from tests.docs.pages import PAGES, ROOT, Command, Snippet, benchmarks, commands, snippets
 
 COMMANDS = commands()
 SMALLEST = {"output_dir": "runs/x", "model": {"path": "models/x"}, "data": {"sources": [{"path": "x.json"}]}}
@@ -137,3 +140,13 @@ def _exists(path: str) -> bool:
 
 def test_the_package_exports_what_the_site_lists():
     assert all(getattr(flacuna_jax, exported) is not None for exported in flacuna_jax.__all__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "options"), benchmarks().items())
+def test_a_benchmark_has_the_options_of_the_pages(file, options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, file, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert options <= set(re.findall(r"--[\w-]+", done.stdout))
