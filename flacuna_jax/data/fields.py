@@ -1,6 +1,7 @@
 """The fields and the parser of each record format, and the fields that records of any format may have."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ Parser = Callable[[Reading], Dialogue]
 
 _MESSAGES = ("conversations", "messages", "conversation")
 _QUESTIONS = ("question", "query", "prompt", "input")
-_ANSWERS = ("answer", "response", "output")
+_ANSWERS = ("answer", "response", "output", "completion")
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _MEDIA = ("images", "videos", "audios")
@@ -64,7 +65,8 @@ def _alpaca(reading: Reading) -> Dialogue:
 
 
 def _dolly(reading: Reading) -> Dialogue:
-    return Dialogue(None, [*_history(reading), *_single_turn(reading, "instruction", "context", "response")])
+    answer = reading.first("response", "completion") or "response"
+    return Dialogue(None, [*_history(reading), *_single_turn(reading, "instruction", "context", answer)])
 
 
 def _question_answer(reading: Reading) -> Dialogue:
@@ -91,10 +93,25 @@ def _prompt_completion(reading: Reading) -> Dialogue:
 
 def _preference(reading: Reading) -> Dialogue:
     """A pair of answers; see data/preferences.py."""
+    reading = _in_common_form(reading)
     system, chosen, rejected = read_pair(reading, _prompt_of_pair(reading))
     if reading.record.get("messages") == reading.record.get("chosen"):
         reading.used.add("messages")  # UltraFeedback repeats the chosen conversation
-    return Dialogue(system, chosen, rejected=rejected)
+    return Dialogue(system, chosen, read_tools(reading, *_TOOLS), rejected)
+
+
+def _in_common_form(reading: Reading) -> Reading:
+    """The record with messages for the prompt and a field for each answer, whatever program wrote it."""
+    record = dict(reading.record)
+    if isinstance(record.get("input"), dict):  # OpenAI's {"input": {"messages": [...], "tools": [...]}}
+        reading.used.add("input")
+        record |= record.pop("input")
+    field = reading.first(*_MESSAGES)
+    if field is not None and reading.first(*CHOSEN) is None:  # ms-swift's messages end with the chosen answer
+        messages = decoded(record[field], repr(field))
+        if isinstance(messages, list) and messages:
+            record |= {field: messages[:-1], CHOSEN[0]: messages[-1:]}
+    return replace(reading, record=record)
 
 
 def _prompt_of_pair(reading: Reading) -> Prompt | None:
@@ -106,9 +123,6 @@ def _prompt_of_pair(reading: Reading) -> Prompt | None:
     field = next((name for name in _PAIR_PROMPTS if not is_empty(reading.record.get(name))), None)
     if field is None:
         return None
-    if isinstance(inner := reading.record[field], dict):  # OpenAI's {"input": {"messages": [...]}}
-        reading.used.add(field)
-        return Prompt(*read_messages(Reading(inner, set(), reading.ignored, reading.changed), "messages"))
     asked = reading.text(field)
     if field == "instruction":
         asked = _joined(asked, reading.optional_text("input"))
@@ -116,12 +130,12 @@ def _prompt_of_pair(reading: Reading) -> Prompt | None:
 
 
 def _kto(reading: Reading) -> Dialogue:
-    """An answer with a label; of a list of messages, the label is that of the last answer."""
-    if reading.first("completion") is None and (field := reading.first(*_MESSAGES)) is not None:
-        system, turns = read_messages(reading, field)
-        turns = [*without_loss(turns[:-1]), *turns[-1:]]
-    else:
+    """A record of another format with a label, which is that of the completion or of the last answer."""
+    if (name := _format_of(reading.record)) in (None, "prompt_completion"):
         system, turns, *_ = _prompt_completion(reading)
+    else:
+        system, turns, *_ = PARSERS[name](reading)
+        turns = [*without_loss(turns[:-1]), *turns[-1:]]
     return Dialogue(system, turns, good=read_label(reading))
 
 
@@ -134,7 +148,7 @@ def _with_fields_beside(parse: Parser) -> Parser:
 
     def parse_all(reading: Reading) -> Dialogue:
         found = parse(reading)
-        return found._replace(system=_system(reading, found.system), tools=read_tools(reading, *_TOOLS))
+        return found._replace(system=_system(reading, found.system), tools=found.tools or read_tools(reading, *_TOOLS))
 
     return parse_all
 
@@ -168,9 +182,11 @@ FORMATS: Sequence[tuple[tuple[str, ...], str]] = (
     (("conversation",), "messages"),
     (("instruction", "output"), "alpaca"),
     (("instruction", "response"), "dolly"),
+    (("instruction", "completion"), "dolly"),
     (("prompt", "completion"), "prompt_completion"),
     (("question", "answer"), "question_answer"),
     (("question", "response"), "question_answer"),
+    (("question", "completion"), "question_answer"),
     (("query", "answer"), "question_answer"),
     (("query", "response"), "question_answer"),
     (("prompt", "response"), "question_answer"),
@@ -221,9 +237,8 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         else isinstance(label, bool) and record.get("completion") is not None
     ):
         return "kto"
-    for fields, name in FORMATS:
-        if all(record.get(field) is not None for field in fields):
-            return name
+    if (found := _format_of(record)) is not None:
+        return found
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
     if isinstance(record.get("text"), str):
         detail = "the record has only `text`; set format: text in its source to train on it without a template"
@@ -240,6 +255,11 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         f"the record has no known format (its fields: {', '.join(has[:12]) or 'none'}; known are {known}; text). "
         "Rename the fields, or describe them in a dataset_info.json next to the file, as for LLaMA-Factory",
     )
+
+
+def _format_of(record: Mapping[str, Any]) -> str | None:
+    """The first format of instruction data whose fields a record has."""
+    return next((name for fields, name in FORMATS if all(record.get(field) is not None for field in fields)), None)
 
 
 def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Sequence[str]) -> None:

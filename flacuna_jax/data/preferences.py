@@ -3,7 +3,8 @@ r"""Records of preferences: pairs of a chosen and a rejected answer, and single 
 pair       {"prompt": str or messages, "chosen": str, message or messages, "rejected": likewise}
 whole      {"chosen": messages, "rejected": messages}: two conversations with the same beginning, which is the prompt
 HH         {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": likewise}: the same as one text
-kto        {"prompt": str or messages, "completion": str or messages, "label": bool}, or messages with `kto_tag`
+kto        {"prompt": str or messages, "completion": str or messages, "label": bool}; or any other format of instruction
+           data with `label` or `kto_tag`
 
 Where the two conversations first differ, an answer must begin in both. Everything before it is the prompt, which
 carries no loss.
@@ -18,8 +19,8 @@ from flacuna_jax.data.messages import read_messages, without_loss
 from flacuna_jax.data.record import BadRecord, Reading
 from flacuna_jax.data.segments import Turn
 
-CHOSEN = ("chosen", "preferred_output")
-REJECTED = ("rejected", "non_preferred_output")
+CHOSEN = ("chosen", "chosen_response", "preferred_output")
+REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 IDENTICAL = "chosen and rejected answers are the same"
 EMPTY = "chosen or rejected answer is empty"

@@ -59,9 +59,19 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         PAIR,
     ),
     "OpenAI": (
-        {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [B]},
+        {
+            "input": {"messages": [Q], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [A],
+            "non_preferred_output": [B],
+        },
         PAIR,
     ),
+    "Argilla": (
+        {"instruction": "q", "chosen_response": "a", "rejected_response": "b", "chosen_avg_rating": 5.0},
+        PAIR,
+    ),
+    "ms-swift": ({"messages": [*EARLIER, Q, A], "rejected_response": "b"}, LONGER),
+    "ms-swift, whole conversations": ({"messages": [*EARLIER, Q, A], "rejected_messages": [*EARLIER, Q, B]}, LONGER),
 }
 
 
@@ -91,7 +101,7 @@ def written(conversation: Conversation) -> str:
 def test_pairs(tmp_path, record, expected):
     (conversation,), report = read(tmp_path, record, "pairs")
     assert written(conversation) == expected
-    assert set(report.ignored) <= {"score_chosen"}
+    assert set(report.ignored) <= {"score_chosen", "chosen_avg_rating"}
 
 
 @pytest.mark.parametrize("label", [True, False, "true", "False", 1, 0])
@@ -102,10 +112,27 @@ def test_labelled_answers(tmp_path, label):
         {"prompt": [Q], "completion": [A], "kto_tag": label},
         {"messages": [Q, A], "kto_tag": label},
         {"messages": [Q, A], "label": label},
+        {"instruction": "q", "input": "", "output": "a", "kto_tag": label},
+        {"instruction": "q", "completion": "a", "label": label},
+        {"question": "q", "completion": "a", "label": label},
+        {"question": "q", "answer": "a", "label": label},
     ):
         (conversation,), _ = read(tmp_path, record, "labelled")
         assert written(conversation) == "user: q | assistant: a +"
         assert conversation.good is good
+
+
+def test_a_label_is_that_of_the_last_answer(tmp_path):
+    for record in ({"messages": [*EARLIER, Q, A]}, {"instruction": "q", "output": "a", "history": [["q0", "a0"]]}):
+        (conversation,), _ = read(tmp_path, {**record, "label": True}, "labelled")
+        assert written(conversation) == "user: q0 | assistant: a0 | user: q | assistant: a +"
+
+
+def test_tools_of_openais_pairs_are_read(tmp_path):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    record = {"input": {"messages": [Q], "tools": [tool]}, "preferred_output": [A], "non_preferred_output": [B]}
+    (conversation,), _ = read(tmp_path, record, "pairs")
+    assert conversation.tools == (tool,)
 
 
 def test_llama_factorys_descriptions(tmp_path):
