@@ -15,9 +15,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from flacuna_jax.config.objectives import KtoConfig
 from flacuna_jax.data.messages import read_messages, without_loss
 from flacuna_jax.data.record import BadRecord, Reading
 from flacuna_jax.data.segments import Turn
+from flacuna_jax.errors import UserError
 
 CHOSEN = ("chosen", "chosen_response", "preferred_output")
 REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
@@ -25,6 +30,8 @@ LABELS = ("label", "kto_tag")
 IDENTICAL = "chosen and rejected answers are the same"
 EMPTY = "chosen or rejected answer is empty"
 
+_RECOMMENDED = 4 / 3 + 0.01
+"""Upper limit of the ratio of the weights of good and bad answers in equation 8 of the paper, and a rounding error."""
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -125,3 +132,23 @@ def read_label(reading: Reading) -> bool:
     if not isinstance(label, bool | int) or label not in (0, 1):
         raise BadRecord("wrong label", f"{field!r} is {value!r}; it must be true (a good answer) or false (a bad one)")
     return bool(label)
+
+
+def check_labels(good: NDArray[np.bool_], settings: KtoConfig) -> tuple[str, ...]:
+    """A warning if good and bad answers do not weigh what the authors of KTO recommend. Raises UserError if all labels
+    are the same."""
+    desirable, undesirable = int(np.count_nonzero(good)), int(np.count_nonzero(~good))
+    if not (desirable and undesirable):
+        raise UserError(
+            f"data.sources: all {len(good):,} labels are {str(bool(desirable)).lower()}; KTO needs good and bad answers"
+        )
+    ratio = settings.desirable_weight * desirable / (settings.undesirable_weight * undesirable)
+    if 1 <= ratio < _RECOMMENDED:
+        return ()
+    key, weight = "undesirable_weight", settings.undesirable_weight * ratio
+    if ratio < 1:
+        key, weight = "desirable_weight", settings.desirable_weight / ratio
+    return (
+        f"{desirable:,} good and {undesirable:,} bad answers, with their weights in a ratio of {ratio:.3g}; the "
+        f"authors of KTO recommend 1 to 4/3: training.objective.{key}: {weight:.3g}",
+    )

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.build import ALONE, NO_LOSS, OVER_LENGTH, build_store
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.formats import EMPTY, IDENTICAL, NO_ANSWER, read_source
-from flacuna_jax.data.pipeline import StepSource, plan_epochs
+from flacuna_jax.data.pipeline import StepSource, plan_epochs, plan_steps
 from flacuna_jax.data.preferences import LABELS
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.store_cache import cached_store
@@ -266,3 +266,22 @@ def test_a_labelled_answer_is_followed_by_its_prompt_with_the_answer_before_it(t
         assert f"a{(index - 1) % 4}" in other
     with pytest.raises(UserError, match=ALONE):
         build(tmp_path, records[:1], "labelled")
+
+
+def test_kto_needs_both_labels_and_recommends_weights(tmp_path):
+    def warnings(labels: list[bool], **objective) -> tuple[str, ...]:
+        records = [{"prompt": f"q{i}", "completion": f"a{i}", "label": label} for i, label in enumerate(labels)]
+        store, _ = build(tmp_path, records, "labelled")
+        training = TrainingConfig(objective={"name": "kto", **objective}, batch_size=2)
+        data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "data.jsonl")),), max_length=64)
+        return plan_steps(store, data, training, seed=0, shards=1).warnings
+
+    assert warnings([True, False] * 3) == ()
+    (found,) = warnings([True] * 6 + [False] * 2)
+    assert "6 good and 2 bad answers, with their weights in a ratio of 3" in found
+    assert "training.objective.undesirable_weight: 3" in found
+    assert warnings([True] * 6 + [False] * 2, undesirable_weight=3.0) == ()
+    (found,) = warnings([True] * 2 + [False] * 4)
+    assert "training.objective.desirable_weight: 2" in found
+    with pytest.raises(UserError, match="all 3 labels are false; KTO needs good and bad answers"):
+        warnings([False] * 3)
