@@ -8,7 +8,7 @@ from typing import Any
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.dataset_info import FileDescription
 from flacuna_jax.data.messages import ROLES, read_messages, read_tools, without_loss
-from flacuna_jax.data.preferences import CHOSEN, LABELS, REJECTED, Prompt, read_label, read_pair, transcript
+from flacuna_jax.data.preferences import CHOSEN, LABELS, REJECTED, Prompt, prompt_of, read_label, read_pair
 from flacuna_jax.data.record import BadRecord, Dialogue, Reading, decoded, is_empty, kind_name
 from flacuna_jax.data.segments import Role, Turn
 
@@ -25,6 +25,11 @@ _MARKS = tuple(f"<{name}>" for name in _MEDIUM)
 """Placeholders of a picture, a video or a sound in a text."""
 _PAIR = (*CHOSEN, *REJECTED)
 _PAIR_PROMPTS = ("prompt", "question", "query", "instruction", "input")
+_NEEDED: Mapping[Examples, str] = {
+    "pairs": "`prompt`, `chosen` and `rejected`",
+    "labelled": "`prompt`, `completion` and `label`",
+}
+"""The usual fields of preferences."""
 _NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, *LABELS))
 """Fields that, unless empty, mark a record as one of pictures or of preferences."""
 
@@ -126,7 +131,7 @@ def _prompt_of_pair(reading: Reading) -> Prompt | None:
     asked = reading.text(field)
     if field == "instruction":
         asked = _joined(asked, reading.optional_text("input"))
-    return Prompt(None, transcript(asked) or [*_history(reading), Turn("user", asked)])
+    return Prompt(None, prompt_of(asked) or [*_history(reading), Turn("user", asked)])
 
 
 def _kto(reading: Reading) -> Dialogue:
@@ -230,16 +235,14 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
     if _has_pair(record):
         return "preference"
-    label = record.get("label")
-    if not is_empty(record.get("kto_tag")) or (
-        label is not None
-        if examples == "labelled"
-        else isinstance(label, bool) and record.get("completion") is not None
-    ):
+    if _has_label(record, examples):
         return "kto"
     if (found := _format_of(record)) is not None:
         return found
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
+    if examples in _NEEDED:
+        detail = f"this run needs {_NEEDED[examples]}; docs/preference.md has other forms"
+        raise BadRecord("no known format", f"{detail} (the record's fields: {', '.join(has[:12]) or 'none'})")
     if isinstance(record.get("text"), str):
         detail = "the record has only `text`; set format: text in its source to train on it without a template"
         raise BadRecord("no known format", f"{detail} (its fields: {', '.join(has[:12])})")
@@ -255,6 +258,13 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         f"the record has no known format (its fields: {', '.join(has[:12]) or 'none'}; known are {known}; text). "
         "Rename the fields, or describe them in a dataset_info.json next to the file, as for LLaMA-Factory",
     )
+
+
+def _has_label(record: Mapping[str, Any], examples: Examples) -> bool:
+    if examples == "labelled":
+        return any(name in record for name in LABELS)
+    completed = isinstance(record.get("label"), bool) and record.get("completion") is not None
+    return completed or not is_empty(record.get("kto_tag"))
 
 
 def _format_of(record: Mapping[str, Any]) -> str | None:

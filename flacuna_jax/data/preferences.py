@@ -51,18 +51,20 @@ class Answers(NamedTuple):
 
 
 def transcript(text: str) -> list[Turn] | None:
-    """The turns of a text in the form of HH-RLHF; None for other texts.
-
-    A last "Assistant:" without a text, as at the end of a prompt, is left out.
-    """
+    """The turns of a text in the form of HH-RLHF; None for other texts."""
     if not text.lstrip().startswith("Human:"):
         return None
     parts = _SPEAKER.split(text.strip())[1:]
-    turns = [
+    return [
         Turn("user" if speaker == "Human" else "assistant", said.strip())
         for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
-    return turns[:-1] if turns[-1] == Turn("assistant", "") else turns
+
+
+def prompt_of(text: str) -> list[Turn] | None:
+    """The turns of a prompt in the form of HH-RLHF, which ends with "Assistant:"; None for other texts."""
+    turns = transcript(text)
+    return turns[:-1] if turns and turns[-1] == Turn("assistant", "") else turns
 
 
 def read_pair(reading: Reading, prompt: Prompt | None) -> Answers:
@@ -107,6 +109,7 @@ def _conversation(reading: Reading, field: str, prompt: Prompt | None) -> tuple[
     elif isinstance(value, dict | list):
         reading = reading if isinstance(value, list) else replace(reading, record={**reading.record, field: [value]})
         system, whole = read_messages(reading, field)
+        whole = whole or [Turn("assistant", "")]
     else:
         raise reading.wrong_type(field, "text or messages")
     if whole and whole[0].role == "assistant" and prompt is not None:

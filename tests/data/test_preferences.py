@@ -163,6 +163,8 @@ def test_llama_factorys_descriptions(tmp_path):
 DROPPED = {
     "the same answer": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "pairs", IDENTICAL),
     "an empty answer": ({"prompt": "q", "chosen": "a", "rejected": " "}, "pairs", EMPTY),
+    "an empty answer of HH-RLHF": ({"chosen": f"{HH} a", "rejected": HH}, "pairs", EMPTY),
+    "no messages in an answer": ({"prompt": [Q], "chosen": [A], "rejected": []}, "pairs", EMPTY),
     "an empty labelled answer": ({"prompt": "q", "completion": "", "label": True}, "labelled", NO_ANSWER),
 }
 
@@ -191,6 +193,9 @@ REFUSED = {
     "no question": ({"chosen": [A], "rejected": [B]}, "have no prompt in common"),
     "no rejected answer": ({"prompt": "q", "chosen": "a"}, "'rejected' must be text or messages, and is missing"),
     "a number": ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or messages, not a number"),
+    "only a text": ({"text": "a"}, "this run needs `prompt`, `chosen` and `rejected`"),
+    "ranked answers": ({"prompt": "q", "responses": ["a", "b"]}, r"\(the record's fields: prompt, responses\)"),
+    "no label": ({"prompt": "q", "completion": "a", "label": None}, r"'label' is None; it must be true \S+ \S+ \S+ or"),
     "a label of 0.5": ({"prompt": "q", "completion": "a", "kto_tag": 0.5}, "'kto_tag' is 0.5; it must be true"),
     "a label of 2": ({"prompt": "q", "completion": "a", "label": 2}, "'label' is 2; it must be true"),
     "a label in words": ({"prompt": "q", "completion": "a", "kto_tag": "good"}, "'kto_tag' is 'good'; it must be true"),
