@@ -121,17 +121,24 @@ def _in_common_form(reading: Reading) -> Reading:
 
 def _prompt_of_pair(reading: Reading) -> Prompt | None:
     """The prompt beside the two answers; None if each of them is a whole conversation."""
-    lists = [name for name in ("prompt", *_MESSAGES) if isinstance(reading.record.get(name), list)]
-    whole = reading.record.get("messages") == reading.record.get("chosen")
-    if lists and not (whole and lists == ["messages"]):
-        return Prompt(*read_messages(reading, lists[0]))
-    field = next((name for name in _PAIR_PROMPTS if not is_empty(reading.record.get(name))), None)
-    if field is None:
+    whole = all(_is_whole(reading.record.get(reading.first(*names) or "")) for names in (CHOSEN, REJECTED))
+    for field in ("prompt",) if whole else ("prompt", *_MESSAGES):
+        if isinstance(reading.record.get(field), list):
+            return Prompt(*read_messages(reading, field))
+    question = next((name for name in _PAIR_PROMPTS if not is_empty(reading.record.get(name))), None)
+    if question is None:
         return None
-    asked = reading.text(field)
-    if field == "instruction":
+    asked = reading.text(question)
+    if question == "instruction":
         asked = _joined(asked, reading.optional_text("input"))
     return Prompt(None, prompt_of(asked) or [*_history(reading), Turn("user", asked)])
+
+
+def _is_whole(answer: object) -> bool:
+    """Whether an answer is a list of messages that begins with its prompt."""
+    first = answer[0] if isinstance(answer, list) and answer else None
+    role = first.get("role") or first.get("from") if isinstance(first, dict) else None
+    return isinstance(role, str) and ROLES.get(role.strip().lower()) != "assistant"
 
 
 def _kto(reading: Reading) -> Dialogue:

@@ -70,6 +70,14 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"instruction": "q", "chosen_response": "a", "rejected_response": "b", "chosen_avg_rating": 5.0},
         PAIR,
     ),
+    "Argilla's Capybara": (
+        {
+            "conversation": [{"input": "q0", "output": "a0"}, {"input": "q", "output": "a"}],
+            "chosen": [*EARLIER, Q, A],
+            "rejected": [*EARLIER, Q, B],
+        },
+        LONGER,
+    ),
     "ms-swift": ({"messages": [*EARLIER, Q, A], "rejected_response": "b"}, LONGER),
     "ms-swift, whole conversations": ({"messages": [*EARLIER, Q, A], "rejected_messages": [*EARLIER, Q, B]}, LONGER),
 }
@@ -101,7 +109,7 @@ def written(conversation: Conversation) -> str:
 def test_pairs(tmp_path, record, expected):
     (conversation,), report = read(tmp_path, record, "pairs")
     assert written(conversation) == expected
-    assert set(report.ignored) <= {"score_chosen", "chosen_avg_rating"}
+    assert set(report.ignored) <= {"score_chosen", "chosen_avg_rating", "conversation"}
 
 
 @pytest.mark.parametrize("label", [True, False, "true", "False", 1, 0])
