@@ -4,7 +4,7 @@ server, whose rows may have different adapters."""
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -97,9 +97,8 @@ class Decoder:
         earlier = max(part.start for part in parts.values())
         wanted = FillSize(at_once, longest, self.rows.blocks_for(earlier))
         (_, length, _), program = self.programs.fill(wanted)
-        tokens_rt, target_rt = np.zeros((at_once, length), np.int32), np.zeros((at_once, length), np.int32)
-        start_r, length_r = np.zeros(at_once, np.int32), np.ones(at_once, np.int32)
-        columns_r2 = np.zeros((at_once, 2), np.int32)
+        tokens_rt, target_rt = on_call((at_once, length)), on_call((at_once, length))
+        start_r, length_r, columns_r2 = on_call(at_once), on_call(at_once, 1), on_call((at_once, 2))
         for i, part in enumerate(parts.values()):
             tokens_rt[i, : len(part.tokens)] = part.tokens
             start_r[i], length_r[i], columns_r2[i] = part.start, len(part.tokens), part.columns
@@ -166,9 +165,14 @@ class Decoder:
         blocks = self.rows.blocks_for(length)
         self.rows = continuation.copy_row(self.rows, np.int32(source), np.int32(target), blocks=blocks)
 
-    def _into(self, rows: Sequence[int], at_once: int) -> np.ndarray:
+    def _into(self, rows: Sequence[int], at_once: int) -> Any:
         """Row numbers, padded with one that does not exist."""
         return np.array([*rows, *[self.count] * (at_once - len(rows))], np.int32)
+
+
+def on_call(shape: int | tuple[int, ...], value: int = 0) -> Any:
+    """An int32 array on the host, which becomes a jax.Array when a program is called with it."""
+    return np.full(shape, value, np.int32)
 
 
 def _method(samplings: Iterable[Sampling]) -> np.int32:

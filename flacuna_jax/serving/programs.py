@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flacuna_jax.generation.caches import Rows
 from flacuna_jax.generation.continuation import Piece
 from flacuna_jax.generation.decode import RowSampling
-from flacuna_jax.generation.decoder import Network
+from flacuna_jax.generation.decoder import Network, on_call
 from flacuna_jax.generation.programs import (
     Advance,
     AdvanceSize,
@@ -131,19 +131,18 @@ class CompiledPrograms:
         no, greedy = np.bool_(False), np.int32(0)
         match size:
             case FillSize(pieces, length):
-                numbers_rt, numbers_r = np.zeros((pieces, length), np.int32), np.zeros(pieces, np.int32)
-                columns_r2 = np.zeros((pieces, 2), np.int32)
-                piece = Piece(numbers_r, numbers_rt, numbers_r, numbers_r, numbers_rt, columns_r2)
-                function = fill_program(spec, size, self._alternatives)
-                return self._lower(function, (params, None), (piece, no), 2)
+                numbers_rt, numbers_r = on_call((pieces, length)), on_call(pieces)
+                piece = Piece(numbers_r, numbers_rt, numbers_r, numbers_r, numbers_rt, on_call((pieces, 2)))
+                fill = fill_program(spec, size, self._alternatives)
+                return self._lower(fill, (params, None), (piece, no), 2)
             case StartSize(pieces):
-                numbers_r, sampling = np.zeros(pieces, np.int32), RowSampling.of([GREEDY] * pieces)
+                numbers_r, sampling = on_call(pieces), RowSampling.of([GREEDY] * pieces)
                 logits_rv = jax.ShapeDtypeStruct((pieces, spec.config.vocab_size), np.float32, sharding=self._shared)
                 rest = (numbers_r, logits_rv, numbers_r.astype(np.uint32), sampling, greedy, no)
                 return self._lower(start_program(self._alternatives), (), rest, 1)
             case AdvanceSize():
-                function = advance_program(spec, size, self._alternatives)
-                return self._lower(function, (params, layers, None), (greedy, no), 1)
+                advance = advance_program(spec, size, self._alternatives)
+                return self._lower(advance, (params, layers, None), (greedy, no), 1)
 
     def _lower(
         self, function: Callable[..., Any], before: Sequence[Any], after: Sequence[Any], results: int
