@@ -48,7 +48,7 @@ def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[in
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers or {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        with urllib.request.urlopen(request, timeout=600) as reply:
             text = reply.read().decode()
             return reply.status, json.loads(text) if text.startswith("{") else text
     except urllib.error.HTTPError as error:
