@@ -129,9 +129,11 @@ class Scheduler:
             self._changed.notify()
 
     def call(self, task: Callable[[], Any]) -> Future:
-        """Runs a function between two turns."""
+        """Runs a function between two turns. Raises Refused if the server ends."""
         future: Future = Future()
         with self._changed:
+            if self._stopped:
+                raise Refused(503, "the server is shutting down")
             self._tasks.append((task, future))
             self._changed.notify()
         return future
@@ -154,7 +156,6 @@ class Scheduler:
         removed = set(self.models.offered.values()) - set(models.offered.values())
         if any(row.job.model in removed for row in self._rows.values()):
             raise UserError("the model still answers requests; try again when they have ended")
-        self._fail_waiting(lambda job: job.model in removed, Failed(404, "the model was unloaded"))
         self._held = {row: held for row, held in self._held.items() if held[0] not in removed}
         if programs is not self._programs:
             self._programs.close()
@@ -259,6 +260,9 @@ class Scheduler:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
+            if self.models.offered.get(job.model.name) is not job.model:
+                job.tell(Failed(404, "the model was unloaded"))
+                continue
             number, shared = self._place(job)
             self._held.pop(number, None)
             self._rows[number] = Row(job, shared, shared, draw_of(job.request))
