@@ -29,8 +29,8 @@ from flacuna_jax.generation.programs import (
 from flacuna_jax.generation.settings import GREEDY
 from flacuna_jax.model.sharding import row_shards
 
-LENGTHS = (64, 128, 192, 256, 384, 512)
-"""Compiled lengths of pieces of prompts."""
+LENGTHS = (64, 128, 192, 256)
+"""Compiled lengths of pieces of prompts. Longer ones would not be faster per token, at least on CPUs."""
 COMPILED_TOGETHER = 4
 """Programs that are compiled at the same time before the server is ready."""
 _logger = logging.getLogger(__name__)
@@ -78,8 +78,7 @@ class CompiledPrograms:
     def compile_first(self) -> None:
         """Compiles what the first requests need, and the largest size of each step."""
         advances = {AdvanceSize(self._steps, *size) for size in ((self.counts[0], 1), (self.counts[-1], self._blocks))}
-        fills = [FillSize(1, LENGTHS[0], 0), FillSize(1, LENGTHS[0], 1), FillSize(1, LENGTHS[3], 0)]
-        fills.append(FillSize(1, LENGTHS[-1], self._blocks))
+        fills = [FillSize(1, *size) for size in ((LENGTHS[0], 0), (LENGTHS[-1], 0), (LENGTHS[-1], self._blocks))]
         with ThreadPoolExecutor(COMPILED_TOGETHER) as pool:
             list(pool.map(self._compile, [*advances, *fills, StartSize(1)]))
 

@@ -25,7 +25,7 @@ from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms
 
 STEPS = 4
 """New tokens of every row in a turn."""
-PIECE = LENGTHS[-1]
+PIECE = 512
 """Maximum number of tokens of prompts that are filled in a turn, so that other answers do not wait for long."""
 ALTERNATIVES = 20
 """Most likely tokens that are scored if any request asks for scores; OpenAI's maximum."""
@@ -295,7 +295,7 @@ class Scheduler:
         left = PIECE
         for number, row in sorted(self._rows.items(), key=lambda item: item[1].job.since):
             while not row.is_filled and left >= LENGTHS[0]:
-                left -= self._fill_piece(number, row, min(left, PIECE))
+                left -= self._fill_piece(number, row, min(left, LENGTHS[-1]))
 
     def _fill_piece(self, number: int, row: Row, size: int) -> int:
         """Fills a piece of at most `size` tokens, and begins the answer if it ends the prompt. Returns its length."""

@@ -9,7 +9,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("starlette")
 
 from flacuna_jax.generation.programs import AdvanceSize, FillSize
-from flacuna_jax.serving.programs import CompiledPrograms, StartSize
+from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms, StartSize
 from flacuna_jax.serving.scheduler import STEPS
 from tests.serving.models import prepared
 
@@ -22,7 +22,7 @@ def programs(story_llama: Path) -> CompiledPrograms:
 
 
 def test_the_smallest_program_that_is_ready_is_used_until_a_better_one_is(programs: CompiledPrograms) -> None:
-    largest = FillSize(1, 512, 2)
+    largest = FillSize(1, LENGTHS[-1], 2)
     assert {largest, StartSize(1), AdvanceSize(STEPS, programs.counts[-1], 2)} <= programs._ready.keys()
     wanted = FillSize(1, 192, 1)
     assert wanted not in programs._ready
@@ -44,7 +44,7 @@ def test_a_program_that_cannot_be_compiled_leaves_the_larger_one(
         raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
 
     monkeypatch.setattr(programs, "_lowered", broken)
-    assert programs.fill(FillSize(1, 300, 1))[0] == FillSize(1, 512, 2)
+    assert programs.fill(FillSize(1, 100, 1))[0] == FillSize(1, LENGTHS[-1], 2)
     programs._background.submit(lambda: None).result(60)
     assert "could not be compiled" in caplog.text
-    assert programs.fill(FillSize(1, 300, 1))[0] == FillSize(1, 512, 2)
+    assert programs.fill(FillSize(1, 100, 1))[0] == FillSize(1, LENGTHS[-1], 2)
