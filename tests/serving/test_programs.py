@@ -44,7 +44,7 @@ def test_a_program_that_cannot_be_compiled_leaves_the_larger_one(
         raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
 
     monkeypatch.setattr(programs, "_lowered", broken)
-    assert programs.fill(FillSize(1, 100, 1))[0] == FillSize(1, LENGTHS[-1], 2)
+    assert programs.fill(FillSize(1, 100, 2))[0] == FillSize(1, LENGTHS[-1], 2)
     programs._background.submit(lambda: None).result(60)
     assert "could not be compiled" in caplog.text
-    assert programs.fill(FillSize(1, 100, 1))[0] == FillSize(1, LENGTHS[-1], 2)
+    assert programs.fill(FillSize(1, 100, 2))[0] == FillSize(1, LENGTHS[-1], 2)
