@@ -9,8 +9,12 @@ once measured. Each client asks `--each` times, and at least six requests are ma
 line per server: answers have `--tokens` tokens unless the model ends them, and are streamed. Servers to compare with:
 
     flacuna serve --model M --rows 32 --context 1024
-    transformers serve M --continuous-batching --port 8001       (pip install 'transformers[serving]')
-    python -m llama_cpp.server --model M.gguf --port 8002        (pip install 'llama-cpp-python[server]')
+    transformers serve M --continuous-batching --port 8001 --device cpu --dtype float32 \\
+        --cb-block-size 32 --cb-num-blocks 1024 --cb-max-batch-tokens 2048 --cb-max-memory-percent 0.2
+    python -m llama_cpp.server --model M.gguf --port 8002
+
+The second is of `pip install 'transformers[serving]'`; without a limit, it uses nearly all memory of a CPU for its cache.
+The third is of `pip install 'llama-cpp-python[server]'`.
 """
 
 import argparse
