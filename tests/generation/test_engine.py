@@ -14,10 +14,11 @@ from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.data.special_tokens import Special, SpecialTokens
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import continuation
-from flacuna_jax.generation.decoder import Decoder, padded_size
+from flacuna_jax.generation.decoder import Decoder
 from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.generation.prefixes import plan_prefixes
+from flacuna_jax.generation.programs import padded_size
 from flacuna_jax.generation.settings import Placement
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec
