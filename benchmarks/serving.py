@@ -13,7 +13,7 @@ line per server: answers have `--tokens` tokens unless the model ends them, and 
         --cb-block-size 32 --cb-num-blocks 1024 --cb-max-batch-tokens 2048 --cb-max-memory-percent 0.2
     python -m llama_cpp.server --model M.gguf --port 8002
 
-The second is of `pip install 'transformers[serving]'`; without limits, its cache takes nearly all memory of the machine.
+The second is of `pip install 'transformers[serving]'`; without limits, its cache takes nearly all of the memory.
 The third is of `pip install 'llama-cpp-python[server]'`.
 """
 

@@ -248,7 +248,7 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         return found
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
     if examples in _NEEDED:
-        detail = f"this run needs {_NEEDED[examples]}; docs/preference.md has other forms"
+        detail = f"this run needs {_NEEDED[examples]}; docs/guides/preference.md has other forms"
         raise BadRecord("no known format", f"{detail} (the record's fields: {', '.join(has[:12]) or 'none'})")
     if isinstance(record.get("text"), str):
         detail = "the record has only `text`; set format: text in its source to train on it without a template"
