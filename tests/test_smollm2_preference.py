@@ -142,10 +142,23 @@ def ours(smollm2, pairs, tmp_path_factory) -> Callable[[str], Ours]:  # noqa: F8
         with open_run(config, say=lambda _: None) as run:
             setup = run.setup
             assert setup.plan.total_steps == 1
-            batch = {name: jnp.asarray(leaf) for name, leaf in StepSource(setup.store, setup.plan)[0].items()}
-            return Ours(setup.step_config, run.base, setup.store, batch)
+            batch = up_to_the_ends(StepSource(setup.store, setup.plan)[0])
+            return Ours(
+                setup.step_config, run.base, setup.store, {name: jnp.asarray(leaf) for name, leaf in batch.items()}
+            )
 
     return opened
+
+
+def up_to_the_ends(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch without the line end that the template writes after answers, which TRL's texts do not have."""
+    segments = batch["segment_ids"].copy()
+    for number in range(1, segments.max() + 1):
+        places = np.argwhere(segments == number)
+        last = np.argwhere((segments == number) & batch["loss_mask"])[-1]
+        for place in places[places[:, -1] > last[-1] + 1]:
+            segments[tuple(place)] = 0
+    return {**batch, "segment_ids": segments}
 
 
 def open_theirs(peer: Peer, model: Path, records: list[dict[str, Any]], directory: Path) -> Any:
