@@ -1,167 +1,121 @@
-"""DPO (LoRA r8 on q and v) against TRL with PEFT on one model and the same pairs: supervised tokens per second.
+"""DPO (LoRA r8 on q and v) against TRL with PEFT on one model and the same real pairs: supervised tokens per second.
 
-    python benchmarks/preference.py --model .models/smollm2-135m-instruct [--pairs 64] [--json FILE]
+    python benchmarks/preference.py --model .models/smollm2-135m-instruct [--pairs 32] [--json FILE]
 
-Ours packs pairs into rows; TRL pads a batch of pairs to its longest, with and without gradient checkpointing. Both run
-in the compute dtype that `--dtype` names, the reference is the base with adapters switched off, and both count the
-tokens of the answers of the same pairs. Each side has a process of its own; its peak memory is beside its rate.
+The pairs are those of the HHH alignment benchmark in FLACUNA_TEST_DATA, or the records of a JSON file with prompt,
+chosen and rejected. Ours packs pairs into rows; TRL pads a batch of pairs to its longest, in several batch sizes, of
+which the fastest counts. Both run in the compute dtype that `--dtype` names, with the base as reference, on the same
+token ids.
+
+Each side is a process that stays alive; they take turns, one epoch each, so that a change of the machine's speed
+affects all. The table has medians over the rounds, and the peak memory of each process.
 """
 
 import argparse
-import itertools
+import contextlib
 import json
+import os
 import random
-import resource
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from measure import child, environment, median, write_json
+from measure import environment, median, print_table, write_json
+from sides import Side
 
-WORDS = ("the", "a", "river", "house", "green", "seven", "walks", "over", "under", "bright", "small", "name", "winter")
-RANK, ALPHA, TARGETS = 8, 16, ("q_proj", "v_proj")
-
-
-def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Pairs with lengths like those of UltraFeedback, shortened: most answers are short, and some ten times as long."""
-    rng = random.Random(seed)
-
-    def text(mean: float) -> str:
-        return " ".join(rng.choices(WORDS, k=max(3, int(rng.lognormvariate(0, 0.7) * mean))))
-
-    return [{"prompt": text(24), "chosen": text(48), "rejected": text(48)} for _ in range(count)]
+HHH = "hhh/derived_bigbench_layout"
 
 
-def ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    from flacuna_jax import StepHook, open_run, parse_config
-
-    with tempfile.TemporaryDirectory() as directory:
-        data = Path(directory) / "pairs.jsonl"
-        data.write_text("\n".join(map(json.dumps, pairs(arguments.pairs))))
-        config = parse_config(
-            {
-                "output_dir": f"{directory}/run",
-                "model": {"path": arguments.model, "dtype": arguments.dtype},
-                "lora": {"rank": RANK, "alpha": float(ALPHA), "dropout": 0.0, "targets": list(TARGETS)},
-                "data": {"sources": [{"path": str(data)}], "max_length": arguments.length},
-                "training": {
-                    "objective": {"name": "dpo"},
-                    "epochs": 1 + arguments.rounds,
-                    "batch_size": arguments.batch,
-                    "micro_batch_size": arguments.micro_batch,
-                    "remat": arguments.remat,
-                },
-                "mesh": {"data": 1},
-                "logging": {"tensorboard": False},
-            }
-        )
-        ends: list[float] = []
-        with open_run(config, say=lambda _: None) as run:
-            run.add_hook(StepHook(every=1, call=lambda record, state: ends.append(time.perf_counter())))
-            run.train()
-            plan, store = run.setup.plan, run.setup.store
-            last_of_epochs = [epoch.first_step + epoch.steps - 1 for epoch in plan.epochs]
-            seconds = [ends[b] - ends[a] for a, b in itertools.pairwise(last_of_epochs)]
-            supervised = int(store.supervised.sum())
-            return {"supervised_per_second": supervised / median(seconds), "fill": plan.fill, **_memory()}
+def read_pairs(records: Path | None, count: int) -> list[dict[str, str]]:
+    """A random choice of the pairs, the same in every run."""
+    found = _hhh_pairs() if records is None else json.loads(records.read_text())
+    return random.Random(0).sample(found, min(count, len(found)))
 
 
-def peer(arguments: argparse.Namespace) -> dict[str, Any]:
-    import datasets
-    import peft
-    import torch
-    import transformers
-    import trl
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    found = {}
-    for checkpointing in (False, True):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"
-        )
-        records = [
-            {name: [{"role": role, "content": record[name]}] for name, role in _ROLES.items()}
-            for record in pairs(arguments.pairs)
-        ]
-        with tempfile.TemporaryDirectory() as directory:
-            settings = trl.DPOConfig(
-                output_dir=directory,
-                report_to="none",
-                use_cpu=device == "cpu",
-                bf16=arguments.dtype == "bfloat16",
-                gradient_checkpointing=checkpointing,
-                per_device_train_batch_size=arguments.peer_batch,
-                gradient_accumulation_steps=max(1, arguments.batch // arguments.peer_batch),
-                num_train_epochs=1 + arguments.rounds,
-                max_length=arguments.length,
-                save_strategy="no",
-                logging_strategy="no",
-            )
-            lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-            trainer = trl.DPOTrainer(
-                model,
-                args=settings,
-                train_dataset=datasets.Dataset.from_list(records),
-                processing_class=tokenizer,
-                peft_config=lora,
-            )
-            ends: list[float] = []
-
-            class Clock(transformers.TrainerCallback):
-                def on_epoch_end(self, *_: Any, ends: list[float] = ends, **__: Any) -> None:
-                    ends.append(time.perf_counter())
-
-            trainer.add_callback(Clock())
-            trainer.train()
-        supervised = sum(len(one["chosen_ids"]) + len(one["rejected_ids"]) for one in trainer.train_dataset)
-        seconds = [b - a for a, b in itertools.pairwise(ends)]
-        name = "checkpointing" if checkpointing else "plain"
-        found[name] = {"supervised_per_second": supervised / median(seconds), **_memory()}
-    return found
+def _hhh_pairs() -> list[dict[str, str]]:
+    directory = Path(os.environ.get("FLACUNA_TEST_DATA", ""), HHH)
+    pairs = []
+    for path in sorted(directory.glob("*/task.json")):
+        for example in json.loads(path.read_text())["examples"]:
+            rejected, chosen = sorted(example["target_scores"], key=example["target_scores"].__getitem__)
+            pairs.append({"prompt": example["input"], "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise SystemExit(f"no pairs: FLACUNA_TEST_DATA has no {HHH}/*/task.json; name a file with --records")
+    return pairs
 
 
-_ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+def compare(sides: dict[str, Side], rounds: int) -> dict[str, Any]:
+    """Of each side: supervised tokens per second, without the first epoch, which compiles, and peak memory."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            found[name].append(side.ask("epoch"))
+    return {
+        name: {
+            "supervised_per_second": median([epoch["supervised"] / epoch["seconds"] for epoch in epochs[1:]]),
+            "epochs": epochs,
+            "process_peak_gb": epochs[-1]["process_peak_gb"],
+        }
+        for name, epochs in found.items()
+    }
 
 
-def _memory() -> dict[str, float]:
-    """Peak of this process so far; on a GPU, the device's own statistics are to be preferred."""
-    return {"process_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+def show(found: dict[str, Any]) -> None:
+    best = max((of["supervised_per_second"] for name, of in found.items() if name.startswith("TRL")), default=None)
+    rows = []
+    for name, of in found.items():
+        rate = of["supervised_per_second"]
+        loss = of["epochs"][-1]["loss"]
+        rows.append([name, rate, f"{rate / best:.2f}×" if best else None, of["process_peak_gb"], loss])
+    print_table(("DPO", "supervised tokens/s", "of TRL's best", "peak GB", "loss of the last epoch"), rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--side", choices=("ours", "peer"), help="measure only one side, in this process")
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--model", required=True, help="directory of the checkpoint in Hugging Face form")
+    parser.add_argument("--records", type=Path, help="JSON list of pairs; default: those of FLACUNA_TEST_DATA")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs of an epoch")
     parser.add_argument("--rounds", type=int, default=3, help="epochs that are timed, after one that is not")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row, and of TRL's sequences")
     parser.add_argument("--batch", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=1, help="packed rows in one pass of ours")
-    parser.add_argument("--peer-batch", type=int, default=4, help="pairs in one pass of TRL")
-    parser.add_argument("--remat", default="dots")
+    parser.add_argument("--peer-batches", type=int, nargs="*", default=[1, 2, 4], help="pairs in one pass of TRL")
+    parser.add_argument("--checkpointing", action="store_true", help="also measure TRL with gradient checkpointing")
+    parser.add_argument("--remat", default="dots", help="remat policy of ours")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peer-python", default=sys.executable, help="with torch, trl and peft")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a file")
     arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps({"ours": ours, "peer": peer}[arguments.side](arguments)), flush=True)
-        return
-    passed = [
-        text
-        for name in ("model", "pairs", "rounds", "length", "batch", "micro_batch", "peer_batch", "remat", "dtype")
-        for text in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))
-    ]
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "side")}
-    result: dict[str, Any] = {"environment": environment(), "settings": settings}
-    for side in ("ours", "peer"):
-        result[side] = child("preference.py", "--side", side, *passed)
-    rates = [mode["supervised_per_second"] for mode in result["peer"].values() if isinstance(mode, dict)]
-    if best := max(rates, default=0):
-        result["times_faster"] = result["ours"].get("supervised_per_second", 0) / best
-    print(json.dumps(result, indent=1))
+    pairs = read_pairs(arguments.records, arguments.pairs)
+    common = {"model": os.path.abspath(arguments.model), "pairs": pairs}
+    common |= {name: getattr(arguments, name) for name in ("dtype", "length", "batch", "rounds")}
+    modes = [(size, False) for size in arguments.peer_batches]
+    modes += [(size, True) for size in arguments.peer_batches[-1:] if arguments.checkpointing]
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        sides = {"flacuna_jax": Side("preference_ours.py", sys.executable)}
+        sides |= {
+            f"TRL, batches of {size}" + checkpointed * ", checkpointing": Side(
+                "preference_peer.py", arguments.peer_python
+            )
+            for size, checkpointed in modes
+        }
+        for side in sides.values():
+            stack.callback(side.close)
+        ours, *peers = sides.values()
+        common["directory"] = scratch
+        documents = ours.ask("open", **common, micro_batch=arguments.micro_batch, remat=arguments.remat)
+        for peer, (size, checkpointed) in zip(peers, modes, strict=True):
+            theirs = peer.ask("open", **common, micro_batch=size, checkpointing=checkpointed)
+            if sorted(theirs) != sorted(documents):
+                raise SystemExit("the two sides have different token ids; ours drops pairs longer than --length")
+        found = compare(sides, arguments.rounds)
+    show(found)
     if arguments.json:
-        write_json(arguments.json, result)
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "peer_python")}
+        settings |= {"model": Path(arguments.model).name, "records": str(arguments.records or HHH)}
+        write_json(arguments.json, {"environment": environment(), "settings": settings, "preference": found})
 
 
 if __name__ == "__main__":

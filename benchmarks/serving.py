@@ -1,15 +1,20 @@
 """Speed of OpenAI-compatible servers: tokens per second, and time to the first piece and between pieces.
 
-    python benchmarks/serving.py NAME=URL [NAME=URL ...] [--clients 1 8 32] [--requests 64]
+    python benchmarks/serving.py NAME=URL [NAME=URL ...] [--clients 1 8 32] [--tokens 32]
 
 Each URL is the base of the API, as in ours=http://localhost:8000/v1, of a running server; `--served NAME=MODEL` names
 the model to ask, by default the first one that the server lists. Every server gets the same prompts in the same order,
-once unmeasured, so that compiling does not count, and once measured. For each number of clients, one JSON line per
-server: answers have `--tokens` tokens unless the model ends them, and are streamed. Servers to compare with:
+once unmeasured, so that compiling does not count, and, after `--pause` seconds for what it compiles in the background,
+once measured. Each client asks `--each` times, and at least six requests are made. For each number of clients, one JSON
+line per server: answers have `--tokens` tokens unless the model ends them, and are streamed. Servers to compare with:
 
-    flacuna serve --model M --rows 32
-    transformers serve M --continuous-batching --port 8001       (pip install 'transformers[serving]')
-    python -m llama_cpp.server --model M.gguf --port 8002        (pip install 'llama-cpp-python[server]')
+    flacuna serve --model M --rows 32 --context 1024
+    transformers serve M --continuous-batching --port 8001 --device cpu --dtype float32 \\
+        --cb-block-size 32 --cb-num-blocks 1024 --cb-max-batch-tokens 2048 --cb-max-memory-percent 0.2
+    python -m llama_cpp.server --model M.gguf --port 8002
+
+The second is of `pip install 'transformers[serving]'`; without limits, its cache takes nearly all of the memory.
+The third is of `pip install 'llama-cpp-python[server]'`.
 """
 
 import argparse
@@ -23,28 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WORDS = [
-    "the",
-    "a",
-    "small",
-    "big",
-    "dog",
-    "cat",
-    "house",
-    "tree",
-    "river",
-    "ran",
-    "saw",
-    "found",
-    "loves",
-    "red",
-    "blue",
-    "green",
-    "old",
-    "new",
-    "day",
-    "night",
-]
+WORDS = "the a small big dog cat house tree river ran saw found loves red blue green old new day night"
 
 
 @dataclass
@@ -60,7 +44,7 @@ class Measured:
 def prompts(count: int) -> list[str]:
     """Texts of 8 to 200 words."""
     source = random.Random(0)
-    return [" ".join(source.choices(WORDS, k=source.randint(8, 200))) for _ in range(count)]
+    return [" ".join(source.choices(WORDS.split(), k=source.randint(8, 200))) for _ in range(count)]
 
 
 def ask(url: str, model: str, prompt: str, tokens: int, measured: Measured) -> None:
@@ -130,16 +114,18 @@ def main() -> None:
     parser.add_argument("servers", nargs="+", metavar="NAME=URL")
     parser.add_argument("--served", action="append", default=[], metavar="NAME=MODEL")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--each", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--pause", type=float, default=15)
     arguments = parser.parse_args()
     served = dict(text.split("=", 1) for text in arguments.served)
     servers = dict(text.split("=", 1) for text in arguments.servers)
-    texts = prompts(arguments.requests)
     for clients in arguments.clients:
+        texts = prompts(max(6, arguments.each * clients))
         for name, url in servers.items():
             model = served.get(name) or first_model(url)
             measure(url, model, texts, arguments.tokens, clients)
+            time.sleep(arguments.pause)
             found = measure(url, model, texts, arguments.tokens, clients)
             print(json.dumps({"server": name, "clients": clients, **found}), flush=True)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,13 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 MAX_STEPS = 6
 
 
-def start_hosts(config: Path, *overrides: str, hosts: int = 2, per_host: dict[int, list[str]] | None = None):
+def start_hosts(
+    config: Path,
+    *overrides: str,
+    hosts: int = 2,
+    per_host: dict[int, list[str]] | None = None,
+    caches: Sequence[Path] | None = None,
+):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -32,7 +39,7 @@ def start_hosts(config: Path, *overrides: str, hosts: int = 2, per_host: dict[in
     return [
         subprocess.Popen(
             [*common, f"--distributed.process_id={host}", *(per_host or {}).get(host, [])],
-            env=environment,
+            env=environment | ({"FLACUNA_CACHE": str(caches[host])} if caches else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -225,9 +225,10 @@ class SourceBuild:
         if length <= limit:
             return example
         if self._config.over_length == "error":
+            others = "drop or truncate_prompt" if self._examples == "answers" else "drop"
             raise UserError(
                 f"{place}: {length} tokens, more than data.max_length {limit} "
-                "(data.over_length: drop or truncate_prompt would continue)"
+                f"(data.over_length: {others} would continue)"
             )
         shorter = None
         if self._config.over_length == "truncate_prompt":

@@ -1,13 +1,14 @@
 """The fields and the parser of each record format, and the fields that records of any format may have."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.dataset_info import FileDescription
 from flacuna_jax.data.messages import ROLES, read_messages, read_tools, without_loss
-from flacuna_jax.data.preferences import CHOSEN, LABELS, REJECTED, Prompt, read_label, read_pair, transcript
+from flacuna_jax.data.preferences import CHOSEN, LABELS, REJECTED, Prompt, prompt_of, read_label, read_pair
 from flacuna_jax.data.record import BadRecord, Dialogue, Reading, decoded, is_empty, kind_name
 from flacuna_jax.data.segments import Role, Turn
 
@@ -15,7 +16,7 @@ Parser = Callable[[Reading], Dialogue]
 
 _MESSAGES = ("conversations", "messages", "conversation")
 _QUESTIONS = ("question", "query", "prompt", "input")
-_ANSWERS = ("answer", "response", "output")
+_ANSWERS = ("answer", "response", "output", "completion")
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _MEDIA = ("images", "videos", "audios")
@@ -24,6 +25,11 @@ _MARKS = tuple(f"<{name}>" for name in _MEDIUM)
 """Placeholders of a picture, a video or a sound in a text."""
 _PAIR = (*CHOSEN, *REJECTED)
 _PAIR_PROMPTS = ("prompt", "question", "query", "instruction", "input")
+_NEEDED: Mapping[Examples, str] = {
+    "pairs": "`prompt`, `chosen` and `rejected`",
+    "labelled": "`prompt`, `completion` and `label`",
+}
+"""The usual fields of preferences."""
 _NOT_TEXT = frozenset((*_MEDIA, *_MEDIUM, *_PAIR, *LABELS))
 """Fields that, unless empty, mark a record as one of pictures or of preferences."""
 
@@ -64,7 +70,8 @@ def _alpaca(reading: Reading) -> Dialogue:
 
 
 def _dolly(reading: Reading) -> Dialogue:
-    return Dialogue(None, [*_history(reading), *_single_turn(reading, "instruction", "context", "response")])
+    answer = reading.first("response", "completion") or "response"
+    return Dialogue(None, [*_history(reading), *_single_turn(reading, "instruction", "context", answer)])
 
 
 def _question_answer(reading: Reading) -> Dialogue:
@@ -91,37 +98,56 @@ def _prompt_completion(reading: Reading) -> Dialogue:
 
 def _preference(reading: Reading) -> Dialogue:
     """A pair of answers; see data/preferences.py."""
+    reading = _in_common_form(reading)
     system, chosen, rejected = read_pair(reading, _prompt_of_pair(reading))
     if reading.record.get("messages") == reading.record.get("chosen"):
         reading.used.add("messages")  # UltraFeedback repeats the chosen conversation
-    return Dialogue(system, chosen, rejected=rejected)
+    return Dialogue(system, chosen, read_tools(reading, *_TOOLS), rejected)
+
+
+def _in_common_form(reading: Reading) -> Reading:
+    """The record with messages for the prompt and a field for each answer, whatever program wrote it."""
+    record = dict(reading.record)
+    if isinstance(record.get("input"), dict):  # OpenAI's {"input": {"messages": [...], "tools": [...]}}
+        reading.used.add("input")
+        record |= record.pop("input")
+    field = reading.first(*_MESSAGES)
+    if field is not None and reading.first(*CHOSEN) is None:  # ms-swift's messages end with the chosen answer
+        messages = decoded(record[field], repr(field))
+        if isinstance(messages, list) and messages:
+            record |= {field: messages[:-1], CHOSEN[0]: messages[-1:]}
+    return replace(reading, record=record)
 
 
 def _prompt_of_pair(reading: Reading) -> Prompt | None:
     """The prompt beside the two answers; None if each of them is a whole conversation."""
-    lists = [name for name in ("prompt", *_MESSAGES) if isinstance(reading.record.get(name), list)]
-    whole = reading.record.get("messages") == reading.record.get("chosen")
-    if lists and not (whole and lists == ["messages"]):
-        return Prompt(*read_messages(reading, lists[0]))
-    field = next((name for name in _PAIR_PROMPTS if not is_empty(reading.record.get(name))), None)
-    if field is None:
+    whole = all(_is_whole(reading.record.get(reading.first(*names) or "")) for names in (CHOSEN, REJECTED))
+    for field in ("prompt",) if whole else ("prompt", *_MESSAGES):
+        if isinstance(reading.record.get(field), list):
+            return Prompt(*read_messages(reading, field))
+    question = next((name for name in _PAIR_PROMPTS if not is_empty(reading.record.get(name))), None)
+    if question is None:
         return None
-    if isinstance(inner := reading.record[field], dict):  # OpenAI's {"input": {"messages": [...]}}
-        reading.used.add(field)
-        return Prompt(*read_messages(Reading(inner, set(), reading.ignored, reading.changed), "messages"))
-    asked = reading.text(field)
-    if field == "instruction":
+    asked = reading.text(question)
+    if question == "instruction":
         asked = _joined(asked, reading.optional_text("input"))
-    return Prompt(None, transcript(asked) or [*_history(reading), Turn("user", asked)])
+    return Prompt(None, prompt_of(asked) or [*_history(reading), Turn("user", asked)])
+
+
+def _is_whole(answer: object) -> bool:
+    """Whether an answer is a list of messages that begins with its prompt."""
+    first = answer[0] if isinstance(answer, list) and answer else None
+    role = first.get("role") or first.get("from") if isinstance(first, dict) else None
+    return isinstance(role, str) and ROLES.get(role.strip().lower()) != "assistant"
 
 
 def _kto(reading: Reading) -> Dialogue:
-    """An answer with a label; of a list of messages, the label is that of the last answer."""
-    if reading.first("completion") is None and (field := reading.first(*_MESSAGES)) is not None:
-        system, turns = read_messages(reading, field)
-        turns = [*without_loss(turns[:-1]), *turns[-1:]]
-    else:
+    """A record of another format with a label, which is that of the completion or of the last answer."""
+    if (name := _format_of(reading.record)) in (None, "prompt_completion"):
         system, turns, *_ = _prompt_completion(reading)
+    else:
+        system, turns, *_ = PARSERS[name](reading)
+        turns = [*without_loss(turns[:-1]), *turns[-1:]]
     return Dialogue(system, turns, good=read_label(reading))
 
 
@@ -134,7 +160,7 @@ def _with_fields_beside(parse: Parser) -> Parser:
 
     def parse_all(reading: Reading) -> Dialogue:
         found = parse(reading)
-        return found._replace(system=_system(reading, found.system), tools=read_tools(reading, *_TOOLS))
+        return found._replace(system=_system(reading, found.system), tools=found.tools or read_tools(reading, *_TOOLS))
 
     return parse_all
 
@@ -168,9 +194,11 @@ FORMATS: Sequence[tuple[tuple[str, ...], str]] = (
     (("conversation",), "messages"),
     (("instruction", "output"), "alpaca"),
     (("instruction", "response"), "dolly"),
+    (("instruction", "completion"), "dolly"),
     (("prompt", "completion"), "prompt_completion"),
     (("question", "answer"), "question_answer"),
     (("question", "response"), "question_answer"),
+    (("question", "completion"), "question_answer"),
     (("query", "answer"), "question_answer"),
     (("query", "response"), "question_answer"),
     (("prompt", "response"), "question_answer"),
@@ -214,17 +242,14 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         raise BadRecord("wrong type", f"a record must be an object, not {kind_name(record)}")
     if _has_pair(record):
         return "preference"
-    label = record.get("label")
-    if not is_empty(record.get("kto_tag")) or (
-        label is not None
-        if examples == "labelled"
-        else isinstance(label, bool) and record.get("completion") is not None
-    ):
+    if _has_label(record, examples):
         return "kto"
-    for fields, name in FORMATS:
-        if all(record.get(field) is not None for field in fields):
-            return name
+    if (found := _format_of(record)) is not None:
+        return found
     has = [name[:30] for name, value in record.items() if value is not None] + list(unread)
+    if examples in _NEEDED:
+        detail = f"this run needs {_NEEDED[examples]}; docs/guides/preference.md has other forms"
+        raise BadRecord("no known format", f"{detail} (the record's fields: {', '.join(has[:12]) or 'none'})")
     if isinstance(record.get("text"), str):
         detail = "the record has only `text`; set format: text in its source to train on it without a template"
         raise BadRecord("no known format", f"{detail} (its fields: {', '.join(has[:12])})")
@@ -240,6 +265,18 @@ def detect_format(record: object, unread: Sequence[str] = (), examples: Examples
         f"the record has no known format (its fields: {', '.join(has[:12]) or 'none'}; known are {known}; text). "
         "Rename the fields, or describe them in a dataset_info.json next to the file, as for LLaMA-Factory",
     )
+
+
+def _has_label(record: Mapping[str, Any], examples: Examples) -> bool:
+    if examples == "labelled":
+        return any(name in record for name in LABELS)
+    completed = isinstance(record.get("label"), bool) and record.get("completion") is not None
+    return completed or not is_empty(record.get("kto_tag"))
+
+
+def _format_of(record: Mapping[str, Any]) -> str | None:
+    """The first format of instruction data whose fields a record has."""
+    return next((name for fields, name in FORMATS if all(record.get(field) is not None for field in fields)), None)
 
 
 def refuse_what_is_not_text(reading: Reading, turns: Sequence[Turn], unread: Sequence[str]) -> None:

@@ -3,9 +3,9 @@ r"""Reads the supported record formats into `Conversation`. docs/reference/data.
 sharegpt, flan_mini   {"conversations": [{"from": "human", "value": str}, ...]}
 messages              {"messages": [{"role": "user", "content": str or text parts}, ...]}
 alpaca                {"instruction": str, "input": str, "output": str, "history": [[str, str], ...]}
-dolly                 {"instruction": str, "context": str, "response": str}
+dolly                 {"instruction": str, "context": str, "response" or "completion": str}
 prompt_completion     {"prompt": str or messages, "completion": str or messages}
-question_answer       {"question" or "query" or "prompt" or "input": str, "answer" or "response" or "output": str}
+question_answer       {"question", "query", "prompt" or "input"; "answer", "response", "output" or "completion": str}
 preference, kto       see preferences.py
 text                  {"text": str}: no template, every token carries loss; only if the source sets format: text
 

@@ -15,8 +15,10 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
+from flacuna_jax.config.objectives import KtoConfig
 from flacuna_jax.config.schema import DataConfig, TrainingConfig
 from flacuna_jax.data.packing import PackingMethod, PackPlan, epoch_examples, pack
+from flacuna_jax.data.preferences import check_labels
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.errors import UserError
 
@@ -105,7 +107,7 @@ def plan_steps(
     """The plan of a run over `shards` data×fsdp shards.
 
     None: the devices are not known. Then micro-batches are of one row; steps and rows per step do not depend on it.
-    Raises UserError where the config's numbers do not go together, naming the keys.
+    Raises UserError where the config's numbers do not go together, naming the keys, and if KTO has only one label.
     """
     if shards is not None:
         check_batch_arithmetic(training, shards)
@@ -121,7 +123,10 @@ def plan_steps(
         micro_rows=1 if shards is None else training.micro_batch_size * shards,
     )
     _check_schedule(training, plan)
-    return replace(plan, warnings=_warnings(training, plan.epochs[0]))
+    warnings = _warnings(training, plan.epochs[0])
+    if store.good is not None and isinstance(training.objective, KtoConfig):
+        warnings += check_labels(store.good, training.objective)
+    return replace(plan, warnings=warnings)
 
 
 def plan_epochs(

@@ -3,7 +3,8 @@ r"""Records of preferences: pairs of a chosen and a rejected answer, and single 
 pair       {"prompt": str or messages, "chosen": str, message or messages, "rejected": likewise}
 whole      {"chosen": messages, "rejected": messages}: two conversations with the same beginning, which is the prompt
 HH         {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": likewise}: the same as one text
-kto        {"prompt": str or messages, "completion": str or messages, "label": bool}, or messages with `kto_tag`
+kto        {"prompt": str or messages, "completion": str or messages, "label": bool}; or any other format of instruction
+           data with `label` or `kto_tag`
 
 Where the two conversations first differ, an answer must begin in both. Everything before it is the prompt, which
 carries no loss.
@@ -14,16 +15,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from flacuna_jax.config.objectives import KtoConfig
 from flacuna_jax.data.messages import read_messages, without_loss
 from flacuna_jax.data.record import BadRecord, Reading
 from flacuna_jax.data.segments import Turn
+from flacuna_jax.errors import UserError
 
-CHOSEN = ("chosen", "preferred_output")
-REJECTED = ("rejected", "non_preferred_output")
+CHOSEN = ("chosen", "chosen_response", "preferred_output")
+REJECTED = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 IDENTICAL = "chosen and rejected answers are the same"
 EMPTY = "chosen or rejected answer is empty"
 
+_RECOMMENDED = 4 / 3 + 0.01
+"""Upper limit of the ratio of the weights of good and bad answers in equation 8 of the paper, and a rounding error."""
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -43,18 +51,20 @@ class Answers(NamedTuple):
 
 
 def transcript(text: str) -> list[Turn] | None:
-    """The turns of a text in the form of HH-RLHF; None for other texts.
-
-    A last "Assistant:" without a text, as at the end of a prompt, is left out.
-    """
+    """The turns of a text in the form of HH-RLHF; None for other texts."""
     if not text.lstrip().startswith("Human:"):
         return None
     parts = _SPEAKER.split(text.strip())[1:]
-    turns = [
+    return [
         Turn("user" if speaker == "Human" else "assistant", said.strip())
         for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
-    return turns[:-1] if turns[-1] == Turn("assistant", "") else turns
+
+
+def prompt_of(text: str) -> list[Turn] | None:
+    """The turns of a prompt in the form of HH-RLHF, which ends with "Assistant:"; None for other texts."""
+    turns = transcript(text)
+    return turns[:-1] if turns and turns[-1] == Turn("assistant", "") else turns
 
 
 def read_pair(reading: Reading, prompt: Prompt | None) -> Answers:
@@ -99,6 +109,7 @@ def _conversation(reading: Reading, field: str, prompt: Prompt | None) -> tuple[
     elif isinstance(value, dict | list):
         reading = reading if isinstance(value, list) else replace(reading, record={**reading.record, field: [value]})
         system, whole = read_messages(reading, field)
+        whole = whole or [Turn("assistant", "")]
     else:
         raise reading.wrong_type(field, "text or messages")
     if whole and whole[0].role == "assistant" and prompt is not None:
@@ -124,3 +135,23 @@ def read_label(reading: Reading) -> bool:
     if not isinstance(label, bool | int) or label not in (0, 1):
         raise BadRecord("wrong label", f"{field!r} is {value!r}; it must be true (a good answer) or false (a bad one)")
     return bool(label)
+
+
+def check_labels(good: NDArray[np.bool_], settings: KtoConfig) -> tuple[str, ...]:
+    """A warning if good and bad answers do not weigh what the authors of KTO recommend. Raises UserError if all labels
+    are the same."""
+    desirable, undesirable = int(np.count_nonzero(good)), int(np.count_nonzero(~good))
+    if not (desirable and undesirable):
+        raise UserError(
+            f"data.sources: all {len(good):,} labels are {str(bool(desirable)).lower()}; KTO needs good and bad answers"
+        )
+    ratio = settings.desirable_weight * desirable / (settings.undesirable_weight * undesirable)
+    if 1 <= ratio < _RECOMMENDED:
+        return ()
+    key, weight = "undesirable_weight", settings.undesirable_weight * ratio
+    if ratio < 1:
+        key, weight = "desirable_weight", settings.desirable_weight / ratio
+    return (
+        f"{desirable:,} good and {undesirable:,} bad answers, with their weights in a ratio of {ratio:.3g}; the "
+        f"authors of KTO recommend 1 to 4/3: training.objective.{key}: {weight:.3g}",
+    )

@@ -16,10 +16,8 @@ from flacuna_jax.generation.settings import GREEDY
 from flacuna_jax.generation.shared_prefix import layer_of
 from flacuna_jax.model.parameters import ModelSpec
 
-BLOCKS = 4
-"""Maximum number of blocks of a cache; a program is compiled for reading one block, two blocks, and so on."""
-SMALLEST_BLOCK = 64
-"""Minimum number of slots in a block; smaller ones are not worth a separate product."""
+FIRST_BLOCK = 256
+"""Slots of the first block; smaller ones are not worth a separate product."""
 Layered = jax.Array | Sequence[jax.Array]
 """A stack [l, ...], or separate layers."""
 
@@ -29,6 +27,10 @@ class Block(NamedTuple):
 
     k: Layered
     v: Layered
+
+    @property
+    def slots(self) -> int:
+        return jax.tree.leaves(self.v)[0].shape[-1]
 
 
 class Rows(NamedTuple):
@@ -45,32 +47,48 @@ class Rows(NamedTuple):
     """The columns of each row's adapter (`lora.select_columns`); None if all rows use the whole adapter."""
 
     @property
-    def block_slots(self) -> int:
-        return jax.tree.leaves(self.blocks[0].v)[0].shape[-1]
+    def firsts(self) -> list[int]:
+        """The first slot of each block, and the end of the last one."""
+        found = [0]
+        for block in self.blocks:
+            found.append(found[-1] + block.slots)
+        return found
 
     @property
     def slots(self) -> int:
-        return len(self.blocks) * self.block_slots
+        return self.firsts[-1]
+
+    def blocks_for(self, length: int) -> int:
+        """Number of blocks that have the first `length` slots, or all of them."""
+        return sum(first < length for first in self.firsts[:-1])
+
+
+def block_sizes(slots: int) -> list[int]:
+    """Slots of each block. Each is as large as all before it together, so that a program, which is compiled for a
+    number of blocks, reads at most twice the slots that it needs."""
+    sizes = [min(FIRST_BLOCK, slots)]
+    while (total := sum(sizes)) < slots:
+        sizes.append(min(total, slots - total))
+    return sizes
 
 
 def empty_rows(spec: ModelSpec, rows: int, slots: int, apart: bool, own_columns: bool = False) -> Rows:
-    """Empty rows with at least `slots` slots for tokens.
+    """Empty rows with `slots` slots for tokens.
 
     Args:
       apart: whether the layers are separate.
       own_columns: whether each row has an adapter of its own.
     """
     config = spec.config
-    block_slots = max(SMALLEST_BLOCK, -(-slots // BLOCKS))
-    shape = (rows, config.num_kv_heads, block_slots, config.head_dim)
 
-    def empty(shape: tuple[int, ...]) -> Layered:
+    def empty(*shape: int) -> Layered:
         if apart:
             return [jnp.zeros(shape, spec.dtype) for _ in range(config.num_layers)]
         return jnp.zeros((config.num_layers, *shape), spec.dtype)
 
+    outer, size = (rows, config.num_kv_heads), config.head_dim
     return Rows(
-        tuple(Block(empty(shape), empty((*shape[:2], *reversed(shape[2:])))) for _ in range(-(-slots // block_slots))),
+        tuple(Block(empty(*outer, slots, size), empty(*outer, size, slots)) for slots in block_sizes(slots)),
         jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.int32),
         jnp.zeros(rows, jnp.int32),
@@ -84,6 +102,32 @@ def of_layer(layered: Layered, layer: Any) -> jax.Array:
     return layer_of(layered, layer) if isinstance(layered, jax.Array) else layered[layer]
 
 
+def first_rows(rows: Rows, count: int, blocks: int) -> Rows:
+    """The first `count` rows, with their first `blocks` blocks."""
+    axis = 1 if isinstance(rows.blocks[0].k, jax.Array) else 0
+
+    def cut(axis: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jax.lax.slice_in_dim(x, 0, count, axis=axis)
+
+    caches = jax.tree.map(cut(axis), rows.blocks[:blocks])
+    return Rows(caches, *jax.tree.map(cut(0), rows[1:]))
+
+
+def copy_row(rows: Rows, source: jax.Array, target: jax.Array, blocks: int) -> Rows:
+    """Copies all numbers and the first `blocks` blocks of a row to another row."""
+    axis = 1 if isinstance(rows.blocks[0].k, jax.Array) else 0
+
+    def copied(axis: int) -> Callable[[jax.Array], jax.Array]:
+        def copy(x: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_index_in_dim(x, source, axis)
+            return jax.lax.dynamic_update_index_in_dim(x, row, target, axis)
+
+        return copy
+
+    caches = jax.tree.map(copied(axis), rows.blocks[:blocks])
+    return Rows((*caches, *rows.blocks[blocks:]), *jax.tree.map(copied(0), rows[1:]))
+
+
 def _written(write: Callable[[jax.Array, jax.Array], jax.Array], layered: Layered, new_l: jax.Array) -> Layered:
     """Applies `write(cache, new)` to every layer."""
     if isinstance(layered, jax.Array):
@@ -95,10 +139,10 @@ def written_at(
     rows: Rows, row_r1: jax.Array, slot_rm: jax.Array, k_lrmkn: jax.Array, v_lrmkn: jax.Array
 ) -> tuple[Block, ...]:
     """The caches after writing keys and values to slots of rows; what is outside of the caches is ignored."""
-    size = rows.block_slots
 
-    def write(index: int, block: Block) -> Block:
-        within_rm = jnp.where(slot_rm // size == index, slot_rm % size, size)
+    def write(first: int, block: Block) -> Block:
+        outside = block.slots
+        within_rm = jnp.where((slot_rm >= first) & (slot_rm < first + outside), slot_rm - first, outside)
 
         def keys(cache: jax.Array, new: jax.Array) -> jax.Array:
             return cache.at[row_r1, :, within_rm].set(new.astype(cache.dtype), mode="drop")
@@ -108,4 +152,4 @@ def written_at(
 
         return Block(_written(keys, block.k, k_lrmkn), _written(values, block.v, v_lrmkn))
 
-    return tuple(write(index, block) for index, block in enumerate(rows.blocks))
+    return tuple(write(first, block) for first, block in zip(rows.firsts, rows.blocks, strict=False))

@@ -4,7 +4,7 @@ whole or in pieces, `start` chooses their first tokens, `advance` adds tokens to
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.generation.caches import Block, Layered, Rows, of_layer, written_at
+from flacuna_jax.generation import caches
+from flacuna_jax.generation.caches import Block, Layered, Rows, first_rows, of_layer, written_at
 from flacuna_jax.generation.decode import LogProbabilities, Numbers, RowSampling, choose_tokens, log_probabilities
-from flacuna_jax.generation.settings import Method
 from flacuna_jax.generation.shared_prefix import (
     SCORED_TOGETHER,
     Earlier,
@@ -48,9 +48,9 @@ class Piece(NamedTuple):
     tokens_rt: jax.Array
     start_r: jax.Array
     length_r: jax.Array
+    target_rt: jax.Array
+    """The tokens that follow, for their log-probabilities."""
     columns_r2: jax.Array | None = None
-    target_rt: jax.Array | None = None
-    """The tokens that follow, if their log-probabilities are wanted."""
 
 
 class Chosen(NamedTuple):
@@ -94,14 +94,16 @@ def fill(
     prefix: Prefix | None,
     rows: Rows,
     piece: Piece,
+    scored: Numbers | bool = False,
     blocks: int = 0,
     alternatives: int = 0,
 ) -> tuple[Rows, jax.Array, LogProbabilities | None]:
     """Writes pieces of prompts into the caches.
 
     Args:
+      scored: whether the targets of the piece are scored; otherwise, their log-probabilities are zeros.
       blocks: number of blocks of the caches that have the tokens before the pieces; 0 if there are none.
-      alternatives: number of alternatives to the targets of the piece.
+      alternatives: number of alternatives to the targets; 0 scores nothing.
 
     Returns:
       The rows, the logits after each piece [r, v], and log-probabilities of the targets [r, t].
@@ -123,21 +125,25 @@ def fill(
     )
     if rows.columns_b2 is not None and piece.columns_r2 is not None:
         filled = filled._replace(columns_b2=_put(rows.columns_b2, piece.into_r, piece.columns_r2))
-    scores = None if piece.target_rt is None else _scores(model, hidden_rtd, piece.target_rt, alternatives)
+    scores = _if(scored, alternatives, lambda: _scores(model, hidden_rtd, piece.target_rt, alternatives))
     return filled, model.logits(last_r1d)[:, 0], scores
 
 
-@functools.partial(jax.jit, static_argnames=("method", "alternatives"), donate_argnames=("rows",))
+@functools.partial(jax.jit, static_argnames=("alternatives",), donate_argnames=("rows",))
 def start(
     rows: Rows,
     into_r: jax.Array,
     logits_rv: jax.Array,
     seed_r: jax.Array,
     sampling: RowSampling,
-    method: Method,
+    method: Numbers | int,
+    scored: Numbers | bool = False,
     alternatives: int = 0,
 ) -> tuple[Rows, Chosen]:
-    """Chooses the first new tokens of the rows `into_r` from logits after their prompts, and keeps their settings."""
+    """Chooses the first new tokens of the rows `into_r` from logits after their prompts, and keeps their settings.
+
+    `method` is that of `choose_tokens`, `scored` and `alternatives` are those of `advance`.
+    """
     token_r = choose_tokens(logits_rv, _keys(seed_r, jnp.zeros_like(into_r)), sampling, method)
     rows = rows._replace(
         token_b=_put(rows.token_b, into_r, token_r),
@@ -145,23 +151,14 @@ def start(
         seed_b=_put(rows.seed_b, into_r, seed_r),
         sampling=RowSampling(*(_put(old, into_r, new) for old, new in zip(rows.sampling, sampling, strict=True))),
     )
-    return rows, Chosen(token_r, log_probabilities(logits_rv, token_r, alternatives) if alternatives else None)
+    return rows, Chosen(token_r, _if(scored, alternatives, lambda: log_probabilities(logits_rv, token_r, alternatives)))
 
 
-@functools.partial(jax.jit, donate_argnames=("rows",))
-def copy_row(rows: Rows, source: jax.Array, target: jax.Array) -> Rows:
-    """Copies the cache of a row to another row."""
-    along = 1 if isinstance(rows.blocks[0].k, jax.Array) else 0
-
-    def copied(cache: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_index_in_dim(cache, source, along)
-        return jax.lax.dynamic_update_index_in_dim(cache, row, target, along)
-
-    return rows._replace(blocks=jax.tree.map(copied, rows.blocks))
+copy_row = functools.partial(jax.jit, static_argnames=("blocks",), donate_argnames=("rows",))(caches.copy_row)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("spec", "steps", "blocks", "method", "alternatives"), donate_argnames=("rows",)
+    jax.jit, static_argnames=("spec", "steps", "count", "blocks", "alternatives"), donate_argnames=("rows",)
 )
 def advance(
     spec: ModelSpec,
@@ -169,35 +166,53 @@ def advance(
     layers: Sequence[nnx.State] | None,
     prefix: Prefix | None,
     rows: Rows,
+    method: Numbers | int,
+    scored: Numbers | bool = False,
+    *,
     steps: int,
+    count: int,
     blocks: int,
-    method: Method,
     alternatives: int = 0,
 ) -> tuple[Rows, Chosen]:
-    """`steps` more tokens for every row, [b, steps]. Ended rows continue too, but their tokens are meaningless.
+    """`steps` more tokens for each of the first `count` rows, [count, steps]. Ended rows continue too, but their tokens
+    are meaningless.
 
-    Reads only the first `blocks` of the caches, so no row that has not ended may be longer. `layers` is the result of
-    `layers_apart`.
+    Args:
+      layers: the result of `layers_apart`.
+      method: that of `choose_tokens`.
+      scored: whether the tokens are scored; otherwise, their log-probabilities are zeros.
+      blocks: number of blocks of the caches that are read; no row that has not ended may be longer.
+      alternatives: number of alternatives to the tokens; 0 scores nothing.
     """
-    model = _for_rows(spec.merge(params), rows.columns_b2)
+    used = first_rows(rows, count, blocks)
+    model = _for_rows(spec.merge(params), used.columns_b2)
 
     def step(carry: tuple[jax.Array, Recent], _: None) -> tuple[tuple[jax.Array, Recent], Chosen]:
         token_b, recent = carry
-        keys_b = _keys(rows.seed_b, rows.made_b + recent.made)
-        logits_bv, recent = _extend(model, layers, prefix, rows, blocks, token_b, recent)
-        token_b = choose_tokens(logits_bv, keys_b, rows.sampling, method)
-        scores = log_probabilities(logits_bv, token_b, alternatives) if alternatives else None
+        keys_b = _keys(used.seed_b, used.made_b + recent.made)
+        logits_bv, recent = _extend(model, layers, prefix, used, token_b, recent)
+        token_b = choose_tokens(logits_bv, keys_b, used.sampling, method)
+        scores = _if(scored, alternatives, lambda: log_probabilities(logits_bv, token_b, alternatives))
         return (token_b, recent), Chosen(token_b, scores)
 
-    nothing = _nothing_recent(model, len(rows.token_b), steps)
-    (token_b, recent), chosen = jax.lax.scan(step, (rows.token_b, nothing), None, length=steps)
+    (token_b, recent), chosen = jax.lax.scan(
+        step, (used.token_b, _nothing_recent(model, count, steps)), None, length=steps
+    )
     rows = rows._replace(
         blocks=_with_recent(rows, recent),
-        length_b=rows.length_b + steps,
-        token_b=token_b,
-        made_b=rows.made_b + steps,
+        length_b=rows.length_b.at[:count].add(steps),
+        token_b=rows.token_b.at[:count].set(token_b),
+        made_b=rows.made_b.at[:count].add(steps),
     )
     return rows, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), chosen)
+
+
+def _if(scored: Numbers | bool, alternatives: int, scores: Callable[[], LogProbabilities]) -> LogProbabilities | None:
+    """Scores, or zeros if nobody wants them; None in programs without alternatives."""
+    if not alternatives:
+        return None
+    shapes = jax.eval_shape(scores)
+    return jax.lax.cond(scored, scores, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
 
 def _put(old_b: Numbers, into_r: Numbers, new_r: Numbers) -> jax.Array:
@@ -230,8 +245,8 @@ def _earlier(
     def earlier(layer: int | jax.Array) -> list[Seen]:
         from_rt = model.config.first_visible(layer, positions_rt)
         parts = [] if prefix is None else [prefix_of(prefix, layer, from_rt)]
-        for index, (k_lrksn, v_lrkns) in enumerate(cached):
-            slot_s = index * rows.block_slots + jnp.arange(rows.block_slots)
+        for block, (k_lrksn, v_lrkns) in enumerate(cached):
+            slot_s = jnp.arange(rows.firsts[block], rows.firsts[block + 1])
             visible_rts = (slot_s < piece.start_r[:, None, None]) & (first + slot_s >= from_rt[:, :, None])
             parts.append(Seen(layer_of(k_lrksn, layer), layer_of(v_lrkns, layer), visible_rts))
         return parts
@@ -274,7 +289,6 @@ def _extend(
     layers: Sequence[nnx.State] | None,
     prefix: Prefix | None,
     rows: Rows,
-    blocks: int,
     token_b: jax.Array,
     recent: Recent,
 ) -> tuple[jax.Array, Recent]:
@@ -283,7 +297,6 @@ def _extend(
     first_b = jnp.zeros_like(rows.length_b) if prefix is None else jnp.broadcast_to(prefix.length, rows.length_b.shape)
     first_recent_b = first_b + rows.length_b
     position_b = first_recent_b + recent.made
-    size = rows.block_slots
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
         from_b1 = model.config.first_visible(layer, position_b[:, None])
@@ -294,8 +307,8 @@ def _extend(
             return ((position_bs < end_b[:, None]) & (position_bs >= from_b1))[:, None, :]
 
         parts = [prefix_of(prefix, layer, from_b1)] if prefix is not None else []
-        for index, block in enumerate(rows.blocks[:blocks]):
-            visible_bts = visible(first_b + index * size, size, first_recent_b)
+        for first, block in zip(rows.firsts, rows.blocks, strict=False):
+            visible_bts = visible(first_b + first, block.slots, first_recent_b)
             parts.append(Seen(of_layer(block.k, layer), of_layer(block.v, layer), visible_bts))
         visible_bts = visible(first_recent_b, recent.k_lbkmn.shape[-2], position_b)
         parts.append(Seen(layer_of(recent.k_lbkmn, layer), layer_of(recent.v_lbknm, layer), visible_bts))
@@ -321,8 +334,9 @@ def _with_prompts(rows: Rows, piece: Piece, k_lrktn: jax.Array, v_lrknt: jax.Arr
 def _with_recent(rows: Rows, recent: Recent) -> tuple[Block, ...]:
     """The caches after writing recent keys and values. Ended rows may run past their cache, where writes are
     ignored."""
-    row_b1 = jnp.arange(len(rows.token_b))[:, None]
-    slot_bm = rows.length_b[:, None] + jnp.arange(recent.k_lbkmn.shape[-2])
+    count, steps = recent.k_lbkmn.shape[1], recent.k_lbkmn.shape[3]
+    row_b1 = jnp.arange(count)[:, None]
+    slot_bm = rows.length_b[:count, None] + jnp.arange(steps)
     k_lbmkn, v_lbmkn = jnp.moveaxis(recent.k_lbkmn, 3, 2), jnp.moveaxis(recent.v_lbknm, 4, 2)
     return written_at(rows, row_b1, slot_bm, k_lbmkn, v_lbmkn)
 

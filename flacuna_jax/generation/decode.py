@@ -13,6 +13,9 @@ import numpy as np
 
 from flacuna_jax.generation.settings import METHODS, Method, Sampling
 
+DRAWN_TOGETHER = 256
+"""Tokens whose probabilities are summed together to draw one."""
+
 Numbers = jax.Array | np.ndarray
 
 
@@ -41,17 +44,51 @@ class RowSampling(NamedTuple):
         )
 
 
-def choose_tokens(logits_bv: jax.Array, keys_b: jax.Array, sampling: RowSampling, method: Method) -> jax.Array:
-    """The next token of each row, int32 [b]. The method must serve the settings of every row whose token is used."""
+def choose_tokens(logits_bv: jax.Array, keys_b: jax.Array, sampling: RowSampling, method: Numbers | int) -> jax.Array:
+    """The next token of each row, int32 [b].
+
+    Args:
+      method: index in `METHODS`; it must serve the settings of every row whose token is used. Only what it needs is
+        computed, in the same program.
+    """
     largest_b = _first_largest(logits_bv)
-    if method == "greedy":
-        return largest_b
     is_greedy_b = sampling.temperature_b == 0
-    logits_bv = logits_bv / jnp.where(is_greedy_b, 1.0, sampling.temperature_b)[:, None]
-    if method == "filtered":
-        logits_bv = _keep_likely(logits_bv, sampling.top_k_b, sampling.top_p_b)
-    drawn_b = jax.vmap(jax.random.categorical)(keys_b, logits_bv).astype(jnp.int32)
-    return jnp.where(is_greedy_b, largest_b, drawn_b)
+
+    def scaled() -> jax.Array:
+        return logits_bv / jnp.where(is_greedy_b, 1.0, sampling.temperature_b)[:, None]
+
+    def drawn(logits_bv: jax.Array) -> jax.Array:
+        return jnp.where(is_greedy_b, largest_b, _drawn(logits_bv, keys_b))
+
+    branches = (
+        lambda: largest_b,
+        lambda: drawn(scaled()),
+        lambda: drawn(_keep_likely(scaled(), sampling.top_k_b, sampling.top_p_b)),
+    )
+    return jax.lax.switch(method, branches)
+
+
+def _drawn(logits_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
+    """A token of each row, with the probabilities of its logits: the first at which their running sum exceeds a uniform
+    number. The sum runs over groups of tokens, then within the group, which needs one number for each row instead of
+    one for each token."""
+    weight_bv = jnp.exp(logits_bv - jnp.max(logits_bv, axis=-1, keepdims=True))
+    missing = -weight_bv.shape[-1] % DRAWN_TOGETHER
+    weight_bgc = jnp.pad(weight_bv, ((0, 0), (0, missing))).reshape(len(weight_bv), -1, DRAWN_TOGETHER)
+    end_bg = jnp.cumsum(jnp.sum(weight_bgc, axis=-1), axis=-1)
+    group_b, rest_b = _first_above(end_bg, jax.vmap(jax.random.uniform)(keys_b) * end_bg[:, -1])
+    weight_bc = jnp.take_along_axis(weight_bgc, group_b[:, None, None], axis=1)[:, 0]
+    within_b, _ = _first_above(jnp.cumsum(weight_bc, axis=-1), rest_b)
+    return (group_b * DRAWN_TOGETHER + within_b).astype(jnp.int32)
+
+
+def _first_above(end_bi: jax.Array, target_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first index at which running sums exceed a target, and what the target exceeds the sum before it by. A target
+    that rounding made too large is moved below the last sum, so that the index is never one that adds nothing."""
+    target_b1 = jnp.minimum(target_b, jnp.nextafter(end_bi[:, -1], 0.0))[:, None]
+    is_before_bi = end_bi <= target_b1
+    before_b = jnp.max(jnp.where(is_before_bi, end_bi, 0.0), axis=-1)
+    return jnp.sum(is_before_bi, axis=-1), target_b1[:, 0] - before_b
 
 
 class LogProbabilities(NamedTuple):

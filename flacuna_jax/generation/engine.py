@@ -15,9 +15,10 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import shared_prefix
 from flacuna_jax.generation.answers import certain, ended
-from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, on_host, padded_size
+from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, on_host
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.generation.prefixes import Group, plan_prefixes
+from flacuna_jax.generation.programs import padded_size
 from flacuna_jax.generation.settings import Placement, Sampling
 from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.model.parameters import ModelSpec

@@ -10,7 +10,7 @@ LOWEST_TEMPERATURE = 1e-6
 """Logits divided by a much smaller temperature would overflow float32."""
 
 Method = Literal["greedy", "sampled", "filtered"]
-"""What a program can choose by: the most likely token only, also samples, or also samples after filters."""
+"""What a step computes: the most likely token only, also samples, or also samples after filters."""
 METHODS: tuple[Method, ...] = ("greedy", "sampled", "filtered")
 
 

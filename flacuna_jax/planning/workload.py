@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FLAN_MINI_EXAMPLES = 1_340_153
 """Ghosal et al., 2023 (arXiv:2307.02053), table 1."""
 ASSUMED_TOKENS, ASSUMED_SUPERVISED, ASSUMED_FILL = 256, 0.3, 0.98
-"""Mean tokens of an example; fraction of tokens with loss; fraction of a packed row that is tokens."""
+"""Mean tokens of a document; fraction of tokens with loss; fraction of a packed row that is tokens."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
 
 
 def assumed_statistics(data: DataConfig, training: TrainingConfig, examples: int | None = None) -> Statistics:
-    """Where the data are not here: examples of `ASSUMED_TOKENS`, packed nearly full.
+    """Where the data are not here: documents of `ASSUMED_TOKENS`, two in an example of preferences, packed nearly full.
 
     The number of examples is `examples`, or the sum of `max_examples` if every source has it, or the published size of
     FLAN-mini.
@@ -126,7 +126,8 @@ def assumed_statistics(data: DataConfig, training: TrainingConfig, examples: int
     if None not in limits:
         examples = sum(limit for limit in limits if limit is not None)
     packed = data.packing != "none"
-    per_row = max(1.0, ASSUMED_FILL * data.max_length / ASSUMED_TOKENS) if packed else 1.0
+    tokens = ASSUMED_TOKENS if training.examples == "answers" else 2 * ASSUMED_TOKENS
+    per_row = max(1.0, ASSUMED_FILL * data.max_length / tokens) if packed else 1.0
     by_rows = training.batch_unit == "rows"
     rows_per_step = training.batch_size if by_rows else math.ceil(training.batch_size / per_row)
     steps = None if examples is None else training.epochs * math.ceil(examples / per_row / rows_per_step)
@@ -136,7 +137,7 @@ def assumed_statistics(data: DataConfig, training: TrainingConfig, examples: int
         rows_per_step=rows_per_step,
         steps=steps,
         examples_per_step=rows_per_step * per_row if by_rows else training.batch_size,
-        fill=min(1.0, per_row * ASSUMED_TOKENS / data.max_length),
+        fill=min(1.0, per_row * tokens / data.max_length),
         supervised=ASSUMED_SUPERVISED,
         document_length=float(ASSUMED_TOKENS),
         assumed=True,

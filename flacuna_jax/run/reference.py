@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
@@ -81,7 +82,7 @@ class _Initial:
 
 def _scored(setup: Setup, store: TokenStore, initial: _Initial, say: Say) -> TokenStore:
     place = default_directory() / "reference" / f"{_key(setup, store, initial)}.npy"
-    values = _stored(place, len(store))
+    values = _stored_on_the_first_host(place, len(store))
     if values is None:
         say(f"reference  computing log-probabilities of {len(store):,} examples")
         values = _log_probabilities(setup, store, initial)
@@ -157,6 +158,18 @@ def _key(setup: Setup, store: TokenStore, initial: _Initial) -> str:
         "code": source_digest(*_NUMBERS),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _stored_on_the_first_host(place: Path, examples: int) -> NDArray[np.float32] | None:
+    """What the first host has stored, on every host; None if it has nothing.
+
+    All hosts compute values together, so that they must agree on whether to. Caches of other hosts do not count.
+    """
+    values = _stored(place, examples) if jax.process_index() == 0 else None
+    if not multihost_utils.broadcast_one_to_all(np.array(values is not None)):
+        return None
+    received = np.zeros((examples, 2), np.float32) if values is None else values
+    return np.asarray(multihost_utils.broadcast_one_to_all(received))
 
 
 def _stored(place: Path, examples: int) -> NDArray[np.float32] | None:

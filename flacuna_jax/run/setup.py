@@ -252,17 +252,17 @@ def peak_flops() -> float | None:
 def load_weights(setup: Setup) -> Params:
     """The base, and the adapter of the reference if there is one, under names that begin with `REFERENCE`."""
     spec, mesh = setup.spec, setup.mesh
+    reference: Params = {}
+    if (directory := setup.config.reference_adapter) is not None:  # first, because loading the base can take minutes
+        adapter = _adapter_of_run(setup, directory, "training.objective.reference.adapter")
+        reference = {REFERENCE + path: value for path, value in adapter.items()}
     if setup.source.reader is None:
         base = init_params(spec, spec.held, setup.config.seed, mesh)
     else:
         shardings = parameter_shardings(spec.base, mesh)
         keep = functools.partial(quantize, spec, mesh)
         base = load_base(setup.source.reader, setup.source.config, shardings, spec.param_dtype, keep=keep)
-    directory = setup.config.reference_adapter
-    if directory is None:
-        return base
-    adapter = _adapter_of_run(setup, directory, "training.objective.reference.adapter")
-    return base | {REFERENCE + path: value for path, value in adapter.items()}
+    return {**base, **reference}
 
 
 def first_adapters(setup: Setup, base: Params) -> Params:

@@ -1,6 +1,7 @@
 """The models that a server offers: one base, and adapters that share it in one batch."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -10,11 +11,13 @@ import numpy as np
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.config.types import Target
 from flacuna_jax.data.conversation import Template
+from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.decoder import Network
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import parameter_shardings
+from flacuna_jax.serving.token_texts import TokenTexts
 
 _SMALLEST_WIDTH = 8
 
@@ -24,6 +27,7 @@ class Served:
     """A model that requests can name: the base, or the base with an adapter.
 
     Attributes:
+      tokenizer: that of the base, or the adapter's own.
       template: wraps conversations.
       ends: tokens that end its answers.
       adapter: None for the base.
@@ -31,10 +35,15 @@ class Served:
     """
 
     name: str
+    tokenizer: Tokenizer
     template: Template
     ends: tuple[int, ...]
     adapter: Adapter | None = None
     columns: tuple[int, int] = (0, 0)
+
+    @functools.cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +58,19 @@ class Models:
     def of(cls, base: Network, model: Served) -> "Models":
         return cls(base, {model.name: model}, base)
 
-    def with_adapter(self, name: str, adapter: Adapter, template: Template, ends: tuple[int, ...]) -> "Models":
-        """Raises UserError if the name is taken."""
-        if name in self.offered:
-            raise UserError(f"a model named {name!r} is loaded; unload it first, or choose another name")
-        rank = max(ranks.largest for ranks in adapter.spec.ranks.values())
-        first = _first_gap([model.columns for model in self.offered.values() if model.adapter], rank)
-        served = Served(name, template, ends, adapter, (first, first + rank))
-        return self._with({**self.offered, name: served})
+    @property
+    def first(self) -> Served:
+        """The base as a model."""
+        return next(iter(self.offered.values()))
+
+    def with_adapter(self, model: Served) -> "Models":
+        """Gives the adapter of a model its columns. Raises UserError if the model's name is taken."""
+        if model.name in self.offered:
+            raise UserError(f"a model named {model.name!r} is loaded; unload it first, or choose another name")
+        assert model.adapter is not None
+        rank = max(ranks.largest for ranks in model.adapter.spec.ranks.values())
+        first = _first_gap([other.columns for other in self.offered.values() if other.adapter], rank)
+        return self._with({**self.offered, model.name: dataclasses.replace(model, columns=(first, first + rank))})
 
     def without(self, name: str) -> "Models":
         """Raises UserError if no adapter has this name."""

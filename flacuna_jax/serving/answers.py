@@ -1,6 +1,6 @@
 """Answers in OpenAI's form, for completions and chats, whole and in pieces."""
 
-import functools
+import itertools
 import json
 import secrets
 import time
@@ -8,28 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.generation.language_model import Generation
-from flacuna_jax.serving.jobs import Finished, TokenScore
+from flacuna_jax.serving.jobs import Finished, Progress, TokenScore
+from flacuna_jax.serving.token_texts import TokenTexts
 from flacuna_jax.serving.tools import CallForm
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
-
-
-class TokenTexts:
-    """The text of single tokens, with the spaces in front that decoding a token alone would lose."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._before = tokenizer.encode("a", first=False)
-        self.of = functools.lru_cache(maxsize=1 << 16)(self._of)
-
-    def _of(self, token: int) -> str:
-        special = self._tokenizer.special.spellings.get(token)
-        if special is not None:
-            return special
-        decode = self._tokenizer.decode
-        return decode([*self._before, token])[len(decode(self._before)) :]
 
 
 @dataclass(frozen=True)
@@ -63,40 +47,50 @@ def usage(prompt_tokens: int, finished: Sequence[Finished]) -> dict[str, Any]:
     }
 
 
+def _end(finished: Finished) -> Sequence[TokenScore]:
+    return () if finished.end is None else (finished.end,)
+
+
 @dataclass(frozen=True)
 class CompletionReply(Reply):
-    """`echo`: whether the prompt is part of the answer's text."""
+    """`echo`: whether the prompt is part of the answer's text.
+
+    Scores include that of the token that ends an answer, as in vLLM: lm-evaluation-harness expects as many scores after
+    those of the prompt as it asked for tokens.
+    """
 
     echo: bool = False
 
     def choice(self, index: int, prompt: Sequence[int], prompt_text: str, finished: Finished) -> dict[str, Any]:
         generation = finished.generation
-        scores = list(finished.scores)
+        scores = [*finished.scores, *_end(finished)]
         if self.echo and self.likely is not None:
             scores = [TokenScore(prompt[0], None), *finished.prompt_scores, *scores]
         text = (prompt_text if self.echo else "") + generation.text
         logprobs = None if self.likely is None else self._logprobs(scores, self.likely)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": FINISH[generation.finish]}
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def certain(self, text: str) -> str:
+        """The part of a text that can be sent already."""
+        return text
 
-    def end(self, index: int, rest: str, finished: Finished) -> dict[str, Any]:
-        """The last piece; scores are part of it."""
-        logprobs = None if self.likely is None else self._logprobs(finished.scores, self.likely)
-        reason = FINISH[finished.generation.finish]
-        return {"index": index, "text": rest, "logprobs": logprobs, "finish_reason": reason}
+    def piece(self, index: int, text: str, sent: int, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        """A piece that follows `sent` characters."""
+        logprobs = None if self.likely is None else self._logprobs(scores, self.likely, sent)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
-    def _logprobs(self, scores: Sequence[TokenScore], likely: int) -> dict[str, Any]:
+    def end(self, index: int, sent: int, scores: Sequence[TokenScore], finished: Finished) -> list[dict[str, Any]]:
+        piece = self.piece(index, finished.generation.text[sent:], sent, [*scores, *_end(finished)])
+        return [{**piece, "finish_reason": FINISH[finished.generation.finish]}]
+
+    def _logprobs(self, scores: Sequence[TokenScore], likely: int, offset: int = 0) -> dict[str, Any]:
         texts = [self.texts.of(score.token) for score in scores]
-        offsets = [0]
-        for text in texts[:-1]:
-            offsets.append(offsets[-1] + len(text))
+        ends = list(itertools.accumulate(map(len, texts), initial=offset))
         return {
             "tokens": texts,
             "token_logprobs": [score.log_probability for score in scores],
             "top_logprobs": [self._top(score, likely) for score in scores],
-            "text_offset": offsets[: len(texts)],
+            "text_offset": ends[:-1],
         }
 
     def _top(self, score: TokenScore, likely: int) -> dict[str, float] | None:
@@ -123,23 +117,33 @@ class ChatReply(Reply):
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(finished),
+            "logprobs": self._logprobs(finished.scores),
             "finish_reason": "tool_calls" if calls else FINISH[finished.generation.finish],
         }
 
-    def piece(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    def certain(self, text: str) -> str:
+        """The part of a text that can be sent already, because no call can begin in it."""
+        return text if self.calls is None else self.calls.certain(text)
 
-    def end(self, index: int, told: int, finished: Finished) -> list[dict[str, Any]]:
-        """The last pieces of an answer of which `told` characters were told."""
+    def piece(self, index: int, text: str, sent: int, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        return self._delta(index, {"content": text}, scores)
+
+    def begin(self, index: int) -> dict[str, Any]:
+        return self._delta(index, {"role": "assistant", "content": ""})
+
+    def end(self, index: int, sent: int, scores: Sequence[TokenScore], finished: Finished) -> list[dict[str, Any]]:
+        """The last pieces of an answer of which `sent` characters were sent."""
         text, calls = self._split(finished.generation)
-        pieces = [self.piece(index, {"content": text[told:]})] if text[told:] else []
+        pieces = [self._delta(index, {"content": text[sent:]})] if text[sent:] else []
         if calls:
             numbered = [{"index": number, **call} for number, call in enumerate(calls)]
-            pieces.append(self.piece(index, {"tool_calls": numbered}))
+            pieces.append(self._delta(index, {"tool_calls": numbered}))
         reason = "tool_calls" if calls else FINISH[finished.generation.finish]
-        last = {"index": index, "delta": {}, "logprobs": self._logprobs(finished), "finish_reason": reason}
-        return [*pieces, last]
+        return [*pieces, {**self._delta(index, {}, scores), "finish_reason": reason}]
+
+    def _delta(self, index: int, delta: dict[str, Any], scores: Sequence[TokenScore] = ()) -> dict[str, Any]:
+        logprobs = self._logprobs(scores) if scores else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _split(self, generation: Generation) -> tuple[str, list[dict[str, Any]]]:
         if self.calls is None:
@@ -155,10 +159,10 @@ class ChatReply(Reply):
         ]
         return text, calls
 
-    def _logprobs(self, finished: Finished) -> dict[str, Any] | None:
+    def _logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         if self.likely is None:
             return None
-        return {"content": [self._token(score) for score in finished.scores], "refusal": None}
+        return {"content": [self._token(score) for score in scores], "refusal": None}
 
     def _token(self, score: TokenScore) -> dict[str, Any]:
         likely = [self._named(token, value) for token, value in score.likely[: self.likely]]
@@ -167,3 +171,33 @@ class ChatReply(Reply):
     def _named(self, token: int, value: float | None) -> dict[str, Any]:
         text = self.texts.of(token)
         return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode()), "logprob": value}
+
+
+@dataclass
+class ChoiceStream:
+    """One answer that is sent in pieces.
+
+    Attributes:
+      told: text of the events so far, of which `sent` characters are in pieces.
+      scores: those that are not in pieces yet, of `scored` so far.
+    """
+
+    reply: CompletionReply | ChatReply
+    index: int
+    told: str = ""
+    sent: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
+    scored: int = 0
+
+    def pieces(self, event: Progress | Finished) -> list[dict[str, Any]]:
+        if isinstance(event, Finished):
+            return self.reply.end(self.index, self.sent, [*self.scores, *event.scores[self.scored :]], event)
+        self.told += event.text
+        self.scores += event.scores
+        self.scored += len(event.scores)
+        new = self.reply.certain(self.told)[self.sent :]
+        if not new:
+            return []
+        piece = self.reply.piece(self.index, new, self.sent, self.scores)
+        self.sent, self.scores = self.sent + len(new), []
+        return [piece]

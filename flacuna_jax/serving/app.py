@@ -1,7 +1,7 @@
 """The routes of the server."""
 
-import asyncio
 import functools
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from starlette.routing import Route
 from flacuna_jax.data.conversation import TemplateRefusal
 from flacuna_jax.data.messages import read_messages, read_tools
 from flacuna_jax.data.record import BadRecord, Reading
-from flacuna_jax.data.tokenization import tokenize_prompt
+from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.language_model import GenerationRequest, encode_prompt
 from flacuna_jax.serving.adapters import Models, Served
-from flacuna_jax.serving.answers import ChatReply, CompletionReply, TokenTexts, usage
+from flacuna_jax.serving.answers import ChatReply, ChoiceStream, CompletionReply, usage
 from flacuna_jax.serving.connection import Answers
 from flacuna_jax.serving.guard import Guard, TooLarge, error_response, read_json
-from flacuna_jax.serving.jobs import Finished, Progress
+from flacuna_jax.serving.jobs import Finished
 from flacuna_jax.serving.metrics import Metrics
 from flacuna_jax.serving.protocol import (
     Asked,
@@ -38,7 +38,11 @@ from flacuna_jax.serving.scheduler import Refused, Scheduler
 from flacuna_jax.serving.tools import CallForm
 
 PAGE = Path(__file__).parent / "page" / "index.html"
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,62 +75,51 @@ class Server:
     scheduler: Scheduler
     metrics: Metrics
     settings: Settings
-    texts: TokenTexts
 
     async def completions(self, request: Request) -> Response:
         asked = parsed(CompletionRequest, await read_json(request, self.settings.body))
         model = self._model(asked.model)
-        tokenizer = self.scheduler.tokenizer
-
-        def encode() -> list[tuple[int, ...]]:
-            return [encode_prompt(tokenizer, one) if isinstance(one, str) else tuple(one) for one in asked.prompts]
-
-        prompts = await run_in_threadpool(encode)
-        count = asked.n or 1
+        if asked.stream and asked.echo:
+            raise UserError("echo: true cannot be streamed")
+        tokenizer, count, scored = model.tokenizer, asked.n or 1, asked.logprobs is not None
+        self._check_count(len(asked.prompts) * count)
+        prompts = await run_in_threadpool(lambda: [_encoded(tokenizer, one) for one in asked.prompts])
         made = [
             self._request(asked, prompt, asked.max_tokens, asked.own_seed + i, ())
             for prompt in prompts
             for i in range(count)
         ]
-        scored = asked.logprobs is not None
-        reply = CompletionReply(model.name, self.texts, asked.logprobs, "cmpl", echo=asked.echo)
+        reply = CompletionReply(model.name, model.texts, asked.logprobs, "cmpl", echo=asked.echo)
         answers = Answers(
             self.scheduler,
             self.settings.seconds,
             request,
             model,
             made,
-            scored,
-            scored and asked.echo,
-            bool(asked.stream),
+            streams=bool(asked.stream),
+            scored=scored,
+            scores_prompt=scored and asked.echo,
         )
-        given = [one if isinstance(one, str) else tokenizer.decode(one) for one in asked.prompts]
         prompt_tokens = sum(map(len, prompts))
+        if asked.stream:
+            return answers.streamed(
+                lambda choices, **more: reply.wrapped("text_completion", choices, **more),
+                [],
+                [ChoiceStream(reply, i) for i in range(len(made))],
+                prompt_tokens if asked.reports_usage else None,
+            )
+        given = [one if isinstance(one, str) else tokenizer.decode(one) for one in asked.prompts]
 
         def whole(finished: Sequence[Finished]) -> dict[str, Any]:
             choices = [reply.choice(i, made[i].prompt, given[i // count], one) for i, one in enumerate(finished)]
             return reply.wrapped("text_completion", choices, usage=usage(prompt_tokens, finished))
 
-        if not asked.stream:
-            return await answers.whole(whole)
-        if asked.echo:
-            raise UserError("echo: true cannot be streamed")
-
-        def pieces(index: int, told: int, event: Progress | Finished) -> list[dict[str, Any]]:
-            if isinstance(event, Progress):
-                return [reply.piece(index, event.text)]
-            return [reply.end(index, event.generation.text[told:], event)]
-
-        return answers.streamed(
-            lambda choices, **more: reply.wrapped("text_completion", choices, **more),
-            [],
-            pieces,
-            prompt_tokens if asked.reports_usage else None,
-        )
+        return await answers.whole(whole)
 
     async def chat(self, request: Request) -> Response:
         asked = parsed(ChatRequest, await read_json(request, self.settings.body))
         model = self._model(asked.model)
+        self._check_count(asked.n or 1)
         tools = () if asked.tool_choice == "none" else asked.tools or ()
         prompt = await run_in_threadpool(self._chat_prompt, model, asked.messages, tools)
         room = self.scheduler.limits.context - len(prompt)
@@ -137,34 +130,29 @@ class Server:
         ]
         likely = (asked.top_logprobs or 0) if asked.logprobs else None
         calls = CallForm.of(model.template) if tools else None
-        reply = ChatReply(model.name, self.texts, likely, "chatcmpl", calls=calls)
+        reply = ChatReply(model.name, model.texts, likely, "chatcmpl", calls=calls)
         answers = Answers(
-            self.scheduler, self.settings.seconds, request, model, made, asked.logprobs, False, bool(asked.stream)
+            self.scheduler,
+            self.settings.seconds,
+            request,
+            model,
+            made,
+            streams=bool(asked.stream),
+            scored=asked.logprobs,
         )
+        if asked.stream:
+            return answers.streamed(
+                lambda choices, **more: reply.wrapped("chat.completion.chunk", choices, **more),
+                [reply.begin(i) for i in range(count)],
+                [ChoiceStream(reply, i) for i in range(count)],
+                len(prompt) if asked.reports_usage else None,
+            )
 
         def whole(finished: Sequence[Finished]) -> dict[str, Any]:
             choices = [reply.choice(i, one) for i, one in enumerate(finished)]
             return reply.wrapped("chat.completion", choices, usage=usage(len(prompt), finished))
 
-        if not asked.stream:
-            return await answers.whole(whole)
-        texts = [""] * count
-        sent = [0] * count
-
-        def pieces(index: int, told: int, event: Progress | Finished) -> list[dict[str, Any]]:
-            if isinstance(event, Finished):
-                return reply.end(index, sent[index], event)
-            texts[index] += event.text
-            safe = texts[index] if calls is None else calls.certain(texts[index])
-            new, sent[index] = safe[sent[index] :], max(sent[index], len(safe))
-            return [reply.piece(index, {"content": new})] if new else []
-
-        return answers.streamed(
-            lambda choices, **more: reply.wrapped("chat.completion.chunk", choices, **more),
-            [reply.piece(i, {"role": "assistant", "content": ""}) for i in range(count)],
-            pieces,
-            len(prompt) if asked.reports_usage else None,
-        )
+        return await answers.whole(whole)
 
     def _chat_prompt(
         self, model: Served, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
@@ -181,7 +169,7 @@ class Server:
         if not turns or turns[-1].role == "assistant":
             raise UserError("the last message must be of the user or of a tool")
         try:
-            return tuple(tokenize_prompt(turns, model.template, self.scheduler.tokenizer, system, functions))
+            return tuple(tokenize_prompt(turns, model.template, model.tokenizer, system, functions))
         except TemplateRefusal as refusal:
             raise UserError(str(refusal)) from None
 
@@ -207,6 +195,11 @@ class Server:
         top_k = asked.top_k if asked.top_k and asked.top_k > 0 else None
         temperature = 1.0 if asked.temperature is None else asked.temperature
         return GenerationRequest(prompt, limit, (*asked.stops, *stops), temperature, top_k, asked.top_p, seed, ends)
+
+    def _check_count(self, answers: int) -> None:
+        most = self.scheduler.limits.waiting
+        if answers > most:
+            raise UserError(f"the request asks for {answers} answers; at most {most} can wait here")
 
     def _model(self, name: str) -> Served:
         offered = self.scheduler.models.offered
@@ -236,7 +229,7 @@ class Server:
         if load is None:
             return error_response(403, "adapters cannot be loaded: the server was started without --adapters-below")
         change = await run_in_threadpool(load, asked.lora_name, asked.lora_path)
-        await asyncio.wrap_future(self.scheduler.call(lambda: self.scheduler.replace(change)))
+        await run_in_threadpool(self.scheduler.change, change)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload_adapter(self, request: Request) -> Response:
@@ -244,7 +237,7 @@ class Server:
         if self.settings.load is None:
             return error_response(403, "adapters cannot be unloaded: the server was started without --adapters-below")
         change = functools.partial(Models.without, name=asked.lora_name)
-        await asyncio.wrap_future(self.scheduler.call(lambda: self.scheduler.replace(change)))
+        await run_in_threadpool(self.scheduler.change, change)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     async def tokenize(self, request: Request) -> Response:
@@ -252,7 +245,7 @@ class Server:
         text = asked.prompt if asked.prompt is not None else asked.content
         if text is None:
             raise UserError("prompt: is missing")
-        tokenizer = self.scheduler.tokenizer
+        tokenizer = (self._model(asked.model) if asked.model else self.scheduler.models.first).tokenizer
         special = asked.add_special_tokens if asked.prompt is not None else asked.add_special
         ids = encode_prompt(tokenizer, text) if special else tokenizer.encode(text)
         return JSONResponse({"tokens": list(ids), "count": len(ids), "max_model_len": self.scheduler.limits.context})
@@ -270,7 +263,7 @@ class Server:
 
 def make_app(scheduler: Scheduler, metrics: Metrics, settings: Settings) -> Guard:
     """The whole application."""
-    server = Server(scheduler, metrics, settings, TokenTexts(scheduler.tokenizer))
+    server = Server(scheduler, metrics, settings)
 
     def route(path: str, handle: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
         async def answered(request: Request) -> Response:
@@ -294,6 +287,10 @@ def make_app(scheduler: Scheduler, metrics: Metrics, settings: Settings) -> Guar
     return Guard(Starlette(routes=routes), settings.hosts, settings.key)
 
 
+def _encoded(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    return encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
+
+
 async def _or_error(handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
     """The response of a route; a mistake of the client becomes an error that it can read."""
     try:
@@ -310,3 +307,6 @@ async def _or_error(handle: Callable[[Request], Awaitable[Response]], request: R
         return error_response(error.status, str(error))
     except ClientDisconnect:
         return Response(status_code=499)
+    except Exception:
+        _logger.exception("a request could not be handled")
+        return error_response(500, "the server failed to handle this request; its log says why")

@@ -13,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from flacuna_jax.generation.language_model import GenerationRequest
 from flacuna_jax.serving.adapters import Served
-from flacuna_jax.serving.answers import usage
+from flacuna_jax.serving.answers import ChoiceStream, usage
 from flacuna_jax.serving.guard import error_body, error_response
-from flacuna_jax.serving.jobs import Event, Failed, Finished, Job, Progress
+from flacuna_jax.serving.jobs import Event, Failed, Finished, Job
 from flacuna_jax.serving.scheduler import Scheduler
 
 
@@ -29,9 +29,10 @@ class Answers:
         request: Request,
         model: Served,
         made: Sequence[GenerationRequest],
-        scored: bool,
-        scores_prompt: bool,
+        *,
         streams: bool,
+        scored: bool,
+        scores_prompt: bool = False,
     ) -> None:
         self._request = request
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -48,7 +49,6 @@ class Answers:
         self._jobs = [
             Job(model, one, tell(index), deadline, streams, scored, scores_prompt) for index, one in enumerate(made)
         ]
-        self._told = [0] * len(self._jobs)
         scheduler.submit(self._jobs)
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
@@ -84,25 +84,23 @@ class Answers:
         self,
         wrapped: Callable[..., dict[str, Any]],
         first: Sequence[dict[str, Any]],
-        pieces: Callable[[int, int, Progress | Finished], Sequence[dict[str, Any]]],
+        choices: Sequence[ChoiceStream],
         prompt_tokens: int | None,
     ) -> Response:
         """Server-sent events. `prompt_tokens` is given if usage is to be reported at the end."""
 
         async def lines() -> AsyncGenerator[dict[str, Any], None]:
             finished = []
-            for choice in first:
-                yield wrapped([choice])
+            for piece in first:
+                yield wrapped([piece])
             async with contextlib.aclosing(self.events()) as events:
                 async for index, event in events:
                     if isinstance(event, Failed):
                         yield error_body(event.status, event.message)
                         return
-                    for choice in pieces(index, self._told[index], event):
-                        yield wrapped([choice])
-                    if isinstance(event, Progress):
-                        self._told[index] += len(event.text)
-                    else:
+                    for piece in choices[index].pieces(event):
+                        yield wrapped([piece])
+                    if isinstance(event, Finished):
                         finished.append(event)
             if prompt_tokens is not None:
                 yield wrapped([], usage=usage(prompt_tokens, finished))

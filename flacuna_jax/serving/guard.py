@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Guard:
         await (refused or self.app)(scope, receive, send)
 
     def _refused(self, request: Request) -> JSONResponse | None:
-        name = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
+        name = re.sub(r":\d*$", "", request.headers.get("host", ""))
         if self.hosts and name not in self.hosts:
             return error_response(403, f"this server does not answer for the host {name[:80]!r}")
         if self.key is None or request.url.path in OPEN_PATHS:

@@ -19,17 +19,21 @@ class TokenScore(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Text that later tokens cannot change, after what was told before."""
+    """Text that later tokens cannot change, after what was told before, and the scores of its tokens if they were asked
+    for."""
 
     text: str
+    scores: Sequence[TokenScore] = ()
 
 
 class Finished(NamedTuple):
-    """The whole answer, with scores of the prompt's and the answer's tokens if they were asked for."""
+    """The whole answer, with scores of all tokens of the prompt and of the answer if they were asked for."""
 
     generation: Generation
     prompt_scores: Sequence[TokenScore]
     scores: Sequence[TokenScore]
+    end: TokenScore | None
+    """The score of the token that ended the answer, if one did."""
     shared: int
     """Tokens of the prompt whose keys and values were already there."""
 

@@ -12,27 +12,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.answers import certain, ended
 from flacuna_jax.generation.continuation import Chosen
 from flacuna_jax.generation.decode import LogProbabilities
-from flacuna_jax.generation.decoder import Decoder, Draw, Part
+from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part
 from flacuna_jax.generation.engine import draw_of
 from flacuna_jax.serving.adapters import Models, Served
 from flacuna_jax.serving.jobs import Failed, Finished, Job, Progress, TokenScore
 from flacuna_jax.serving.metrics import Metrics
+from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms
 
 STEPS = 4
 """New tokens of every row in a turn."""
 PIECE = 512
-"""Maximum number of tokens of a prompt that are filled in a turn, so that other answers do not wait for long."""
-SHORTEST = 64
-"""Pieces are padded to this number of tokens times a power of two, so that few programs are compiled."""
+"""Maximum number of tokens of prompts that are filled in a turn, so that other answers do not wait for long."""
 ALTERNATIVES = 20
 """Most likely tokens that are scored if any request asks for scores; OpenAI's maximum."""
-WORTH_SHARING = 16
-"""Minimum number of common first tokens for which a row's cache is reused."""
+WORTH_SHARING = LENGTHS[0]
+"""Minimum number of common first tokens for which a row's cache is reused: less would make no piece shorter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +54,9 @@ class Row:
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     prompt_scores: list[TokenScore] = dataclasses.field(default_factory=list)
     told: int = 0
+    """Characters of the answer in events so far."""
+    told_tokens: int = 0
+    """Tokens that are whole in them."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -82,9 +83,8 @@ class Refused(Exception):
 class Scheduler:
     """Runs jobs until `stop`. Methods may be called from any thread, except those of a turn."""
 
-    def __init__(self, models: Models, tokenizer: Tokenizer, limits: Limits, metrics: Metrics) -> None:
-        self.models, self.tokenizer, self.limits, self.metrics = models, tokenizer, limits, metrics
-        self._ends = frozenset((tokenizer.eos_id,))
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
+        self.models, self.limits, self.metrics = models, limits, metrics
         self._waiting: deque[Job] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future]] = deque()
         self._rows: dict[int, Row] = {}
@@ -93,6 +93,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._ending, self._stopped, self.deadline = False, False, float("inf")
         self._decoder = self._new_decoder()
+        self._programs = self._decoder.programs = self._programs_for(models.network)
+        self._changing, self._warm = threading.Lock(), False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         metrics.watch(self)
 
@@ -108,6 +110,11 @@ class Scheduler:
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._ending
 
+    def warm_up(self) -> None:
+        """Compiles the programs that first requests need, so that no client waits for them."""
+        self._programs.compile_first()
+        self._warm = True
+
     def begin(self) -> None:
         self._thread.start()
 
@@ -122,23 +129,38 @@ class Scheduler:
             self._changed.notify()
 
     def call(self, task: Callable[[], Any]) -> Future:
-        """Runs a function between two turns."""
+        """Runs a function between two turns. Raises Refused if the server ends."""
         future: Future = Future()
         with self._changed:
+            if self._stopped:
+                raise Refused(503, "the server is shutting down")
             self._tasks.append((task, future))
             self._changed.notify()
         return future
 
-    def replace(self, change: Callable[[Models], Models]) -> None:
-        """Changes the models; called between two turns. Raises UserError as the change does, or if a model that it
-        removes still answers."""
-        models = change(self.models)
+    def change(self, change: Callable[[Models], Models]) -> None:
+        """Changes the models. Programs are compiled before that if they need others; running answers go on meanwhile.
+
+        Raises UserError as the change does, or if a model that it removes still answers.
+        """
+        with self._changing:
+            models = change(self.models)
+            programs = self._programs
+            if models.network.spec != self.models.network.spec:
+                programs = self._programs_for(models.network)
+                if self._warm:
+                    programs.compile_first()
+            self.call(lambda: self._replace(models, programs)).result()
+
+    def _replace(self, models: Models, programs: CompiledPrograms) -> None:
         removed = set(self.models.offered.values()) - set(models.offered.values())
         if any(row.job.model in removed for row in self._rows.values()):
             raise UserError("the model still answers requests; try again when they have ended")
-        self._fail_waiting(lambda job: job.model in removed, Failed(404, "the model was unloaded"))
         self._held = {row: held for row, held in self._held.items() if held[0] not in removed}
-        self.models, self._decoder.network = models, models.network
+        if programs is not self._programs:
+            self._programs.close()
+        self.models, self._programs = models, programs
+        self._decoder.network, self._decoder.programs = models.network, programs
 
     def end(self, seconds: float) -> None:
         """Stops accepting jobs. Jobs that are still running after `seconds` fail."""
@@ -153,12 +175,16 @@ class Scheduler:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._programs.close()
 
     def _new_decoder(self) -> Decoder:
         self._rows, self._held = {}, {}
         network = self.models.network
         with jax.set_mesh(network.mesh):
             return Decoder(network, self.limits.rows, self.limits.context, own_columns=True)
+
+    def _programs_for(self, network: Network) -> CompiledPrograms:
+        return CompiledPrograms(network, self._decoder.rows, STEPS, ALTERNATIVES)
 
     def _run(self) -> None:
         while self._wait():
@@ -168,6 +194,8 @@ class Scheduler:
             except Exception as error:
                 self._recover(error)
         self._fail_all(Failed(503, "the server is shutting down"))
+        while self._tasks:
+            self._tasks.popleft()[1].set_exception(Refused(503, "the server is shutting down"))
 
     def _wait(self) -> bool:
         """Waits for something to do. False if the thread shall end."""
@@ -181,6 +209,7 @@ class Scheduler:
         for row in self._rows.values():
             row.job.tell(Failed(500, f"the computation failed: {str(error)[:200] or type(error).__name__}"))
         self._decoder = self._new_decoder()
+        self._decoder.programs = self._programs
 
     def turn(self) -> None:
         """One step of everything that there is to do."""
@@ -231,6 +260,9 @@ class Scheduler:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
+            if self.models.offered.get(job.model.name) is not job.model:
+                job.tell(Failed(404, "the model was unloaded"))
+                continue
             number, shared = self._place(job)
             self._held.pop(number, None)
             self._rows[number] = Row(job, shared, shared, draw_of(job.request))
@@ -255,63 +287,82 @@ class Scheduler:
             return number, 0
         if source in self._held:
             return source, shared
-        self._decoder.copy(source, number)
+        self._decoder.copy(source, number, shared)
         return number, shared
 
     def _fill(self) -> None:
-        at_once = max(1, self.limits.rows // 4)
-        entering = [number for number, row in self._rows.items() if not row.is_filled][:at_once]
-        if not entering:
-            return
-        size = max(SHORTEST, PIECE // len(entering))
-        parts = {number: _part(self._rows[number], size) for number in entering}
-        longest = max(len(part.tokens) for part in parts.values())
-        length = max(SHORTEST, 1 << (longest - 1).bit_length())
-        logits_rv, scores = self._decoder.fill(parts, at_once, ALTERNATIVES, length)
-        for index, (number, part) in enumerate(parts.items()):
-            row = self._rows[number]
-            row.filled += len(part.tokens)
-            if part.targets is not None and scores is not None:
-                row.prompt_scores += _scores(part.targets, jax.tree.map(lambda x, i=index: x[i], scores))
-        rows = [self._rows[number] for number in entering]
-        if not any(row.is_filled for row in rows):
-            return
-        draws = [(number, row.draw) if row.is_filled else None for number, row in zip(entering, rows, strict=True)]
-        alternatives = ALTERNATIVES if any(row.job.scored and row.is_filled for row in rows) else 0
-        chosen = self._decoder.start(draws, logits_rv, alternatives)
-        for index, (number, row) in enumerate(zip(entering, rows, strict=True)):
-            if row.is_filled:
-                self.metrics.first_token.observe(time.monotonic() - row.job.since)
-                self._take(number, jax.tree.map(lambda x, i=index: x[i : i + 1], chosen))
+        """Fills pieces of prompts, in the order in which the requests came."""
+        left = PIECE
+        for number, row in sorted(self._rows.items(), key=lambda item: item[1].job.since):
+            while not row.is_filled and left >= LENGTHS[0]:
+                left -= self._fill_piece(number, row, min(left, LENGTHS[-1]))
+
+    def _fill_piece(self, number: int, row: Row, size: int) -> int:
+        """Fills a piece of at most `size` tokens, and begins the answer if it ends the prompt. Returns its length."""
+        part = _part(row, size)
+        logits_1v, scores = self._decoder.fill({number: part}, 1)
+        row.filled += len(part.tokens)
+        if part.targets is not None and scores is not None:
+            row.prompt_scores += _scores(part.targets, jax.tree.map(lambda x: x[0], scores))
+        if row.is_filled:
+            chosen = self._decoder.start([(number, row.draw)], logits_1v, row.job.scored)
+            self.metrics.first_token.observe(time.monotonic() - row.job.since)
+            self._take(number, chosen)
+        return len(part.tokens)
 
     def _advance(self) -> None:
-        active = {number: row for number, row in self._rows.items() if row.is_filled and row.tokens}
+        self._gather_rows()
+        active = {number: row for number, row in self._rows.items() if row.tokens}
         if not active:
             return
         reach = max(len(row.prompt) + len(row.tokens) for row in active.values()) + STEPS
         samplings = [row.draw.sampling for row in active.values()]
-        alternatives = ALTERNATIVES if any(row.job.scored for row in active.values()) else 0
-        chosen = self._decoder.advance(STEPS, reach, samplings, alternatives)
+        scored = any(row.job.scored for row in active.values())
+        chosen = self._decoder.advance(STEPS, reach, samplings, scored, max(active) + 1)
         for number in active:
             self._take(number, jax.tree.map(lambda x, i=number: x[i], chosen))
 
+    def _gather_rows(self) -> None:
+        """Moves answers to lower rows if a program with fewer rows can then be used."""
+        count = next(count for count in self._programs.counts if count >= len(self._rows))
+        for number in [number for number in self._rows if number >= count]:
+            free = [lower for lower in range(count) if lower not in self._rows]
+            target = min(free, key=lambda lower: lower in self._held)
+            row = self._rows[number]
+            self._decoder.copy(number, target, len(row.cached))
+            self._held.pop(target, None)
+            self._held[number] = row.job.model, row.cached
+            self._rows[target] = self._rows.pop(number)
+
     def _take(self, number: int, chosen: Chosen) -> None:
         """Adds new tokens to a row's answer, and ends it if it is complete."""
-        row, request = self._rows[number], self._rows[number].job.request
+        row = self._rows[number]
+        model, request = row.job.model, row.job.request
         tokens = np.asarray(chosen.token).tolist()
         row.tokens += tokens
         if row.job.scored and chosen.log_probabilities is not None:
             row.scores += _scores(tokens, chosen.log_probabilities)
-        generation = ended(row.tokens, request, self.tokenizer, self._ends | set(row.job.model.ends))
+        generation = ended(row.tokens, request, model.tokenizer, frozenset((model.tokenizer.eos_id, *model.ends)))
         if generation is not None:
             self.metrics.new_tokens.inc(generation.tokens)
-            row.job.tell(Finished(generation, row.prompt_scores, row.scores[: generation.tokens], row.shared))
+            scores, end = row.scores[: generation.tokens], None
+            if generation.finish == "eos" and row.job.scored:
+                end = row.scores[generation.tokens]
+            row.job.tell(Finished(generation, row.prompt_scores, scores, end, row.shared))
             self._free(number)
         elif row.job.streams:
-            text = certain(self.tokenizer.decode(row.tokens), request.stop)
-            if len(text) > row.told:
-                row.job.tell(Progress(text[row.told :]))
-                row.told = len(text)
+            self._tell_progress(row)
+
+    def _tell_progress(self, row: Row) -> None:
+        decode, first = row.job.model.tokenizer.decode, row.told_tokens
+        text = certain(decode(row.tokens), row.job.request.stop)
+        if len(text) <= row.told:
+            return
+        if row.job.scored:
+            while row.told_tokens < len(row.tokens) and len(decode(row.tokens[: row.told_tokens + 1])) <= len(text):
+                row.told_tokens += 1
+        row.job.tell(Progress(text[row.told :], row.scores[first : row.told_tokens]))
+        row.told = len(text)
 
 
 def _settle(task: Callable[[], Any], future: Future) -> None:

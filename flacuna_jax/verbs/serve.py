@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.decoder import Network
 from flacuna_jax.huggingface.answer_ends import answer_ends
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     if jax.process_count() > 1:
         raise UserError("a server runs in one process; use a machine that holds the model, or export it to vLLM")
     scheduler, app = prepare(arguments)
+    say_on_stderr("compiling what first requests need; the programs are kept in the user's cache for the next start")
+    scheduler.warm_up()
     scheduler.begin()
     config = uvicorn.Config(
         app,
@@ -53,8 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         log_level="warning",
         timeout_graceful_shutdown=int(arguments.grace) + 5,
     )
-    say_on_stderr(f"serving {', '.join(scheduler.models.offered)} at http://{arguments.host}:{arguments.port}")
-    HttpServer(config, scheduler, arguments.grace).run()
+    HttpServer(config, scheduler, arguments.grace, say_on_stderr).run()
 
 
 def prepare(arguments: argparse.Namespace) -> "tuple[Scheduler, Guard]":
@@ -79,8 +81,12 @@ def prepare(arguments: argparse.Namespace) -> "tuple[Scheduler, Guard]":
         key=_key(arguments.host),
         load=offer.load if arguments.adapters_below else None,
     )
-    scheduler = Scheduler(models, offer.tokenizer, limits, metrics)
+    scheduler = Scheduler(models, limits, metrics)
     return scheduler, make_app(scheduler, metrics, settings)
+
+
+def _default_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _key(host: str) -> str | None:
@@ -96,7 +102,7 @@ class Offer:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._template = arguments.template
-        self._loader = ModelLoader(arguments.dtype, stored_base=arguments.stored_base)
+        self._loader = ModelLoader(arguments.dtype or _default_dtype(), stored_base=arguments.stored_base)
         named = [_named(text) for text in arguments.adapter]
         if arguments.run is not None:
             address, trained = find_model(arguments.model, None, arguments.run)
@@ -116,9 +122,7 @@ class Offer:
         first = next(iter(adapters.values()), ModelAddress(address.base))
         self._opened = self._loader.open(first)
         self._spec = self._opened.base
-        self.tokenizer = load_tokenizer(tokenizer_directory(first))
-        check_vocabulary(self.tokenizer, self._spec.config.vocab_size, tokenizer_directory(first))
-        self._ends = answer_ends(None, self.tokenizer, address.base)
+        self._tokenizers: dict[Path, tuple[Tokenizer, tuple[int, ...]]] = {}
 
     def models(self) -> "Models":
         from flacuna_jax.serving.adapters import Models, Served
@@ -130,7 +134,8 @@ class Offer:
         config = self._spec.config
         check_mesh(mesh, config.num_heads, config.num_kv_heads, config.intermediate_size)
         network = Network(self._spec, self._loader.base_params(self._opened, mesh), mesh)
-        models = Models.of(network, Served(self._name, template, self._ends))
+        tokenizer, ends = self._tokens(address)
+        models = Models.of(network, Served(self._name, tokenizer, template, ends))
         for add in additions:
             models = add(models)
         return models
@@ -138,13 +143,17 @@ class Offer:
     def load(self, name: str, path: str) -> "Callable[[Models], Models]":
         """Reads an adapter at a path below --adapters-below. Raises UserError if it is missing or does not fit."""
         assert self._below is not None
-        directory = (self._below / path).resolve()
-        if not directory.is_relative_to(self._below) or not directory.is_dir():
+        try:
+            directory = (self._below / path).resolve()
+            found = directory.is_relative_to(self._below) and directory.is_dir()
+        except (OSError, ValueError):  # a name that no file can have
+            found = False
+        if not found:
             raise UserError(f"{path[:80]!r} is not a directory below that of --adapters-below")
         return self._read(name, ModelAddress(self._base, directory))
 
     def _read(self, name: str, address: ModelAddress) -> "Callable[[Models], Models]":
-        from flacuna_jax.serving.adapters import require_factors
+        from flacuna_jax.serving.adapters import Served, require_factors
 
         opened = self._loader.open(address)
         adapter = opened.adapter
@@ -156,7 +165,18 @@ class Offer:
                 "the one that is served; serve it alone, or give --stored-base"
             )
         template = template_of(address, self._template, trained_with(find_adapter(address.adapter)), lambda _: None)
-        return lambda models: models.with_adapter(name, adapter, template, self._ends)
+        tokenizer, ends = self._tokens(address)
+        model = Served(name, tokenizer, template, ends, adapter)
+        return lambda models: models.with_adapter(model)
+
+    def _tokens(self, address: ModelAddress) -> tuple[Tokenizer, tuple[int, ...]]:
+        """The tokenizer of a model, and the tokens that end its answers. Most adapters have that of the base."""
+        directory = tokenizer_directory(address)
+        if directory not in self._tokenizers:
+            tokenizer = load_tokenizer(directory)
+            check_vocabulary(tokenizer, self._spec.config.vocab_size, directory)
+            self._tokenizers[directory] = tokenizer, answer_ends(None, tokenizer, self._base)
+        return self._tokenizers[directory]
 
 
 def _named(text: str) -> tuple[str, str]:

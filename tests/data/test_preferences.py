@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.build import ALONE, NO_LOSS, OVER_LENGTH, build_store
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.formats import EMPTY, IDENTICAL, NO_ANSWER, read_source
-from flacuna_jax.data.pipeline import StepSource, plan_epochs
+from flacuna_jax.data.pipeline import StepSource, plan_epochs, plan_steps
 from flacuna_jax.data.preferences import LABELS
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.data.store_cache import cached_store
@@ -59,9 +59,27 @@ PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         PAIR,
     ),
     "OpenAI": (
-        {"input": {"messages": [Q]}, "preferred_output": [A], "non_preferred_output": [B]},
+        {
+            "input": {"messages": [Q], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [A],
+            "non_preferred_output": [B],
+        },
         PAIR,
     ),
+    "Argilla": (
+        {"instruction": "q", "chosen_response": "a", "rejected_response": "b", "chosen_avg_rating": 5.0},
+        PAIR,
+    ),
+    "Argilla's Capybara": (
+        {
+            "conversation": [{"input": "q0", "output": "a0"}, {"input": "q", "output": "a"}],
+            "chosen": [*EARLIER, Q, A],
+            "rejected": [*EARLIER, Q, B],
+        },
+        LONGER,
+    ),
+    "ms-swift": ({"messages": [*EARLIER, Q, A], "rejected_response": "b"}, LONGER),
+    "ms-swift, whole conversations": ({"messages": [*EARLIER, Q, A], "rejected_messages": [*EARLIER, Q, B]}, LONGER),
 }
 
 
@@ -91,7 +109,7 @@ def written(conversation: Conversation) -> str:
 def test_pairs(tmp_path, record, expected):
     (conversation,), report = read(tmp_path, record, "pairs")
     assert written(conversation) == expected
-    assert set(report.ignored) <= {"score_chosen"}
+    assert set(report.ignored) <= {"score_chosen", "chosen_avg_rating", "conversation"}
 
 
 @pytest.mark.parametrize("label", [True, False, "true", "False", 1, 0])
@@ -102,10 +120,27 @@ def test_labelled_answers(tmp_path, label):
         {"prompt": [Q], "completion": [A], "kto_tag": label},
         {"messages": [Q, A], "kto_tag": label},
         {"messages": [Q, A], "label": label},
+        {"instruction": "q", "input": "", "output": "a", "kto_tag": label},
+        {"instruction": "q", "completion": "a", "label": label},
+        {"question": "q", "completion": "a", "label": label},
+        {"question": "q", "answer": "a", "label": label},
     ):
         (conversation,), _ = read(tmp_path, record, "labelled")
         assert written(conversation) == "user: q | assistant: a +"
         assert conversation.good is good
+
+
+def test_a_label_is_that_of_the_last_answer(tmp_path):
+    for record in ({"messages": [*EARLIER, Q, A]}, {"instruction": "q", "output": "a", "history": [["q0", "a0"]]}):
+        (conversation,), _ = read(tmp_path, {**record, "label": True}, "labelled")
+        assert written(conversation) == "user: q0 | assistant: a0 | user: q | assistant: a +"
+
+
+def test_tools_of_openais_pairs_are_read(tmp_path):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    record = {"input": {"messages": [Q], "tools": [tool]}, "preferred_output": [A], "non_preferred_output": [B]}
+    (conversation,), _ = read(tmp_path, record, "pairs")
+    assert conversation.tools == (tool,)
 
 
 def test_llama_factorys_descriptions(tmp_path):
@@ -136,6 +171,8 @@ def test_llama_factorys_descriptions(tmp_path):
 DROPPED = {
     "the same answer": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "pairs", IDENTICAL),
     "an empty answer": ({"prompt": "q", "chosen": "a", "rejected": " "}, "pairs", EMPTY),
+    "an empty answer of HH-RLHF": ({"chosen": f"{HH} a", "rejected": HH}, "pairs", EMPTY),
+    "no messages in an answer": ({"prompt": [Q], "chosen": [A], "rejected": []}, "pairs", EMPTY),
     "an empty labelled answer": ({"prompt": "q", "completion": "", "label": True}, "labelled", NO_ANSWER),
 }
 
@@ -164,6 +201,9 @@ REFUSED = {
     "no question": ({"chosen": [A], "rejected": [B]}, "have no prompt in common"),
     "no rejected answer": ({"prompt": "q", "chosen": "a"}, "'rejected' must be text or messages, and is missing"),
     "a number": ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or messages, not a number"),
+    "only a text": ({"text": "a"}, "this run needs `prompt`, `chosen` and `rejected`"),
+    "ranked answers": ({"prompt": "q", "responses": ["a", "b"]}, r"\(the record's fields: prompt, responses\)"),
+    "no label": ({"prompt": "q", "completion": "a", "label": None}, r"'label' is None; it must be true \S+ \S+ \S+ or"),
     "a label of 0.5": ({"prompt": "q", "completion": "a", "kto_tag": 0.5}, "'kto_tag' is 0.5; it must be true"),
     "a label of 2": ({"prompt": "q", "completion": "a", "label": 2}, "'label' is 2; it must be true"),
     "a label in words": ({"prompt": "q", "completion": "a", "kto_tag": "good"}, "'kto_tag' is 'good'; it must be true"),
@@ -239,3 +279,22 @@ def test_a_labelled_answer_is_followed_by_its_prompt_with_the_answer_before_it(t
         assert f"a{(index - 1) % 4}" in other
     with pytest.raises(UserError, match=ALONE):
         build(tmp_path, records[:1], "labelled")
+
+
+def test_kto_needs_both_labels_and_recommends_weights(tmp_path):
+    def warnings(labels: list[bool], **objective) -> tuple[str, ...]:
+        records = [{"prompt": f"q{i}", "completion": f"a{i}", "label": label} for i, label in enumerate(labels)]
+        store, _ = build(tmp_path, records, "labelled")
+        training = TrainingConfig(objective={"name": "kto", **objective}, batch_size=2)
+        data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "data.jsonl")),), max_length=64)
+        return plan_steps(store, data, training, seed=0, shards=1).warnings
+
+    assert warnings([True, False] * 3) == ()
+    (found,) = warnings([True] * 6 + [False] * 2)
+    assert "6 good and 2 bad answers, with their weights in a ratio of 3" in found
+    assert "training.objective.undesirable_weight: 3" in found
+    assert warnings([True] * 6 + [False] * 2, undesirable_weight=3.0) == ()
+    (found,) = warnings([True] * 2 + [False] * 4)
+    assert "training.objective.desirable_weight: 2" in found
+    with pytest.raises(UserError, match="all 3 labels are false; KTO needs good and bad answers"):
+        warnings([False] * 3)

@@ -10,7 +10,9 @@ import pytest
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import decode
 from flacuna_jax.generation.decode import RowSampling
-from flacuna_jax.generation.settings import Sampling
+from flacuna_jax.generation.settings import METHODS, Sampling
+
+GREEDILY, SAMPLED = METHODS.index("greedy"), METHODS.index("sampled")
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (5, None), (None, 0.6), (None, 1.0), (8, 0.3), (500, 0.01)])
@@ -33,10 +35,38 @@ def test_samples_follow_the_distribution() -> None:
     logits_v = jnp.array([1.0, 0.0, -1.0, 2.0, 0.5])
     keys_b = jax.random.split(jax.random.key(0), 4000)
     warm = RowSampling.of([Sampling(temperature=0.7)] * 4000)
-    drawn = decode.choose_tokens(jnp.tile(logits_v, (4000, 1)), keys_b, warm, "sampled")
+    drawn = decode.choose_tokens(jnp.tile(logits_v, (4000, 1)), keys_b, warm, SAMPLED)
     expected = np.asarray(jax.nn.softmax(logits_v / 0.7))
     frequency = np.bincount(np.asarray(drawn), minlength=5) / 4000
     assert np.all(np.abs(frequency - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_samples_of_a_large_vocabulary_follow_the_distribution() -> None:
+    """Three groups of tokens that are summed together, the last one not whole; impossible tokens are never drawn."""
+    size = 2 * decode.DRAWN_TOGETHER + 100
+    logits = np.random.default_rng(4).normal(0, 2, size)
+    logits[[0, 255, 256, 400, size - 1]] = -np.inf
+    logits[300:310] = -np.inf
+    keys_b = jax.random.split(jax.random.key(1), 20000)
+    warm = RowSampling.of([Sampling(temperature=1.0)] * 20000)
+    drawn = decode.choose_tokens(
+        jnp.tile(logits.astype(np.float32), (20000, 1)), keys_b, warm, METHODS.index("sampled")
+    )
+    expected = np.asarray(jax.nn.softmax(logits))
+    count = np.bincount(np.asarray(drawn), minlength=size)
+    assert count[expected == 0].sum() == 0
+    frequent = expected * 20000 > 25
+    # Of about 100 tokens, each within five standard errors.
+    error = np.sqrt(20000 * expected * (1 - expected))
+    assert frequent.sum() > 50
+    assert np.all(np.abs(count - 20000 * expected)[frequent] < 5 * error[frequent])
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2**-24, 1.0])
+def test_the_ends_of_the_uniform_range_draw_possible_tokens(uniform: float) -> None:
+    end_bi = jnp.cumsum(jnp.array([[0.0, 0.0, 0.1, 0.0, 0.3, 0.0]]), axis=-1)
+    found, _ = decode._first_above(end_bi, uniform * end_bi[:, -1])
+    assert int(found[0]) == (2 if uniform == 0 else 4)
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
@@ -44,9 +74,10 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     logits[0] = -np.inf
     keys_b = jax.random.split(jax.random.key(0), 40)
     greedy = RowSampling.of([Sampling()] * 40)
-    taken = np.asarray(decode.choose_tokens(jnp.asarray(logits), keys_b, greedy, "greedy"))
+    taken = np.asarray(decode.choose_tokens(jnp.asarray(logits), keys_b, greedy, GREEDILY))
     np.testing.assert_array_equal(taken, logits.argmax(axis=1))
-    assert 0 <= int(decode.choose_tokens(jnp.full((1, 30), jnp.nan), keys_b[:1], greedy, "greedy")[0]) < 30
+    nan = decode.choose_tokens(jnp.full((40, 30), jnp.nan), keys_b, greedy, GREEDILY)
+    assert 0 <= int(nan.min()) <= int(nan.max()) < 30
 
 
 def test_each_row_has_its_own_settings() -> None:
@@ -55,7 +86,7 @@ def test_each_row_has_its_own_settings() -> None:
     kinds = [Sampling(), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1.0), Sampling(2.0, 5, 0.9)]
     settings = [kinds[row % len(kinds)] for row in range(60)]
     keys_b = jax.random.split(jax.random.key(0), 60)
-    method = decode.most_general(settings)
+    method = METHODS.index(decode.most_general(settings))
     taken = np.asarray(decode.choose_tokens(jnp.asarray(logits), keys_b, RowSampling.of(settings), method))
     fixed = np.arange(60) % len(kinds) < 3
     np.testing.assert_array_equal(taken[fixed], logits.argmax(1)[fixed])

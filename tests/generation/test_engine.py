@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.data.special_tokens import Special, SpecialTokens
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import continuation
-from flacuna_jax.generation.decoder import Decoder, padded_size
+from flacuna_jax.generation.decoder import Decoder
 from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.generation.prefixes import plan_prefixes
+from flacuna_jax.generation.programs import padded_size
 from flacuna_jax.generation.settings import Placement
 from flacuna_jax.kernels.packed_mask import make_packed_mask
 from flacuna_jax.model.parameters import ModelSpec
@@ -204,6 +206,17 @@ def test_heads_and_rows_split_over_devices_give_the_same_answers(
     cache = jax.tree.leaves(Decoder(split.network, 2, 64).rows.blocks)[0]
     assert cache.sharding.shard_shape(cache.shape)[-4:-2] == (1, SMALL.num_kv_heads // 2)
     assert split.generate(requests) == _small(spec).generate(requests)
+
+
+def test_separate_layers_have_the_shardings_of_one_layer_of_the_stack() -> None:
+    model = _small(ModelSpec(SMALL, None, "float32", "float32"), MeshConfig(fsdp=2, tensor=2), rows=2)
+    layers = continuation.layers_apart(model.spec, model.params)
+    assert layers is not None
+    stacked = nnx.state(model.spec.merge(model.params).layers)
+    for index, layer in enumerate(layers):
+        for one, stack in zip(jax.tree.leaves(layer), jax.tree.leaves(stacked), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(stack)[index])
+            assert one.sharding.shard_shape(one.shape) == stack.sharding.shard_shape(stack.shape)[1:]
 
 
 def test_adapters_are_applied() -> None:

@@ -194,3 +194,12 @@ def test_assumed_statistics_follow_the_config():
     single = assumed_statistics(unpacked.data, unpacked.training)
     assert (single.rows_per_step, single.steps) == (128, None)
     assert assumed_statistics(unpacked.data, unpacked.training, examples=1280).steps == 10
+
+
+def test_a_pair_is_assumed_to_have_two_documents():
+    config = run_config(training={"objective": {"name": "dpo"}})
+    pairs = assumed_statistics(config.data, config.training)
+    answers = assumed_statistics(config.data, run_config().training)
+    assert pairs.examples_per_step == answers.examples_per_step == 128
+    assert pairs.rows_per_step == pytest.approx(2 * answers.rows_per_step, abs=1)
+    assert (pairs.document_length, pairs.fill) == (answers.document_length, pytest.approx(answers.fill, abs=0.01))

@@ -13,6 +13,7 @@ from flacuna_jax.prepare import main as prepare
 from flacuna_jax.run.reference import with_reference
 from tests.small_run import WORDS, write_run
 from tests.test_end_to_end import adapter_bytes, losses, run, run_until
+from tests.test_multihost import finish, start_hosts
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -165,3 +166,17 @@ def test_the_reference_is_computed_once(finished, tmp_path, monkeypatch):
             assert with_reference(opened.setup, opened.base, opened.state, said.append).store.fingerprint
             assert values.shape == (len(opened.setup.store), 2)
     assert sum("computing log-probabilities" in line for line in said) == 2, "of training and of held-out pairs"
+
+
+@pytest.mark.slow
+def test_hosts_with_caches_of_their_own_agree_on_the_reference(finished, tmp_path):
+    """The first host's cache decides for all; a host without the values must not compute them alone."""
+    caches = [tmp_path / "cache0", tmp_path / "cache1"]
+    overrides = ["--training.objective.reference=cached", "--evaluation=null", "--mesh={fsdp: 4}"]
+    for name in ("first", "again"):
+        out = f"--output_dir={tmp_path / name}"
+        results = finish(start_hosts(finished / "config.yaml", *overrides, out, caches=caches))
+        assert [status for status, _ in results] == [0, 0], results
+        assert ("computing log-probabilities" in results[0][1]) == (name == "first")
+    assert losses(tmp_path / "first") == losses(tmp_path / "again")
+    assert not list(caches[1].glob("reference/*.npy"))

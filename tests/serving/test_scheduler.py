@@ -1,5 +1,6 @@
 """Continuous batching over several adapters, against `generate` and PEFT, token by token."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -151,7 +152,7 @@ def test_scores_of_prompts_and_answers_equal_the_scorer(scheduler: Scheduler, st
 
 
 def test_a_stream_is_the_answer_in_pieces(scheduler: Scheduler) -> None:
-    prompt = (1, *scheduler.tokenizer.encode("One day"))
+    prompt = (1, *scheduler.models.offered["base"].tokenizer.encode("One day"))
     heard = submit(scheduler, "base", GenerationRequest(prompt, 24, stop=("Lily",)), streams=True)[1]
     whole = heard.finished().generation.text
     told = "".join(event.text for event in heard.events if isinstance(event, Progress))
@@ -184,14 +185,13 @@ def test_adapters_come_and_go_while_answers_run(scheduler: Scheduler, story_llam
     request = GenerationRequest((1, *range(20, 40)), 30)
     before = submit(scheduler, "large", request)[1].finished().generation
     running = submit(scheduler, "large", request)[1]
-    scheduler.call(
-        lambda: scheduler.replace(lambda models: models.with_adapter("new", adapter, base.template, base.ends))
-    ).result(60)
+    new = dataclasses.replace(base, name="new", adapter=adapter)
+    scheduler.change(lambda models: models.with_adapter(new))
     found = submit(scheduler, "new", request)[1].finished().generation
     assert running.finished().generation == before
     assert found == ModelLoader("float32").load(ModelAddress(story_llama, path)).generate([request])[0]
     assert found != before
-    scheduler.call(lambda: scheduler.replace(lambda models: models.without("new"))).result(60)
+    scheduler.change(lambda models: models.without("new"))
     assert "new" not in scheduler.models.offered
     assert submit(scheduler, "large", request)[1].finished().generation == before
 
