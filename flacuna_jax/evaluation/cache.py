@@ -101,8 +101,9 @@ class CachedModel:
         progress: Callable[[int, int], None] | None = None,
         long_chunk: int = 64,
     ) -> None:
-        """`progress(done, total)` is called after each chunk. `long_chunk`: requests per chunk of long answers, a small
-        multiple of the number of rows that the model decodes in parallel."""
+        """`progress(done, total)` counts distinct requests; it is called before the first chunk and after each.
+        `long_chunk`: requests per chunk of long answers, a small multiple of the number of rows that the model decodes
+        in parallel."""
         self._model, self._store, self._progress, self._long_chunk = model, store, progress, long_chunk
 
     @property
@@ -135,12 +136,15 @@ class CachedModel:
         # Neighbours in token order share prefixes, so that requests with a common prefix are in the same chunk.
         todo = sorted(missing.items(), key=lambda item: _tokens(item[1]))
         size = min(CHUNK, self._long_chunk) if any(_is_long(request) for _, request in todo) else CHUNK
+        total = len(set(keys))
+        if todo and self._progress is not None:
+            self._progress(total - len(todo), total)
         for begin in range(0, len(todo), size):
             chunk = todo[begin : begin + size]
             answers = ask([request for _, request in chunk])
             self._store.put_many((key, asdict(answer)) for (key, _), answer in zip(chunk, answers, strict=True))
             if self._progress is not None:
-                self._progress(len(requests) - len(todo) + begin + len(chunk), len(requests))
+                self._progress(total - len(todo) + begin + len(chunk), total)
         return [kind(**self._store.get(key)) for key in keys]  # type: ignore[arg-type]
 
     def _key(self, request: ScoreRequest | GenerationRequest) -> str:

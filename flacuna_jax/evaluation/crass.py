@@ -13,7 +13,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import locate, read_csv, read_text
 from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
-from flacuna_jax.evaluation.scoring import names_option, starts_with_label
+from flacuna_jax.evaluation.scoring import is_option, names_option, starts_with_label
 
 EXPECTED = 274
 COLUMNS = ("PCTID", "BatchID", "Premise", "QCC", "CorrectAnswer", "Answer1", "Answer2", "PossibleAnswer3")
@@ -90,7 +90,7 @@ def load(data: Path, shots: int = 3) -> AnswerTask:
         max_prompt=2048,
         max_new_tokens=8,
         average="micro",
-        scores={"faithful": starts_with_label, "corrected": names_option},
+        scores={"faithful": starts_with_label, "corrected": names_option, "letter": is_option},
         expected=EXPECTED,
     )
 

@@ -20,14 +20,14 @@ from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Reading
 from flacuna_jax.evaluation.files import Row, field, locate, read_rows
 from flacuna_jax.evaluation.judge import Judge
 from flacuna_jax.evaluation.results import Outcome, TaskResult
-from flacuna_jax.evaluation.settings import IMPACT_PROMPT, IMPACT_TEMPERATURE
+from flacuna_jax.evaluation.settings import IMPACT_NEW_TOKENS, IMPACT_PROMPT, IMPACT_TEMPERATURE
 from flacuna_jax.generation.language_model import GenerationRequest, LanguageModel, encode_prompt
 from flacuna_jax.generation.settings import Sampling
 
 CATEGORIES = ("informative", "professional", "argumentative", "creative")
 PER_CATEGORY = 50
 EXPECTED = PER_CATEGORY * len(CATEGORIES)
-MAX_NEW_TOKENS = 1024
+MAX_NEW_TOKENS = IMPACT_NEW_TOKENS.default
 LAYOUT = "IMPACT, data.jsonl of declare-lab/InstructEvalImpact (Category, Definition, Prompt per line)"
 PATTERNS = ("data.jsonl", "*.parquet", "*question.jsonl")
 Style = Literal["raw", "output"]
@@ -165,6 +165,7 @@ def run_impact(
     style: Style = "raw",
     template: Template | None = None,
     temperature: float = 0.0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> TaskResult:
     """Generates answers, has the judge review them (if there is one), and counts code in answers that need none.
 
@@ -179,7 +180,7 @@ def run_impact(
         return tuple(tokenize_prompt([Turn("user", text)], template, model.tokenizer))
 
     questions = [prompt.question(style) for prompt in prompts]
-    new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_length // 2))
+    new_tokens = max(1, min(max_new_tokens, model.context_length // 2))
     requests = [
         GenerationRequest(
             encode(question)[-(model.context_length - new_tokens) :],
@@ -214,6 +215,7 @@ def run_impact(
             "style": style,
             "template": template.name if template else None,
             "temperature": temperature,
+            "max_new_tokens": new_tokens,
             "judge": judge.name if judge else None,
         },
     )
@@ -238,7 +240,7 @@ def _load(data: Path, options: Options) -> Run:
     prompts = load(data)[: options.limit]
     judge, templates = options.judge(), options.templates()
     return lambda model: [
-        run_impact(prompts, model, judge, style, templates.get(model.name), temperature)
+        run_impact(prompts, model, judge, style, templates.get(model.name), temperature, options[IMPACT_NEW_TOKENS])
         for style in STYLES[options[IMPACT_PROMPT]]
     ]
 

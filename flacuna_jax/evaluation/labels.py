@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from flacuna_jax.evaluation.benchmark import Benchmark, Column, Options, Run, TableSpec, first_of_each
 from flacuna_jax.evaluation.results import Outcome, TaskResult
+from flacuna_jax.evaluation.settings import Setting
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, LanguageModel, encode_prompt
 
 ScoreFunction = Callable[[str, "Question"], float]
@@ -83,22 +84,24 @@ def fit_shots(question: Question, count_tokens: Callable[[str], int], limit: int
 def answer_benchmark(
     name: str,
     title: str,
-    read: Callable[[Path, int], AnswerTask],
+    read: Callable[..., AnswerTask],
     tables: Mapping[int, TableSpec],
     groupings: Mapping[str, Mapping[str, str]] | None = None,
     held_in: bool = False,
+    settings: Mapping[str, Setting[Any]] | None = None,
 ) -> Benchmark:
     """A benchmark with labels.
 
     Args:
-      read: Reads it from a directory, with the given number of worked examples.
+      read: Reads it from a directory, with the given number of worked examples: read(data, shots, **settings).
       tables: The table for each number of worked examples that is reported; the first number is the default.
       groupings: As in `Benchmark`.
       held_in: As in `Column`.
+      settings: Arguments of `read` that are options of the command.
     """
 
     def load(data: Path, options: Options) -> Run:
-        whole = read(data, options.shots)
+        whole = read(data, options.shots, **{name: options[setting] for name, setting in (settings or {}).items()})
         task = replace(whole, problems=first_of_each(whole.problems, lambda problem: problem.group, options.limit))
         return lambda model: [run_answers(task, model)]
 

@@ -11,7 +11,8 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.benchmark import FEW_SHOT, ZERO_SHOT
 from flacuna_jax.evaluation.files import locate, read_csv
 from flacuna_jax.evaluation.labels import AnswerTask, Problem, Question, answer_benchmark
-from flacuna_jax.evaluation.scoring import names_option, starts_with_label
+from flacuna_jax.evaluation.scoring import is_option, names_option, starts_with_label
+from flacuna_jax.evaluation.settings import MMLU_SPLIT
 
 LETTERS = "ABCD"
 EXPECTED = 14042
@@ -102,7 +103,7 @@ def load(data: Path, shots: int = 5, split: str = "test") -> AnswerTask:
         max_prompt=2048,
         max_new_tokens=2,
         average="micro",
-        scores={"faithful": starts_with_label, "corrected": names_option},
+        scores={"faithful": starts_with_label, "corrected": names_option, "letter": is_option},
         expected=EXPECTED,
         notes=() if split == "test" else (f"scored on the {split} split",),
     )
@@ -162,4 +163,5 @@ BENCHMARK = answer_benchmark(
     load,
     {5: FEW_SHOT, 0: ZERO_SHOT},
     groupings={"subcategories": SUBCATEGORY_OF, "categories": CATEGORY_OF},
+    settings={"split": MMLU_SPLIT},
 )

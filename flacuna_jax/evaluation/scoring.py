@@ -20,6 +20,12 @@ def names_option(prediction: str, question: Question) -> float:
     return float(found is not None and found.group(1) == question.label)
 
 
+def is_option(prediction: str, question: Question) -> float:
+    """The prediction begins with a letter from A to D as a word, right or wrong: the model answers in the format."""
+    found = _LETTER.match(prediction.strip())
+    return float(found is not None and found.group(1) in "ABCD")
+
+
 def first_line(prediction: str) -> str:
     """The first line that is not blank."""
     return prediction.strip().split("\n", 1)[0].strip()

@@ -44,7 +44,13 @@ IMPACT_PROMPT = Setting(
 IMPACT_TEMPERATURE = Setting(
     ("impact",), "impact_temperature", 0.0, float, "its card says 1; LLaMA models were run greedily"
 )
-SETTINGS: tuple[Setting, ...] = (SAMPLES, REPETITIONS, IMPACT_PROMPT, IMPACT_TEMPERATURE)
+IMPACT_NEW_TOKENS = Setting(("impact",), "impact_new_tokens", 1024, whole(1), "maximum length of an answer in tokens")
+MMLU_SPLIT = Setting(
+    ("mmlu",), "mmlu_split", "test", str, "the questions to answer; worked examples are those of dev", ("test", "val")
+)
+SETTINGS: tuple[Setting, ...] = (
+    SAMPLES, REPETITIONS, IMPACT_PROMPT, IMPACT_TEMPERATURE, IMPACT_NEW_TOKENS, MMLU_SPLIT,
+)  # fmt: skip
 
 EXECUTING_CODE = ("humaneval",)
 """Benchmarks that run code that the model wrote."""

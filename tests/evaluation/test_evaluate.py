@@ -57,6 +57,15 @@ def test_two_models_side_by_side(
     assert drawn == {"zero-shot-faithful.svg", "zero-shot-corrected.svg"}
 
 
+def test_mmlu_on_the_validation_questions(story_llama: Path, test_data: Path, tmp_path: Path) -> None:
+    common = ("--model", story_llama, "--data", test_data, "--output", tmp_path, "--tasks", "mmlu:0", "--limit", 1)
+    assert _evaluate(*common, "--mmlu-split", "val", "--dtype", "float32", "--name", "tiny") == 0
+    result = json.loads((tmp_path / "tiny" / "mmlu-0shot.json").read_text())
+    assert "scored on the val split" in result["notes"]
+    assert result["summary"]["problems"] == 57
+    assert set(result["summary"]) >= {"faithful", "corrected", "letter"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flacuna_jax.evaluation.impact import run_impact
 from flacuna_jax.evaluation.labels import run_answers
 from flacuna_jax.evaluation.programs import CodeTask, run_code
 from flacuna_jax.evaluation.results import read_result, write_result
+from flacuna_jax.generation.language_model import Generation, GenerationRequest
 from tests.evaluation.models import Letters, Scripted
 from tests.vocabularies import llama_template
 
@@ -149,6 +151,20 @@ def test_impact_with_the_papers_prompt_in_the_template() -> None:
     model = Scripted(answer=lambda text: "x")
     run_impact([prompt], model, None, "output", llama_template("vicuna_v1.1"))
     assert model.asked[0].endswith(" USER: You write.\n\nA poem\nOutput: ASSISTANT:")
+
+
+def test_impact_with_short_answers() -> None:
+    asked: list[int] = []
+
+    class Counting(Scripted):
+        def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+            asked.extend(request.max_new_tokens for request in requests)
+            return super().generate(requests)
+
+    prompt = impact.WritingPrompt("0", "creative", "You write", "A poem")
+    result = run_impact([prompt], Counting(answer=lambda _: "x"), None, max_new_tokens=7)
+    assert asked == [7]
+    assert result.settings["max_new_tokens"] == 7
 
 
 def test_a_killed_evaluation_resumes(test_data: Path, tmp_path: Path) -> None:

@@ -3,25 +3,28 @@
 import pytest
 
 from flacuna_jax.evaluation.labels import Question
-from flacuna_jax.evaluation.scoring import drop_exact, drop_f1, equals_label, names_option, starts_with_label
+from flacuna_jax.evaluation.scoring import drop_exact, drop_f1, equals_label, is_option, names_option, starts_with_label
 
 
 @pytest.mark.parametrize(
-    ("prediction", "label", "faithful", "corrected"),
+    ("prediction", "label", "faithful", "corrected", "letter"),
     [
-        (" A", "A", 1, 1),
-        ("A. because", "A", 1, 1),
-        ("(A) because", "A", 0, 1),
-        ("Apples", "A", 1, 0),
-        ("A's", "A", 1, 0),
-        ("B", "A", 0, 0),
-        ("", "A", 0, 0),
+        (" A", "A", 1, 1, 1),
+        ("A. because", "A", 1, 1, 1),
+        ("(A) because", "A", 0, 1, 1),
+        ("Apples", "A", 1, 0, 0),
+        ("A's", "A", 1, 0, 0),
+        ("B", "A", 0, 0, 1),
+        ("E", "A", 0, 0, 0),
+        ("The answer is A", "A", 0, 0, 0),
+        ("", "A", 0, 0, 0),
     ],
 )
-def test_options(prediction: str, label: str, faithful: int, corrected: int) -> None:
+def test_options(prediction: str, label: str, faithful: int, corrected: int, letter: int) -> None:
     question = Question("", label)
     assert starts_with_label(prediction, question) == faithful
     assert names_option(prediction, question) == corrected
+    assert is_option(prediction, question) == letter
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Results of the experiment as tables: benchmarks, answers that are a letter, writing, chat share."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from flacuna_jax.evaluation.benchmark import Column, Reading, TableSpec
+from flacuna_jax.evaluation.published import published_rows
+from flacuna_jax.evaluation.registry import BENCHMARKS
+from flacuna_jax.evaluation.results import Outcome, TaskResult, read_result
+from flacuna_jax.evaluation.tables import SIGNIFICANT, Table, all_differences, make_tables
+
+READINGS: tuple[Reading, ...] = get_args(Reading)
+PUBLISHED = ("Vicuna 13B", "Flacuna 13B")
+"""Published rows that are shown, for context."""
+_LETTERS = TableSpec("Share of answers that begin with a letter from A to D, %")
+_WRITING = TableSpec("Writing")
+
+
+def _of(score: str) -> dict[Reading, str]:
+    return dict.fromkeys(READINGS, score)
+
+
+LETTER_COLUMNS = tuple(
+    Column(_LETTERS, f"{title} ({shots}-shot)", task, shots, scores=_of("letter"))
+    for task, title in (("mmlu", "MMLU"), ("crass", "CRASS"))
+    for shots in (5, 3, 0)
+)
+WRITING_COLUMNS = (
+    Column(_WRITING, "Unasked code %", "impact", scores=_of("unasked code"), factor=100.0),
+    Column(_WRITING, "Words", "impact", scores=_of("words")),
+    Column(_WRITING, "Repeated %", "impact", scores=_of("repeated"), factor=100.0),
+)
+ORDER = 4
+"""Words in the n-grams whose repetition is counted."""
+
+
+def read_results(directory: Path) -> list[TaskResult]:
+    """All results of a model, with the scores of writing."""
+    return [with_writing(read_result(path)) for path in sorted(directory.glob("*.json"))]
+
+
+def with_writing(result: TaskResult) -> TaskResult:
+    """IMPACT's result with the number of words of each answer and the share of its 4-grams that occurred before."""
+    if result.task != "impact":
+        return result
+    return dataclasses.replace(result, outcomes=tuple(map(_with_writing, result.outcomes)))
+
+
+def _with_writing(outcome: Outcome) -> Outcome:
+    words = str(outcome.record["prediction"]).split()
+    scores = {**outcome.scores, "words": float(len(words)), "repeated": repeated(words)}
+    return dataclasses.replace(outcome, scores=scores)
+
+
+def repeated(words: Sequence[str]) -> float | None:
+    """Share of the 4-grams that occurred before in the same text; None for a text without 4-grams."""
+    grams = [tuple(words[start : start + ORDER]) for start in range(len(words) - ORDER + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else None
+
+
+def benchmark_tables(models: Sequence[Sequence[TaskResult]]) -> list[Table]:
+    """The paper's tables, in both readings, without IMPACT's ratings."""
+    columns = [column for one in BENCHMARKS if one.name != "impact" for column in one.columns]
+    published = [row for row in published_rows() if row.model in PUBLISHED]
+    return [table for reading in READINGS for table in make_tables(models, columns, published, reading)]
+
+
+def extra_tables(models: Sequence[Sequence[TaskResult]]) -> list[Table]:
+    """Answers that are a letter, and writing; both readings are the same."""
+    tables = make_tables(models, (*LETTER_COLUMNS, *WRITING_COLUMNS))
+    return [dataclasses.replace(table, title=table.title.removesuffix(" (faithful)")) for table in tables]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A difference between a tuned model and the base."""
+
+    model: str
+    task: str
+    shots: int
+    score: str
+    text: str
+    p_value: float
+
+
+def findings(base: Sequence[TaskResult], others: Iterable[Sequence[TaskResult]]) -> tuple[list[Finding], int]:
+    """Significant differences from the base, and the number of differences that were tested."""
+    found, tested = [], 0
+    for results in others:
+        for (task, shots, score), one in all_differences(base, results).items():
+            tested += 1
+            if one.p_value < SIGNIFICANT:
+                text = f"{one.mean:+.1f} [{one.interval.low:.1f}, {one.interval.high:.1f}]"
+                found.append(Finding(results[0].model, task, shots, score, text, one.p_value))
+    return found, tested

@@ -1,0 +1,80 @@
+"""The parts of the experiment that need no model: shipped configs, scores of writing, curves."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from flacuna_jax.config.files import load_config
+from flacuna_jax.evaluation.results import Outcome, TaskResult
+from flacuna_jax.flan_mini.config import FlanMiniConfig
+from flacuna_jax.paper import curves
+from flacuna_jax.paper.experiment import Training, result_files, shares
+from flacuna_jax.paper.results import extra_tables, findings, repeated
+from flacuna_jax.paper.settings import ExperimentSettings
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "paper_135m"
+BUDGETS = ("10m", "30m", "3h", "full")
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parents[1])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_shipped_experiments(budget: str) -> None:
+    settings = load_config(CONFIGS / f"{budget}.yaml", schema=ExperimentSettings)
+    assert settings.budget == budget
+    load_config(settings.tasks, schema=FlanMiniConfig)
+    load_config(settings.chat, schema=FlanMiniConfig)
+    assert all(load_config(method.config).data.template == "checkpoint" for method in settings.methods.values())
+    for benchmark in settings.benchmarks:
+        assert len(result_files(benchmark.tasks)) == len(benchmark.tasks)
+
+
+def test_budgets_grow() -> None:
+    examples = [load_config(CONFIGS / f"{name}.yaml", schema=ExperimentSettings).examples for name in BUDGETS]
+    assert examples == sorted(set(examples))
+
+
+def test_the_mixture_has_flan_minis_share_of_chat() -> None:
+    assert shares(1000, 0.084) == {"tasks": 916, "chat": 84}
+    assert Training("chat0", "lora", Path(), 100, 0.0, 1e-3).sources == {"tasks": 100}
+
+
+def test_repetition_counts_ngrams_that_occurred_before() -> None:
+    assert repeated(["a", "b", "c"]) is None
+    assert repeated(["a", "b", "c", "d", "e"]) == 0
+    assert repeated(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
+
+
+def result(model: str, letters: str, task: str = "mmlu", shots: int = 0) -> TaskResult:
+    outcomes = tuple(Outcome(str(i), "g", {"letter": float(c)}, {}) for i, c in enumerate(letters))
+    return TaskResult(task, shots, model, outcomes, "micro", len(letters))
+
+
+def test_the_share_of_letters_is_a_table_with_a_paired_difference() -> None:
+    base, tuned = [result("base", "0" * 10)], [result("lora", "1" * 9 + "0")]
+    (table,) = extra_tables([base, tuned])
+    assert [row.cells[0].text().split()[0] for row in table.rows if row.cells[0]] == ["0.0", "90.0", "+90.0*"]
+    found, tested = findings(base, [tuned])
+    assert tested == 1
+    assert (found[0].model, found[0].score) == ("lora", "letter")
+    assert found[0].p_value == pytest.approx(2 / 2**9)  # McNemar: nine gained, none lost
+    assert findings(base, [base]) == ([], 1)
+
+
+def test_curves_are_drawn_from_the_first_step_to_the_last() -> None:
+    root = ElementTree.fromstring(curves.to_svg("a & b", {"x": [3.0, 2.0, 1.0], "y": [1.0]}, dashed=("y",)))
+    lines = [element for element in root if element.tag.endswith("polyline")]
+    points = [tuple(map(float, point.split(","))) for point in lines[0].attrib["points"].split()]
+    assert [y for _, y in points] == [
+        curves.TOP,
+        (curves.TOP + curves.HEIGHT - curves.BOTTOM) / 2,
+        curves.HEIGHT - curves.BOTTOM,
+    ]
+    assert points[0][0] == curves.LEFT
+    assert "stroke-dasharray" in lines[1].attrib
+    with pytest.raises(ValueError, match="nothing to draw"):
+        curves.to_svg("empty", {})
