@@ -27,8 +27,9 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.adapter_writing import write_adapter_files
 from flacuna_jax.model.sharding import batch_sharding
-from flacuna_jax.run.setup import Setup, open_parts, say_on_stderr, set_up
+from flacuna_jax.run.setup import Setup, open_parts, set_up
 from flacuna_jax.run.start import fresh_state
+from flacuna_jax.say import say_on_stderr
 from flacuna_jax.training.step import make_step
 from flacuna_jax.whole_files import write_atomically
 

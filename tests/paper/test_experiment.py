@@ -11,6 +11,8 @@ from flacuna_jax.cli import run_verb
 from flacuna_jax.paper import __main__ as paper
 from flacuna_jax.paper.stages import Stages
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(story_llama: Path, test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -111,7 +113,7 @@ def test_a_finished_experiment_only_writes_its_page_again(
         raise AssertionError("a stage ran again")
 
     shutil.rmtree(first / "page")
-    monkeypatch.setattr(paper, "Stages", lambda directory: Stages(directory, execute=fail))
+    monkeypatch.setattr(paper, "Stages", lambda directory, **options: Stages(directory, execute=fail, **options))
     assert run_verb(paper.main, ["--config", str(config)]) == 0
     assert (first / "page" / "results.md").is_file()
 
