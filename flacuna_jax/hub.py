@@ -138,7 +138,7 @@ def _download(client: ModuleType, repository: Path, name: HubName, kind: Kind, c
 def _find(client: ModuleType, repository: Path, name: HubName, kind: Kind, choose: Choose) -> Snapshot:
     """The files in the cache. Raises UserError if some of the chosen ones are not there."""
     advice = (
-        "HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE, or download it where there is a connection: "
+        "HF_HUB_OFFLINE forbids downloading it; unset HF_HUB_OFFLINE, or download it where there is a connection: "
         f"{_command(name, kind)}"
     )
     directory = _cached(repository, name.revision)

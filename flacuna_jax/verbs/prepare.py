@@ -79,15 +79,15 @@ def prepare_run(
     for note in template.notes:
         say(f"note: {note}")
     store, report = cached_corpus(config, tokenizer, template, cache, say)
-    held_out: list[tuple[str, str]] = []
-    store, measured = hold_out(store, config.evaluation)
-    if measured is not None:
-        held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
-    plan, refused = None, None
+    plan, measured, refused = None, None, None
     try:
+        store, measured = hold_out(store, config.evaluation)
         plan = plan_steps(store, config.data, config.training, seed=config.seed, shards=None)
     except UserError as error:
         refused = error
+    held_out: list[tuple[str, str]] = []
+    if measured is not None:
+        held_out = [("held out", f"{len(measured):,} examples, {int(measured.supervised.sum()):,} supervised tokens")]
     weights = [source.weight for source in config.data.sources]
     epoch = epoch_examples(store.source_index, weights, config.seed, 0)
     packing = PackingFacts.of(

@@ -141,6 +141,10 @@ def test_a_training_config_is_tokenised_packed_and_reported(
     printed = capsys.readouterr()
     assert printed.out.count("with loss") == 2, "the data are shown anyway"
     assert "training.warmup_steps 3000 is not shorter" in printed.err
+    assert run_verb(main, [*command, "--evaluation.fraction=1e-9"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("with loss") == 2
+    assert "evaluation.fraction 1e-09 holds out 0 of" in printed.err
     assert run_verb(main, [*command, "--scale", "0.5"]) == 2
     assert run_verb(main, [*command, "--cache", "/dev/null/cache"]) == 2
     assert "/dev/null/cache: cannot be written to" in capsys.readouterr().err
