@@ -74,6 +74,7 @@ def training_config(model: str, scratch: Path) -> Path:
         "model": {"path": model},
         "data": {"sources": [{"path": str(scratch / "records.json")}], "max_length": 256},
         "training": {"batch_size": 4, "batch_unit": "rows", "micro_batch_size": 2, "max_steps": 2},
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
         "evaluation": {"fraction": 0.2, "samples": 2, "sample_tokens": 16},
     }
     path = scratch / "config.yaml"

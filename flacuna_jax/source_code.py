@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 _COUNTED = (".py", ".json", ".yaml")
+_TEXTS = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+"""Tokens whose blank lines count. Since Python 3.12, an f-string is several tokens."""
 
 
 @cache
@@ -42,17 +44,20 @@ def directory_digest(root: Path, places: Collection[str], without: Collection[st
 
 
 def statements(source: str) -> str:
-    """Python source without its comments, docstrings and blank lines, otherwise as it was typed.
+    """Python source without its comments, docstrings and blank lines outside of texts, otherwise as it was typed.
 
     The text is cut instead of printing the syntax tree, because every Python release prints a tree in another way.
     """
-    lines = source.splitlines()
+    lines, in_text = source.splitlines(), set[int]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
+        elif token.type in _TEXTS:
+            in_text.update(range(token.start[0], token.end[0]))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 lines[row - 1] = ""
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+                in_text.discard(row)
+    return "\n".join(line.rstrip() for row, line in enumerate(lines, 1) if line.strip() or row in in_text)

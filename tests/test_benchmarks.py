@@ -126,6 +126,7 @@ def test_a_step_that_exceeds_a_limit_is_named(benchmark_module):
     assert compiled_step.judged(row, {"failed": "no compiler"}) == ["no compiler"]
 
 
+@pytest.mark.slow
 def test_first_looks_are_taken_of_the_commands_themselves(story_llama, tmp_path):
     arguments = ["--model", str(story_llama), "--new-tokens", "4", "--verbs", "check,train"]
     command = [sys.executable, str(BENCHMARKS / "first_look.py"), *arguments, "--json", str(tmp_path / "looks.json")]

@@ -26,7 +26,8 @@ def test_benchmarks_are_read_once_for_many_models(data: Path) -> None:
     shutil.rmtree(data / "crass")  # nothing is read again
     found = [evaluate(Scripted(answer=lambda prompt, letter=letter: letter)) for letter in "AB"]
     assert set(found[0]) == {
-        f"{name}/{score}" for name in ("crass:0", "hhh_paper:0", "hhh_current:0") for score in ("faithful", "corrected")
+        "crass:0/letter",
+        *(f"{name}/{how}" for name in ("crass:0", "hhh_paper:0", "hhh_current:0") for how in ("faithful", "corrected")),
     }
     assert found[0]["crass:0/faithful"] != found[1]["crass:0/faithful"]
 
@@ -34,7 +35,8 @@ def test_benchmarks_are_read_once_for_many_models(data: Path) -> None:
 def test_means_equal_those_of_the_tables(data: Path) -> None:
     model = Scripted(answer=lambda prompt: " B")
     assert task_evaluator(["crass"], data)(model) == {
-        f"crass:3/{score}": run_answers(crass.load(data, 3), model).mean(score) for score in ("faithful", "corrected")
+        f"crass:3/{score}": run_answers(crass.load(data, 3), model).mean(score)
+        for score in ("faithful", "corrected", "letter")
     }
 
 

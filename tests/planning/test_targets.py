@@ -34,7 +34,7 @@ def test_mistakes_name_the_input(text):
 def test_facts_are_complete_and_plausible():
     for target in TARGETS.values():
         assert 10e9 < target.memory < 200e9
-        assert 0.3e12 < target.memory_bandwidth < 10e12
+        assert 0.2e12 < target.memory_bandwidth < 10e12
         assert (target.gpu is None) == (target.platform == "tpu")
         assert target.memory_bandwidth > target.link_bandwidth > target.network_bandwidth
         if target.gpu:
