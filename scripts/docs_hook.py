@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 import flacuna_jax
 from flacuna_jax.cli import VERBS
+from flacuna_jax.config.other_names import OURS
 from flacuna_jax.config.schema import RunConfig
 from flacuna_jax.config.settings import allowed_words, default_text, sections_of
 
@@ -46,13 +47,23 @@ def commands() -> str:
     return "\n\n".join(f"## {verb}\n\nTo {what}.\n\n```text\n{help_of(verb)}\n```" for verb, what in VERBS.items())
 
 
+def other_names() -> str:
+    """A table of the settings of other trainers, and ours."""
+    return "\n".join(["| elsewhere | here |", "|---|---|", *(f"| `{name}` | {ours} |" for name, ours in OURS.items())])
+
+
 def names() -> str:
     """Directives of mkdocstrings for the names of the package, in alphabetical order."""
     listed = sorted(name for name in flacuna_jax.__all__ if not name.startswith("_"))
     return "\n\n".join(f"::: {_home(name)}.{name}" for name in listed)
 
 
-GENERATORS = {"<!-- settings -->": settings, "<!-- commands -->": commands, "<!-- names -->": names}
+GENERATORS = {
+    "<!-- settings -->": settings,
+    "<!-- other names -->": other_names,
+    "<!-- commands -->": commands,
+    "<!-- names -->": names,
+}
 
 
 def help_of(verb: str) -> str:

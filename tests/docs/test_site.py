@@ -28,6 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_settings_and_commands_and_names_are_generated(site):
     settings = (site / "reference" / "settings.html").read_text()
     assert all(setting in settings for setting in ("lora", "learning_rate", "spike_factor", "heartbeat_seconds"))
+    assert all(name in settings for name in ("per_device_train_batch_size", "lora_alpha", "pref_beta"))
     commands = (site / "reference" / "commands.html").read_text()
     assert all(f"usage: flacuna {verb}" in commands for verb in VERBS)
     names = (site / "reference" / "api.html").read_text()
