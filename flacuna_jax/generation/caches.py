@@ -47,6 +47,11 @@ class Rows(NamedTuple):
     """The columns of each row's adapter (`lora.select_columns`); None if all rows use the whole adapter."""
 
     @property
+    def row_axis(self) -> int:
+        """The axis of the rows in the arrays of the blocks, which have the layers first if they are stacked."""
+        return 1 if isinstance(self.blocks[0].k, jax.Array) else 0
+
+    @property
     def firsts(self) -> list[int]:
         """The first slot of each block, and the end of the last one."""
         found = [0]
@@ -104,18 +109,16 @@ def of_layer(layered: Layered, layer: Any) -> jax.Array:
 
 def first_rows(rows: Rows, count: int, blocks: int) -> Rows:
     """The first `count` rows, with their first `blocks` blocks."""
-    axis = 1 if isinstance(rows.blocks[0].k, jax.Array) else 0
 
     def cut(axis: int) -> Callable[[jax.Array], jax.Array]:
         return lambda x: jax.lax.slice_in_dim(x, 0, count, axis=axis)
 
-    caches = jax.tree.map(cut(axis), rows.blocks[:blocks])
+    caches = jax.tree.map(cut(rows.row_axis), rows.blocks[:blocks])
     return Rows(caches, *jax.tree.map(cut(0), rows[1:]))
 
 
 def copy_row(rows: Rows, source: jax.Array, target: jax.Array, blocks: int) -> Rows:
     """Copies all numbers and the first `blocks` blocks of a row to another row."""
-    axis = 1 if isinstance(rows.blocks[0].k, jax.Array) else 0
 
     def copied(axis: int) -> Callable[[jax.Array], jax.Array]:
         def copy(x: jax.Array) -> jax.Array:
@@ -124,7 +127,7 @@ def copy_row(rows: Rows, source: jax.Array, target: jax.Array, blocks: int) -> R
 
         return copy
 
-    caches = jax.tree.map(copied(axis), rows.blocks[:blocks])
+    caches = jax.tree.map(copied(rows.row_axis), rows.blocks[:blocks])
     return Rows((*caches, *rows.blocks[blocks:]), *jax.tree.map(copied(0), rows[1:]))
 
 

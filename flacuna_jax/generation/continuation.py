@@ -125,7 +125,7 @@ def fill(
     )
     if rows.columns_b2 is not None and piece.columns_r2 is not None:
         filled = filled._replace(columns_b2=_put(rows.columns_b2, piece.into_r, piece.columns_r2))
-    scores = _if(scored, alternatives, lambda: _scores(model, hidden_rtd, piece.target_rt, alternatives))
+    scores = _scores_if(scored, alternatives, lambda: _scores(model, hidden_rtd, piece.target_rt, alternatives))
     return filled, model.logits(last_r1d)[:, 0], scores
 
 
@@ -151,7 +151,9 @@ def start(
         seed_b=_put(rows.seed_b, into_r, seed_r),
         sampling=RowSampling(*(_put(old, into_r, new) for old, new in zip(rows.sampling, sampling, strict=True))),
     )
-    return rows, Chosen(token_r, _if(scored, alternatives, lambda: log_probabilities(logits_rv, token_r, alternatives)))
+    return rows, Chosen(
+        token_r, _scores_if(scored, alternatives, lambda: log_probabilities(logits_rv, token_r, alternatives))
+    )
 
 
 copy_row = functools.partial(jax.jit, static_argnames=("blocks",), donate_argnames=("rows",))(caches.copy_row)
@@ -192,7 +194,7 @@ def advance(
         keys_b = _keys(used.seed_b, used.made_b + recent.made)
         logits_bv, recent = _extend(model, layers, prefix, used, token_b, recent)
         token_b = choose_tokens(logits_bv, keys_b, used.sampling, method)
-        scores = _if(scored, alternatives, lambda: log_probabilities(logits_bv, token_b, alternatives))
+        scores = _scores_if(scored, alternatives, lambda: log_probabilities(logits_bv, token_b, alternatives))
         return (token_b, recent), Chosen(token_b, scores)
 
     (token_b, recent), chosen = jax.lax.scan(
@@ -207,8 +209,10 @@ def advance(
     return rows, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), chosen)
 
 
-def _if(scored: Numbers | bool, alternatives: int, scores: Callable[[], LogProbabilities]) -> LogProbabilities | None:
-    """Scores, or zeros if nobody wants them; None in programs without alternatives."""
+def _scores_if(
+    scored: Numbers | bool, alternatives: int, scores: Callable[[], LogProbabilities]
+) -> LogProbabilities | None:
+    """`scores()` if `scored`, otherwise zeros. None if the program has no alternatives."""
     if not alternatives:
         return None
     shapes = jax.eval_shape(scores)
