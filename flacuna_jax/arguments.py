@@ -11,11 +11,17 @@ from typing import Any, NoReturn
 
 
 class _Paragraphs(argparse.HelpFormatter):
-    """Fills each paragraph of the help text to the width of the terminal."""
+    """Fills each paragraph of the help text to the width of the terminal, and adds the default of every option that
+    does not describe it itself."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
         return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        none = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        return text if none or "default" in text else f"{text}; default: %(default)s"
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +72,7 @@ class ShowText(argparse.Action):
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `inference.addressed_model` reads."""
-    parser.add_argument("--run", metavar="DIR", help="a training run; uses its base, adapter and template")
+    parser.add_argument("--run", metavar="DIR", help="a training run; uses its base and adapter")
     parser.add_argument(
         "--model",
         metavar="DIR",
@@ -87,6 +93,12 @@ def add_template_option(add: Callable[..., object]) -> None:
         help="name of a format, a .jinja file, or checkpoint; default: that of the run, else of the checkpoint, else "
         "vicuna_v1.1",
     )
+
+
+def add_filter_options(add: Callable[..., object]) -> None:
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; default: from all")
+    add("--top-p", type=float, metavar="P", help="sample from the most likely tokens up to this sum; default: from all")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random numbers")
 
 
 def add_base_option(parser: argparse.ArgumentParser) -> None:

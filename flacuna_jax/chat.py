@@ -7,7 +7,7 @@ next questions into the paper's prompt for writing (/task alone ends this), /hel
 
 from collections.abc import Sequence
 
-from flacuna_jax.arguments import Parser, add_base_option, add_model_options, add_template_option
+from flacuna_jax.arguments import Parser, add_base_option, add_filter_options, add_model_options, add_template_option
 from flacuna_jax.cli import run_verb
 
 
@@ -27,12 +27,10 @@ def parser() -> Parser:
     add("--system", help="system text, replaces that of the template")
     add("--task", help="definition of a task, for the paper's writing prompt that then wraps each question")
     add_template_option(add)
-    add("--max-new-tokens", type=int, help="default: 512, or half of the model's context if that is less")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--max-new-tokens", type=int, metavar="N", help="maximum length of an answer; default: 512, or half of the model's context if that is less")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    add_filter_options(add)
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the computation")
     add_base_option(options)
     return options
 

@@ -24,20 +24,21 @@ def parser() -> Parser:
     options = Parser("evaluate", __doc__)
     add = options.add_argument
     add_model_options(options)
-    add("--name", help="name of the model in tables")
+    add("--name", help="name of the model in tables; default: that of its run, adapter or directory")
     add("--compare", action="append", default=[], metavar="MODEL", help="DIR, DIR+ADAPTER or base; may be repeated")
     add("--tasks", required=True, help="e.g. mmlu,bbh:0,hhh, or few_shot, zero_shot, paper; with lm_eval, its tasks")
     add("--data", required=True, help="directory of benchmark files (mmlu/, bbh/, ...); with lm_eval, of task files")
     add("--output", default="evaluation", help="directory for results and the cache")
-    add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval")
+    add("--protocol", choices=("instructeval", "lm_eval"), default="instructeval", help="prompts and scores")
     add(
         "--limit",
         type=whole(1),
-        help="only the first N problems of each subject or task; tables mark scores as incomplete",
+        metavar="N",
+        help="only the first N problems of each subject or task; tables mark scores as incomplete; default: all",
     )
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the computation")
     add_base_option(options)
-    add("--rows", type=whole(1), default=16, help="prompts decoded at once")
+    add("--rows", type=whole(1), default=16, metavar="N", help="prompts decoded at once")
     add("--no-published", action="store_true", help="omit published rows from tables")
     add(
         "--allow-code-execution",
@@ -61,7 +62,7 @@ def parser() -> Parser:
     add("--judge-url", help="base URL of an OpenAI-compatible server, as in http://localhost:8000/v1")
     add("--judge-model", help="name of the judge on the server; without --judge-url, a model directory")
     add("--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the server's key")
-    add("--shots", type=whole(0), help="lm_eval: worked examples per prompt")
+    add("--shots", type=whole(0), metavar="N", help="lm_eval: worked examples per prompt; default: those of each task")
     add(
         "--add-bos",
         action=argparse.BooleanOptionalAction,

@@ -22,7 +22,7 @@ def parser() -> Parser:
     options = Parser("export", "Writes a run as a PEFT adapter, a Hugging Face model or a GGUF file, and verifies it.")
     options.add_argument("run", metavar="RUN", nargs="?", help="output directory of a training run")
     options.add_argument("out", metavar="OUT", help="directory to create")
-    options.add_argument("--format", required=True, choices=get_args(Format))
+    options.add_argument("--format", required=True, choices=get_args(Format), help="form of the output")
     options.add_argument(
         "--dtype",
         choices=get_args(StoredDtype),

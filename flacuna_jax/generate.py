@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flacuna_jax.arguments import Parser, add_base_option, add_model_options, add_template_option
+from flacuna_jax.arguments import Parser, add_base_option, add_filter_options, add_model_options, add_template_option
 from flacuna_jax.cli import run_verb
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.settings import Decoding, Placement, Sampling
@@ -81,16 +81,16 @@ def parser() -> Parser:
         help="definition of a task, for the paper's writing prompt that then wraps each prompt",
     )
     options.add_argument("--system", metavar="TEXT", help="system text, replaces that of the template")
-    options.add_argument("--max-new-tokens", type=int, default=Decoding.max_new_tokens, metavar="N")
+    options.add_argument(
+        "--max-new-tokens", type=int, default=Decoding.max_new_tokens, metavar="N", help="maximum length of an answer"
+    )
     options.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; repeatable"
     )
-    options.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    options.add_argument("--top-k", type=int, metavar="K")
-    options.add_argument("--top-p", type=float, metavar="P")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    add_filter_options(options.add_argument)
     options.add_argument("--batch-size", type=int, default=Placement.rows, metavar="N", help="prompts decoded together")
-    options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the computation")
     add_base_option(options)
     options.add_argument("--json", action="store_true", help="one JSON object per line: prompt, answer, tokens, finish")
     return options

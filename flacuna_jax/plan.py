@@ -1,4 +1,4 @@
-"""`python -m flacuna_jax.plan --config C [--target 4xA6000]`: predicts what a run needs on hardware that may be absent.
+"""`flacuna plan --config C [--target 4xA6000]`: predicts what a run needs on hardware that may be absent.
 
 Compiles the trainer's own step for the target, without weights or devices, and reports its memory and time, and
 whether it fits. `--calibrate` measures steps of small networks on the devices of this machine, in a few minutes; the

@@ -1,4 +1,4 @@
-"""`python -m flacuna_jax.prepare --config C`: builds the FLAN-mini collection, or reports a training config's data.
+"""`flacuna prepare --config C`: builds the FLAN-mini collection, or reports a training config's data.
 
 A config with `sources` describes a collection, which is built in its output_dir with a manifest and a report. A config
 with `data` describes a training run, whose sources are tokenised, packed and reported exactly as training sees them.
@@ -75,7 +75,7 @@ def parser() -> Parser:
         "--cache",
         default=str(user_cache()),
         metavar="DIR",
-        help="cache of the tokenised data of training configs",
+        help="cache of the tokenised data of training configs; default: $FLACUNA_CACHE, else ~/.cache/flacuna_jax",
     )
     return options
 

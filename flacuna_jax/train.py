@@ -1,4 +1,4 @@
-"""`python -m flacuna_jax.train --config C [--a.b=value ...]`: trains an adapter or a model from a checkpoint and data.
+"""`flacuna train --config C [--a.b=value ...]`: trains an adapter or a model from a checkpoint and data.
 
 `run/training_run.py` defines the run: model, data, plan, starting state, loop, delivery.
 """

@@ -1,9 +1,13 @@
 """Command lines: a mistyped option exits with status 2 and one line that suggests the right option."""
 
+import argparse
+import importlib
+
 import pytest
 
 from flacuna_jax import export, generate, plan, prepare, train
-from flacuna_jax.arguments import amount, whole
+from flacuna_jax.arguments import Parser, amount, whole
+from flacuna_jax.cli import VERBS
 from flacuna_jax.errors import UserError
 
 
@@ -48,6 +52,21 @@ def test_a_mistyped_option_gets_one_line_with_the_nearest(verb, arguments, says,
     said = capsys.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_describes_every_option_and_its_default(verb) -> None:
+    parser: Parser = importlib.import_module(f"flacuna_jax.{verb}").parser()
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        described = formatter._expand_help(action) if action.help else ""
+        assert described, f"{verb} {action.option_strings}"
+        if action.default is not None and action.default is not False and action.default not in ([], argparse.SUPPRESS):
+            assert "default: " in described, f"{verb} {action.option_strings}"
+
+
+def test_a_default_of_zero_is_a_default() -> None:
+    assert "seed of the random numbers; default: 0" in generate.parser().format_help()
 
 
 @pytest.mark.parametrize("override", ["--seed=7", "--output_dir=x", "--lora=null", "--mesh={data: 4}"])

@@ -81,6 +81,12 @@ def test_answers_do_not_need_the_trainer_or_the_kernels_of_accelerators() -> Non
     assert packages & set(HEAVY) <= {"jax", "flax", "optax"}  # flax imports optax
 
 
+def test_prepare_does_not_need_the_loader_of_batches() -> None:
+    status, packages = imported("import flacuna_jax.verbs.prepare")
+    assert status == 0
+    assert packages.isdisjoint({"grain", "orbax"})
+
+
 def test_the_names_of_the_package_are_there() -> None:
     assert set(dir(flacuna_jax)) >= set(flacuna_jax.__all__)
     for name in flacuna_jax.__all__:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from numpy.typing import NDArray
 
@@ -364,6 +363,8 @@ class BatchStream(Iterator[Batch]):
     """
 
     def __init__(self, source: StepSource, start_step: int, threads: int, ahead: int) -> None:
+        import grain  # it imports Orbax; commands that only count steps do not need either
+
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         self._iterator = iter(grain.MapDataset.source(source)[start_step:].to_iter_dataset(options))
 
