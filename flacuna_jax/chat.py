@@ -27,7 +27,12 @@ def parser() -> Parser:
     add("--system", help="system text, replaces that of the template")
     add("--task", help="definition of a task, for the paper's writing prompt that then wraps each question")
     add_template_option(add)
-    add("--max-new-tokens", type=int, metavar="N", help="maximum length of an answer; default: 512, or half of the model's context if that is less")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="maximum length of an answer; default: 512, or half of the model's context if that is less",
+    )
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add_filter_options(add)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the computation")

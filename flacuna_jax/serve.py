@@ -31,7 +31,12 @@ def parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
     add("--port", type=whole(0), default=8000, metavar="N", help="port to listen at")
     add("--rows", type=whole(1), default=16, metavar="N", help="answers that are made together")
-    add("--context", type=whole(2), metavar="N", help=f"tokens of prompt and answer; default: the model's, at most {LONGEST}")
+    add(
+        "--context",
+        type=whole(2),
+        metavar="N",
+        help=f"tokens of prompt and answer; default: the model's, at most {LONGEST}",
+    )
     add("--waiting", type=whole(1), default=256, metavar="N", help="requests that may wait; others get HTTP 429")
     add("--seconds", type=amount, default=600.0, metavar="S", help="maximum time of a request")
     add("--grace", type=amount, default=30.0, metavar="S", help="seconds that running answers have after SIGTERM")

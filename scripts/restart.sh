@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command and restarts it until it succeeds: after a preemption, the loss of a host, or a crash.
 #
-#   scripts/restart.sh python -m flacuna_jax.train --config configs/flacuna_13b.yaml
+#   scripts/restart.sh flacuna train --config configs/flacuna_13b.yaml
 #
 # Every start continues from the newest checkpoint. Exits with the command's status if that is 0 (done) or 2 (the input
 # is wrong, so a restart would not help), after RESTARTS restarts (20), or when it receives SIGTERM or SIGINT; then the
