@@ -159,10 +159,8 @@ def resolve_dtype(config: RunConfig) -> tuple[RunConfig, ChosenDtype | None]:
     if config.model.dtype != AUTO:
         return config, None
     decided = _decided_before(config)
-    if decided is None or decided.model.dtype == AUTO:
-        chosen = choose_dtype(jax.devices())
-    else:
-        chosen = ChosenDtype(decided.model.dtype, "auto: as this run began")
+    before = AUTO if decided is None else decided.model.dtype
+    chosen = choose_dtype(jax.devices()) if before == "auto" else ChosenDtype(before, "auto: as this run began")
     # CPUs of several hosts may differ; only host 0 prints its reason.
     first = DTYPES[distributed.of_first_host(DTYPES.index(chosen.name))]
     return with_dtype(config, first), dataclasses.replace(chosen, name=first)
