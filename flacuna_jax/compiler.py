@@ -47,7 +47,8 @@ QUICK: dict[str, tuple[Options, ...]] = {
     "tpu": ({"optimization_level": "O0"}, {"exec_time_optimization_effort": -1.0}),
 }
 """Options for plans that minimize the compiler's optimization effort, under their names in different releases, newest
-first (`deviceless.quick_options` takes the first known one). With full effort, compiling for TPUs takes minutes."""
+first (`deviceless.quick_options` takes the first known one). Most of the remaining time is the generation of machine
+code, which they do not omit (docs/results/performance.md)."""
 
 
 def compiler_options(platform: str, split_weights: bool, environment: Mapping[str, str] = os.environ) -> Options:

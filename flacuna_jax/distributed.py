@@ -180,6 +180,13 @@ def _on_this_host(environment: Environment) -> int:
     return per_node[int(environment.get("SLURM_NODEID", 0))]
 
 
+def of_first_host(number: int) -> int:
+    """Host 0's number. Every host calls it, and gives its own."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def require_agreement(facts: Mapping[str, str]) -> None:
     """Raises `UserError` on every host if any fact (config, code version, data fingerprint) differs between hosts."""
     if jax.process_count() == 1:

@@ -121,8 +121,8 @@ OURS_BY_VALUE: Mapping[str, Mapping[object, str]] = MappingProxyType(
         "load_in_4bit": {True: "model.quantization: nf4", False: "model.quantization: null, the default"},
         "load_in_8bit": {True: "model.quantization: int8", False: "model.quantization: null, the default"},
         "gradient_checkpointing": {True: "training.remat: full", False: "training.remat: none"},
-        "bf16": {True: "model.dtype: bfloat16, the default", False: "model.dtype: float32"},
-        "fp16": {False: "model.dtype, bfloat16 by default"},
+        "bf16": {True: "model.dtype: bfloat16", False: "model.dtype: float32"},
+        "fp16": {False: "model.dtype, auto by default"},
     }
 )
 

@@ -94,8 +94,10 @@ class ModelConfig(Section):
     name: str | None = None
     """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to the name on the
     Hub, or to `path` as given."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are always float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute dtype, and the dtype of a frozen base. Norm statistics, softmax, loss and adapters are always float32.
+    auto: bfloat16 on GPUs and TPUs; on CPUs the one that the processor multiplies faster, which the start of the run
+    prints and a resumed run keeps."""
     init: Literal["pretrained", "random"] = "pretrained"
     architecture: ArchitectureConfig | None = None
     quantization: Literal["nf4", "int8", "int8_product", "fp8_product"] | None = None
@@ -471,9 +473,9 @@ class RunConfig(Section):
             raise ValueError("training.lora_plus_ratio applies to adapters, and lora: null has none")
         if self.lora is None and self.model.quantization is not None:
             raise ValueError("model.quantization needs a frozen base, but lora: null trains every weight")
-        if self.training.attention == "cudnn" and (self.data.packing != "none" or self.model.dtype != "bfloat16"):
+        if self.training.attention == "cudnn" and (self.data.packing != "none" or self.model.dtype == "float32"):
             raise ValueError("training.attention: cudnn needs data.packing: none and model.dtype: bfloat16")
-        if self.training.attention == "tokamax" and self.model.dtype != "bfloat16":
+        if self.training.attention == "tokamax" and self.model.dtype == "float32":
             raise ValueError("training.attention: tokamax needs model.dtype: bfloat16")
         return self
 

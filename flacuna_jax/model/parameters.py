@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flacuna_jax.config.schema import LoraConfig, ModelConfig
+from flacuna_jax.config.types import AUTO
 from flacuna_jax.model.llama import Block, Llama, LlamaConfig
 from flacuna_jax.model.lora import LoRALinear, Ranks, adapter_ranks, require_matches
 from flacuna_jax.model.quantized import KERNELS, Quantization
@@ -60,6 +61,7 @@ class ModelSpec:
         if lora is not None:
             require_matches(lora, ModelSpec(config).linear.values())
             lora = lora.model_copy(update={"train_tokens": ()})  # `tokens` has their ids
+        assert model.dtype != AUTO, "the start of a run replaces it"
         return cls(config, lora, model.dtype, model.dtype if lora else "float32", model.quantization, tokens)
 
     def create(self, seed: int | jax.Array) -> Llama:

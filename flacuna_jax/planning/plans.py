@@ -87,6 +87,7 @@ class Plan:
             "devices": self.machine.devices,
             "mesh": self.layout.mesh.model_dump(),
             "remat": self.layout.remat,
+            "dtype": self.workload.spec.dtype,
             "quantization": self.workload.spec.quantization,
             "micro_batch_size": self.layout.micro_batch,
             "micro_batches": self.workload.micro_batches(self.layout),

@@ -62,9 +62,10 @@ def plan_table(plan: Plan, price: float | None) -> RenderableType:
     row("bound by", time.bound)
     row("speed", f"{plan.tokens_per_second:,.0f} tokens/s on all devices")
     assumed = "ASSUMED, the data are not on this machine: " if statistics.assumed else ""
+    examples = statistics.examples_of_a_step or f"{statistics.examples_per_step:.0f}"
     row(
         "data",
-        f"{assumed}{statistics.rows_per_step} rows and {statistics.examples_per_step:.0f} examples per step, "
+        f"{assumed}{statistics.rows_per_step} rows and {examples} examples per step, "
         f"documents of {statistics.document_length:.0f} tokens, fill {100 * statistics.fill:.1f} %",
     )
     row("run", _run_length(plan, price))

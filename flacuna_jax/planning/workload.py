@@ -37,6 +37,8 @@ class Statistics:
     """Mean length of a document in tokens, which limits attention."""
     assumed: bool
     """Whether the statistics are assumed, because the data are not on this machine."""
+    examples_of_a_step: str | None = None
+    """Their number, or the range and mean, for messages; None if the statistics are assumed."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def measured_statistics(plan: "RunPlan", store: "TokenStore") -> Statistics:
         supervised=int(store.supervised.sum()) / tokens,
         document_length=tokens / store.document_lengths.size,
         assumed=False,
+        examples_of_a_step=plan.examples_of_a_step,
     )
 
 

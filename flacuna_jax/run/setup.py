@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from flacuna_jax import distributed
 from flacuna_jax.config.files import parse_config
 from flacuna_jax.config.schema import DistributedConfig, LoraConfig, MeshConfig, RunConfig
-from flacuna_jax.config.types import Examples
+from flacuna_jax.config.types import AUTO, Examples
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_steps
 from flacuna_jax.data.report import DataReport
@@ -40,6 +40,7 @@ from flacuna_jax.model.sharding import (
     row_shards,
     split_everywhere,
 )
+from flacuna_jax.planning.compute_dtype import DTYPES, ChosenDtype, choose_dtype, with_dtype
 from flacuna_jax.planning.search import choose_layout
 from flacuna_jax.planning.targets import known_target
 from flacuna_jax.run.code_version import (
@@ -67,6 +68,8 @@ class Parts(NamedTuple):
     config: RunConfig
     source: ModelSource
     mesh: Mesh
+    dtype: ChosenDtype | None
+    """What `dtype: auto` was replaced by; None if the config names the dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Setup:
     plan: RunPlan
     tokenizer: Tokenizer
     template: Template
+    dtype: ChosenDtype | None = None
+    """What `dtype: auto` was replaced by; None if the config names the dtype."""
     held_out: TokenStore | None = None
     """Records for evaluation that are not trained on."""
     objective: Objective | None = None
@@ -146,6 +151,21 @@ class Setup:
         }
 
 
+def resolve_dtype(config: RunConfig) -> tuple[RunConfig, ChosenDtype | None]:
+    """Replaces `dtype: auto` by a dtype, the same on all hosts.
+
+    A resumed run keeps its earlier choice, also on another machine: it would change all later numbers.
+    """
+    if config.model.dtype != AUTO:
+        return config, None
+    decided = _decided_before(config)
+    before = AUTO if decided is None else decided.model.dtype
+    chosen = choose_dtype(jax.devices()) if before == "auto" else ChosenDtype(before, "auto: as this run began")
+    # CPUs of several hosts may differ; only host 0 prints its reason.
+    first = DTYPES[distributed.of_first_host(DTYPES.index(chosen.name))]
+    return with_dtype(config, first), dataclasses.replace(chosen, name=first)
+
+
 def resolve_auto(config: RunConfig, source: ModelSource) -> RunConfig:
     """Replaces `mesh: auto` and `remat: auto` by concrete values.
 
@@ -187,6 +207,7 @@ def _uses(config: RunConfig, devices: int) -> bool:
 def open_parts(config: RunConfig) -> Parts:
     """Raises UserError if the model is missing, or if the devices do not fit the model, the batch or the attention."""
     source = open_model(config)
+    config, dtype = resolve_dtype(config)
     spec = source.spec(config)
     require_words(config.training.no_decay, spec.base | spec.adapters)
     require_backend(
@@ -204,7 +225,7 @@ def open_parts(config: RunConfig) -> Parts:
     mesh = make_mesh(config.mesh)
     check_mesh(mesh, source.config.num_heads, source.config.num_kv_heads, source.config.intermediate_size)
     check_batch_arithmetic(config.training, row_shards(mesh))
-    return Parts(config, source, mesh)
+    return Parts(config, source, mesh, dtype)
 
 
 def require_output_apart(config: RunConfig) -> None:
@@ -228,7 +249,7 @@ def _read_below(path: str) -> str:
 
 def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
     """Adds data and plan, which are the same on all hosts. Raises UserError if they are invalid."""
-    config, source, mesh = parts
+    config, source, mesh, dtype = parts
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.data.new_tokens)
     check_vocabulary(tokenizer, source.config.vocab_size, config.model.tokenizer_path)
     if config.model.path is not None and (note := note_on_quantisation(config.model.path)):
@@ -236,7 +257,7 @@ def set_up(parts: Parts, say: Say, objective: Objective | None = None) -> Setup:
     data = read_data(config, say, tokenizer=tokenizer)
     plan = plan_steps(data.store, config.data, config.training, seed=config.seed, shards=row_shards(mesh))
     setup = Setup(
-        config, mesh, source, data.store, data.report, plan, tokenizer, data.template, data.held_out, objective
+        config, mesh, source, data.store, data.report, plan, tokenizer, data.template, dtype, data.held_out, objective
     )
     distributed.require_agreement(setup.shared_facts)
     return setup
@@ -330,6 +351,7 @@ def plan_facts(setup: Setup) -> list[tuple[str, str]]:
             f"{setup.mesh.size} × {kind}: {axes}; {_counted(plan.accumulation, 'micro-batch', 'es')} of "
             f"{_counted(plan.micro_rows, 'row')}, remat {config.training.remat}",
         ),
+        *([] if setup.dtype is None else [("dtype", str(setup.dtype))]),
         *(("warning", warning) for warning in _warnings(setup)),
     ]
 

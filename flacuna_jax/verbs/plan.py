@@ -13,6 +13,7 @@ from rich.console import Console
 
 from flacuna_jax.config.files import require_config
 from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.types import AUTO
 from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_steps
 from flacuna_jax.data.store_cache import default_directory
@@ -26,6 +27,7 @@ from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import check_tensor_parallelism, idle_devices
 from flacuna_jax.model.token_rows import NO_TOKENS
 from flacuna_jax.planning.calibration import Factors, new_calibration, write_calibration
+from flacuna_jax.planning.compute_dtype import choose_dtype, with_dtype
 from flacuna_jax.planning.llama import LLAMA
 from flacuna_jax.planning.measure import calibration_cases, measure_cases
 from flacuna_jax.planning.plans import Plan, compiled_plan, default_layout, estimated_plan
@@ -120,6 +122,8 @@ def plan_run(
     """
     require_config(config)
     machine, devices = _machine(target, estimate, note)
+    if config.model.dtype == AUTO:
+        config = _with_chosen_dtype(config, machine, note)
     architecture = LLAMA_SIZES[sizes] if sizes else _architecture(config, note)
     architecture = with_rope_scaling(architecture, config.model, config.data.max_length)
     tokens, named = NO_TOKENS, config.data.new_tokens or (config.lora is not None and config.lora.train_tokens)
@@ -135,6 +139,14 @@ def plan_run(
         for warning in idle_devices(plans[0].layout.mesh.devices, machine.devices):
             note(f"note: {warning}")
     return Planned(plans, None if plans[0].fits else nearest_fit(plans[0], devices), machine)
+
+
+def _with_chosen_dtype(config: RunConfig, machine: Machine, note: Note) -> RunConfig:
+    if machine.target.platform != "cpu":
+        return with_dtype(config, "bfloat16")
+    chosen = choose_dtype(jax.devices())  # no target is a CPU, so this machine is meant
+    note(f"note: dtype {chosen}")
+    return with_dtype(config, chosen.name)
 
 
 def _print(planned: Planned, arguments: argparse.Namespace) -> None:

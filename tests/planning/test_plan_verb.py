@@ -1,6 +1,7 @@
 """`flacuna plan` from the command line, without a compiler for the target."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ from flacuna_jax import plan as verb
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
 from flacuna_jax.planning import compile as compile_module
-from flacuna_jax.planning import targets
+from flacuna_jax.planning import compute_dtype, targets
 
 PAPER = "configs/flacuna_13b.yaml"
 
@@ -151,3 +152,23 @@ def test_real_data_are_counted(test_data, llama_tokenizer, story_llama, tmp_path
 
     assert run("--target", "4xA6000", *changes, *small, "--evaluation={fraction: 0.5}") == 0
     assert json.loads(capsys.readouterr().out)["steps"] in (2, 3)  # held-out records are not trained on
+
+    assert run("--target", "4xA6000", *changes, *small[1:-1], "--data.max_length=512") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    fewest, most, mean = re.search(r"rows and (\d+) to (\d+) \(mean (\d+\.\d)\) examples per step", printed).groups()
+    assert int(fewest) < float(mean) < int(most)
+
+
+def test_a_dtype_that_is_not_given_is_that_of_the_machine(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FLACUNA_CACHE", str(tmp_path))
+    monkeypatch.setattr(compute_dtype, "relative_speed", lambda: 0.5)
+    options = ["--model.dtype=auto", "--mesh=auto", "--estimate", "--json"]
+    assert run(*options) == 0
+    printed = capsys.readouterr()
+    said = "note: dtype float32 (auto: this processor multiplies bfloat16 0.5 × as fast as float32)"
+    assert said in printed.err.splitlines()
+    assert json.loads(printed.out)["dtype"] == "float32"
+    assert run("--target", "4xA6000", *options) == 0
+    printed = capsys.readouterr()
+    assert "note: dtype" not in printed.err
+    assert json.loads(printed.out)["dtype"] == "bfloat16"

@@ -15,7 +15,8 @@ from flacuna_jax.run.resume import (
 
 
 def meta(*overrides, **values):
-    tree = {"output_dir": "runs/a", "model": {"path": "base"}, "data": {"sources": [{"path": "a.json"}]}}
+    model = {"path": "base", "dtype": "bfloat16"}  # resolved, as in every checkpoint
+    tree = {"output_dir": "runs/a", "model": model, "data": {"sources": [{"path": "a.json"}]}}
     return {
         "config": parse_config(tree, overrides).model_dump(mode="json"),
         "fingerprints": {"data": "d1", "tokenizer": "t1", "base": "b1", "code": {"model": "m1", "kernels": "k1"}},
