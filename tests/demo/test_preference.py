@@ -56,10 +56,10 @@ def test_dpo_teaches_short_answers_to_held_out_requests(base, tmp_path):
         tmp_path,
         lora={"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ["all-linear"]},
         data={"max_length": 512},
-        training={"objective": OBJECTIVE, "learning_rate": 1e-3, "batch_size": 16, "micro_batch_size": 4},
+        training={"objective": OBJECTIVE, "learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 4},
         evaluation={"sources": [{"path": str(tmp_path / "held_out.json")}], "every_steps": 20, "samples": 0},
     )
-    (tmp_path / "data.json").write_text(json.dumps(pairs(160, held_out=False)))
+    (tmp_path / "data.json").write_text(json.dumps(pairs(640, held_out=False)))
     held_out = pairs(60, held_out=True)
     (tmp_path / "held_out.json").write_text(json.dumps(held_out))
     model = f"--model={{path: {base}, dtype: float32}}"
