@@ -1,6 +1,6 @@
-"""`continuation.advance` layer by layer, for a small model on a CPU: one program is compiled for a layer, and called for
-each layer in turn. A program for all layers would take too long to compile, and one that scans over stacked weights
-copies each layer before it multiplies it. Shape suffixes as in `continuation`.
+"""`continuation.advance` layer by layer, for a small model on a CPU: one program is compiled for a layer, and called
+for each layer in turn. A program for all layers would take too long to compile, and one that scans over stacked weights
+would copy each layer before it multiplies it. Shape suffixes as in `continuation`.
 """
 
 import functools
@@ -102,8 +102,8 @@ def _of_layer(rows: Rows, index: int) -> tuple[Block, ...]:
 
 
 def _enter(spec: ModelSpec, params: Params, token_b: jax.Array) -> jax.Array:
-    """What the first layer takes. A single token in bfloat16 is there twice: on CPUs, XLA converts a matrix to float32
-    before it multiplies it by a vector, which takes longer than the product with two."""
+    """What the first layer takes. A single token in bfloat16 is there twice: XLA converts a matrix to float32 before it
+    multiplies it by a vector, which takes longer than the product with two."""
     x_b1d = spec.merge(params).embed(token_b[:, None])
     return jnp.repeat(x_b1d, 2, axis=1) if token_b.size == 1 and x_b1d.dtype == jnp.bfloat16 else x_b1d
 

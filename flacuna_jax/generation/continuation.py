@@ -334,8 +334,8 @@ def _with_prompts(rows: Rows, piece: Piece, k_lrktn: jax.Array, v_lrknt: jax.Arr
 
 
 def with_recent(blocks: tuple[Block, ...], length_b: jax.Array, recent: Recent) -> tuple[Block, ...]:
-    """The caches after writing recent keys and values of the first rows, which had `length_b` tokens. Ended rows may run
-    past their cache, where writes are ignored."""
+    """The caches after writing recent keys and values of the first rows, which had `length_b` tokens. Ended rows may
+    run past their cache, where writes are ignored."""
     slot_bm = length_b[:, None] + jnp.arange(recent.k_bkmn.shape[-2])
     row_b1 = jnp.arange(len(length_b))[:, None]
     return written_at(blocks, row_b1, slot_bm, jnp.moveaxis(recent.k_bkmn, -2, -3), jnp.moveaxis(recent.v_bknm, -1, -3))
