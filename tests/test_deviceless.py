@@ -71,7 +71,7 @@ def test_an_unlisted_gpu_has_a_stand_in_only_if_jax_needs_one():
 def test_tiles_are_chosen_for_the_gpu_behind_a_stand_in():
     mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=A10)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert attention_module._ambient_device() == ("NVIDIA RTX A6000", "gpu")
+        assert attention_module.ambient_device() == ("NVIDIA RTX A6000", "gpu")
 
 
 def test_the_mesh_is_ambient_as_with_set_mesh(monkeypatch):

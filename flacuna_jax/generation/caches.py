@@ -5,15 +5,15 @@ Caches are separate blocks of slots, so that a part can be read in place; for th
 model on a CPU are separate arrays. XLA copies a slice of a larger array before it multiplies it.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flacuna_jax.generation.decode import RowSampling
 from flacuna_jax.generation.settings import GREEDY
-from flacuna_jax.generation.shared_prefix import layer_of
 from flacuna_jax.model.parameters import ModelSpec
 
 FIRST_BLOCK = 256
@@ -54,10 +54,7 @@ class Rows(NamedTuple):
     @property
     def firsts(self) -> list[int]:
         """The first slot of each block, and the end of the last one."""
-        found = [0]
-        for block in self.blocks:
-            found.append(found[-1] + block.slots)
-        return found
+        return first_slots(self.blocks)
 
     @property
     def slots(self) -> int:
@@ -66,6 +63,11 @@ class Rows(NamedTuple):
     def blocks_for(self, length: int) -> int:
         """Number of blocks that have the first `length` slots, or all of them."""
         return sum(first < length for first in self.firsts[:-1])
+
+
+def first_slots(blocks: Sequence[Block]) -> list[int]:
+    """The first slot of each block, and the end of the last one."""
+    return list(itertools.accumulate((block.slots for block in blocks), initial=0))
 
 
 def block_sizes(slots: int) -> list[int]:
@@ -103,10 +105,6 @@ def empty_rows(spec: ModelSpec, rows: int, slots: int, apart: bool, own_columns:
     )
 
 
-def of_layer(layered: Layered, layer: Any) -> jax.Array:
-    return layer_of(layered, layer) if isinstance(layered, jax.Array) else layered[layer]
-
-
 def first_rows(rows: Rows, count: int, blocks: int) -> Rows:
     """The first `count` rows, with their first `blocks` blocks."""
 
@@ -139,7 +137,7 @@ def _written(write: Callable[[jax.Array, jax.Array], jax.Array], layered: Layere
 
 
 def written_at(
-    rows: Rows, row_r1: jax.Array, slot_rm: jax.Array, k_lrmkn: jax.Array, v_lrmkn: jax.Array
+    blocks: Sequence[Block], row_r1: jax.Array, slot_rm: jax.Array, k_lrmkn: jax.Array, v_lrmkn: jax.Array
 ) -> tuple[Block, ...]:
     """The caches after writing keys and values to slots of rows; what is outside of the caches is ignored."""
 
@@ -155,4 +153,4 @@ def written_at(
 
         return Block(_written(keys, block.k, k_lrmkn), _written(values, block.v, v_lrmkn))
 
-    return tuple(write(first, block) for first, block in zip(rows.firsts, rows.blocks, strict=False))
+    return tuple(write(first, block) for first, block in zip(first_slots(blocks), blocks, strict=False))

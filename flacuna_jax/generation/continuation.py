@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.generation import caches
-from flacuna_jax.generation.caches import Block, Layered, Rows, first_rows, of_layer, written_at
+from flacuna_jax.generation.caches import Block, Layered, Rows, first_rows, written_at
 from flacuna_jax.generation.decode import LogProbabilities, Numbers, RowSampling, choose_tokens, log_probabilities
 from flacuna_jax.generation.shared_prefix import (
     SCORED_TOGETHER,
@@ -30,13 +28,9 @@ from flacuna_jax.generation.shared_prefix import (
     prefix_of,
     through_layers,
 )
-from flacuna_jax.model.llama import Llama
+from flacuna_jax.model.llama import Llama, LlamaConfig
 from flacuna_jax.model.lora import select_columns
 from flacuna_jax.model.parameters import ModelSpec
-
-SMALL_STACK = 4 << 30
-"""Maximum size of all layers in bytes for which a CPU's programs get the layers separately. Larger models would take
-too long to compile."""
 
 
 class Piece(NamedTuple):
@@ -61,30 +55,24 @@ class Chosen(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """Keys and values of the `made` tokens added since the start of `advance`, in the layout of the caches."""
+    """Keys and values of the tokens added since the start of `advance`, in the layout of the caches; with [l, ...] in
+    front for all layers together."""
 
-    k_lbkmn: jax.Array
-    v_lbknm: jax.Array
-    made: jax.Array
+    k_bkmn: jax.Array
+    v_bknm: jax.Array
 
+    @classmethod
+    def nothing(cls, spec: ModelSpec, rows: int, steps: int, *layers: int) -> "Recent":
+        outer, size = (*layers, rows, spec.config.num_kv_heads), spec.config.head_dim
+        return cls(jnp.zeros((*outer, steps, size), spec.dtype), jnp.zeros((*outer, size, steps), spec.dtype))
 
-def layers_apart(spec: ModelSpec, params: Params) -> list[nnx.State] | None:
-    """The parameters of each layer separately if that is faster: for a small model on a CPU; otherwise None."""
-    parameters = spec.held | spec.adapters
-    size = sum(array.nbytes for path, array in params.items() if parameters[path].stacked)
-    if jax.default_backend() != "cpu" or size > SMALL_STACK:
-        return None
-    stacked = nnx.state(spec.merge(params).layers)
-    return [jax.tree.map(functools.partial(_layer, index), stacked) for index in range(spec.config.num_layers)]
+    def with_new(self, k_b1kn: jax.Array, v_b1kn: jax.Array, made: Numbers) -> "Recent":
+        """With the keys and values of one more token of each row, after `made` others."""
 
+        def put(recent: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(recent, new, made, recent.ndim + axis)
 
-def _layer(index: int, stacked: jax.Array) -> jax.Array:
-    """One layer of a stacked parameter, on a CPU. Compiling programs for this takes longer than the rest of a start."""
-    sharding = stacked.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    parts = [jax.device_put(np.asarray(part.data)[index], part.device) for part in stacked.addressable_shards]
-    return jax.make_array_from_single_device_arrays(stacked.shape[1:], sharding, parts)
+        return Recent(put(self.k_bkmn, as_keys(k_b1kn), -2), put(self.v_bknm, as_values(v_b1kn), -1))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "blocks", "alternatives"), donate_argnames=("rows",))
@@ -108,7 +96,7 @@ def fill(
     Returns:
       The rows, the logits after each piece [r, v], and log-probabilities of the targets [r, t].
     """
-    model = _for_rows(spec.merge(params), piece.columns_r2)
+    model = for_rows(spec.merge(params), piece.columns_r2)
     length = piece.tokens_rt.shape[1]
     segment_ids_rt = (jnp.arange(length) < piece.length_r[:, None]).astype(jnp.int32)
     positions_rt = piece.start_r[:, None] + jnp.arange(length, dtype=jnp.int32)
@@ -165,7 +153,6 @@ copy_row = functools.partial(jax.jit, static_argnames=("blocks",), donate_argnam
 def advance(
     spec: ModelSpec,
     params: Params,
-    layers: Sequence[nnx.State] | None,
     prefix: Prefix | None,
     rows: Rows,
     method: Numbers | int,
@@ -177,36 +164,63 @@ def advance(
     alternatives: int = 0,
 ) -> tuple[Rows, Chosen]:
     """`steps` more tokens for each of the first `count` rows, [count, steps]. Ended rows continue too, but their tokens
-    are meaningless.
+    are meaningless. `by_layer.advance` does the same for rows whose layers are separate.
 
     Args:
-      layers: the result of `layers_apart`.
       method: that of `choose_tokens`.
       scored: whether the tokens are scored; otherwise, their log-probabilities are zeros.
       blocks: number of blocks of the caches that are read; no row that has not ended may be longer.
       alternatives: number of alternatives to the tokens; 0 scores nothing.
     """
     used = first_rows(rows, count, blocks)
-    model = _for_rows(spec.merge(params), used.columns_b2)
+    model = for_rows(spec.merge(params), used.columns_b2)
 
-    def step(carry: tuple[jax.Array, Recent], _: None) -> tuple[tuple[jax.Array, Recent], Chosen]:
+    def step(carry: tuple[jax.Array, Recent], made: jax.Array) -> tuple[tuple[jax.Array, Recent], Chosen]:
         token_b, recent = carry
-        keys_b = _keys(used.seed_b, used.made_b + recent.made)
-        logits_bv, recent = _extend(model, layers, prefix, used, token_b, recent)
-        token_b = choose_tokens(logits_bv, keys_b, used.sampling, method)
-        scores = _scores_if(scored, alternatives, lambda: log_probabilities(logits_bv, token_b, alternatives))
-        return (token_b, recent), Chosen(token_b, scores)
 
-    (token_b, recent), chosen = jax.lax.scan(
-        step, (used.token_b, _nothing_recent(model, count, steps)), None, length=steps
-    )
-    rows = rows._replace(
-        blocks=_with_recent(rows, recent),
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+            blocks, own = jax.tree.map(lambda stacked: layer_of(stacked, layer), (used.blocks, recent))
+            return attend_in_rows(model.config, layer, prefix, blocks, used.length_b, own, made, q, k, v)
+
+        positions_b1 = positions(prefix, used.length_b, made)[:, None]
+        hidden_b1d, k_lb1kn, v_lb1kn = through_layers(model, token_b[:, None], positions_b1, attend, used.columns_b2)
+        chosen = choose(model.logits(hidden_b1d)[:, 0], used, made, method, scored, alternatives)
+        return (chosen.token, recent.with_new(k_lb1kn, v_lb1kn, made)), chosen
+
+    nothing = Recent.nothing(spec, count, steps, spec.config.num_layers)
+    (_, recent), chosen = jax.lax.scan(step, (used.token_b, nothing), jnp.arange(steps))
+    chosen = jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), chosen)
+    written = with_recent(rows.blocks, used.length_b, recent)
+    return advanced(rows, chosen.token)._replace(blocks=written), chosen
+
+
+def positions(prefix: Prefix | None, length_b: jax.Array, made: Numbers) -> jax.Array:
+    """The position of the next token of each row, after `made` tokens that are not in the caches."""
+    return length_b + made if prefix is None else prefix.length + length_b + made
+
+
+def choose(
+    logits_bv: jax.Array,
+    rows: Rows,
+    made: Numbers,
+    method: Numbers | int,
+    scored: Numbers | bool,
+    alternatives: int,
+) -> Chosen:
+    """The next token of each row, after `made` others of this `advance`."""
+    token_b = choose_tokens(logits_bv, _keys(rows.seed_b, rows.made_b + made), rows.sampling, method)
+    scores = _scores_if(scored, alternatives, lambda: log_probabilities(logits_bv, token_b, alternatives))
+    return Chosen(token_b, scores)
+
+
+def advanced(rows: Rows, token_bm: jax.Array) -> Rows:
+    """The numbers of the rows after adding new tokens to the first of them."""
+    count, steps = token_bm.shape
+    return rows._replace(
         length_b=rows.length_b.at[:count].add(steps),
-        token_b=rows.token_b.at[:count].set(token_b),
+        token_b=rows.token_b.at[:count].set(token_bm[:, -1]),
         made_b=rows.made_b.at[:count].add(steps),
     )
-    return rows, jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), chosen)
 
 
 def _scores_if(
@@ -223,7 +237,7 @@ def _put(old_b: Numbers, into_r: Numbers, new_r: Numbers) -> jax.Array:
     return jnp.asarray(old_b).at[into_r].set(new_r.astype(old_b.dtype), mode="drop")
 
 
-def _for_rows(model: Llama, columns_b2: jax.Array | None) -> Llama:
+def for_rows(model: Llama, columns_b2: jax.Array | None) -> Llama:
     """The network whose head uses the columns of each row's adapter; its layers do so in `through_layers`."""
     if columns_b2 is not None and not model.config.tie_word_embeddings:
         nnx.update(model.lm_head, select_columns(nnx.state(model.lm_head), columns_b2))
@@ -278,71 +292,53 @@ def _scores(model: Llama, hidden_rtd: jax.Array, target_rt: jax.Array, alternati
     return jax.tree.map(by_row, scores)
 
 
-def _nothing_recent(model: Llama, rows: int, steps: int) -> Recent:
-    config = model.config
-    outer = (config.num_layers, rows, config.num_kv_heads)
-    return Recent(
-        jnp.zeros((*outer, steps, config.head_dim), model.dtype),
-        jnp.zeros((*outer, config.head_dim, steps), model.dtype),
-        jnp.int32(0),
-    )
-
-
-def _extend(
-    model: Llama,
-    layers: Sequence[nnx.State] | None,
+def attend_in_rows(
+    config: LlamaConfig,
+    layer: int | jax.Array,
     prefix: Prefix | None,
-    rows: Rows,
-    token_b: jax.Array,
+    blocks: Sequence[Block],
+    length_b: jax.Array,
     recent: Recent,
-) -> tuple[jax.Array, Recent]:
-    """Logits [b, v] after `token_b`, and the recent keys and values including its own."""
+    made: Numbers,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
+    """Attention of the next token of each row, in one layer, to the prefix, the cache, `made` recent tokens and itself;
+    `blocks` and `recent` are those of this layer."""
     # Positions of the first token in the caches, of the first recent token, and of this token.
-    first_b = jnp.zeros_like(rows.length_b) if prefix is None else jnp.broadcast_to(prefix.length, rows.length_b.shape)
-    first_recent_b = first_b + rows.length_b
-    position_b = first_recent_b + recent.made
+    first_b = positions(prefix, jnp.zeros_like(length_b), 0)
+    first_recent_b, position_b = first_b + length_b, first_b + length_b + made
+    from_b1 = config.first_visible(layer, position_b[:, None])
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
-        from_b1 = model.config.first_visible(layer, position_b[:, None])
+    def visible(position_b: jax.Array, slots: int, end_b: jax.Array) -> jax.Array:
+        """Whether each of `slots`, at positions from `position_b` on, is filled and in the window: [b, 1, s]."""
+        position_bs = position_b[:, None] + jnp.arange(slots)
+        return ((position_bs < end_b[:, None]) & (position_bs >= from_b1))[:, None, :]
 
-        def visible(position_b: jax.Array, slots: int, end_b: jax.Array) -> jax.Array:
-            """Whether each of `slots`, at positions from `position_b` on, is filled and in the window: [b, 1, s]."""
-            position_bs = position_b[:, None] + jnp.arange(slots)
-            return ((position_bs < end_b[:, None]) & (position_bs >= from_b1))[:, None, :]
-
-        parts = [prefix_of(prefix, layer, from_b1)] if prefix is not None else []
-        for first, block in zip(rows.firsts, rows.blocks, strict=False):
-            visible_bts = visible(first_b + first, block.slots, first_recent_b)
-            parts.append(Seen(of_layer(block.k, layer), of_layer(block.v, layer), visible_bts))
-        visible_bts = visible(first_recent_b, recent.k_lbkmn.shape[-2], position_b)
-        parts.append(Seen(layer_of(recent.k_lbkmn, layer), layer_of(recent.v_lbknm, layer), visible_bts))
-        return attend_to(model.config, q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
-
-    hidden_btd, k_lbtkn, v_lbtkn = through_layers(
-        model, token_b[:, None], position_b[:, None], attend, layers, rows.columns_b2
-    )
-    recent = Recent(
-        jax.lax.dynamic_update_slice_in_dim(recent.k_lbkmn, as_keys(k_lbtkn), recent.made, 3),
-        jax.lax.dynamic_update_slice_in_dim(recent.v_lbknm, as_values(v_lbtkn), recent.made, 4),
-        recent.made + 1,
-    )
-    return model.logits(hidden_btd)[:, 0], recent
+    parts = [prefix_of(prefix, layer, from_b1)] if prefix is not None else []
+    first = 0
+    for block in blocks:
+        parts.append(Seen(block.k, block.v, visible(first_b + first, block.slots, first_recent_b)))
+        first += block.slots
+    parts.append(Seen(*recent, visible(first_recent_b, recent.k_bkmn.shape[-2], position_b)))
+    return attend_to(config, q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
 
 
 def _with_prompts(rows: Rows, piece: Piece, k_lrktn: jax.Array, v_lrknt: jax.Array) -> tuple[Block, ...]:
     """The caches after writing keys and values of pieces, each from its first free slot on."""
     slot_rt = piece.start_r[:, None] + jnp.arange(k_lrktn.shape[3])
-    return written_at(rows, piece.into_r[:, None], slot_rt, jnp.moveaxis(k_lrktn, 3, 2), jnp.moveaxis(v_lrknt, 4, 2))
+    return written_at(
+        rows.blocks, piece.into_r[:, None], slot_rt, jnp.moveaxis(k_lrktn, 3, 2), jnp.moveaxis(v_lrknt, 4, 2)
+    )
 
 
-def _with_recent(rows: Rows, recent: Recent) -> tuple[Block, ...]:
-    """The caches after writing recent keys and values. Ended rows may run past their cache, where writes are
-    ignored."""
-    count, steps = recent.k_lbkmn.shape[1], recent.k_lbkmn.shape[3]
-    row_b1 = jnp.arange(count)[:, None]
-    slot_bm = rows.length_b[:count, None] + jnp.arange(steps)
-    k_lbmkn, v_lbmkn = jnp.moveaxis(recent.k_lbkmn, 3, 2), jnp.moveaxis(recent.v_lbknm, 4, 2)
-    return written_at(rows, row_b1, slot_bm, k_lbmkn, v_lbmkn)
+def with_recent(blocks: tuple[Block, ...], length_b: jax.Array, recent: Recent) -> tuple[Block, ...]:
+    """The caches after writing recent keys and values of the first rows, which had `length_b` tokens. Ended rows may
+    run past their cache, where writes are ignored."""
+    slot_bm = length_b[:, None] + jnp.arange(recent.k_bkmn.shape[-2])
+    row_b1 = jnp.arange(len(length_b))[:, None]
+    return written_at(blocks, row_b1, slot_bm, jnp.moveaxis(recent.k_bkmn, -2, -3), jnp.moveaxis(recent.v_bknm, -1, -3))
 
 
 def _keys(seed_b: jax.Array, step_b: jax.Array) -> jax.Array:

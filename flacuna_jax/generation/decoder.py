@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flacuna_jax.generation import continuation
+from flacuna_jax.generation import by_layer, continuation
 from flacuna_jax.generation.caches import Rows, empty_rows
 from flacuna_jax.generation.continuation import Chosen, Piece
 from flacuna_jax.generation.decode import LogProbabilities, RowSampling, most_general
@@ -32,8 +31,13 @@ class Network:
     mesh: Mesh
 
     @functools.cached_property
-    def layers(self) -> list[nnx.State] | None:
-        return continuation.layers_apart(self.spec, self.params)
+    def layers(self) -> list[by_layer.Layer] | None:
+        return by_layer.layers_apart(self.spec, self.params)
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """The first arguments of programs that advance."""
+        return (self.params,) if self.layers is None else (self.params, self.layers)
 
 
 class Part(NamedTuple):
@@ -79,7 +83,7 @@ class Decoder:
         programs: Programs | None = None,
     ) -> None:
         self.network, self.count, self._prefix = network, count, prefix
-        self.programs = programs or OnFirstUse(network.spec)
+        self.programs = programs or OnFirstUse(network.spec, _apart(network))
         self.rows = _place(network, empty_rows(network.spec, count, slots, _apart(network), own_columns))
 
     def fill(self, parts: Mapping[int, Part], at_once: int) -> tuple[jax.Array, LogProbabilities | None]:
@@ -156,7 +160,7 @@ class Decoder:
         wanted = AdvanceSize(steps, count or self.count, self.rows.blocks_for(reach))
         _, program = self.programs.advance(wanted)
         self.rows, chosen = program(
-            self.network.params, self.network.layers, self._prefix, self.rows, _method(samplings), np.bool_(scored)
+            *self.network.weights, self._prefix, self.rows, _method(samplings), np.bool_(scored)
         )
         return jax.tree.map(on_host, chosen)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 
-from flacuna_jax.generation import continuation
+from flacuna_jax.generation import by_layer, continuation
 from flacuna_jax.generation.caches import Rows
 from flacuna_jax.generation.continuation import Chosen
 from flacuna_jax.generation.decode import LogProbabilities
@@ -68,11 +68,11 @@ def start_program(alternatives: int) -> Start:
     return functools.partial(continuation.start, alternatives=alternatives)
 
 
-def advance_program(spec: ModelSpec, size: AdvanceSize, alternatives: int) -> Advance:
+def advance_program(spec: ModelSpec, size: AdvanceSize, alternatives: int, apart: bool) -> Advance:
+    """`apart`: whether the layers are separate; then the program also takes `by_layer.layers_apart`."""
     steps, count, blocks = size
-    return functools.partial(
-        continuation.advance, spec, steps=steps, count=count, blocks=blocks, alternatives=alternatives
-    )
+    advance = by_layer.advance if apart else continuation.advance
+    return functools.partial(advance, spec, steps=steps, count=count, blocks=blocks, alternatives=alternatives)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class OnFirstUse:
     """Compiles each size when it is first used."""
 
     spec: ModelSpec
+    apart: bool
+    """Whether the layers are separate."""
     alternatives: int = 0
 
     def fill(self, wanted: FillSize) -> tuple[FillSize, Fill]:
@@ -90,4 +92,4 @@ class OnFirstUse:
         return start_program(self.alternatives)
 
     def advance(self, wanted: AdvanceSize) -> tuple[AdvanceSize, Advance]:
-        return wanted, advance_program(self.spec, wanted, self.alternatives)
+        return wanted, advance_program(self.spec, wanted, self.alternatives, self.apart)

@@ -9,7 +9,7 @@ nothing as large as a cache. (With another order, XLA also does not support the 
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.llama import Llama, LlamaConfig
 from flacuna_jax.model.lora import select_columns
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.rope import Rope
 
 SCORED_TOGETHER = 128
 """Number of positions whose logits exist at the same time."""
@@ -180,7 +181,6 @@ def through_layers(
     tokens_bt: jax.Array,
     positions_bt: jax.Array,
     attend: Attend,
-    layers: Sequence[nnx.State] | None = None,
     columns_b2: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden states after the final norm [b, t, d], and the keys and values of these tokens in all layers, both
@@ -189,33 +189,39 @@ def through_layers(
     `Llama.__call__` is the same walk for training: with remat, dropout and packed masks, and without keys and values.
 
     Args:
-      attend: (q, k, v, layer) to o; the layer is a number if `layers` are given.
-      layers: the parameters of each layer, if they are not stacked.
+      attend: (q, k, v, layer) to o.
       columns_b2: the columns of each row's adapter (`lora.select_columns`).
     """
     ropes = model.config.ropes_at(positions_bt)
     graph, stacked = nnx.split(model.layers)
 
-    def apply_block(x_btd: jax.Array, index: int | jax.Array, state: nnx.State) -> tuple[jax.Array, Any]:
-        made: list[tuple[jax.Array, jax.Array]] = []
+    def apply_block(x_btd: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, Any]:
+        index, state = layer
+        return through_layer(model.config, graph, state, index, x_btd, ropes, attend, columns_b2)
 
-        def attend_here(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            made.append((k, v))
-            return attend(q, k, v, index)
-
-        if columns_b2 is not None:
-            state = select_columns(state, columns_b2)
-        x_btd = nnx.merge(graph, state)(x_btd, model.config.rope_in(index, ropes), attend_here)
-        return x_btd, made[0]
-
-    x_btd = model.embed(tokens_bt)
-    if layers is None:
-        stack = (jnp.arange(model.config.num_layers), stacked)
-        x_btd, (k_lbtkn, v_lbtkn) = jax.lax.scan(lambda x_btd, layer: apply_block(x_btd, *layer), x_btd, stack)
-    else:
-        made = []
-        for index, state in enumerate(layers):
-            x_btd, of_layer = apply_block(x_btd, index, state)
-            made.append(of_layer)
-        k_lbtkn, v_lbtkn = (jnp.stack(of_layers) for of_layers in zip(*made, strict=True))
+    stack = (jnp.arange(model.config.num_layers), stacked)
+    x_btd, (k_lbtkn, v_lbtkn) = jax.lax.scan(apply_block, model.embed(tokens_bt), stack)
     return model.final(x_btd), k_lbtkn, v_lbtkn
+
+
+def through_layer(
+    config: LlamaConfig,
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    index: jax.Array,
+    x_btd: jax.Array,
+    ropes: tuple[Rope, Rope],
+    attend: Attend,
+    columns_b2: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The output of one layer, whose parameters are `state`, and its keys and values."""
+    made: list[tuple[jax.Array, jax.Array]] = []
+
+    def attend_here(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        made.append((k, v))
+        return attend(q, k, v, index)
+
+    if columns_b2 is not None:
+        state = select_columns(state, columns_b2)
+    x_btd = nnx.merge(graph, state)(x_btd, config.rope_in(index, ropes), attend_here)
+    return x_btd, made[0]

@@ -85,7 +85,7 @@ def attention(
     """
     _check_arrays(q_bthd, k_bthd, v_bthd, mask)
     _check_options(backend, scale, softcap, tiles)
-    device_kind, platform = _ambient_device()
+    device_kind, platform = ambient_device()
     dim, dtype = q_bthd.shape[-1], q_bthd.dtype
     require_backend(backend, dim, dtype, platform or jax.default_backend(), device_kind, mask.one_document, softcap)
     plan = _Plan(
@@ -185,7 +185,7 @@ def _run(plan: _Plan, direction: Literal["forward", "backward"], *args: Any) -> 
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)(*args)
 
 
-def _ambient_device() -> tuple[str | None, str | None]:
+def ambient_device() -> tuple[str | None, str | None]:
     """(device kind, platform) of the target, as far as they are known while tracing.
 
     The ambient mesh has both, even if its devices are absent. Without a mesh, the kind is that of this process, which

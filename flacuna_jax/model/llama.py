@@ -17,6 +17,7 @@ from flax import nnx
 
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.kernels.attention import Backend, attention
+from flacuna_jax.kernels.few_tokens import times_matrix
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.lora import LoRAHead, LoRALinear, base_matrix, fold_keys
@@ -310,7 +311,7 @@ class Llama(nnx.Module):
     def logits(self, hidden_btd: jax.Array) -> jax.Array:
         """Float32 logits [batch, length, vocab], for decoding and tests; training never stores all of them."""
         wide_btd, table_vd = self.before_head(hidden_btd), self._head.table(self.dtype)
-        logits_btv = jnp.einsum("btd,vd->btv", wide_btd, table_vd, preferred_element_type=jnp.float32)
+        logits_btv = times_matrix(wide_btd, table_vd, jnp.float32)
         if self.head_rows is not None:
             logits_btv = self.head_rows.in_logits(logits_btv, hidden_btd)
         return capped(logits_btv, self.config.logits_softcap)

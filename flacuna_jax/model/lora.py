@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.config.types import HEAD, by_pattern
 from flacuna_jax.errors import UserError
+from flacuna_jax.kernels.few_tokens import times_matrix
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight
 from flacuna_jax.model.token_rows import TokenRows
@@ -154,7 +155,7 @@ class LoRALinear(nnx.Module):
         if isinstance(self.weight, Int8Product | Fp8Product):
             y_bto = self.weight.product(x_bti, self.axes)  # only DoRA also needs the dequantised kernel
         else:
-            y_bto = x_bti @ weight_oi.T
+            y_bto = times_matrix(x_bti, weight_oi)
         if self.lora is not None:
             a_ri, b_or = self.factors()
             x_bti = self.dropped(x_bti, row_keys_b)

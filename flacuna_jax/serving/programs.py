@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.generation.caches import Rows
+from flacuna_jax.generation.caches import Block, Rows
 from flacuna_jax.generation.continuation import Piece
 from flacuna_jax.generation.decode import RowSampling
 from flacuna_jax.generation.decoder import Network, on_call
@@ -33,6 +33,8 @@ LENGTHS = (64, 128, 192, 256)
 """Compiled lengths of pieces of prompts. Longer ones would not be faster per token, at least on CPUs."""
 COMPILED_TOGETHER = 4
 """Programs that are compiled at the same time before the server is ready."""
+GREEDILY, NO = np.int32(0), np.bool_(False)
+"""A method of `choose_tokens`, and an answer to whether tokens are scored: arguments to compile for."""
 _logger = logging.getLogger(__name__)
 
 
@@ -121,27 +123,38 @@ class CompiledPrograms:
 
     def _compile(self, size: Size) -> None:
         with jax.set_mesh(self._network.mesh):
-            program = self._lowered(size).compile()
+            apart = isinstance(size, AdvanceSize) and self._network.layers is not None
+            program = self._called(size) if apart else self._lowered(size).compile()
         with self._lock:
             self._ready[size] = program
 
     def _lowered(self, size: Size) -> jax.stages.Lowered:
-        spec, params, layers = self._network.spec, self._network.params, self._network.layers
-        no, greedy = np.bool_(False), np.int32(0)
+        spec, params = self._network.spec, self._network.params
         match size:
             case FillSize(pieces, length):
                 numbers_rt, numbers_r = on_call((pieces, length)), on_call(pieces)
                 piece = Piece(numbers_r, numbers_rt, numbers_r, numbers_r, numbers_rt, on_call((pieces, 2)))
                 fill = fill_program(spec, size, self._alternatives)
-                return self._lower(fill, (params, None), (piece, no), 2)
+                return self._lower(fill, (params, None), (piece, NO), 2)
             case StartSize(pieces):
                 numbers_r, sampling = on_call(pieces), RowSampling.of([GREEDY] * pieces)
                 logits_rv = jax.ShapeDtypeStruct((pieces, spec.config.vocab_size), np.float32, sharding=self._shared)
-                rest = (numbers_r, logits_rv, numbers_r.astype(np.uint32), sampling, greedy, no)
+                rest = (numbers_r, logits_rv, numbers_r.astype(np.uint32), sampling, GREEDILY, NO)
                 return self._lower(start_program(self._alternatives), (), rest, 1)
             case AdvanceSize():
-                advance = advance_program(spec, size, self._alternatives)
-                return self._lower(advance, (params, layers, None), (greedy, no), 1)
+                advance = advance_program(spec, size, self._alternatives, apart=False)
+                return self._lower(advance, (params, None), (GREEDILY, NO), 1)
+
+    def _called(self, size: AdvanceSize) -> Advance:
+        """A program of separate layers, which all have the same parts: they are compiled by a call with one layer."""
+        params, layers = self._network.weights
+        one = tuple(Block(block.k[:1], block.v[:1]) for block in self._rows.blocks)
+        rows = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), self._rows._replace(blocks=one)
+        )
+        advance = advance_program(self._network.spec, size, self._alternatives, apart=True)
+        jax.block_until_ready(advance(params, layers[:1], None, rows, GREEDILY, NO))
+        return advance
 
     def _lower(
         self, function: Callable[..., Any], before: Sequence[Any], after: Sequence[Any], results: int

@@ -13,7 +13,7 @@ from flax import nnx
 from flacuna_jax.config.schema import LoraConfig, MeshConfig
 from flacuna_jax.data.special_tokens import Special, SpecialTokens
 from flacuna_jax.errors import UserError
-from flacuna_jax.generation import continuation
+from flacuna_jax.generation import by_layer, continuation
 from flacuna_jax.generation.decoder import Decoder
 from flacuna_jax.generation.engine import LlamaLanguageModel
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
@@ -146,14 +146,12 @@ def _prompts(lengths: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(rng.integers(3, SMALL.vocab_size, length).tolist()) for length in lengths]
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "small_stack"), [(1, continuation.SMALL_STACK), (4, continuation.SMALL_STACK), (1, 0)]
-)
+@pytest.mark.parametrize(("kv_heads", "small_stack"), [(1, by_layer.SMALL_STACK), (4, by_layer.SMALL_STACK), (1, 0)])
 def test_the_cache_gives_the_same_as_recomputing_everything(
     kv_heads: int, small_stack: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With separate and stacked layers; the last prompt and its answer extend over all blocks of the cache."""
-    monkeypatch.setattr(continuation, "SMALL_STACK", small_stack)
+    monkeypatch.setattr(by_layer, "SMALL_STACK", small_stack)
     config = dataclasses.replace(SMALL, num_kv_heads=kv_heads)
     model = _small(ModelSpec(config, None, "float32", "float32"))
     assert (model.network.layers is None) == (small_stack == 0)
@@ -194,12 +192,12 @@ def test_requests_at_the_limits() -> None:
     assert model.loglikelihood([]) == []
 
 
-@pytest.mark.parametrize("small_stack", [continuation.SMALL_STACK, 0])
+@pytest.mark.parametrize("small_stack", [by_layer.SMALL_STACK, 0])
 def test_heads_and_rows_split_over_devices_give_the_same_answers(
     small_stack: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows over two devices, heads and caches over two: every token equals that of one device."""
-    monkeypatch.setattr(continuation, "SMALL_STACK", small_stack)
+    monkeypatch.setattr(by_layer, "SMALL_STACK", small_stack)
     spec = ModelSpec(SMALL, None, "float32", "float32")
     requests = [GenerationRequest(prompt, 9) for prompt in _prompts([3, 40, 12, 21, 7])]
     split = _small(spec, MeshConfig(fsdp=2, tensor=2), rows=2)
@@ -210,7 +208,7 @@ def test_heads_and_rows_split_over_devices_give_the_same_answers(
 
 def test_separate_layers_have_the_shardings_of_one_layer_of_the_stack() -> None:
     model = _small(ModelSpec(SMALL, None, "float32", "float32"), MeshConfig(fsdp=2, tensor=2), rows=2)
-    layers = continuation.layers_apart(model.spec, model.params)
+    layers = by_layer.layers_apart(model.spec, model.params)
     assert layers is not None
     stacked = nnx.state(model.spec.merge(model.params).layers)
     for index, layer in enumerate(layers):
@@ -245,7 +243,7 @@ def test_bfloat16_follows_float32() -> None:
 def test_similar_lengths_need_no_other_compilation() -> None:
     model = _small(ModelSpec(SMALL, None, "float32", "float32"), rows=2)
     model.generate([GenerationRequest(p, 4) for p in _prompts([3, 9, 20, 31, 7])])
-    programs = (continuation.fill, continuation.start, continuation.advance)
+    programs = (continuation.fill, continuation.start, *by_layer.parts_of(model.spec))
     before = [program._cache_size() for program in programs]
     model.generate([GenerationRequest(p, 4) for p in _prompts([4, 4, 50])])
     assert [program._cache_size() for program in programs] == before

@@ -1,0 +1,176 @@
+"""`continuation.advance` layer by layer, for a small model on a CPU: one program is compiled for a layer, and called
+for each layer in turn. A program for all layers would take too long to compile, and one that scans over stacked weights
+would copy each layer before it multiplies it. Shape suffixes as in `continuation`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flacuna_jax.generation import continuation
+from flacuna_jax.generation.caches import Block, Rows
+from flacuna_jax.generation.continuation import Chosen, Recent
+from flacuna_jax.generation.decode import Numbers
+from flacuna_jax.generation.shared_prefix import Params, Prefix, through_layer
+from flacuna_jax.model.parameters import ModelSpec
+
+SMALL_STACK = 4 << 30
+"""Maximum size of all layers in bytes for which their parameters are also held separately."""
+
+Layer = list[jax.Array]
+"""The leaves of the state of a layer."""
+
+
+def layers_apart(spec: ModelSpec, params: Params) -> list[Layer] | None:
+    """The parameters of each layer separately if that is faster: for a small model on a CPU; otherwise None."""
+    parameters = spec.held | spec.adapters
+    size = sum(array.nbytes for path, array in params.items() if parameters[path].stacked)
+    if jax.default_backend() != "cpu" or size > SMALL_STACK:
+        return None
+    stacked = jax.tree.leaves(nnx.state(spec.merge(params).layers))
+    return [[_layer_of(index, leaf) for leaf in stacked] for index in range(spec.config.num_layers)]
+
+
+def _layer_of(index: int, stacked: jax.Array) -> jax.Array:
+    """One layer of a stacked parameter, on a CPU. Compiling programs for this takes longer than the rest of a start."""
+    sharding = stacked.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    parts = [jax.device_put(np.asarray(part.data)[index], part.device) for part in stacked.addressable_shards]
+    return jax.make_array_from_single_device_arrays(stacked.shape[1:], sharding, parts)
+
+
+class Parts(NamedTuple):
+    """The programs of a step."""
+
+    enter: Callable[..., jax.Array]
+    layer: Callable[..., tuple[jax.Array, Recent]]
+    leave: Callable[..., Chosen]
+
+
+@functools.lru_cache(maxsize=8)
+def parts_of(spec: ModelSpec) -> Parts:
+    """Bound to the spec, because comparing it with that of earlier calls would take a part of the time of a layer."""
+    enter, layer = jax.jit(functools.partial(_enter, spec)), jax.jit(functools.partial(_through_layer, spec))
+    return Parts(enter, layer, jax.jit(functools.partial(_leave, spec), static_argnames=("alternatives",)))
+
+
+def advance(
+    spec: ModelSpec,
+    params: Params,
+    layers: Sequence[Layer],
+    prefix: Prefix | None,
+    rows: Rows,
+    method: Numbers | int,
+    scored: Numbers | bool = False,
+    *,
+    steps: int,
+    count: int,
+    blocks: int,
+    alternatives: int = 0,
+) -> tuple[Rows, Chosen]:
+    """As `continuation.advance`, with the result of `layers_apart`. The rows are donated."""
+    enter, through, leave = parts_of(spec)
+    numbers, of_layers = rows._replace(blocks=()), [_of_layer(rows, index) for index in range(len(layers))]
+    used, caches = numbers, [of_layer[:blocks] for of_layer in of_layers]
+    if count < len(rows.token_b):
+        used, caches = _first(used, count=count), [_first(of_layer, count=count) for of_layer in caches]
+    recents = [_nothing(spec, count, steps)] * len(layers)
+    token_b, found = used.token_b, []
+    for step in range(steps):
+        made = np.int32(step)
+        x_btd = enter(params, token_b)
+        for index, layer in enumerate(layers):
+            place, seen = np.int32(index), (caches[index], used.length_b, recents[index], made)
+            x_btd, recents[index] = through(layer, place, x_btd, prefix, *seen, used.columns_b2)
+        found.append(leave(params, x_btd, used, made, method, scored, alternatives=alternatives))
+        token_b = found[-1].token
+    chosen = _together(found)
+    written = [_written(*of_layer) for of_layer in zip(of_layers, [used.length_b] * len(layers), recents, strict=True)]
+    together = tuple(Block(*map(list, zip(*of_layers, strict=True))) for of_layers in zip(*written, strict=True))
+    return _numbers(numbers, chosen.token)._replace(blocks=together), chosen
+
+
+def _of_layer(rows: Rows, index: int) -> tuple[Block, ...]:
+    return tuple(Block(block.k[index], block.v[index]) for block in rows.blocks)
+
+
+def _enter(spec: ModelSpec, params: Params, token_b: jax.Array) -> jax.Array:
+    """What the first layer takes. A single token in bfloat16 is there twice: XLA converts a matrix to float32 before it
+    multiplies it by a vector, which takes longer than the product with two."""
+    x_b1d = spec.merge(params).embed(token_b[:, None])
+    return jnp.repeat(x_b1d, 2, axis=1) if token_b.size == 1 and x_b1d.dtype == jnp.bfloat16 else x_b1d
+
+
+def _through_layer(
+    spec: ModelSpec,
+    leaves: Layer,
+    index: jax.Array,
+    x_btd: jax.Array,
+    prefix: Prefix | None,
+    blocks: Sequence[Block],
+    length_b: jax.Array,
+    recent: Recent,
+    made: jax.Array,
+    columns_b2: jax.Array | None,
+) -> tuple[jax.Array, Recent]:
+    config = spec.config
+    graph, abstract = nnx.split(nnx.merge(*spec.abstract).layers)
+    state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    positions_bt = jnp.broadcast_to(continuation.positions(prefix, length_b, made)[:, None], x_btd.shape[:2])
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
+        first = (q[:, :1], k[:, :1], v[:, :1])
+        o_b1hn = continuation.attend_in_rows(config, layer, prefix, blocks, length_b, recent, made, *first)
+        return jnp.broadcast_to(o_b1hn, q.shape)
+
+    ropes = config.ropes_at(positions_bt)
+    x_btd, (k_btkn, v_btkn) = through_layer(config, graph, state, index, x_btd, ropes, attend, columns_b2)
+    return x_btd, recent.with_new(k_btkn[:, :1], v_btkn[:, :1], made)
+
+
+def _leave(
+    spec: ModelSpec,
+    params: Params,
+    x_btd: jax.Array,
+    rows: Rows,
+    made: jax.Array,
+    method: Numbers | int,
+    scored: Numbers | bool,
+    alternatives: int,
+) -> Chosen:
+    """The next tokens, from what the last layer gives."""
+    model = continuation.for_rows(spec.merge(params), rows.columns_b2)
+    logits_bv = model.logits(model.final(x_btd))[:, 0]
+    return continuation.choose(logits_bv, rows, made, method, scored, alternatives)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rows", "steps"))
+def _nothing(spec: ModelSpec, rows: int, steps: int) -> Recent:
+    return Recent.nothing(spec, rows, steps)
+
+
+_first = functools.partial(jax.jit, static_argnames=("count",))(
+    lambda arrays, count: jax.tree.map(lambda x: x[:count], arrays)
+)
+
+
+@jax.jit
+def _together(chosen: Sequence[Chosen]) -> Chosen:
+    return jax.tree.map(lambda *of_steps: jnp.stack(of_steps, axis=1), *chosen)
+
+
+@functools.partial(jax.jit, donate_argnames=("blocks",))
+def _written(blocks: Sequence[Block], length_b: jax.Array, recent: Recent) -> Sequence[Block]:
+    listed = tuple(Block([block.k], [block.v]) for block in blocks)
+    written = continuation.with_recent(listed, length_b, jax.tree.map(lambda x: x[None], recent))
+    return [Block(k, v) for (k,), (v,) in written]
+
+
+_numbers = jax.jit(continuation.advanced)
