@@ -85,11 +85,11 @@ def advance(
     token_b, found = used.token_b, []
     for step in range(steps):
         made = np.int32(step)
-        x_btd = enter(params, token_b)
+        x_b1d = enter(params, token_b)
         for index, layer in enumerate(layers):
             place, seen = np.int32(index), (caches[index], used.length_b, recents[index], made)
-            x_btd, recents[index] = through(layer, place, x_btd, prefix, *seen, used.columns_b2)
-        found.append(leave(params, x_btd, used, made, method, scored, alternatives=alternatives))
+            x_b1d, recents[index] = through(layer, place, x_b1d, prefix, *seen, used.columns_b2)
+        found.append(leave(params, x_b1d, used, made, method, scored, alternatives=alternatives))
         token_b = found[-1].token
     chosen = _together(found)
     written = [_written(*of_layer) for of_layer in zip(of_layers, [used.length_b] * len(layers), recents, strict=True)]
@@ -102,17 +102,15 @@ def _of_layer(rows: Rows, index: int) -> tuple[Block, ...]:
 
 
 def _enter(spec: ModelSpec, params: Params, token_b: jax.Array) -> jax.Array:
-    """What the first layer takes. A single token in bfloat16 is there twice: XLA converts a matrix to float32 before it
-    multiplies it by a vector, which takes longer than the product with two."""
-    x_b1d = spec.merge(params).embed(token_b[:, None])
-    return jnp.repeat(x_b1d, 2, axis=1) if token_b.size == 1 and x_b1d.dtype == jnp.bfloat16 else x_b1d
+    """What the first layer takes."""
+    return spec.merge(params).embed(token_b[:, None])
 
 
 def _through_layer(
     spec: ModelSpec,
     leaves: Layer,
     index: jax.Array,
-    x_btd: jax.Array,
+    x_b1d: jax.Array,
     prefix: Prefix | None,
     blocks: Sequence[Block],
     length_b: jax.Array,
@@ -123,22 +121,20 @@ def _through_layer(
     config = spec.config
     graph, abstract = nnx.split(nnx.merge(*spec.abstract).layers)
     state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    positions_bt = jnp.broadcast_to(continuation.positions(prefix, length_b, made)[:, None], x_btd.shape[:2])
+    positions_b1 = continuation.positions(prefix, length_b, made)[:, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
-        first = (q[:, :1], k[:, :1], v[:, :1])
-        o_b1hn = continuation.attend_in_rows(config, layer, prefix, blocks, length_b, recent, made, *first)
-        return jnp.broadcast_to(o_b1hn, q.shape)
+        return continuation.attend_in_rows(config, layer, prefix, blocks, length_b, recent, made, q, k, v)
 
-    ropes = config.ropes_at(positions_bt)
-    x_btd, (k_btkn, v_btkn) = through_layer(config, graph, state, index, x_btd, ropes, attend, columns_b2)
-    return x_btd, recent.with_new(k_btkn[:, :1], v_btkn[:, :1], made)
+    ropes = config.ropes_at(positions_b1)
+    x_b1d, (k_b1kn, v_b1kn) = through_layer(config, graph, state, index, x_b1d, ropes, attend, columns_b2)
+    return x_b1d, recent.with_new(k_b1kn, v_b1kn, made)
 
 
 def _leave(
     spec: ModelSpec,
     params: Params,
-    x_btd: jax.Array,
+    x_b1d: jax.Array,
     rows: Rows,
     made: jax.Array,
     method: Numbers | int,
@@ -147,7 +143,7 @@ def _leave(
 ) -> Chosen:
     """The next tokens, from what the last layer gives."""
     model = continuation.for_rows(spec.merge(params), rows.columns_b2)
-    logits_bv = model.logits(model.final(x_btd))[:, 0]
+    logits_bv = model.logits(model.final(x_b1d))[:, 0]
     return continuation.choose(logits_bv, rows, made, method, scored, alternatives)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flacuna_jax.kernels.packed_mask import PackedMask, key_tiles
+from flacuna_jax.kernels.products import on_cpu, rows_as_columns
 from flacuna_jax.kernels.softcap import capped, through_cap
 
 TILE = 64
@@ -115,8 +116,8 @@ def backward(
                 dscore_nrk = dscore_nrk.astype(q_nrd.dtype)
                 return (
                     dq_nrd + _dot(dscore_nrk, k_nkd, (2, 1)),
-                    tiling.add_keys(dk_ntd, j, _dot(dscore_nrk, q_nrd, (1, 1))),
-                    tiling.add_keys(dv_ntd, j, _dot(weight_nrk.astype(do_nrd.dtype), do_nrd, (1, 1))),
+                    tiling.add_keys(dk_ntd, j, _sum_over_queries(dscore_nrk, q_nrd)),
+                    tiling.add_keys(dv_ntd, j, _sum_over_queries(weight_nrk.astype(do_nrd.dtype), do_nrd)),
                 )
 
             with jax.named_scope(LOOP_SCOPE):
@@ -202,3 +203,10 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Products of each head's tiles over the given axes, in float32."""
     numbers = (((contract[0],), (contract[1],)), ((0,), (0,)))
     return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+def _sum_over_queries(a_nrk: jax.Array, b_nrd: jax.Array) -> jax.Array:
+    """[n, k, d] in float32."""
+    if on_cpu() and a_nrk.dtype == jnp.bfloat16:
+        return _dot(rows_as_columns(a_nrk), b_nrd, (2, 1))
+    return _dot(a_nrk, b_nrd, (1, 1))

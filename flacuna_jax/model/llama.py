@@ -17,8 +17,8 @@ from flax import nnx
 
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.kernels.attention import Backend, attention
-from flacuna_jax.kernels.few_tokens import times_matrix
 from flacuna_jax.kernels.packed_mask import PackedMask
+from flacuna_jax.kernels.products import times_matrix
 from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.lora import LoRAHead, LoRALinear, base_matrix, fold_keys
 from flacuna_jax.model.quantized import Quantization

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.config.types import HEAD, by_pattern
 from flacuna_jax.errors import UserError
-from flacuna_jax.kernels.few_tokens import times_matrix
+from flacuna_jax.kernels.products import times_matrix
 from flacuna_jax.model.quantized import KERNELS, Fp8Product, Int8Product, Kernel, Quantization
 from flacuna_jax.model.sharding import constrain, gather_weight
 from flacuna_jax.model.token_rows import TokenRows
@@ -270,7 +270,7 @@ def _by_group(x_bti: jax.Array, weight: jax.Array) -> jax.Array:
     """x times the transpose of `weight`, which is [out, in] for all rows, or [groups, out, in] with one matrix for each
     equal part of the batch, in order."""
     if weight.ndim == 2:
-        return x_bti @ weight.T
+        return times_matrix(x_bti, weight)
     x_gbti = x_bti.reshape(weight.shape[0], -1, *x_bti.shape[1:])
     return jnp.einsum("gbti,goi->gbto", x_gbti, weight).reshape(*x_bti.shape[:2], -1)
 

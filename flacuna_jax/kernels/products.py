@@ -1,0 +1,64 @@
+"""Products of activations with a matrix [out, in].
+
+On CPUs, XLA has fast code for bfloat16 only where a product returns float32; one that returns bfloat16 takes about five
+times as long. It has slow code for a single token, and for sums over the first axis of both operands, as in the
+gradient of a matrix. So products on CPUs are written in the forms with fast code.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
+
+from flacuna_jax.kernels.attention import ambient_device
+
+
+def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """x [..., tokens, in] times the transpose of a matrix, in `dtype` or that of x."""
+    if not on_cpu():
+        return jnp.einsum("...i,oi->...o", x_ti, matrix_oi, preferred_element_type=dtype)
+    if x_ti.size == x_ti.shape[-1]:
+        return _on_cpu(jnp.concatenate([x_ti, x_ti], axis=-2), matrix_oi, dtype)[..., :1, :]
+    return _on_cpu(x_ti, matrix_oi, dtype)
+
+
+def on_cpu() -> bool:
+    """Whether the ambient mesh is one of CPUs."""
+    return ambient_device()[1] == "cpu"
+
+
+def _on_cpu(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    if x_ti.dtype != jnp.bfloat16:
+        return jnp.einsum("...i,oi->...o", x_ti, matrix_oi, preferred_element_type=dtype)
+    return rounded_product(x_ti, matrix_oi, jnp.dtype(dtype or x_ti.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_product(x_ti: jax.Array, matrix_oi: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x times the transpose of a matrix, computed in float32 and rounded to `dtype`; gradients likewise."""
+    return jnp.einsum("...i,oi->...o", x_ti, matrix_oi, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _forward(x_ti: jax.Array, matrix_oi: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rounded_product(x_ti, matrix_oi, dtype), (x_ti, matrix_oi)
+
+
+def _backward(
+    dtype: jnp.dtype, kept: tuple[jax.Array, jax.Array], cotangent_to: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_ti, matrix_oi = kept
+    cotangent_to = cotangent_to.astype(x_ti.dtype)
+    of_x_ti = jnp.einsum("...o,oi->...i", cotangent_to, matrix_oi, preferred_element_type=jnp.float32)
+    rows_ni, cotangent_no = (x.reshape(-1, x.shape[-1]) for x in (x_ti, cotangent_to))
+    of_matrix_oi = jnp.einsum("on,ni->oi", rows_as_columns(cotangent_no), rows_ni, preferred_element_type=jnp.float32)
+    return of_x_ti.astype(x_ti.dtype), of_matrix_oi.astype(matrix_oi.dtype)
+
+
+rounded_product.defvjp(_forward, _backward)
+
+
+def rows_as_columns(x_mn: jax.Array) -> jax.Array:
+    """The transpose of the last two axes, in memory as well. XLA would otherwise only exchange the axes' names."""
+    return with_layout_constraint(jnp.swapaxes(x_mn, -1, -2), Layout(tuple(range(x_mn.ndim))))
