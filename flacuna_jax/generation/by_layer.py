@@ -25,6 +25,8 @@ SMALL_STACK = 4 << 30
 
 Layer = list[jax.Array]
 """The leaves of the state of a layer."""
+Cache = tuple[jax.Array, jax.Array]
+"""The keys and values of a layer in a block of the caches."""
 
 
 def layers_apart(spec: ModelSpec, params: Params) -> list[Layer] | None:
@@ -97,8 +99,8 @@ def advance(
     return _numbers(numbers, chosen.token)._replace(blocks=together), chosen
 
 
-def _of_layer(rows: Rows, index: int) -> tuple[Block, ...]:
-    return tuple(Block(block.k[index], block.v[index]) for block in rows.blocks)
+def _of_layer(rows: Rows, index: int) -> tuple[Cache, ...]:
+    return tuple((block.k[index], block.v[index]) for block in rows.blocks)
 
 
 def _enter(spec: ModelSpec, params: Params, token_b: jax.Array) -> jax.Array:
@@ -112,7 +114,7 @@ def _through_layer(
     index: jax.Array,
     x_b1d: jax.Array,
     prefix: Prefix | None,
-    blocks: Sequence[Block],
+    blocks: Sequence[Cache],
     length_b: jax.Array,
     recent: Recent,
     made: jax.Array,
@@ -163,10 +165,10 @@ def _together(chosen: Sequence[Chosen]) -> Chosen:
 
 
 @functools.partial(jax.jit, donate_argnames=("blocks",))
-def _written(blocks: Sequence[Block], length_b: jax.Array, recent: Recent) -> Sequence[Block]:
-    listed = tuple(Block([block.k], [block.v]) for block in blocks)
+def _written(blocks: Sequence[Cache], length_b: jax.Array, recent: Recent) -> Sequence[Cache]:
+    listed = tuple(Block([k], [v]) for k, v in blocks)
     written = continuation.with_recent(listed, length_b, jax.tree.map(lambda x: x[None], recent))
-    return [Block(k, v) for (k,), (v,) in written]
+    return [(k, v) for (k,), (v,) in written]
 
 
 _numbers = jax.jit(continuation.advanced)

@@ -178,7 +178,7 @@ def advance(
     def step(carry: tuple[jax.Array, Recent], made: jax.Array) -> tuple[tuple[jax.Array, Recent], Chosen]:
         token_b, recent = carry
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
             blocks, own = jax.tree.map(lambda stacked: layer_of(stacked, layer), (used.blocks, recent))
             return attend_in_rows(model.config, layer, prefix, blocks, used.length_b, own, made, q, k, v)
 
@@ -194,7 +194,7 @@ def advance(
     return advanced(rows, chosen.token)._replace(blocks=written), chosen
 
 
-def positions(prefix: Prefix | None, length_b: jax.Array, made: Numbers) -> jax.Array:
+def positions(prefix: Prefix | None, length_b: jax.Array, made: Numbers | int) -> jax.Array:
     """The position of the next token of each row, after `made` tokens that are not in the caches."""
     return length_b + made if prefix is None else prefix.length + length_b + made
 
@@ -296,7 +296,7 @@ def attend_in_rows(
     config: LlamaConfig,
     layer: int | jax.Array,
     prefix: Prefix | None,
-    blocks: Sequence[Block],
+    blocks: Sequence[tuple[jax.Array, jax.Array]],
     length_b: jax.Array,
     recent: Recent,
     made: Numbers,
@@ -305,7 +305,7 @@ def attend_in_rows(
     v: jax.Array,
 ) -> jax.Array:
     """Attention of the next token of each row, in one layer, to the prefix, the cache, `made` recent tokens and itself;
-    `blocks` and `recent` are those of this layer."""
+    `blocks`, the keys and values of each block, and `recent` are those of this layer."""
     # Positions of the first token in the caches, of the first recent token, and of this token.
     first_b = positions(prefix, jnp.zeros_like(length_b), 0)
     first_recent_b, position_b = first_b + length_b, first_b + length_b + made
@@ -318,9 +318,10 @@ def attend_in_rows(
 
     parts = [prefix_of(prefix, layer, from_b1)] if prefix is not None else []
     first = 0
-    for block in blocks:
-        parts.append(Seen(block.k, block.v, visible(first_b + first, block.slots, first_recent_b)))
-        first += block.slots
+    for k_bksn, v_bkns in blocks:
+        slots = v_bkns.shape[-1]
+        parts.append(Seen(k_bksn, v_bkns, visible(first_b + first, slots, first_recent_b)))
+        first += slots
     parts.append(Seen(*recent, visible(first_recent_b, recent.k_bkmn.shape[-2], position_b)))
     return attend_to(config, q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
 

@@ -123,8 +123,8 @@ class CompiledPrograms:
 
     def _compile(self, size: Size) -> None:
         with jax.set_mesh(self._network.mesh):
-            apart = isinstance(size, AdvanceSize) and self._network.layers is not None
-            program = self._called(size) if apart else self._lowered(size).compile()
+            apart = self._network.layers is not None
+            program = self._called(size) if apart and isinstance(size, AdvanceSize) else self._lowered(size).compile()
         with self._lock:
             self._ready[size] = program
 
