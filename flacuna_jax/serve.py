@@ -41,7 +41,7 @@ def parser() -> Parser:
     add("--seconds", type=amount, default=600.0, metavar="S", help="maximum time of a request")
     add("--grace", type=amount, default=30.0, metavar="S", help="seconds that running answers have after SIGTERM")
     add("--body-mib", type=whole(1), default=4, metavar="N", help="maximum size of a request in MiB")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16; on a CPU float32, faster for single rows")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16; on a CPU whichever it multiplies faster")
     add_base_option(options)
     return options
 

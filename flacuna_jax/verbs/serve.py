@@ -23,6 +23,7 @@ from flacuna_jax.inference import (
     trained_with,
 )
 from flacuna_jax.model.sharding import check_mesh, make_mesh, row_shards
+from flacuna_jax.planning.compute_dtype import choose_dtype
 from flacuna_jax.say import say_on_stderr
 from flacuna_jax.serving import LONGEST
 
@@ -86,7 +87,9 @@ def prepare(arguments: argparse.Namespace) -> "tuple[Scheduler, Guard]":
 
 
 def _default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    chosen = choose_dtype(jax.local_devices())
+    say_on_stderr(f"dtype: {chosen}")
+    return chosen.name
 
 
 def _key(host: str) -> str | None:
