@@ -87,4 +87,7 @@ class KtoConfig(Section):
     adapter."""
 
 
+MEASURES_OF_PAIRS = ("eval/rewards/accuracy", "eval/rewards/margin")
+"""Numbers of an evaluation that only objectives on pairs have."""
+
 PreferenceConfig = DpoConfig | SimpoConfig | OrpoConfig | KtoConfig

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from flacuna_jax.config.objectives import AdapterReferenceConfig, PreferenceConfig
+from flacuna_jax.config.objectives import MEASURES_OF_PAIRS, AdapterReferenceConfig, KtoConfig, PreferenceConfig
 from flacuna_jax.config.types import (
     AUTO,
     HEAD,
@@ -490,6 +490,11 @@ class RunConfig(Section):
             raise ValueError(f"data.over_length: truncate_prompt is not available for {objective}; use drop or error")
         if self.training.attention == "cudnn":
             raise ValueError(f"training.attention: cudnn needs one document per row, but {objective} has two")
+        metric = self.evaluation.metric if self.evaluation else ""
+        if isinstance(self.training.objective, KtoConfig) and metric.startswith(MEASURES_OF_PAIRS):
+            raise ValueError(
+                f"evaluation.metric: {metric} compares the answers of pairs; for {objective} use eval/loss"
+            )
         if self.reference_adapter is not None and self.lora is None:
             raise ValueError("training.objective.reference: an adapter needs lora; with lora: null, use cached")
         return self

@@ -133,7 +133,8 @@ def read_label(reading: Reading) -> bool:
     words = {"true": True, "false": False, "1": True, "0": False}
     label = words.get(value.strip().lower()) if isinstance(value, str) else value
     if not isinstance(label, bool | int) or label not in (0, 1):
-        raise BadRecord("wrong label", f"{field!r} is {value!r}; it must be true (a good answer) or false (a bad one)")
+        found = repr(value) if value is not None else "missing or null"
+        raise BadRecord("wrong label", f"{field!r} is {found}; it must be true (a good answer) or false (a bad one)")
     return bool(label)
 
 

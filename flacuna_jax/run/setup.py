@@ -25,7 +25,7 @@ from flacuna_jax.data.store import TokenStore
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
-from flacuna_jax.huggingface.adapter import read_adapter
+from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.chat_template import resolve_name
 from flacuna_jax.huggingface.files.read import note_on_quantisation
 from flacuna_jax.huggingface.load import fingerprint, load_base
@@ -53,13 +53,15 @@ from flacuna_jax.run.data import read_data
 from flacuna_jax.run.model import ModelSource, context_warning, open_model
 from flacuna_jax.say import Say
 from flacuna_jax.storage.bucket import is_bucket, read_text
-from flacuna_jax.storage.checkpoint import checksum
+from flacuna_jax.storage.checkpoint import checksum, list_checkpoints
 from flacuna_jax.storage.local_run import local_run
 from flacuna_jax.training.network import REFERENCE
 from flacuna_jax.training.objective import Objective
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer, require_words
 from flacuna_jax.training.state import StateLayout
 from flacuna_jax.training.step import StepConfig
+
+_REFERENCE_KEY, _INIT_KEY = "training.objective.reference.adapter", "lora.init_from"
 
 
 class Parts(NamedTuple):
@@ -135,7 +137,7 @@ class Setup:
         lora = self.config.lora
         if lora is None or lora.init_from is None or not self.config.caches_reference:
             return {}
-        return {"reference": checksum(_adapter_of_run(self, lora.init_from, "lora.init_from"))}
+        return {"reference": checksum(_adapter_of_run(self, lora.init_from, _INIT_KEY))}
 
     @property
     def shared_facts(self) -> dict[str, str]:
@@ -275,7 +277,7 @@ def load_weights(setup: Setup) -> Params:
     spec, mesh = setup.spec, setup.mesh
     reference: Params = {}
     if (directory := setup.config.reference_adapter) is not None:  # first, because loading the base can take minutes
-        adapter = _adapter_of_run(setup, directory, "training.objective.reference.adapter")
+        adapter = _adapter_of_run(setup, directory, _REFERENCE_KEY)
         reference = {REFERENCE + path: value for path, value in adapter.items()}
     if setup.source.reader is None:
         base = init_params(spec, spec.held, setup.config.seed, mesh)
@@ -292,13 +294,34 @@ def first_adapters(setup: Setup, base: Params) -> Params:
         return {}
     if lora.init_from is None:
         return setup.layout.fresh_adapters(setup.config.seed, base)
-    return _adapter_of_run(setup, lora.init_from, "lora.init_from")
+    return _adapter_of_run(setup, lora.init_from, _INIT_KEY)
+
+
+def require_adapters(setup: Setup) -> None:
+    """Raises UserError if a new run would begin with, or refer to, an adapter of another base or with other settings.
+
+    Called before the run writes. A run with checkpoints does not read the adapter that it began with.
+    """
+    config = setup.config
+    if config.lora is None or list_checkpoints(config.output_dir):
+        return
+    for directory, key in ((config.reference_adapter, _REFERENCE_KEY), (config.lora.init_from, _INIT_KEY)):
+        if directory is not None:
+            _read_adapter_of_run(setup, directory, key)
 
 
 def _adapter_of_run(setup: Setup, directory: str, key: str) -> Params:
+    adapter = _read_adapter_of_run(setup, directory, key)
+    return jax.device_put(adapter.params, parameter_shardings(setup.spec.adapters, setup.mesh))
+
+
+def _read_adapter_of_run(setup: Setup, directory: str, key: str) -> Adapter:
     """An adapter with the settings of the run. Raises UserError for one of another base or with other settings."""
     assert setup.config.lora is not None, "validated"
-    adapter = read_adapter(local_run(directory), setup.source.config, setup.source.reader)
+    try:
+        adapter = read_adapter(local_run(directory), setup.source.config, setup.source.reader)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     if adapter.changes is not None:
         changed = names.some(list(adapter.changes.by_tensor) or ["a tied head"], 3)
         raise UserError(
@@ -311,7 +334,7 @@ def _adapter_of_run(setup: Setup, directory: str, key: str) -> Params:
             f"{key}: {directory} has rows of {adapter.spec.tokens}, but this run trains "
             f"{setup.spec.tokens}; set lora.train_tokens to the ids of the adapter"
         )
-    return jax.device_put(adapter.params, parameter_shardings(setup.spec.adapters, setup.mesh))
+    return adapter
 
 
 def _require_same_adapters(lora: LoraConfig, found: LoraConfig, where: str) -> None:

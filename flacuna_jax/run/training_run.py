@@ -34,6 +34,7 @@ from flacuna_jax.run.setup import (
     open_parts,
     peak_flops,
     plan_facts,
+    require_adapters,
     require_output_apart,
     set_up,
 )
@@ -89,6 +90,7 @@ def open_run(
         say(f"warning    {unread}")
     with open_output(config.output_dir, resume=config.checkpoint.resume, primary=primary, say=say) as directory:
         setup = set_up(parts, say, objective)
+        require_adapters(setup)
         # Adapters are small, so writing them asynchronously would not save time.
         asynchronous = config.lora is None or is_bucket(config.output_dir)
         with (

@@ -162,7 +162,9 @@ def refuse_used(output_dir: str, used: Sequence[str]) -> None:
 
 def _remove_if_unused(path: Path) -> None:
     """Removes the lock, which is still held, and the directory if it is empty then, so that a run with invalid input
-    leaves nothing behind."""
+    leaves nothing behind. The directory of checkpoints is made before the base's weights are read."""
+    with contextlib.suppress(OSError):
+        (path / "checkpoints").rmdir()  # fails unless it is empty
     with contextlib.suppress(OSError):
         if [entry.name for entry in path.iterdir()] == [LOCK]:
             (path / LOCK).unlink()

@@ -172,6 +172,12 @@ MISTAKES = {
         "training.objective",
         "must be 'base', 'cached' or 'none' or a section of adapter, not 'nothing'",
     ),
+    "a metric of pairs for single answers": (
+        MINIMAL,
+        ("--training.objective={name: kto}", "--evaluation={fraction: 0.1, metric: eval/rewards/accuracy}"),
+        "evaluation.metric",
+        "use eval/loss",
+    ),
     "half a token": (MINIMAL, ("--lora.train_tokens=[1.5]",), "lora.train_tokens.0", "string or a valid integer (got"),
     "a negative token": (MINIMAL, ("--lora.train_tokens=[-1]",), "lora.train_tokens.0", "use 0"),
     "a path for sources": (MINIMAL, ("--data.sources=a.json",), "data.sources", "a list"),

@@ -203,7 +203,10 @@ REFUSED = {
     "a number": ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text or messages, not a number"),
     "only a text": ({"text": "a"}, "this run needs `prompt`, `chosen` and `rejected`"),
     "ranked answers": ({"prompt": "q", "responses": ["a", "b"]}, r"\(the record's fields: prompt, responses\)"),
-    "no label": ({"prompt": "q", "completion": "a", "label": None}, r"'label' is None; it must be true \S+ \S+ \S+ or"),
+    "no label": (
+        {"prompt": "q", "completion": "a", "label": None},
+        r"'label' is missing or null; it must be true \S+ \S+ \S+ or",
+    ),
     "a label of 0.5": ({"prompt": "q", "completion": "a", "kto_tag": 0.5}, "'kto_tag' is 0.5; it must be true"),
     "a label of 2": ({"prompt": "q", "completion": "a", "label": 2}, "'label' is 2; it must be true"),
     "a label in words": ({"prompt": "q", "completion": "a", "kto_tag": "good"}, "'kto_tag' is 'good'; it must be true"),

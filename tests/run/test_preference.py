@@ -153,6 +153,15 @@ def test_a_reference_of_another_rank_or_base_is_refused(finished, tmp_path):
     larger = load_config(finished / "config.yaml", [*overrides, "--model.architecture.hidden_size=64"])
     with pytest.raises(UserError, match="belongs to another model"), open_run(larger, say=lambda _: None):
         pass
+    begun = load_config(finished / "config.yaml", [overrides[0], f"--lora.init_from={adapter}", "--lora.rank=3"])
+    message = r"adapter in lora.init_from .* has other settings"
+    with pytest.raises(UserError, match=message), open_run(begun, say=lambda _: None):
+        pass
+    nowhere = load_config(finished / "config.yaml", [overrides[0], "--lora.init_from=nowhere"])
+    message = "lora.init_from: nowhere has no adapter_config.json"
+    with pytest.raises(UserError, match=message), open_run(nowhere, say=lambda _: None):
+        pass
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
 
 
 def test_the_reference_is_computed_once(finished, tmp_path, monkeypatch):
