@@ -96,9 +96,10 @@ def temporary_bytes(workload: Workload, layout: Layout) -> int:
         # Gradients: the sums over micro-batches, those of a micro-batch, and the head's, which is whole on every
         # device.
         return int(activations + gathered + chunk + 2 * gradients + 4 * head // size * (layout.mesh.fsdp > 1))
-    # Kernels in compute dtype: if none are gathered, recomputing a whole layer needs the three kernels of a
-    # feed-forward network at once, and 4-bit codes are dequantised for each product.
-    copies = 3 * (layout.remat == "full") + (spec.quantization == "nf4") if layout.mesh.fsdp == 1 else 0
+    # Kernels in compute dtype: recomputing a whole layer needs the three kernels of a feed-forward network at once
+    # (before jax 0.12, not if they are gathered). If none are gathered, 4-bit codes are dequantised for each product.
+    whole = layout.remat == "full" and (layout.mesh.fsdp == 1 or jax.__version_info__ >= (0, 12))
+    copies = 3 * whole + (spec.quantization == "nf4" and layout.mesh.fsdp == 1)
     kernels = copies * largest // tensor * size
     return int(activations + gathered + kernels + chunk + 3 * _stored(spec.trainable, layout.mesh))
 
