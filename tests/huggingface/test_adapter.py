@@ -31,9 +31,9 @@ files = pytest.importorskip("safetensors.torch")
 TOKENS = np.arange(2 * 11).reshape(2, 11) * 7 % 61
 
 
-def random_adapter(config: LlamaConfig, lora: LoraConfig, base_name: str | None = None) -> Adapter:
+def random_adapter(config: LlamaConfig, lora: LoraConfig, base_name: str | None = None, seed: int = 0) -> Adapter:
     """Random numbers within each layer's rank; magnitudes around the norms of the test models' rows."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     params = {}
     for path, shape in ModelSpec(config, lora).lora_shapes.items():
         params[path] = (0.3 * rng.standard_normal(shape) + path.endswith("magnitude")).astype(np.float32)
@@ -94,7 +94,9 @@ LORAS = {
 def test_peft_computes_our_logits(lora: LoraConfig, written: Written, tmp_path: Path) -> None:
     if "lm_head" in lora.targets and written.config.tie_word_embeddings:
         pytest.skip("a tied head cannot have an adapter")
-    adapter = random_adapter(written.config, lora, "some/base")
+    # With seed 0, DoRA on the tied base has a position that amplifies rounding: its logits in float64 move by up to
+    # 1e-4 if every weight changes by 6e-8 of itself, so that results in float32 cannot be compared there.
+    adapter = random_adapter(written.config, lora, "some/base", seed=int(lora.use_dora))
     report = write_adapter(
         tmp_path / "adapter", adapter, written.config, trained=True, logits=lambda a: our_logits(written, a)
     )
