@@ -19,7 +19,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measure(monkeypatch):
-    """Sets what the next measurement finds, or that there is none."""
+    """Replaces the measurement by one that returns a given speed, or, for None, by one that fails."""
 
     def finds(speed: float | None) -> None:
         def measured() -> float:
