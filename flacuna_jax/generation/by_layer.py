@@ -1,4 +1,4 @@
-"""`continuation.advance` layer by layer, for a small model on a CPU: one program is compiled for a layer, and called
+"""`continuation.advance` layer by layer, for a small model on one CPU: one program is compiled for a layer, and called
 for each layer in turn. A program for all layers would take too long to compile, and one that scans over stacked weights
 would copy each layer before it multiplies it. Shape suffixes as in `continuation`.
 """
@@ -30,10 +30,15 @@ Cache = tuple[jax.Array, jax.Array]
 
 
 def layers_apart(spec: ModelSpec, params: Params) -> list[Layer] | None:
-    """The parameters of each layer separately if that is faster: for a small model on a CPU; otherwise None."""
+    """The parameters of each layer separately if that is faster: for a small model on one CPU; otherwise None.
+
+    With several devices, programs of several layers would run at the same time. On CPUs, XLA lets each wait for threads
+    that the others hold if they exchange data between devices.
+    """
     parameters = spec.held | spec.adapters
     size = sum(array.nbytes for path, array in params.items() if parameters[path].stacked)
-    if jax.default_backend() != "cpu" or size > SMALL_STACK:
+    several = any(len(array.sharding.device_set) > 1 for array in params.values())
+    if jax.default_backend() != "cpu" or several or size > SMALL_STACK:
         return None
     stacked = jax.tree.leaves(nnx.state(spec.merge(params).layers))
     return [[_layer_of(index, leaf) for leaf in stacked] for index in range(spec.config.num_layers)]
@@ -44,8 +49,7 @@ def _layer_of(index: int, stacked: jax.Array) -> jax.Array:
     sharding = stacked.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    parts = [jax.device_put(np.asarray(part.data)[index], part.device) for part in stacked.addressable_shards]
-    return jax.make_array_from_single_device_arrays(stacked.shape[1:], sharding, parts)
+    return jax.device_put(np.asarray(stacked)[index], sharding)
 
 
 class Parts(NamedTuple):

@@ -192,29 +192,24 @@ def test_requests_at_the_limits() -> None:
     assert model.loglikelihood([]) == []
 
 
-@pytest.mark.parametrize("small_stack", [by_layer.SMALL_STACK, 0])
-def test_heads_and_rows_split_over_devices_give_the_same_answers(
-    small_stack: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_and_rows_split_over_devices_give_the_same_answers() -> None:
     """Rows over two devices, heads and caches over two: every token equals that of one device."""
-    monkeypatch.setattr(by_layer, "SMALL_STACK", small_stack)
     spec = ModelSpec(SMALL, None, "float32", "float32")
     requests = [GenerationRequest(prompt, 9) for prompt in _prompts([3, 40, 12, 21, 7])]
     split = _small(spec, MeshConfig(fsdp=2, tensor=2), rows=2)
     cache = jax.tree.leaves(Decoder(split.network, 2, 64).rows.blocks)[0]
     assert cache.sharding.shard_shape(cache.shape)[-4:-2] == (1, SMALL.num_kv_heads // 2)
+    assert split.network.layers is None  # see `layers_apart`
     assert split.generate(requests) == _small(spec).generate(requests)
 
 
-def test_separate_layers_have_the_shardings_of_one_layer_of_the_stack() -> None:
-    model = _small(ModelSpec(SMALL, None, "float32", "float32"), MeshConfig(fsdp=2, tensor=2), rows=2)
+def test_separate_layers_are_those_of_the_stack() -> None:
+    model = _small(ModelSpec(SMALL, None, "float32", "float32"))
     layers = by_layer.layers_apart(model.spec, model.params)
     assert layers is not None
-    stacked = nnx.state(model.spec.merge(model.params).layers)
-    for index, layer in enumerate(layers):
-        for one, stack in zip(jax.tree.leaves(layer), jax.tree.leaves(stacked), strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(stack)[index])
-            assert one.sharding.shard_shape(one.shape) == stack.sharding.shard_shape(stack.shape)[1:]
+    stacked = jax.tree.leaves(nnx.state(model.spec.merge(model.params).layers))
+    for leaves, stack in zip(zip(*layers, strict=True), stacked, strict=True):
+        np.testing.assert_array_equal(np.stack(leaves), stack)
 
 
 def test_adapters_are_applied() -> None:
