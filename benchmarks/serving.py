@@ -3,10 +3,11 @@
     python benchmarks/serving.py NAME=URL [NAME=URL ...] [--clients 1 8 32] [--tokens 32]
 
 Each URL is the base of the API, as in ours=http://localhost:8000/v1, of a running server; `--served NAME=MODEL` names
-the model to ask, by default the first one that the server lists. Every server gets the same prompts in the same order,
-once unmeasured, so that compiling does not count, and, after `--pause` seconds for what it compiles in the background,
-once measured. Each client asks `--each` times, and at least six requests are made. For each number of clients, one JSON
-line per server: answers have `--tokens` tokens unless the model ends them, and are streamed. Servers to compare with:
+the model to ask, by default the first one that the server lists. Every server gets the same prompts in the same order:
+first others that are not measured, so that compiling does not count, and, after `--pause` seconds for what it compiles
+in the background, those that are, which no server has read before. Each client asks `--each` times, and at least six
+requests are made. For each number of clients, one JSON line per server: answers have `--tokens` tokens unless the model
+ends them, and are streamed. Servers to compare with:
 
     flacuna serve --model M --rows 32 --context 1024
     transformers serve M --continuous-batching --port 8001 --device cpu --dtype float32 \\
@@ -41,9 +42,9 @@ class Measured:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def prompts(count: int) -> list[str]:
+def prompts(count: int, seed: int) -> list[str]:
     """Texts of 8 to 200 words."""
-    source = random.Random(0)
+    source = random.Random(seed)
     return [" ".join(source.choices(WORDS.split(), k=source.randint(8, 200))) for _ in range(count)]
 
 
@@ -121,10 +122,10 @@ def main() -> None:
     served = dict(text.split("=", 1) for text in arguments.served)
     servers = dict(text.split("=", 1) for text in arguments.servers)
     for clients in arguments.clients:
-        texts = prompts(max(6, arguments.each * clients))
+        before, texts = (prompts(max(6, arguments.each * clients), seed) for seed in (2 * clients, 2 * clients + 1))
         for name, url in servers.items():
             model = served.get(name) or first_model(url)
-            measure(url, model, texts, arguments.tokens, clients)
+            measure(url, model, before, arguments.tokens, clients)
             time.sleep(arguments.pause)
             found = measure(url, model, texts, arguments.tokens, clients)
             print(json.dumps({"server": name, "clients": clients, **found}), flush=True)

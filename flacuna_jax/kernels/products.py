@@ -17,11 +17,11 @@ from flacuna_jax.kernels.attention import ambient_device
 
 def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """x [..., tokens, in] times the transpose of a matrix, in `dtype` or that of x."""
-    if on_cpu() and x_ti.size == x_ti.shape[-1]:
+    if not (on_cpu() and x_ti.dtype == jnp.bfloat16):
+        return jnp.einsum("...i,oi->...o", x_ti, matrix_oi, preferred_element_type=dtype)
+    if x_ti.size == x_ti.shape[-1]:
         return times_matrix(jnp.concatenate([x_ti, x_ti], axis=-2), matrix_oi, dtype)[..., :1, :]
-    if on_cpu() and x_ti.dtype == jnp.bfloat16:
-        return rounded_product(x_ti, matrix_oi, jnp.dtype(dtype or x_ti.dtype))
-    return jnp.einsum("...i,oi->...o", x_ti, matrix_oi, preferred_element_type=dtype)
+    return rounded_product(x_ti, matrix_oi, jnp.dtype(dtype or x_ti.dtype))
 
 
 def on_cpu() -> bool:
