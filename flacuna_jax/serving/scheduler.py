@@ -25,12 +25,12 @@ from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms
 
 STEPS = 4
 """New tokens of every row in a turn."""
-PIECE = 512
-"""Maximum number of tokens of prompts that are filled in a turn, so that other answers do not wait for long."""
+PATIENCE = 4
+"""In a turn, prompts are filled for about this many times as long as the running answers took for their last step."""
 ALTERNATIVES = 20
 """Most likely tokens that are scored if any request asks for scores; OpenAI's maximum."""
-WORTH_SHARING = LENGTHS[0]
-"""Minimum number of common first tokens for which a row's cache is reused: less would make no piece shorter."""
+WORTH_SHARING = 64
+"""Minimum number of common first tokens for which a row's cache is reused: reading the cache takes time as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Scheduler:
         """What the caches of free rows have, in the order in which they became free."""
         self._changed = threading.Condition()
         self._ending, self._stopped, self.deadline = False, False, float("inf")
+        self._step_seconds = 0.0
         self._decoder = self._new_decoder()
         self._programs = self._decoder.programs = self._programs_for(models.network)
         self._changing, self._warm = threading.Lock(), False
@@ -291,15 +292,18 @@ class Scheduler:
         return number, shared
 
     def _fill(self) -> None:
-        """Fills pieces of prompts, in the order in which the requests came."""
-        left = PIECE
+        """Fills pieces of prompts in the order in which the requests came, at least one. Running answers must not wait
+        for long, but a step takes about as long for one answer as for several, so it is better to have more of them."""
+        end = time.monotonic() + PATIENCE * self._step_seconds
         for number, row in sorted(self._rows.items(), key=lambda item: item[1].job.since):
-            while not row.is_filled and left >= LENGTHS[0]:
-                left -= self._fill_piece(number, row, min(left, LENGTHS[-1]))
+            while not row.is_filled:
+                self._fill_piece(number, row)
+                if time.monotonic() > end and any(other.tokens for other in self._rows.values()):
+                    return
 
-    def _fill_piece(self, number: int, row: Row, size: int) -> int:
-        """Fills a piece of at most `size` tokens, and begins the answer if it ends the prompt. Returns its length."""
-        part = _part(row, size)
+    def _fill_piece(self, number: int, row: Row) -> None:
+        """Fills the next piece of a prompt, and begins the answer if it ends the prompt."""
+        part = _part(row, LENGTHS[-1])
         logits_1v, scores = self._decoder.fill({number: part}, 1)
         row.filled += len(part.tokens)
         if part.targets is not None and scores is not None:
@@ -308,7 +312,8 @@ class Scheduler:
             chosen = self._decoder.start([(number, row.draw)], logits_1v, row.job.scored)
             self.metrics.first_token.observe(time.monotonic() - row.job.since)
             self._take(number, chosen)
-        return len(part.tokens)
+        else:
+            jax.block_until_ready(logits_1v)  # so that the time of filling is known
 
     def _advance(self) -> None:
         self._gather_rows()
@@ -318,7 +323,9 @@ class Scheduler:
         reach = max(len(row.prompt) + len(row.tokens) for row in active.values()) + STEPS
         samplings = [row.draw.sampling for row in active.values()]
         scored = any(row.job.scored for row in active.values())
+        begin = time.monotonic()
         chosen = self._decoder.advance(STEPS, reach, samplings, scored, max(active) + 1)
+        self._step_seconds = time.monotonic() - begin
         for number in active:
             self._take(number, jax.tree.map(lambda x, i=number: x[i], chosen))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader
 from flacuna_jax.serving import scheduler as scheduling
 from flacuna_jax.serving.jobs import Event, Failed, Finished, Job, Progress
+from flacuna_jax.serving.programs import LENGTHS
 from flacuna_jax.serving.scheduler import Refused, Scheduler
 from tests.serving.models import ADAPTERS, make_adapter, make_adapters, prepared
 
@@ -30,9 +32,10 @@ def adapters(story_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(scope="module")
 def scheduler(story_llama: Path, adapters: dict[str, Path]) -> Iterator[Scheduler]:
-    """Prompts are filled in pieces of 64 tokens, two at a time."""
+    """Prompts are filled in pieces of 64 tokens, one in a turn."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(scheduling, "PIECE", 128)
+    patch.setattr(scheduling, "PATIENCE", 0)
+    patch.setattr(scheduling, "LENGTHS", LENGTHS[:1])
     found, _ = prepared(story_llama, adapters, "--rows", "8", "--context", "320", "--waiting", "64")
     found.begin()
     yield found
@@ -169,6 +172,28 @@ def test_cancelled_and_late_requests_free_their_rows(scheduler: Scheduler) -> No
         job.cancelled = True
     assert submit(scheduler, "base", GenerationRequest((1, 5, 6), 2))[1].finished().generation.tokens <= 2
     assert (scheduler.busy, scheduler.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(("patience", "turns"), [(0, 5), (1e6, 2)])
+def test_running_answers_advance_between_pieces_of_a_long_prompt(
+    story_llama: Path, monkeypatch: pytest.MonkeyPatch, patience: float, turns: int
+) -> None:
+    """At turns of its own; the patience decides how many pieces of 64 tokens are filled in one."""
+    scheduler, _ = prepared(story_llama, {}, "--rows", "2", "--context", "320")
+    monkeypatch.setattr(scheduling, "PATIENCE", patience)
+    monkeypatch.setattr(scheduling, "LENGTHS", LENGTHS[:1])
+    short, long = GenerationRequest((1, 5, 6), 60), GenerationRequest((1,) * 250, 2)
+    with jax.set_mesh(scheduler.models.network.mesh):
+        for request in (short, long):
+            submit(scheduler, "base", request)
+        scheduler.turn()
+        running, filled = scheduler._rows[0], scheduler._rows[1]
+        for turn in range(1, turns):
+            assert (filled.filled, len(running.tokens)) == (64 * (turn - 1), 1 + scheduling.STEPS * turn)
+            scheduler.turn()
+    assert filled.is_filled
+    assert len(filled.tokens) == 1 + scheduling.STEPS
+    scheduler.stop()
 
 
 def test_a_full_queue_refuses(scheduler: Scheduler) -> None:
