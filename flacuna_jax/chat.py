@@ -35,7 +35,7 @@ def parser() -> Parser:
     )
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add_filter_options(add)
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the computation")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16; on a CPU whichever it multiplies faster")
     add_base_option(options)
     return options
 

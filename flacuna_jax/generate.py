@@ -90,7 +90,11 @@ def parser() -> Parser:
     options.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add_filter_options(options.add_argument)
     options.add_argument("--batch-size", type=int, default=Placement.rows, metavar="N", help="prompts decoded together")
-    options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of computation")
+    options.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="default: bfloat16; on a CPU whichever it multiplies faster",
+    )
     add_base_option(options)
     options.add_argument("--json", action="store_true", help="one JSON object per line: prompt, answer, tokens, finish")
     return options

@@ -33,7 +33,9 @@ from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.huggingface.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import check_mesh, make_mesh, parameter_shardings
+from flacuna_jax.planning.compute_dtype import choose_dtype
 from flacuna_jax.run.model import with_rope_scaling
+from flacuna_jax.say import say_on_stderr
 from flacuna_jax.storage.local_run import local_run
 
 
@@ -188,6 +190,15 @@ def load_model(
     loader = ModelLoader(dtype, placement=Placement(rows=batch_size))
     used = None if raw else template_of(address, template, trained, say)
     return ChatModel(loader.load(address), used)
+
+
+def dtype_of(arguments: argparse.Namespace) -> str:
+    """The dtype of a verb that answers: that of its option, or the one that suits the devices, which is said."""
+    if arguments.dtype is not None:
+        return str(arguments.dtype)
+    chosen = choose_dtype(jax.local_devices())
+    say_on_stderr(f"dtype: {chosen}")
+    return chosen.name
 
 
 def addressed_model(arguments: argparse.Namespace) -> tuple[ModelAddress, DataConfig | None]:

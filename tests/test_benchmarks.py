@@ -127,6 +127,18 @@ def test_a_step_that_exceeds_a_limit_is_named(benchmark_module):
 
 
 @pytest.mark.slow
+def test_forms_of_a_product_are_the_same_product(benchmark_module):
+    products = benchmark_module("products")
+    rng = np.random.default_rng(0)
+    x, matrix, cotangent = (rng.standard_normal(shape).astype(np.float32) for shape in [(5, 8), (6, 8), (5, 6)])
+    forward, of_x, of_matrix = x @ matrix.T, cotangent @ matrix, cotangent.T @ x
+    expected = [forward, forward, of_x, of_x, of_matrix, of_matrix]
+    for form, result in zip(products.FORMS.values(), expected, strict=True):
+        np.testing.assert_allclose(form(x, matrix, cotangent), result, rtol=1e-5, atol=1e-5)
+    for form in products.OF_ONE_TOKEN.values():
+        np.testing.assert_allclose(form(x[:1], matrix, cotangent), x[:1] @ matrix.T, rtol=1e-5, atol=1e-5)
+
+
 def test_first_looks_are_taken_of_the_commands_themselves(story_llama, tmp_path):
     arguments = ["--model", str(story_llama), "--new-tokens", "4", "--verbs", "check,train"]
     command = [sys.executable, str(BENCHMARKS / "first_look.py"), *arguments, "--json", str(tmp_path / "looks.json")]

@@ -26,8 +26,8 @@ from flacuna_jax.model.sharding import row_shards
 
 STEPS = 16
 """New tokens per row between two checks for ended rows."""
-STREAMED_STEPS = 4
-"""The same for streaming."""
+FEW_STEPS = 4
+"""The same for streaming, and for separate layers, where more steps are not one program either."""
 
 
 class Document(NamedTuple):
@@ -151,7 +151,7 @@ class LlamaLanguageModel:
             yield text[told:]
             told = max(told, len(text))
             with jax.set_mesh(self.mesh):
-                tokens += decoder.advance(STREAMED_STEPS, slots, [draw.sampling]).token[0].tolist()
+                tokens += decoder.advance(FEW_STEPS, slots, [draw.sampling]).token[0].tolist()
         yield generation.text[told:]
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
@@ -186,7 +186,8 @@ class LlamaLanguageModel:
         shards = row_shards(self.mesh)
         count = max(1, min(self.placement.rows, len(requests)) // shards) * shards
         at_once = max(1, count // 4)
-        steps = min(STEPS, max(r.max_new_tokens for r in requests.values()) - 1)
+        steps = STEPS if self.network.layers is None else FEW_STEPS
+        steps = min(steps, max(r.max_new_tokens for r in requests.values()) - 1)
         decoder = Decoder(self.network, count, slots, prefix)
         occupied: dict[int, tuple[int, list[int]]] = {}
         finished: dict[int, Generation] = {}

@@ -14,6 +14,7 @@ from flacuna_jax.inference import (
     ModelAddress,
     ModelLoader,
     addressed_model,
+    dtype_of,
     find_adapter,
     template_of,
     trained_with,
@@ -113,9 +114,9 @@ class Chat:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    loader = ModelLoader(arguments.dtype, stored_base=arguments.stored_base)
-    models: dict[ModelAddress, ChatModel] = {}
     first, trained = addressed_model(arguments)
+    loader = ModelLoader(dtype_of(arguments), stored_base=arguments.stored_base)
+    models: dict[ModelAddress, ChatModel] = {}
 
     def load(address: ModelAddress, again: bool = False) -> ChatModel:
         if again or address not in models:

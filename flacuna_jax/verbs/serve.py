@@ -16,6 +16,7 @@ from flacuna_jax.huggingface.tokenizer import check_vocabulary, load_tokenizer
 from flacuna_jax.inference import (
     ModelAddress,
     ModelLoader,
+    dtype_of,
     find_adapter,
     find_model,
     template_of,
@@ -23,7 +24,6 @@ from flacuna_jax.inference import (
     trained_with,
 )
 from flacuna_jax.model.sharding import check_mesh, make_mesh, row_shards
-from flacuna_jax.planning.compute_dtype import choose_dtype
 from flacuna_jax.say import say_on_stderr
 from flacuna_jax.serving import LONGEST
 
@@ -86,12 +86,6 @@ def prepare(arguments: argparse.Namespace) -> "tuple[Scheduler, Guard]":
     return scheduler, make_app(scheduler, metrics, settings)
 
 
-def _default_dtype() -> str:
-    chosen = choose_dtype(jax.local_devices())
-    say_on_stderr(f"dtype: {chosen}")
-    return chosen.name
-
-
 def _key(host: str) -> str | None:
     """The key in the environment, where other users of the machine cannot see it."""
     key = os.environ.get(KEY_VARIABLE) or None
@@ -105,7 +99,7 @@ class Offer:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._template = arguments.template
-        self._loader = ModelLoader(arguments.dtype or _default_dtype(), stored_base=arguments.stored_base)
+        self._loader = ModelLoader(dtype_of(arguments), stored_base=arguments.stored_base)
         named = [_named(text) for text in arguments.adapter]
         if arguments.run is not None:
             address, trained = find_model(arguments.model, None, arguments.run)

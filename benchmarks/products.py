@@ -1,0 +1,101 @@
+"""Milliseconds and GFLOP/s of forms of a product with a matrix, and of its gradients, on this machine's first device.
+
+    python benchmarks/products.py
+    python benchmarks/products.py --tokens 128 --matrix 256 128 --budget 0.02     # tiny
+
+The forms of `kernels/products.py` beside the plain ones, in float32 and bfloat16, and one token, computed as one or as
+two. The time is that of the fastest call. `--json FILE` writes everything.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from measure import environment_here, print_table, seconds_of, write_json
+
+from flacuna_jax.kernels.products import rows_as_columns
+
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def plain(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    return jnp.einsum("ti,oi->to", x_ti, matrix_oi)
+
+
+def rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    return jnp.einsum("ti,oi->to", x_ti, matrix_oi, preferred_element_type=jnp.float32).astype(x_ti.dtype)
+
+
+def as_two(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    return rounded(jnp.concatenate([x_ti, x_ti]), matrix_oi, cotangent_to)[:1]
+
+
+def of_x(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    return jnp.einsum("to,oi->ti", cotangent_to, matrix_oi)
+
+
+def of_x_rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    return jnp.einsum("to,oi->ti", cotangent_to, matrix_oi, preferred_element_type=jnp.float32).astype(x_ti.dtype)
+
+
+def of_matrix(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    return jnp.einsum("to,ti->oi", cotangent_to, x_ti)
+
+
+def of_matrix_rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
+    columns_ot = rows_as_columns(cotangent_to)
+    return jnp.einsum("ot,ti->oi", columns_ot, x_ti, preferred_element_type=jnp.float32).astype(x_ti.dtype)
+
+
+FORMS: dict[str, Product] = {
+    "the product": plain,
+    "computed in float32, then rounded": rounded,
+    "gradient of x": of_x,
+    "gradient of x, rounded": of_x_rounded,
+    "gradient of W": of_matrix,
+    "gradient of W, first operand transposed in memory, rounded": of_matrix_rounded,
+}
+OF_ONE_TOKEN: dict[str, Product] = {"one token": rounded, "one token, as two": as_two}
+
+
+def seconds(form: Product, tokens: int, matrix: tuple[int, int], dtype: str, budget: float) -> float:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (tokens, matrix[1]), matrix, (tokens, matrix[0])
+    arrays = [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+    compiled = jax.jit(form)
+    jax.block_until_ready(compiled(*arrays))
+    return min(seconds_of(lambda _: jax.block_until_ready(compiled(*arrays)), budget, least=10, most=1000))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1280)
+    parser.add_argument("--matrix", type=int, nargs=2, default=(1536, 576), metavar=("OUT", "IN"))
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for each form (1)")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    matrix = tuple(arguments.matrix)
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for tokens, forms in ((arguments.tokens, FORMS), (1, OF_ONE_TOKEN)):
+            for name, form in forms.items():
+                spent = seconds(form, tokens, matrix, dtype, arguments.budget)
+                gflops = 2 * tokens * matrix[0] * matrix[1] / spent / 1e9
+                rows.append((name, dtype, 1000 * spent, gflops))
+    header = ("form", "dtype", "ms", "GFLOP/s")
+    print_table(header, rows)
+    if arguments.json:
+        write_json(
+            arguments.json,
+            {
+                "environment": environment_here(),
+                "matrix": matrix,
+                "products": [dict(zip(header, row, strict=True)) for row in rows],
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
