@@ -192,12 +192,12 @@ def load_model(
     return ChatModel(loader.load(address), used)
 
 
-def dtype_of(arguments: argparse.Namespace) -> str:
+def dtype_of(arguments: argparse.Namespace, say: Callable[[str], None] = say_on_stderr) -> str:
     """The dtype of a verb that answers: that of its option, or the one that suits the devices, which is said."""
     if arguments.dtype is not None:
         return str(arguments.dtype)
     chosen = choose_dtype(jax.local_devices())
-    say_on_stderr(f"dtype: {chosen}")
+    say(f"dtype: {chosen}")
     return chosen.name
 
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace, prompts: Sequence[str], decoding: Decodin
     about: list[str] = []
     template = None if arguments.raw else template_of(address, arguments.template, trained, about.append)
     placement = Placement(rows=arguments.batch_size)
-    loader = ModelLoader(dtype_of(arguments), placement=placement, stored_base=arguments.stored_base)
+    loader = ModelLoader(dtype_of(arguments, about.append), placement=placement, stored_base=arguments.stored_base)
     model = ChatModel(loader.load(address), template)
     asked = prompts if arguments.task is None else [writing_prompt(arguments.task, prompt) for prompt in prompts]
     requests = model.requests(asked, decoding)
