@@ -210,11 +210,11 @@ class SourceConfig(Section):
         "kto",
         "text",
     ] = "auto"
-    """auto: detected from the fields of the first records of each file. text: no template is applied, and the loss
+    """auto: detected from the fields of the first record of each file. text: no template is applied, and the loss
     covers every token."""
     split: str | None = None
-    """Which split to read from a directory with several splits or from the Hub; null reads every split whose name does
-    not mark it as validation or test data."""
+    """Which split to read from a directory with several splits or from the Hub; null reads the training split: of a
+    directory, all files whose names do not mark them as validation or test data; of the Hub, train."""
     weight: PositiveFloat = 1.0
     """Passes over the source per epoch. A fractional pass is a random subset, drawn with (seed, epoch)."""
     max_examples: PositiveInt | None = None
@@ -287,7 +287,7 @@ class TrainingConfig(Section):
     norm, bias) is one of them."""
     max_grad_norm: PositiveFloat | None = 1.0
     batch_size: PositiveInt = 128
-    """Examples or packed rows per optimizer step; see `batch_unit`."""
+    """Examples, rounded up to whole rows, or packed rows per optimizer step; see `batch_unit`."""
     batch_unit: Literal["examples", "rows"] = "examples"
     micro_batch_size: PositiveInt = 2
     """Rows in one forward and backward pass, per data×fsdp shard."""
@@ -361,7 +361,7 @@ class CheckpointConfig(Section):
     run."""
     allow_changes: tuple[str, ...] = ()
     """What may differ from the run that is resumed: names of settings or sections (training.learning_rate), or data,
-    tokenizer, base, code."""
+    tokenizer, base, code, reference."""
 
 
 class TasksConfig(Section):
@@ -431,7 +431,7 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 10
     tensorboard: bool = True
     wandb: str | None = None
-    """Name of a Weights & Biases project to log to; needs the `wandb` extra."""
+    """Name of a Weights & Biases project to log to (pip install 'flacuna-jax[wandb]')."""
 
 
 class DistributedConfig(Section):
