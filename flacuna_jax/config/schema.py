@@ -227,8 +227,8 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 1280
     """Tokens of a row, and the most that an example may have."""
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
-    """What happens to examples longer than `max_length`. drop: they are left out and counted. truncate_prompt: questions
-    are shortened, then whole exchanges are removed, but answers are never cut. error: the command ends."""
+    """What happens to examples longer than `max_length`. drop: they are left out and counted. truncate_prompt:
+    questions are shortened, then whole exchanges are removed, but answers are never cut. error: the command ends."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What happens to records that cannot be used, for example with an unknown role. skip: they are counted."""
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
