@@ -90,8 +90,8 @@ def add_template_option(add: Callable[..., object]) -> None:
     add(
         "--template",
         metavar="NAME",
-        help="name of a format, a .jinja file, or checkpoint; default: that of the run, else of the checkpoint, else "
-        "vicuna_v1.1",
+        help="name of a format, a .jinja file, checkpoint or auto; default: that of the run, else auto: that of the "
+        "checkpoint, else vicuna_v1.1",
     )
 
 

@@ -19,7 +19,7 @@ VERBS = {
     "prepare": "build the FLAN-mini collection, or report the data of a training config",
     "plan": "predict memory and time of a run on any hardware, present or not, and whether it fits",
     "train": "fine-tune LoRA adapters or all weights, on one device or many",
-    "export": "write a run as a PEFT adapter or a merged Hugging Face checkpoint, and verify it",
+    "export": "write a run as a PEFT adapter, a merged Hugging Face model or a GGUF file, and verify it",
     "check": "compare an exported or converted model, or a server of it, with recorded results",
     "evaluate": "compare models on the benchmarks of InstructEval or lm-evaluation-harness",
     "generate": "complete prompts with exactly the template of training",

@@ -70,7 +70,7 @@ def parser() -> Parser:
         "--results",
         type=Path,
         metavar="DIR",
-        help="output of `flacuna evaluate` for the model card; default: results in RUN",
+        help="output of `flacuna evaluate` for the model card; default: evaluation in RUN",
     )
     options.add_argument(
         "--golden-tokens",

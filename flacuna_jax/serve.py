@@ -23,7 +23,12 @@ def parser() -> Parser:
     options = Parser("serve", __doc__)
     add = options.add_argument
     add("--run", metavar="DIR", help="a training run; offers its base and its adapter, named like the directory")
-    add("--model", metavar="DIR", help="a Hugging Face LLaMA directory or a converted one, instead of --run")
+    add(
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face LLaMA directory, a converted one, a GGUF file, or hf:NAME[@REVISION][:FILE], instead of "
+        "--run",
+    )
     add("--adapter", action="append", default=[], metavar="NAME=DIR", help="a PEFT adapter or a run; repeatable")
     add("--name", metavar="NAME", help="name of the base; default: that of its directory")
     add("--adapters-below", metavar="DIR", help="let clients load and unload adapters in this directory")
@@ -37,7 +42,7 @@ def parser() -> Parser:
         metavar="N",
         help=f"tokens of prompt and answer; default: the model's, at most {LONGEST}",
     )
-    add("--waiting", type=whole(1), default=256, metavar="N", help="requests that may wait; others get HTTP 429")
+    add("--waiting", type=whole(1), default=256, metavar="N", help="answers that may wait; others get HTTP 429")
     add("--seconds", type=amount, default=600.0, metavar="S", help="maximum time of a request")
     add("--grace", type=amount, default=30.0, metavar="S", help="seconds that running answers have after SIGTERM")
     add("--body-mib", type=whole(1), default=4, metavar="N", help="maximum size of a request in MiB")

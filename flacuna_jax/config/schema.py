@@ -148,6 +148,7 @@ class LoraConfig(Section):
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     dropout: Fraction = 0.05
+    """Probability with which each element of an adapter's input is set to zero in training."""
     targets: Annotated[tuple[Target, ...], BeforeValidator(expand_all_linear), Field(min_length=1)] = (
         "q_proj",
         "v_proj",
@@ -210,11 +211,11 @@ class SourceConfig(Section):
         "kto",
         "text",
     ] = "auto"
-    """auto: detected from the fields of the first records of each file. text: no template is applied, and the loss
+    """auto: detected from the fields of the first record of each file. text: no template is applied, and the loss
     covers every token."""
     split: str | None = None
-    """Which split to read from a directory with several splits or from the Hub; null reads every split whose name does
-    not mark it as validation or test data."""
+    """Which split to read from a directory with several splits or from the Hub; null reads the training split: of a
+    directory, all files whose names do not mark them as validation or test data; of the Hub, train."""
     weight: PositiveFloat = 1.0
     """Passes over the source per epoch. A fractional pass is a random subset, drawn with (seed, epoch)."""
     max_examples: PositiveInt | None = None
@@ -224,9 +225,14 @@ class SourceConfig(Section):
 class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 1280
+    """Tokens of a row, and the most that an example may have."""
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"
+    """What happens to examples longer than `max_length`. drop: they are left out and counted. truncate_prompt:
+    questions are shortened, then whole exchanges are removed, but answers are never cut. error: the command ends."""
     on_bad_record: Literal["error", "skip"] = "error"
+    """What happens to records that cannot be used, for example with an unknown role. skip: they are counted."""
     packing: Literal["best_fit", "first_fit", "none"] = "best_fit"
+    """How examples are put into rows. none: one example per row."""
     template: TemplateChoice = AUTO
     """How conversations become text: the name of a format, a .jinja file, or checkpoint for the chat template of the
     base model. auto: the base model's chat template if it has one, otherwise vicuna_v1.1."""
@@ -265,12 +271,14 @@ class TrainingConfig(Section):
     """Preference tuning: {name: dpo}, simpo, orpo or kto, with the settings in docs/guides/preference.md. null:
     instruction tuning, the cross-entropy of the answers."""
     epochs: PositiveInt = 1
+    """Passes over the data."""
     max_steps: PositiveInt | None = None
     """Maximum number of optimizer steps; a run ends at `epochs` or `max_steps`, whichever comes first."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     betas: tuple[Fraction, Fraction] | None = None
     """Decay rates of the moments; null means (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion."""
     learning_rate: PositiveFloat = 2e-5
+    """The largest one of the schedule, after warm-up."""
     lora_plus_ratio: PositiveFloat = 1.0
     """LoRA+ (Hayou et al., 2024): ratio of the learning rate of B and of DoRA's magnitudes to that of A."""
     warmup_steps: NonNegativeInt = 0
@@ -286,9 +294,11 @@ class TrainingConfig(Section):
     """Parameters without weight decay: those whose name contains one of these words, or whose kind (matrix, table,
     norm, bias) is one of them."""
     max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients with a larger norm are scaled to it; null disables this."""
     batch_size: PositiveInt = 128
-    """Examples or packed rows per optimizer step; see `batch_unit`."""
+    """Examples, rounded up to whole rows, or packed rows per optimizer step; see `batch_unit`."""
     batch_unit: Literal["examples", "rows"] = "examples"
+    """What `batch_size` counts. With examples, packing leaves the number of steps as it was, up to whole rows."""
     micro_batch_size: PositiveInt = 2
     """Rows in one forward and backward pass, per data×fsdp shard."""
     remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = "auto"
@@ -336,8 +346,11 @@ class MeshConfig(Section):
     replica: PositiveInt = 1
     """Number of copies of the other axes, one per TPU slice or host; only gradients cross the network between them."""
     data: PositiveInt = 1
+    """Number of copies of the weights within a replica, each with its own rows."""
     fsdp: PositiveInt = 1
+    """Number of devices over which the weights are split; they are gathered one layer at a time."""
     tensor: PositiveInt = 1
+    """Number of devices over which heads, feed-forward units and the vocabulary are split."""
 
     @property
     def devices(self) -> int:
@@ -351,6 +364,7 @@ class MeshConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
+    """Steps between checkpoints. One is also saved at the end, and when a signal stops the run."""
     keep: PositiveInt = 3
     """Number of most recent checkpoints to keep."""
     keep_best: NonNegativeInt = 1
@@ -361,7 +375,7 @@ class CheckpointConfig(Section):
     run."""
     allow_changes: tuple[str, ...] = ()
     """What may differ from the run that is resumed: names of settings or sections (training.learning_rate), or data,
-    tokenizer, base, code."""
+    tokenizer, base, code, reference."""
 
 
 class TasksConfig(Section):
@@ -429,9 +443,10 @@ class EvaluationConfig(Section):
 
 class LoggingConfig(Section):
     every_steps: PositiveInt = 10
+    """Steps between logged values."""
     tensorboard: bool = True
     wandb: str | None = None
-    """Name of a Weights & Biases project to log to; needs the `wandb` extra."""
+    """Name of a Weights & Biases project to log to (pip install 'flacuna-jax[wandb]')."""
 
 
 class DistributedConfig(Section):
