@@ -147,7 +147,8 @@ def test_first_looks_are_taken_of_the_commands_themselves(story_llama, tmp_path)
     looks = {look["what"]: look for look in json.loads((tmp_path / "looks.json").read_text())["looks"]}
     assert list(looks)[:4] == ["check --help", "train --help", "generate, cold", "generate, warm"]
     assert looks["check --help"]["programs"] == 0
-    assert 0 < looks["generate, cold"]["programs"] == looks["generate, warm"]["programs"]
+    # The first time, a CPU's products are timed in both dtypes.
+    assert 0 < looks["generate, warm"]["programs"] <= looks["generate, cold"]["programs"]
     assert looks["check --help"]["cpu_seconds"] < looks["generate, warm"]["cpu_seconds"]
     run, evaluation = looks["train, two steps, warm"], looks["first evaluation and samples, warm"]
     assert 0 < evaluation["seconds"] < run["seconds"]
