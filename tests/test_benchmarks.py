@@ -139,6 +139,7 @@ def test_forms_of_a_product_are_the_same_product(benchmark_module):
         np.testing.assert_allclose(form(x[:1], matrix, cotangent), x[:1] @ matrix.T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_first_looks_are_taken_of_the_commands_themselves(story_llama, tmp_path):
     arguments = ["--model", str(story_llama), "--new-tokens", "4", "--verbs", "check,train"]
     command = [sys.executable, str(BENCHMARKS / "first_look.py"), *arguments, "--json", str(tmp_path / "looks.json")]

@@ -182,6 +182,7 @@ def test_a_damaged_config_of_the_run_does_not_prevent_resuming(finished, tmp_pat
     assert load_config(tmp_path / "run" / "config.yaml").mesh != "auto"
 
 
+@pytest.mark.slow
 def test_lora_can_start_from_the_model_of_full_fine_tuning(finished, tmp_path, capsys):
     base = tmp_path / "base"
     assert run(finished / "config.yaml", f"--output_dir={base}", "--lora=null", "--training.max_steps=4") == 0

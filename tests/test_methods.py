@@ -54,6 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_methods_go_together(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DoRA with patterns on an NF4 base at twice its context, LoRA+ with Adafactor: trained, continued, merged."""
     settings = [
