@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--golden", action="store_true", help="also the answers of golden prompts")
     arguments = parser.parse_args()
     config = dataclasses.replace(VICUNA_13B, num_layers=arguments.layers)
+    arguments.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         run(Path(scratch), config, arguments.peft, arguments.golden)
 
