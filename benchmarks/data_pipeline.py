@@ -267,6 +267,8 @@ def read(arguments: argparse.Namespace) -> None:
     )
     shards = 4
     plan = plan_steps(store, config, TrainingConfig(batch_size=128, micro_batch_size=2), seed=42, shards=shards)
+    if plan.total_steps < arguments.steps + 2:
+        raise SystemExit(f"the data has {plan.total_steps} steps; give --steps {plan.total_steps - 2} or less")
     stream = BatchStream(StepSource(store, plan), start_step=0, threads=2, ahead=4)
     first = next(stream)  # packing the epoch and starting the threads are not reading
     tokens, wall, cpu = 0, time.perf_counter(), cpu_seconds()
