@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from measure import environment_here, print_table, seconds_of, write_json
 
-from flacuna_jax.kernels.products import rows_as_columns
+from flacuna_jax.kernels.products import rounded_product
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -25,7 +25,7 @@ def plain(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax
 
 
 def rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
-    return jnp.einsum("ti,oi->to", x_ti, matrix_oi, preferred_element_type=jnp.float32).astype(x_ti.dtype)
+    return rounded_product(x_ti, matrix_oi, x_ti.dtype)
 
 
 def as_two(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
@@ -37,7 +37,7 @@ def of_x(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.
 
 
 def of_x_rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
-    return jnp.einsum("to,oi->ti", cotangent_to, matrix_oi, preferred_element_type=jnp.float32).astype(x_ti.dtype)
+    return gradients_rounded(x_ti, matrix_oi, cotangent_to)[0]
 
 
 def of_matrix(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
@@ -45,8 +45,13 @@ def of_matrix(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) ->
 
 
 def of_matrix_rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> jax.Array:
-    columns_ot = rows_as_columns(cotangent_to)
-    return jnp.einsum("ot,ti->oi", columns_ot, x_ti, preferred_element_type=jnp.float32).astype(x_ti.dtype)
+    return gradients_rounded(x_ti, matrix_oi, cotangent_to)[1]
+
+
+def gradients_rounded(x_ti: jax.Array, matrix_oi: jax.Array, cotangent_to: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, pull = jax.vjp(lambda x_ti, matrix_oi: rounded_product(x_ti, matrix_oi, x_ti.dtype), x_ti, matrix_oi)
+    of_x_ti, of_matrix_oi = pull(cotangent_to)
+    return of_x_ti, of_matrix_oi
 
 
 FORMS: dict[str, Product] = {

@@ -7,7 +7,14 @@ next questions into the paper's prompt for writing (/task alone ends this), /hel
 
 from collections.abc import Sequence
 
-from flacuna_jax.arguments import Parser, add_base_option, add_filter_options, add_model_options, add_template_option
+from flacuna_jax.arguments import (
+    Parser,
+    add_base_option,
+    add_dtype_option,
+    add_filter_options,
+    add_model_options,
+    add_template_option,
+)
 from flacuna_jax.cli import run_verb
 
 
@@ -35,7 +42,7 @@ def parser() -> Parser:
     )
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add_filter_options(add)
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16; on a CPU whichever it multiplies faster")
+    add_dtype_option(add)
     add_base_option(options)
     return options
 

@@ -10,7 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flacuna_jax.arguments import Parser, add_base_option, add_filter_options, add_model_options, add_template_option
+from flacuna_jax.arguments import (
+    Parser,
+    add_base_option,
+    add_dtype_option,
+    add_filter_options,
+    add_model_options,
+    add_template_option,
+)
 from flacuna_jax.cli import run_verb
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.settings import Decoding, Placement, Sampling
@@ -90,11 +97,7 @@ def parser() -> Parser:
     options.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     add_filter_options(options.add_argument)
     options.add_argument("--batch-size", type=int, default=Placement.rows, metavar="N", help="prompts decoded together")
-    options.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="default: bfloat16; on a CPU whichever it multiplies faster",
-    )
+    add_dtype_option(options.add_argument)
     add_base_option(options)
     options.add_argument("--json", action="store_true", help="one JSON object per line: prompt, answer, tokens, finish")
     return options

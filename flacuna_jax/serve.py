@@ -6,7 +6,7 @@ docs/guides/serving.md.
 
 from collections.abc import Sequence
 
-from flacuna_jax.arguments import Parser, add_base_option, add_template_option, amount, whole
+from flacuna_jax.arguments import Parser, add_base_option, add_dtype_option, add_template_option, amount, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.serving import LONGEST
 
@@ -46,7 +46,7 @@ def parser() -> Parser:
     add("--seconds", type=amount, default=600.0, metavar="S", help="maximum time of a request")
     add("--grace", type=amount, default=30.0, metavar="S", help="seconds that running answers have after SIGTERM")
     add("--body-mib", type=whole(1), default=4, metavar="N", help="maximum size of a request in MiB")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16; on a CPU whichever it multiplies faster")
+    add_dtype_option(add)
     add_base_option(options)
     return options
 

@@ -126,7 +126,6 @@ def test_a_step_that_exceeds_a_limit_is_named(benchmark_module):
     assert compiled_step.judged(row, {"failed": "no compiler"}) == ["no compiler"]
 
 
-@pytest.mark.slow
 def test_forms_of_a_product_are_the_same_product(benchmark_module):
     products = benchmark_module("products")
     rng = np.random.default_rng(0)
@@ -148,8 +147,8 @@ def test_first_looks_are_taken_of_the_commands_themselves(story_llama, tmp_path)
     looks = {look["what"]: look for look in json.loads((tmp_path / "looks.json").read_text())["looks"]}
     assert list(looks)[:4] == ["check --help", "train --help", "generate, cold", "generate, warm"]
     assert looks["check --help"]["programs"] == 0
-    # The first time, a CPU's products are timed in both dtypes.
-    assert 0 < looks["generate, warm"]["programs"] <= looks["generate, cold"]["programs"]
+    # The first time, a product is timed in both dtypes.
+    assert 0 < looks["generate, warm"]["programs"] == looks["generate, cold"]["programs"] - 2
     assert looks["check --help"]["cpu_seconds"] < looks["generate, warm"]["cpu_seconds"]
     run, evaluation = looks["train, two steps, warm"], looks["first evaluation and samples, warm"]
     assert 0 < evaluation["seconds"] < run["seconds"]

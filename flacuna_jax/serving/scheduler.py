@@ -303,7 +303,7 @@ class Scheduler:
 
     def _fill_piece(self, number: int, row: Row) -> None:
         """Fills the next piece of a prompt, and begins the answer if it ends the prompt."""
-        part = _part(row, LENGTHS[-1])
+        part = _next_part(row)
         logits_1v, scores = self._decoder.fill({number: part}, 1)
         row.filled += len(part.tokens)
         if part.targets is not None and scores is not None:
@@ -379,9 +379,9 @@ def _settle(task: Callable[[], Any], future: Future) -> None:
         future.set_exception(error)
 
 
-def _part(row: Row, size: int) -> Part:
+def _next_part(row: Row) -> Part:
     """The next piece of a row's prompt."""
-    piece = slice(row.filled, min(row.filled + size, len(row.prompt)))
+    piece = slice(row.filled, min(row.filled + LENGTHS[-1], len(row.prompt)))
     targets = row.prompt[piece.start + 1 : piece.stop + 1] if row.job.scores_prompt else None
     return Part(row.prompt[piece], row.filled, row.job.model.columns, targets)
 
