@@ -11,7 +11,6 @@ from pathlib import Path
 
 from flacuna_jax.config.files import load_config
 from flacuna_jax.errors import UserError
-from flacuna_jax.evaluation.suite import named_tasks
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.logs.report import read_metrics
 from flacuna_jax.paper.settings import BenchmarkSettings, ExperimentSettings
@@ -82,9 +81,14 @@ class Experiment:
         """The file with the records to train on ("train"), or with those that are held out of all runs ("held_out")."""
         return self.collection(name) / f"{part}.jsonl"
 
-    def results(self, model: str) -> Path:
-        """Directory of a model's results, one file per benchmark."""
-        return self.output / "evaluation" / model
+    def results(self, model: str, number: int) -> Path:
+        """Directory with a model's results of the benchmarks with this number in the settings."""
+        return self.output / "evaluation" / str(number) / model
+
+    def all_results(self, model: str) -> list[Path]:
+        """Files of a model's results."""
+        numbers = range(len(self.settings.benchmarks))
+        return [path for number in numbers for path in sorted(self.results(model, number).glob("*.json"))]
 
     def prepare(self) -> None:
         """Builds both collections, and sets held-out records aside."""
@@ -197,7 +201,7 @@ class Experiment:
         return Stage(f"train-{_safe(run.name)}", command, self._train_inputs(run), outputs, run.directory)
 
     def _evaluate_stage(self, name: str, run: Training | None, number: int, benchmark: BenchmarkSettings) -> Stage:
-        settings, base = self.settings, Path(self.settings.base)
+        settings, base, directory = self.settings, Path(self.settings.base), self.results(name, number)
         inputs: tuple[Path, ...] = (base,)
         model: tuple[str, ...] = ("--model", str(base))
         if run is not None:
@@ -207,11 +211,10 @@ class Experiment:
             model = (*model, "--adapter", str(weights.parent)) if is_adapter else ("--model", str(weights.parent))
         command = (
             "evaluate", *model, "--name", name, "--tasks", ",".join(benchmark.tasks), "--data", settings.data,
-            "--output", str(self.output / "evaluation"), "--no-published", "--allow-code-execution",
+            "--output", str(directory.parent), "--no-published", "--allow-code-execution",
             *(() if benchmark.limit is None else ("--limit", str(benchmark.limit))), *benchmark.options,
         )  # fmt: skip
-        outputs = tuple(self.results(name) / file for file in result_files(benchmark.tasks))
-        return Stage(f"evaluate-{name}-{number}", command, inputs, outputs)
+        return Stage(f"evaluate-{name}-{number}", command, inputs, (directory,), directory)
 
 
 def held_out_losses(run: Path) -> list[float]:
@@ -225,11 +228,6 @@ def delivered(run: Training, settings: ExperimentSettings) -> Path:
     if load_config(settings.methods[run.method].config).lora is None:
         return run.directory / "model" / "model.safetensors"
     return run.directory / "adapter" / "adapter_model.safetensors"
-
-
-def result_files(tasks: Sequence[str]) -> list[str]:
-    """Names of the files that `flacuna evaluate` writes for tasks, each with one result."""
-    return [f"{task.benchmark.name}-{task.shots or 0}shot.json" for task in named_tasks(tasks)]
 
 
 def _source_paths(config: str, data: str) -> list[str]:

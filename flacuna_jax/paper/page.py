@@ -199,8 +199,8 @@ to {ours[-1]:.4f} here and from {theirs[0]:.4f} to {theirs[-1]:.4f} with PEFT.
 
 
 def _benchmarks(experiment: Experiment, trainings: Sequence[Training], directory: Path) -> list[str]:
-    base = read_results(experiment.results(BASE))
-    tuned = {run.name: read_results(experiment.results(run.name)) for run in trainings}
+    base = read_results(experiment.all_results(BASE))
+    tuned = {run.name: read_results(experiment.all_results(run.name)) for run in trainings}
     methods = [tuned[run.name] for run in trainings if run.name in experiment.settings.methods]
     tables = (*benchmark_tables([base, *methods]), *extra_tables([base, *methods]))
     return [

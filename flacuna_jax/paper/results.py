@@ -36,9 +36,9 @@ ORDER = 4
 """Words in the n-grams whose repetition is counted."""
 
 
-def read_results(directory: Path) -> list[TaskResult]:
-    """All results of a model, with the scores of writing."""
-    return [with_writing(read_result(path)) for path in sorted(directory.glob("*.json"))]
+def read_results(paths: Iterable[Path]) -> list[TaskResult]:
+    """Results of a model, with the scores of writing."""
+    return [with_writing(read_result(path)) for path in paths]
 
 
 def with_writing(result: TaskResult) -> TaskResult:

@@ -100,7 +100,7 @@ def test_a_second_run_gives_the_same_bytes(config: Path, first: Path) -> None:
     second = config.parent / "second"
     assert run_verb(paper.main, ["--config", str(config), f"--output_dir={second}"]) == 0
     compared = ["runs/lora/adapter/adapter_model.safetensors", "runs/chat50/adapter/adapter_model.safetensors"]
-    compared += [str(path.relative_to(first)) for path in first.glob("evaluation/*/*.json")]
+    compared += [str(path.relative_to(first)) for path in first.glob("evaluation/*/*/*.json")]
     assert len(compared) == 2 + 3 * 2
     for name in compared:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
