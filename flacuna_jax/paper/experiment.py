@@ -6,7 +6,7 @@ Paths are those below `output_dir`: data/, sweep/, runs/, peft/, evaluation/, st
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flacuna_jax.config.files import load_config
