@@ -60,8 +60,8 @@ def run(experiment: Experiment) -> Path:
             experiment.train(training)
             experiment.evaluate(training.name, training)
             finished.append(training)
-    with contextlib.suppress(Unfinished):
-        experiment.compare_with_peft(losses)
+            with contextlib.suppress(Unfinished):
+                experiment.compare_with_peft(training)
     return write_page(experiment, losses, finished)
 
 

@@ -136,14 +136,14 @@ class Experiment:
                 raise UserError(f"{run.name} needs {wanted} records of {name}, and there are {there}: raise scale")
         return self.stages.run(self._train_stage(run))
 
-    def compare_with_peft(self, losses: Losses) -> None:
-        """PEFT's first steps on the batches of a run, if there is an interpreter for it."""
-        if self.settings.peft is None or self.peft_python is None:
+    def compare_with_peft(self, run: Training) -> None:
+        """PEFT's first steps on the batches of a run, if the settings name its method and there is an interpreter."""
+        peft = self.settings.peft
+        if peft is None or self.peft_python is None or run.name != peft.method:
             return
-        run = next(run for run in self.trainings(losses) if run.name == self.settings.peft.method)
         out = self.output / "peft"
         command = (
-            "paper.beside_peft", "--steps", str(self.settings.peft.steps), "--output", str(out / "losses.json"),
+            "paper.beside_peft", "--steps", str(peft.steps), "--output", str(out / "losses.json"),
             *self._train_arguments(run, out / "run"),
         )  # fmt: skip
         inputs = self._train_inputs(run)
