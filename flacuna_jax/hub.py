@@ -240,9 +240,16 @@ def snapshot_of(path: Path) -> Path:
     raise UserError(f"{path}: this directory of the Hub cache has {len(snapshots)} snapshots and no main; {which}")
 
 
+DELIVERED = ("adapter", "model")
+"""Names of the directories in which runs deliver; they say nothing about the model."""
+
+
 def name_of(directory: Path) -> str:
-    """The name of a directory; for a snapshot in the cache, the repository's name without its owner."""
+    """The name of a directory; for a snapshot in the cache, the repository's name without its owner; for what a run
+    delivered, the run's name."""
     absolute = directory.absolute()  # "." has no name
+    if absolute.name in DELIVERED and absolute.parent.name:
+        return absolute.parent.name
     if absolute.parent.name == "snapshots" and "--" in absolute.parent.parent.name:
         return absolute.parent.parent.name.rpartition("--")[2]
     return absolute.name

@@ -63,8 +63,7 @@ class ModelAddress:
         base = name_of(self.base)
         if self.adapter is None:
             return base
-        run = self.adapter.absolute()
-        return f"{base}+{run.parent.name if run.name == 'adapter' else name_of(run)}"
+        return f"{base}+{name_of(self.adapter)}"
 
 
 BaseKey = tuple[Path, Path | None, ModelSpec]

@@ -276,7 +276,7 @@ class Browser:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     port = free_port()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # Chromium may still write to it
         options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
         options += " --disable-component-update --disable-sync --hide-scrollbars"
         process = subprocess.Popen(

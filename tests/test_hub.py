@@ -187,6 +187,7 @@ def test_a_directory_of_the_cache_is_opened_at_its_snapshot(tmp_path: Path) -> N
     (directory / "refs" / "main").write_text("def")
     assert local_checkpoint(directory) == directory / "snapshots" / "def"
     assert name_of(directory / "snapshots" / "def") == "model"
+    assert name_of(tmp_path / "mine" / "adapter") == name_of(tmp_path / "mine" / "model") == "mine"
     assert snapshot_of(tmp_path / "models--elsewhere") == tmp_path / "models--elsewhere"
 
 

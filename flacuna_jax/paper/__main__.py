@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument(
         "--peft-python",
         metavar="PATH",
-        help="interpreter with torch, transformers and peft, for the comparison with PEFT",
+        help="interpreter with the extras parity and eval, for PEFT and lm-evaluation-harness",
     )
     parser.add_argument("--publish", metavar="DIR", help="also copy the page and its pictures to this directory")
     parser.add_argument(

@@ -13,14 +13,16 @@ from flacuna_jax.config.files import load_config
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.logs.report import read_metrics
-from flacuna_jax.paper.settings import BenchmarkSettings, ExperimentSettings
+from flacuna_jax.paper import letters
+from flacuna_jax.paper.settings import BenchmarkSettings, ExperimentSettings, VariantSettings
 from flacuna_jax.paper.stages import Record, Stage, Stages
 
 BASE = "base"
 """Name of the untuned model in results."""
 Losses = Mapping[str, Mapping[float, float]]
 """Held-out loss of each method's short run with each learning rate."""
-COLLECTIONS = ("tasks", "chat")
+TASKS, CHAT = "tasks", "chat"
+COLLECTIONS = (TASKS, CHAT)
 SAMPLE_DATA = "data"
 """First part of the paths in the configs of the collections; `ExperimentSettings.data` replaces it."""
 LEAKAGE = {
@@ -37,7 +39,7 @@ LEAKAGE = {
 def shares(records: int, chat_share: float) -> dict[str, int]:
     """Number of records of each collection, of `records` in all."""
     chat = round(records * chat_share)
-    return {"tasks": records - chat, "chat": chat}
+    return {TASKS: records - chat, CHAT: chat}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,13 @@ class Training:
     examples: int
     chat_share: float
     rate: float
+    few_shot: float | None = None
+    """Share of records with worked examples in a collection of its own; None: the common collection."""
+    options: tuple[str, ...] = ()
+    """Further options of `flacuna train`."""
 
     @property
-    def sources(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Number of records of each collection that is used."""
         return {name: count for name, count in shares(self.examples, self.chat_share).items() if count}
 
@@ -81,9 +87,18 @@ class Experiment:
         """The file with the records to train on ("train"), or with those that are held out of all runs ("held_out")."""
         return self.collection(name) / f"{part}.jsonl"
 
+    def sources(self, run: Training) -> dict[Path, int]:
+        """Files with the records of a run, and how many of them it uses."""
+        names = {TASKS: TASKS if run.few_shot is None else _few_shot_name(run.few_shot), CHAT: CHAT}
+        return {self.records(names[name], "train"): count for name, count in run.counts.items()}
+
     def results(self, model: str, number: int) -> Path:
         """Directory with a model's results of the benchmarks with this number in the settings."""
         return self.output / "evaluation" / str(number) / model
+
+    def letters(self, model: str) -> Path:
+        """Directory with lm-evaluation-harness's result of a model."""
+        return self.output / "letters" / model
 
     def all_results(self, model: str) -> list[Path]:
         """Files of a model's results."""
@@ -93,9 +108,16 @@ class Experiment:
     def prepare(self) -> None:
         """Builds both collections, and sets held-out records aside."""
         held_out = shares(self.settings.held_out, self.settings.chat_share)
-        for name, config in (("tasks", self.settings.tasks), ("chat", self.settings.chat)):
+        for name, config in ((TASKS, self.settings.tasks), (CHAT, self.settings.chat)):
             self.stages.run(self._collection_stage(name, config))
-            self.stages.run(self._split_stage(name, held_out[name]))
+            self.stages.run(self._split_stage(name, ("--held-out", str(held_out[name]))))
+
+    def prepare_few_shot(self, share: float) -> None:
+        """Builds the collection of tasks with another share of records with worked examples. The held-out records
+        stay the same, and their items are not in the new collection."""
+        name, held_out = _few_shot_name(share), self.records(TASKS, "held_out")
+        self.stages.run(self._collection_stage(name, self.settings.tasks, share))
+        self.stages.run(self._split_stage(name, ("--held-out-of", str(held_out)), (held_out,)))
 
     def choose_rates(self) -> Losses:
         """Runs the sweep. Returns, for each method, the held-out loss at the end of a short run per learning rate; NaN
@@ -117,22 +139,25 @@ class Experiment:
     def trainings(self, losses: Losses) -> list[Training]:
         """The runs that are evaluated, with the best learning rate of their method."""
         settings = self.settings
-        planned = [(method, method, settings.chat_share) for method in settings.methods]
-        planned += [(f"chat{share:.0%}"[:-1], settings.variant_method, share) for share in settings.chat_shares]
+        same = {method: VariantSettings(method=method) for method in settings.methods}
         return [
             Training(
-                name, method, self.output / "runs" / name, settings.examples, share,
-                min(losses[method], key=losses[method].__getitem__),
+                name, change.method, self.output / "runs" / name, settings.examples,
+                settings.chat_share if change.chat_share is None else change.chat_share,
+                min(losses[change.method], key=losses[change.method].__getitem__), change.few_shot, change.options,
             )
-            for name, method, share in planned
+            for name, change in {**same, **settings.variants}.items()
         ]  # fmt: skip
 
     def train(self, run: Training) -> Record:
         """Trains a run. Raises UserError if the collections have too few records for it."""
-        for name, wanted in run.sources.items():
-            with self.records(name, "train").open("rb") as file:
+        if run.few_shot is not None:
+            self.prepare_few_shot(run.few_shot)
+        for path, wanted in self.sources(run).items():
+            with path.open("rb") as file:
                 there = sum(1 for _ in file)
             if there < wanted:
+                name = path.parent.name
                 raise UserError(f"{run.name} needs {wanted} records of {name}, and there are {there}: raise scale")
         return self.stages.run(self._train_stage(run))
 
@@ -154,13 +179,18 @@ class Experiment:
         for number, benchmark in enumerate(self.settings.benchmarks):
             if benchmark.of == "all" or run is None or run.name in self.settings.methods:
                 self.stages.run(self._evaluate_stage(name, run, number, benchmark))
+        if self.settings.letters and self.peft_python is not None:
+            self.stages.run(self._letters_stage(name, run))
 
-    def _collection_stage(self, name: str, config: str) -> Stage:
-        directory = self.collection(name)
+    def _collection_stage(self, name: str, config: str, few_shot: float | None = None) -> Stage:
+        directory, sources = self.collection(name), load_config(config, schema=FlanMiniConfig).sources
         overrides = [
-            f"--sources.{number}.path={json.dumps(path)}"
-            for number, path in enumerate(_source_paths(config, self.settings.data))
+            f"--sources.{number}.path={json.dumps(_in_data(source.path, self.settings.data))}"
+            for number, source in enumerate(sources)
         ]
+        if few_shot is not None:
+            with_few_shot = [number for number, source in enumerate(sources) if source.few_shot]
+            overrides += [f"--sources.{number}.few_shot={few_shot}" for number in with_few_shot]
         command = (
             "prepare", "--config", config, "--output", str(directory), f"--scale={self.settings.scale}",
             f"--tokenizer={self.settings.base}",
@@ -169,17 +199,17 @@ class Experiment:
         )  # fmt: skip
         return Stage(f"data-{name}", command, (Path(config),), (directory / "flan_mini.json",))
 
-    def _split_stage(self, name: str, held_out: int) -> Stage:
+    def _split_stage(self, name: str, held_out: tuple[str, str], inputs: tuple[Path, ...] = ()) -> Stage:
         collection, directory = self.collection(name) / "flan_mini.json", self.collection(name)
-        command = ("paper.split", str(collection), "--held-out", str(held_out), "--output", str(directory))
+        command = ("paper.split", str(collection), *held_out, "--output", str(directory))
         outputs = (self.records(name, "train"), self.records(name, "held_out"))
-        return Stage(f"split-{name}", command, (collection,), outputs)
+        return Stage(f"split-{name}", command, (collection, *inputs), outputs)
 
     def _train_arguments(self, run: Training, directory: Path) -> list[str]:
         settings = self.settings
         sources = [
-            {"path": str(self.records(name, "train")), "format": "flan_mini", "max_examples": count}
-            for name, count in run.sources.items()
+            {"path": str(path), "format": "flan_mini", "max_examples": count}
+            for path, count in self.sources(run).items()
         ]
         held_out = [{"path": str(self.records(name, "held_out")), "format": "flan_mini"} for name in COLLECTIONS]
         return [
@@ -187,11 +217,11 @@ class Experiment:
             f"--model.path={settings.base}", f"--data.sources={json.dumps(sources)}",
             f"--evaluation.sources={json.dumps(held_out)}",
             f"--data.max_length={settings.row_length}", f"--training.batch_size={settings.batch_size}",
-            f"--training.learning_rate={run.rate!r}",
+            f"--training.learning_rate={run.rate!r}", *run.options,
         ]  # fmt: skip
 
     def _train_inputs(self, run: Training) -> tuple[Path, ...]:
-        data = [self.records(name, "train") for name in run.sources]
+        data = list(self.sources(run))
         data += [self.records(name, "held_out") for name in COLLECTIONS]
         return (Path(self.settings.methods[run.method].config), Path(self.settings.base), *data)
 
@@ -201,20 +231,38 @@ class Experiment:
         return Stage(f"train-{_safe(run.name)}", command, self._train_inputs(run), outputs, run.directory)
 
     def _evaluate_stage(self, name: str, run: Training | None, number: int, benchmark: BenchmarkSettings) -> Stage:
-        settings, base, directory = self.settings, Path(self.settings.base), self.results(name, number)
-        inputs: tuple[Path, ...] = (base,)
-        model: tuple[str, ...] = ("--model", str(base))
-        if run is not None:
-            weights = delivered(run, settings)
-            inputs = (base, weights)
-            is_adapter = weights.parent.name == "adapter"
-            model = (*model, "--adapter", str(weights.parent)) if is_adapter else ("--model", str(weights.parent))
+        settings, directory = self.settings, self.results(name, number)
+        model, inputs = self._model(run)
         command = (
             "evaluate", *model, "--name", name, "--tasks", ",".join(benchmark.tasks), "--data", settings.data,
             "--output", str(directory.parent), "--no-published", "--allow-code-execution",
             *(() if benchmark.limit is None else ("--limit", str(benchmark.limit))), *benchmark.options,
         )  # fmt: skip
         return Stage(f"evaluate-{name}-{number}", command, inputs, (directory,), directory)
+
+    def _letters_stage(self, name: str, run: Training | None) -> Stage:
+        """Writes the task first: its prompts are those of the base's result of mmlu:0."""
+        (zero_shot,) = (path for path in self.all_results(BASE) if path.name == "mmlu-0shot.json")
+        directory, out = self.letters(name), self.letters(name).parent
+        letters.write_task(zero_shot, out)
+        model, inputs = self._model(run)
+        command = (
+            "evaluate", "--protocol", "lm_eval", *model, "--name", name, "--tasks", letters.TASK, "--data", str(out),
+            "--output", str(out),
+        )  # fmt: skip
+        questions = (out / "questions.jsonl", out / f"{letters.TASK}.yaml")
+        outputs = (directory / letters.FILE,)
+        return Stage(f"letters-{name}", command, (*inputs, *questions), outputs, directory, self.peft_python)
+
+    def _model(self, run: Training | None) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+        """Options of `flacuna evaluate` for a model, and its files; `run` is None for the base."""
+        base = Path(self.settings.base)
+        if run is None:
+            return ("--model", str(base)), (base,)
+        weights = delivered(run, self.settings)
+        if weights.parent.name == "adapter":
+            return ("--model", str(base), "--adapter", str(weights.parent)), (base, weights)
+        return ("--model", str(weights.parent)), (base, weights)
 
 
 def held_out_losses(run: Path) -> list[float]:
@@ -230,10 +278,14 @@ def delivered(run: Training, settings: ExperimentSettings) -> Path:
     return run.directory / "adapter" / "adapter_model.safetensors"
 
 
-def _source_paths(config: str, data: str) -> list[str]:
-    """Paths of a collection's sources, in the directory of the sample data."""
-    sources = load_config(config, schema=FlanMiniConfig).sources
-    return [str(Path(data) / Path(source.path).relative_to(SAMPLE_DATA)) for source in sources]
+def _in_data(path: str, data: str) -> str:
+    """The path of a collection's source in the directory of the sample data."""
+    return str(Path(data) / Path(path).relative_to(SAMPLE_DATA))
+
+
+def _few_shot_name(share: float) -> str:
+    """Name of the collection of tasks with this share of records with worked examples."""
+    return f"tasks_few_shot_{share:g}"
 
 
 def _benchmark_files(data: Path) -> Iterator[tuple[str, Path]]:

@@ -163,8 +163,8 @@ def _training(experiment: Experiment, trainings: Sequence[Training], directory: 
     return f"""
 ## Training
 
-The configs are in `configs/paper_135m/`. `lora` is the paper's method: rank 8 on q_proj and v_proj. Runs with another
-share of chat records use the method `{experiment.settings.variant_method}`.
+The configs are in `configs/paper_135m/`. `lora` is the paper's method: rank 8 on q_proj and v_proj. Runs that are not
+named after a method are variants of one, described below.
 
 {_markdown(head, lines)}
 
@@ -199,8 +199,8 @@ to {ours[-1]:.4f} here and from {theirs[0]:.4f} to {theirs[-1]:.4f} with PEFT.
 
 
 def _benchmarks(experiment: Experiment, trainings: Sequence[Training], directory: Path) -> list[str]:
-    base = read_results(experiment.all_results(BASE))
-    tuned = {run.name: read_results(experiment.all_results(run.name)) for run in trainings}
+    base = read_results(experiment, BASE)
+    tuned = {run.name: read_results(experiment, run.name) for run in trainings}
     methods = [tuned[run.name] for run in trainings if run.name in experiment.settings.methods]
     tables = (*benchmark_tables([base, *methods]), *extra_tables([base, *methods]))
     return [
@@ -208,7 +208,7 @@ def _benchmarks(experiment: Experiment, trainings: Sequence[Training], directory
         _findings(base, methods),
         *(_table(table, directory) for table in tables),
         "".join(f"- {remark}\n" for remark in published_remarks()),
-        _chat_share(experiment, trainings, tuned),
+        _questions(experiment, trainings, tuned),
     ]
 
 
@@ -233,17 +233,27 @@ def _table(table: Table, directory: Path) -> str:
     return f"{to_markdown(table)}\n![{table.title}]({PICTURES}/{name})"
 
 
-def _chat_share(experiment: Experiment, trainings: Sequence[Training], tuned: Mapping[str, list[TaskResult]]) -> str:
-    settings = experiment.settings
-    compared = [run for run in trainings if run.name == settings.variant_method or run.name not in settings.methods]
-    if len(compared) < 2:
-        return ""
-    models = [tuned[run.name] for run in compared]
-    tables = [table for table in (*benchmark_tables(models), *extra_tables(models)) if "corrected" not in table.title]
-    without = [_without_published(table) for table in tables]
-    named = ", ".join(f"`{run.name}` has {run.chat_share:.1%}" for run in compared)
-    body = "\n".join(to_markdown(table) for table in without)
-    return f"## Chat share\n\nShare of chat records: {named}. Other settings are equal.\n\n{body}"
+def _questions(experiment: Experiment, trainings: Sequence[Training], tuned: Mapping[str, list[TaskResult]]) -> str:
+    """A section for each question of the settings of which two runs are finished."""
+    sections = []
+    for title, names in experiment.settings.questions.items():
+        compared = [run for name in names for run in trainings if run.name == name]
+        if len(compared) < 2:
+            continue
+        models = [tuned[run.name] for run in compared]
+        tables = [
+            table for table in (*benchmark_tables(models), *extra_tables(models)) if "corrected" not in table.title
+        ]
+        listed = "\n".join(f"| {run.name} | {run.method} | {_difference(run)} |" for run in compared)
+        body = "\n".join(to_markdown(_without_published(table)) for table in tables)
+        sections.append(f"## {title}\n\n| run | method | data and options |\n|---|---|---|\n{listed}\n\n{body}")
+    return "\n\n".join(sections)
+
+
+def _difference(run: Training) -> str:
+    """What distinguishes a run from others of its method."""
+    few_shot = [] if run.few_shot is None else [f"{run.few_shot:.0%} of the task records with worked examples"]
+    return ", ".join([f"{run.chat_share:.1%} chat records", *few_shot, *(f"`{option}`" for option in run.options)])
 
 
 def _without_published(table: Table) -> Table:

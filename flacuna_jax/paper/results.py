@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import get_args
 
 from flacuna_jax.evaluation.benchmark import Column, Reading, TableSpec
@@ -10,11 +9,14 @@ from flacuna_jax.evaluation.published import published_rows
 from flacuna_jax.evaluation.registry import BENCHMARKS
 from flacuna_jax.evaluation.results import Outcome, TaskResult, read_result
 from flacuna_jax.evaluation.tables import SIGNIFICANT, Table, all_differences, make_tables
+from flacuna_jax.paper import letters
+from flacuna_jax.paper.experiment import Experiment
 
 READINGS: tuple[Reading, ...] = get_args(Reading)
 PUBLISHED = ("Vicuna 13B", "Flacuna 13B")
 """Published rows that are shown, for context."""
 _LETTERS = TableSpec("Share of answers that begin with a letter from A to D, %")
+_LOG_PROBABILITY = TableSpec("MMLU by log-probability (lm-evaluation-harness), %")
 _WRITING = TableSpec("Writing")
 
 
@@ -27,6 +29,7 @@ LETTER_COLUMNS = tuple(
     for task, title in (("mmlu", "MMLU"), ("crass", "CRASS"))
     for shots in (5, 3, 0)
 )
+LOG_PROBABILITY_COLUMN = Column(_LOG_PROBABILITY, "MMLU (0-shot)", letters.TASK, scores=_of(letters.SCORE))
 WRITING_COLUMNS = (
     Column(_WRITING, "Unasked code %", "impact", scores=_of("unasked code"), factor=100.0),
     Column(_WRITING, "Words", "impact", scores=_of("words")),
@@ -36,9 +39,11 @@ ORDER = 4
 """Words in the n-grams whose repetition is counted."""
 
 
-def read_results(paths: Iterable[Path]) -> list[TaskResult]:
-    """Results of a model, with the scores of writing."""
-    return [with_writing(read_result(path)) for path in paths]
+def read_results(experiment: Experiment, model: str) -> list[TaskResult]:
+    """Results of a model, with the scores of writing, and that of the harness if there is one."""
+    results = [with_writing(read_result(path)) for path in experiment.all_results(model)]
+    by_harness = experiment.letters(model) / letters.FILE
+    return [*results, letters.read_letters(by_harness, model)] if by_harness.is_file() else results
 
 
 def with_writing(result: TaskResult) -> TaskResult:
@@ -68,8 +73,8 @@ def benchmark_tables(models: Sequence[Sequence[TaskResult]]) -> list[Table]:
 
 
 def extra_tables(models: Sequence[Sequence[TaskResult]]) -> list[Table]:
-    """Answers that are a letter, and writing; both readings are the same."""
-    tables = make_tables(models, (*LETTER_COLUMNS, *WRITING_COLUMNS))
+    """Answers that are a letter, letters by log-probability, and writing; both readings are the same."""
+    tables = make_tables(models, (*LETTER_COLUMNS, LOG_PROBABILITY_COLUMN, *WRITING_COLUMNS))
     return [dataclasses.replace(table, title=table.title.removesuffix(" (faithful)")) for table in tables]
 
 

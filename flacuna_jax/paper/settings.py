@@ -16,6 +16,18 @@ class MethodSettings(Section):
     rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
+class VariantSettings(Section):
+    """A further run of a method with one change."""
+
+    method: str
+    chat_share: Share | None = None
+    """Share of chat records; null: as in the other runs."""
+    few_shot: Share | None = None
+    """Share of task and code records with worked examples; null: as the collection's config says."""
+    options: tuple[str, ...] = ()
+    """Further options of `flacuna train`."""
+
+
 class PeftSettings(Section):
     """The comparison with PEFT: the same data, order, initial adapter and schedule."""
 
@@ -64,17 +76,29 @@ class ExperimentSettings(Section):
     """Name -> training config and learning rates."""
     sweep_examples: PositiveInt
     """Records of each run of the sweep over learning rates."""
-    variant_method: str
-    """The method of the variants."""
-    chat_shares: tuple[Share, ...] = ()
-    """Further runs of `variant_method`, with other shares of chat records."""
+    variants: Annotated[dict[str, VariantSettings], Field(default_factory=dict)]
+    """Name -> further run."""
+    questions: Annotated[dict[str, tuple[str, ...]], Field(default_factory=dict)]
+    """Heading -> the methods and variants that are compared below it."""
     peft: PeftSettings | None = None
     benchmarks: tuple[BenchmarkSettings, ...] = ()
+    letters: bool = False
+    """lm-evaluation-harness also scores the letters after the prompts of mmlu:0 (`paper.letters`)."""
 
     @model_validator(mode="after")
-    def methods_exist(self) -> "ExperimentSettings":
-        named = [self.variant_method, *([self.peft.method] if self.peft else [])]
-        for name in named:
-            if name not in self.methods:
-                raise ValueError(f"{name!r} is not one of the methods {', '.join(self.methods)}")
+    def names_exist(self) -> "ExperimentSettings":
+        runs = [*self.methods, *self.variants]
+        if len(set(runs)) < len(runs):
+            raise ValueError("a variant has the name of a method")
+        methods = [variant.method for variant in self.variants.values()]
+        methods += [self.peft.method] if self.peft else []
+        compared = [name for compared in self.questions.values() for name in compared]
+        for kind, names, known in (
+            ("methods", methods, list(self.methods)),
+            ("methods and variants", compared, runs),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{unknown[0]!r} is not one of the {kind} {', '.join(known)}")
+        if self.letters and not any("mmlu:0" in benchmark.tasks for benchmark in self.benchmarks):
+            raise ValueError("letters needs the benchmark mmlu:0, for its prompts")
         return self

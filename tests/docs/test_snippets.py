@@ -22,6 +22,7 @@ from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.errors import UserError
 from flacuna_jax.flan_mini.config import FlanMiniConfig
+from flacuna_jax.paper.settings import ExperimentSettings
 from tests.docs.pages import PAGES, ROOT, Command, Snippet, benchmarks, commands, snippets
 
 COMMANDS = commands()
@@ -80,6 +81,11 @@ FAMILIES = "docs/guides/collection.md"
 
 @pytest.mark.parametrize("snippet", [one for one in snippets("yaml") if one.page != FAMILIES], ids=name)
 def test_a_yaml_snippet_is_a_part_of_a_config(snippet):
+    if snippet.page == "docs/guides/paper.md":
+        base = ROOT / "configs" / "paper_135m" / "10m.yaml"
+        overrides = [f"--{name}={json.dumps(value)}" for name, value in yaml.safe_load(snippet.text).items()]
+        assert load_config(base, overrides, schema=ExperimentSettings).variants
+        return
     whole = dict(SMALLEST)
     for section, settings in yaml.safe_load(snippet.text).items():
         whole[section] = {**whole.get(section, {}), **settings} if isinstance(settings, dict) else settings

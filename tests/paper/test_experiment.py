@@ -55,8 +55,8 @@ def config(story_llama: Path, test_data: Path, tmp_path_factory: pytest.TempPath
         "batch_size": 4,
         "methods": {"lora": {"config": str(home / "lora.yaml"), "rates": [1e-3, 1e-2]}},
         "sweep_examples": 4,
-        "variant_method": "lora",
-        "chat_shares": [0.5],
+        "variants": {"chat50": {"method": "lora", "chat_share": 0.5}, "plain": {"method": "lora", "few_shot": 0.0}},
+        "questions": {"Chat share": ["lora", "chat50"], "Few-shot grouping": ["lora", "plain"]},
         "benchmarks": [
             {"tasks": ["crass:0"], "limit": 2},
             {"tasks": ["impact"], "limit": 2, "options": ["--impact-new-tokens", "4"]},
@@ -83,12 +83,14 @@ def test_the_page_has_every_table_and_picture(config: Path, first: Path) -> None
         "Beside PEFT",
         "Benchmarks",
         "Chat share",
+        "Few-shot grouping",
         "How to repeat this",
     ):
         assert f"\n## {heading}" in page
     assert "12 training records per run" in page
     assert "| lora − base |" in page
     assert "| chat50 − lora |" in page
+    assert "| plain | lora | 25.0% chat records, 0% of the task records with worked examples |" in page
     assert "make paper BUDGET=tiny" in page
     for picture in page.split("](results/paper/")[1:]:
         assert (config.parent / "docs" / "results" / "paper" / picture.partition(")")[0]).is_file()
@@ -101,7 +103,7 @@ def test_a_second_run_gives_the_same_bytes(config: Path, first: Path) -> None:
     assert run_verb(paper.main, ["--config", str(config), f"--output_dir={second}"]) == 0
     compared = ["runs/lora/adapter/adapter_model.safetensors", "runs/chat50/adapter/adapter_model.safetensors"]
     compared += [str(path.relative_to(first)) for path in first.glob("evaluation/*/*/*.json")]
-    assert len(compared) == 2 + 3 * 2
+    assert len(compared) == 2 + 4 * 2
     for name in compared:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 

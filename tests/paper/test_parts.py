@@ -1,14 +1,16 @@
 """The parts of the experiment that need no model: shipped configs, scores of writing, curves."""
 
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
 from flacuna_jax.config.files import load_config
+from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.results import Outcome, TaskResult
 from flacuna_jax.flan_mini.config import FlanMiniConfig
-from flacuna_jax.paper import curves
+from flacuna_jax.paper import curves, split
 from flacuna_jax.paper.experiment import Training, shares
 from flacuna_jax.paper.results import extra_tables, findings, repeated
 from flacuna_jax.paper.settings import ExperimentSettings
@@ -38,7 +40,7 @@ def test_budgets_grow() -> None:
 
 def test_the_mixture_has_flan_minis_share_of_chat() -> None:
     assert shares(1000, 0.084) == {"tasks": 916, "chat": 84}
-    assert Training("chat0", "lora", Path(), 100, 0.0, 1e-3).sources == {"tasks": 100}
+    assert Training("chat0", "lora", Path(), 100, 0.0, 1e-3).counts == {"tasks": 100}
 
 
 def test_repetition_counts_ngrams_that_occurred_before() -> None:
@@ -76,3 +78,30 @@ def test_curves_are_drawn_from_the_first_step_to_the_last() -> None:
     assert "stroke-dasharray" in lines[1].attrib
     with pytest.raises(ValueError, match="nothing to draw"):
         curves.to_svg("empty", {})
+
+
+def test_items_that_are_held_out_stay_out_of_a_collection_with_other_wordings(tmp_path: Path) -> None:
+    def record(item: int, question: str) -> dict[str, object]:
+        return {"id": f"item{item}", "source": "s", "conversations": [{"from": "human", "value": question}]}
+
+    first = [record(item, f"long wording {item}") for item in range(4)]
+    second = [record(item, f"short {item}") for item in (2, 0, 1, 3)] + [record(9, "long wording 1")]
+    for name, records in (("first", first), ("second", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    split.main([str(tmp_path / "first.json"), "--held-out", "2", "--output", str(tmp_path / "first")])
+    held_out = tmp_path / "first" / "held_out.jsonl"
+    split.main([str(tmp_path / "second.json"), "--held-out-of", str(held_out), "--output", str(tmp_path / "second")])
+    train = [json.loads(line)["id"] for line in (tmp_path / "second" / "train.jsonl").read_text().splitlines()]
+    assert train == ["item2", "item3"]
+    assert (tmp_path / "second" / "held_out.jsonl").read_bytes() == held_out.read_bytes()
+
+
+def test_names_of_questions_and_variants_are_checked() -> None:
+    for override, message in (
+        ('--questions={"Rank": ["rank2"]}', "'rank2' is not one of the methods and variants lora, all_linear, full"),
+        ('--variants={"lora": {"method": "full"}}', "a variant has the name of a method"),
+        ('--variants={"more": {"method": "dora"}}', "'dora' is not one of the methods lora"),
+        ('--benchmarks=[{"tasks": ["hhh"]}]', "letters needs the benchmark mmlu:0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(CONFIGS / "10m.yaml", [override], schema=ExperimentSettings)

@@ -91,7 +91,7 @@ def test_a_directory_has_the_digest_of_its_names_and_contents(tmp_path: Path) ->
 
 def test_a_command_runs_in_this_process_or_with_an_interpreter(tmp_path: Path) -> None:
     collection = tmp_path / "collection.json"
-    records = [{"conversations": [{"value": f"question {number}"}]} for number in range(5)]
+    records = [{"id": str(number), "conversations": [{"value": f"question {number}"}]} for number in range(5)]
     collection.write_text(json.dumps(records))
     for name, python in (("here", None), ("there", sys.executable)):
         command = ("paper.split", str(collection), "--held-out", "2", "--output", str(tmp_path / name))
