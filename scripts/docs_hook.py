@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 import flacuna_jax
 from flacuna_jax.cli import VERBS
 from flacuna_jax.config.other_names import OURS
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.config.settings import allowed_words, default_text, sections_of
 
 DOCS = Path(__file__).parents[1] / "docs"

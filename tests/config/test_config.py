@@ -8,7 +8,7 @@ import pytest
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config.files import load_config, require_settings
 from flacuna_jax.config.other_names import OURS, OURS_BY_VALUE, OURS_IN_A_SOURCE
-from flacuna_jax.config.schema import MeshConfig, RunConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
 from flacuna_jax.errors import UserError
 
 CONFIGS = sorted(

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from flacuna_jax.config.objectives import PreferenceConfig
-from flacuna_jax.config.schema import EvaluationConfig, RunConfig, TrainingConfig
+from flacuna_jax.config.run import EvaluationConfig, RunConfig
 from flacuna_jax.config.settings import describe
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.train import main
 
 
