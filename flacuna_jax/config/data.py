@@ -33,11 +33,12 @@ class SourceConfig(Section):
     weight: PositiveFloat = 1.0
     """Passes over the source per epoch. A fractional pass is a random subset, drawn with (seed, epoch)."""
     max_examples: PositiveInt | None = None
-    """Use only this many records, the first ones in file order."""
+    """Use only this many records, the first ones in file order; null uses all."""
 
 
 class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """Where the training records come from, one item per file, directory or dataset."""
     max_length: Annotated[int, Field(ge=8, le=2**20)] = 1280
     """Tokens of a row, and the most that an example may have."""
     over_length: Literal["drop", "truncate_prompt", "error"] = "drop"

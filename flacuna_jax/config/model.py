@@ -27,19 +27,29 @@ class ArchitectureConfig(Section):
     """Sizes of a LLaMA model to train from scratch (`model.init: random`)."""
 
     hidden_size: PositiveInt
+    """Size of an embedding and of the hidden states between layers."""
     intermediate_size: PositiveInt
+    """Number of feed-forward units of a layer: the outputs of gate_proj and of up_proj."""
     num_layers: PositiveInt
+    """Number of layers."""
     num_heads: PositiveInt
+    """Number of query heads of a layer."""
     num_kv_heads: PositiveInt | None = None
-    """Defaults to num_heads (no grouped-query attention)."""
+    """Number of key and value heads of a layer; null means num_heads (no grouped-query attention)."""
     head_dim: PositiveInt | None = None
-    """Defaults to hidden_size / num_heads."""
+    """Size of a head; null means hidden_size / num_heads."""
     vocab_size: PositiveInt | None = None
-    """Defaults to the vocabulary size of the tokenizer."""
+    """Number of rows of the embedding; null means the vocabulary size of the tokenizer, with the tokens that the data
+    section adds."""
     max_position_embeddings: PositiveInt = 2048
+    """Context length in tokens. A larger data.max_length gives a warning, and the model generates within this length
+    only."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary embedding: pair i of a head rotates by rope_theta^(-2i / head_dim) radians per position."""
     rms_norm_eps: PositiveFloat = 1e-6
+    """Number that is added to the mean of squares in RMSNorm."""
     tie_word_embeddings: bool = False
+    """Whether the embedding is also the output head; if false, the head is a matrix of its own."""
 
     @model_validator(mode="after")
     def heads_divide(self) -> "ArchitectureConfig":
@@ -56,6 +66,9 @@ class RopeScalingConfig(Section):
     """Extends a model to longer inputs than it was trained with; see docs/reference/methods.md."""
 
     type: Literal["linear", "ntk", "llama3"]
+    """linear: all frequencies are divided by the factor. ntk: rope_theta is raised, so that the lowest frequency is
+    divided by the factor and the highest is kept. llama3: only low frequencies are divided by the factor, as the last
+    two settings say."""
     factor: Annotated[float, Field(gt=1)] | None = None
     """Ratio of the extended context length to the model's own; null means data.max_length / the model's own."""
     low_freq_factor: PositiveFloat = 1.0
@@ -76,7 +89,7 @@ class ModelConfig(Section):
     path: LocalPath | None = None
     """Directory of a Hugging Face LLaMA checkpoint, or of one written by `flacuna convert`; a GGUF file; or
     hf:NAME[@REVISION][:FILE], a model of the Hugging Face Hub or one of its GGUF files, which is downloaded into the
-    Hub's cache."""
+    Hub's cache. null is valid with init: random only."""
     name: str | None = None
     """Name of the base model to write into adapters, for example lmsys/vicuna-13b-v1.1; defaults to the name on the
     Hub, or to `path` as given."""
@@ -85,7 +98,9 @@ class ModelConfig(Section):
     auto: bfloat16 on GPUs and TPUs; on CPUs the one that the processor multiplies faster, which the start of the run
     prints and a resumed run keeps."""
     init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: the weights in `path`. random: new weights for the sizes in `architecture`, drawn with `seed`."""
     architecture: ArchitectureConfig | None = None
+    """Sizes of the model for init: random; null with init: pretrained, where the checkpoint has them."""
     quantization: Literal["nf4", "int8", "int8_product", "fp8_product"] | None = None
     """How the projections of a frozen base are stored; null stores them in `dtype`. See docs/reference/methods.md. With
     the _product forms, the matrix products with activations and gradients are also computed in 8 bits, which some
@@ -132,7 +147,9 @@ class LoraConfig(Section):
     """LoRA (Hu et al., 2021): y = W x + alpha/rank · B A dropout(x). The defaults are the paper's values."""
 
     rank: PositiveInt = 8
+    """Rank of B A, the number of rows of A and of columns of B; r in PEFT."""
     alpha: PositiveFloat = 16.0
+    """Numerator of the factor alpha/rank that multiplies B A; lora_alpha in PEFT."""
     dropout: Fraction = 0.05
     """Probability with which each element of an adapter's input is set to zero in training."""
     targets: Annotated[tuple[Target, ...], BeforeValidator(expand_all_linear), Field(min_length=1)] = (

@@ -64,6 +64,8 @@ class TasksConfig(Section):
     data: LocalPath
     """Directory of the benchmarks' files, or of the task files of lm-evaluation-harness."""
     protocol: Literal["instructeval", "lm_eval"] = "instructeval"
+    """instructeval: benchmarks of `flacuna evaluate`, with the prompts of InstructEval, without a chat template.
+    lm_eval: tasks of lm-evaluation-harness, with the template of the run (pip install 'flacuna-jax[eval]')."""
     limit: PositiveInt | None = 20
     """Number of problems per subject or task; null runs all."""
     every_steps: PositiveInt | None = None
@@ -77,11 +79,11 @@ class EvaluationConfig(Section):
     """Steps between evaluations. The model is also evaluated before the first step and after the last."""
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Fraction of the training records to hold out, chosen by a hash of the question: records with the same question
-    are either all held out or all trained on, regardless of their order or number."""
+    are either all held out or all trained on, regardless of their order or number. null holds out none."""
     sources: tuple[SourceConfig, ...] = ()
     """Separate sources of evaluation records; an alternative to `fraction`."""
     max_examples: PositiveInt | None = None
-    """Evaluate on only this many of the held-out records, those with the lowest hashes."""
+    """Evaluate on only this many of the held-out records, those with the lowest hashes; null evaluates on all."""
     metric: str = "eval/loss"
     """Metric that selects the best checkpoint and decides early stopping. Lower is better for losses and perplexities,
     higher for all others."""
@@ -96,6 +98,7 @@ class EvaluationConfig(Section):
     sample_tokens: PositiveInt = 128
     """Maximum number of tokens in an answer."""
     tasks: TasksConfig | None = None
+    """Benchmarks to run during training; null runs none."""
 
     @model_validator(mode="after")
     def measures_something(self) -> "EvaluationConfig":
@@ -123,17 +126,22 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 10
     """Steps between logged values."""
     tensorboard: bool = True
+    """Whether the values that are in metrics.jsonl are also written for TensorBoard, to tensorboard/ in the run
+    directory."""
     wandb: str | None = None
-    """Name of a Weights & Biases project to log to (pip install 'flacuna-jax[wandb]')."""
+    """Name of a Weights & Biases project to log to (pip install 'flacuna-jax[wandb]'); null does not use it."""
 
 
 class DistributedConfig(Section):
     """Several hosts; detected automatically under Slurm, Open MPI, Kubernetes and on TPU pods."""
 
     coordinator: str | None = None
-    """host:port of process 0."""
+    """host:port of process 0; null takes it from the launcher."""
     num_processes: PositiveInt | None = None
+    """Number of processes of the run; null takes it from the launcher. With 1, a process trains alone, even under a
+    launcher."""
     process_id: NonNegativeInt | None = None
+    """Number of this process, from 0; null takes it from the launcher."""
     join_seconds: PositiveInt = 300
     """Seconds to wait for all hosts at the start."""
     heartbeat_seconds: PositiveInt = 30
@@ -148,17 +156,26 @@ class RunConfig(Section):
     output_dir: LocalPath
     """A directory, or gs://BUCKET/PATH; see docs/guides/runs.md."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Determines the initial values of adapters (and of the model with init: random), the order of the examples, the
+    subsets of fractional passes, and dropout."""
     model: ModelConfig
+    """The base model: its weights or sizes, dtype and tokenizer."""
     lora: LoraConfig | None = LoraConfig()
     """LoRA adapters to train; null trains every weight of the base."""
     data: DataConfig
+    """Records to train on, and how they become rows of tokens."""
     training: TrainingConfig = TrainingConfig()
+    """Objective, optimizer, schedule, batches, and how a step is computed."""
     mesh: MeshConfig | Literal["auto"] = "auto"
     """auto: the mesh that the planner finds best for the available devices; or the number of devices per axis."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved, which are kept, and how a run continues."""
     evaluation: EvaluationConfig | None = None
+    """Evaluation during the run; null evaluates nothing."""
     logging: LoggingConfig = LoggingConfig()
+    """How often values are logged, and where to besides metrics.jsonl in the run directory."""
     distributed: DistributedConfig = DistributedConfig()
+    """How the processes of a run on several hosts find each other."""
 
     @model_validator(mode="after")
     def methods_fit_together(self) -> "RunConfig":

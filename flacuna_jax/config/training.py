@@ -15,23 +15,34 @@ class TrainingConfig(Section):
     epochs: PositiveInt = 1
     """Passes over the data."""
     max_steps: PositiveInt | None = None
-    """Maximum number of optimizer steps; a run ends at `epochs` or `max_steps`, whichever comes first."""
+    """Maximum number of optimizer steps; a run ends at `epochs` or `max_steps`, whichever comes first. null: at
+    `epochs`."""
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
+    """adamw: as in torch, with eps 1e-8; two moments per parameter. adafactor: without momentum, and with
+    `learning_rate`; of matrices, means of rows and columns only. lion: one moment per parameter."""
     betas: tuple[Fraction, Fraction] | None = None
     """Decay rates of the moments; null means (0.9, 0.999) for AdamW and (0.9, 0.99) for Lion."""
     learning_rate: PositiveFloat = 2e-5
-    """The largest one of the schedule, after warm-up."""
+    """Maximum of the schedule, which it reaches at the end of warm-up."""
     lora_plus_ratio: PositiveFloat = 1.0
     """LoRA+ (Hayou et al., 2024): ratio of the learning rate of B and of DoRA's magnitudes to that of A."""
     warmup_steps: NonNegativeInt = 0
+    """Number of steps in which the learning rate rises linearly to `learning_rate`; the first step has 0. The Flacuna
+    paper has 3000."""
     warmup_ratio: Fraction = 0.0
     """Warm-up as a fraction of the run's steps, rounded down; an alternative to `warmup_steps`."""
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
+    """Learning rate after warm-up, as in transformers. cosine and linear: falls to `final_ratio` at the end of the run.
+    constant: does not fall. inverse_sqrt: falls as 1 / √step. warmup_stable_decay: falls in the last `decay_steps`
+    only."""
     decay_steps: PositiveInt | None = None
-    """warmup_stable_decay: number of final steps in which the learning rate decays, along a cosine."""
+    """warmup_stable_decay: number of final steps in which the learning rate decays, along a cosine; null with all other
+    schedules."""
     final_ratio: Fraction = 0.0
     """Final learning rate of cosine, linear and warmup_stable_decay, as a fraction of `learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay: an update also subtracts this value times the learning rate times the parameter.
+    Parameters in `no_decay` have none."""
     no_decay: tuple[str, ...] = ("norm", "bias", "embed_tokens", "lora_magnitude")
     """Parameters without weight decay: those whose name contains one of these words, or whose kind (matrix, table,
     norm, bias) is one of them."""
