@@ -108,6 +108,7 @@ MISTAKES = {
         "lora",
         "in no layer",
     ),
+    "no mapping": (MINIMAL, ("--lora.rank_pattern=3",), "lora.rank_pattern", "mapping, for example {up_proj: 4}"),
     "invalid expression": (MINIMAL, ("--lora.rank_pattern={'(': 4}",), "lora.rank_pattern", "not a regular expression"),
     "DoRA on the head": (MINIMAL, ("--lora={targets: [lm_head], use_dora: true}",), "lora", "remove lm_head from"),
     "no targets": (MINIMAL, ("--lora.targets=[]",), "lora.targets", "at least 1"),
