@@ -31,7 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import hugging_face_config
 from flacuna_jax.huggingface.deliver import Companions, convert, write_adapter, write_merged

@@ -62,7 +62,9 @@ def compile_row(row: Row, quickly: bool) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # otherwise plugins search for devices
-    from flacuna_jax.config.schema import LoraConfig, MeshConfig, TrainingConfig
+    from flacuna_jax.config.model import LoraConfig
+    from flacuna_jax.config.run import MeshConfig
+    from flacuna_jax.config.training import TrainingConfig
     from flacuna_jax.deviceless import quick_options
     from flacuna_jax.model.llama import LlamaConfig
     from flacuna_jax.model.parameters import ModelSpec

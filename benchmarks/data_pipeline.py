@@ -64,7 +64,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def ours(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from flacuna_jax.config.schema import DataConfig, SourceConfig
+    from flacuna_jax.config.data import DataConfig, SourceConfig
     from flacuna_jax.data.build import build_store
     from flacuna_jax.data.packing import pack
     from flacuna_jax.huggingface.tokenizer import load_tokenizer
@@ -207,7 +207,7 @@ def scale(arguments: argparse.Namespace) -> None:
 
 
 def build(arguments: argparse.Namespace) -> None:
-    from flacuna_jax.config.schema import DataConfig, SourceConfig
+    from flacuna_jax.config.data import DataConfig, SourceConfig
     from flacuna_jax.data.packing import pack
     from flacuna_jax.data.store_cache import cached_store
     from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -250,7 +250,8 @@ def peak_rss_gib() -> float:
 def read(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
+    from flacuna_jax.config.data import DataConfig, SourceConfig
+    from flacuna_jax.config.training import TrainingConfig
     from flacuna_jax.data.pipeline import BatchStream, StepSource, plan_steps
     from flacuna_jax.data.store_cache import cached_store
     from flacuna_jax.huggingface.tokenizer import load_tokenizer, tokenizer_fingerprint

@@ -13,7 +13,7 @@ import stand_in  # noqa: F401  # before flacuna_jax
 from measure import matmul_ceiling, median, seconds_of
 from workload import CORPORA, SHAPES, TARGETS, Rows, Shape, add_arguments, lay, packed_documents
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, Params, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh

@@ -11,7 +11,7 @@ from flacuna_jax.version import __version__
 
 if TYPE_CHECKING:
     from flacuna_jax.config.files import load_config, parse_config
-    from flacuna_jax.config.schema import RunConfig
+    from flacuna_jax.config.run import RunConfig
     from flacuna_jax.data.conversation import Conversation, Turn
     from flacuna_jax.data.tokenization import tokenize
     from flacuna_jax.errors import UserError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "config.files": ("load_config", "parse_config"),
-    "config.schema": ("RunConfig",),
+    "config.run": ("RunConfig",),
     "verbs.convert": ("Conversion", "convert_model"),
     "data.conversation": ("Conversation", "Turn"),
     "data.tokenization": ("tokenize",),

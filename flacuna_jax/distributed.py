@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flacuna_jax.config.schema import DistributedConfig
+from flacuna_jax.config.run import DistributedConfig
 from flacuna_jax.errors import UserError
 
 Environment = Mapping[str, str]

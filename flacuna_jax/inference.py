@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from flacuna_jax.config.data import DataConfig
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import DataConfig, MeshConfig, RunConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
 from flacuna_jax.config.types import AUTO
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.errors import UserError

@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 import flacuna_jax
 from flacuna_jax.cli import VERBS
 from flacuna_jax.config.other_names import OURS
-from flacuna_jax.config.schema import RunConfig
-from flacuna_jax.config.settings import allowed_words, default_text, sections_of
+from flacuna_jax.config.run import RunConfig
+from flacuna_jax.config.settings import allowed_words, default_text, is_mapping, sections_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -111,7 +111,7 @@ def name_of(section: type[BaseModel]) -> str | None:
 
 def _row(key: str, field: FieldInfo, is_section: bool) -> str:
     words = " ".join(f"`{word}`" for word in allowed_words(field.annotation))
-    values = "section" if is_section else words or _kind(field.annotation)
+    values = "section" if is_section else words or ("mapping" if is_mapping(field) else _kind(field.annotation))
     if field.is_required():
         default = "**required**"
     else:
@@ -121,7 +121,7 @@ def _row(key: str, field: FieldInfo, is_section: bool) -> str:
     return f"| `{key}` | {values} | {default} | {text} |"
 
 
-_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", tuple: "list", dict: "mapping"}
+_KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", tuple: "list"}
 
 
 def _kind(annotation: Any) -> str:

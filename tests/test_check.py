@@ -12,7 +12,7 @@ import pytest
 import flacuna_jax.verbs.export
 from flacuna_jax import check, convert, export
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.deliver import Companions, write_adapter, write_merged

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from flacuna_jax.compiler import ALWAYS, MEMORY_FRACTION, SPLIT_WEIGHTS, compiler_options, prepare_process
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.training.network import NetworkConfig

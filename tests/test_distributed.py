@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flacuna_jax import distributed
-from flacuna_jax.config.schema import DistributedConfig
+from flacuna_jax.config.run import DistributedConfig
 from flacuna_jax.distributed import local_devices, membership
 from flacuna_jax.errors import UserError
 from flacuna_jax.run.code_version import package_fingerprint

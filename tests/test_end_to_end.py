@@ -17,7 +17,7 @@ from flacuna_jax import train
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config, parse_config
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.huggingface.tokenizer import load_tokenizer
 from flacuna_jax.run.deliver import what_next

@@ -13,7 +13,8 @@ import pytest
 from flacuna_jax import export
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import parse_config
-from flacuna_jax.config.schema import LoraConfig, RunConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.evaluation.results import Outcome, TaskResult, write_result
 from flacuna_jax.huggingface import deliver
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter

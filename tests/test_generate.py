@@ -12,7 +12,7 @@ import flacuna_jax.verbs.generate
 from flacuna_jax import chat, generate
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import parse_config
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.data.layouts import system_text
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"

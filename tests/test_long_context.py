@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from flacuna_jax.config.files import parse_config
-from flacuna_jax.config.schema import LoraConfig, MeshConfig, RunConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.pipeline import StepSource, plan_steps
 from flacuna_jax.huggingface import names

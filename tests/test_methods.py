@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config.files import parse_config
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.generation.language_model import ScoreRequest
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.data.build import REFUSED, TURNS_REMOVED, build_store
 from flacuna_jax.data.report import DataReport
 from flacuna_jax.data.store import TokenStore

@@ -1,1 +1,1 @@
-"""Settings of a run: the schema, the files they come from, and their descriptions."""
+"""Settings of a run: a module for each large section, the files they come from, and their descriptions."""

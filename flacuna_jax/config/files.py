@@ -12,8 +12,9 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.config.other_names import ours
-from flacuna_jax.config.schema import RunConfig, SourceConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.errors import UserError
 
 Location = tuple[str | int, ...]

@@ -27,9 +27,14 @@ class DpoConfig(Section):
     examples: ClassVar[Examples] = "pairs"
 
     name: Literal["dpo"]
+    """Direct preference optimisation, on pairs of a preferred and a rejected answer."""
     beta: PositiveFloat = 0.1
     """Strength of the tie to the reference; tau for ipo."""
     loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    """Loss of a pair, by its margin: beta times the difference of the answers' log-ratios of model and reference.
+    sigmoid: -log σ(margin), as in the original. hinge: max(0, 1 - margin). ipo: squared distance of the difference of
+    log-ratios per token from 1 / (2 beta). robust: like sigmoid, corrected for wrong preferences (see
+    `label_smoothing`)."""
     label_smoothing: Smoothing = 0.0
     """Assumed fraction of wrong preferences. sigmoid: conservative DPO. robust: its unbiased form."""
     reference: Reference | Literal["none"] = "base"
@@ -51,7 +56,9 @@ class SimpoConfig(Section):
     examples: ClassVar[Examples] = "pairs"
 
     name: Literal["simpo"]
+    """SimPO, on pairs and without a reference."""
     beta: PositiveFloat = 2.0
+    """Factor of the rewards, which are beta times the mean log-probability per token of an answer."""
     gamma: NonNegativeFloat = 1.0
     """Target margin between the rewards of the two answers."""
     label_smoothing: Smoothing = 0.0
@@ -66,6 +73,7 @@ class OrpoConfig(Section):
     examples: ClassVar[Examples] = "pairs"
 
     name: Literal["orpo"]
+    """ORPO, on pairs and without a reference."""
     beta: PositiveFloat = 0.1
     """Weight of the odds ratio."""
     sft_on: Literal["answer", "all"] = "answer"
@@ -78,10 +86,14 @@ class KtoConfig(Section):
     examples: ClassVar[Examples] = "labelled"
 
     name: Literal["kto"]
+    """KTO, on single answers that are labelled good or bad."""
     beta: PositiveFloat = 0.1
+    """Strength of the tie to the reference."""
     desirable_weight: PositiveFloat = 1.0
+    """Weight of the loss of good answers."""
     undesirable_weight: PositiveFloat = 1.0
-    """The paper recommends weights with which good and bad answers together weigh about the same."""
+    """Weight of the loss of bad answers. The paper recommends weights with which good and bad answers together weigh
+    about the same."""
     reference: Reference = "base"
     """base: the base, adapters off. cached: the initial weights, computed once. {adapter: DIR}: the base with that
     adapter."""

@@ -6,10 +6,10 @@ import typing
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, PlainSerializer
 from pydantic.fields import FieldInfo
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 
 _WIDTH = 100
 
@@ -52,7 +52,7 @@ def _comment(field: FieldInfo, width: int) -> list[str]:
     if len(words) > 1:
         notes.insert(0, f"{' | '.join(words)}.")
     if sections_of(field.annotation)[0] and not field.is_required() and not field.get_default():
-        notes.append("Default: null.")
+        notes.append(f"Default: {default_text(field)}.")
     return textwrap.wrap(" ".join(filter(None, notes)), width)
 
 
@@ -66,8 +66,16 @@ def _default(field: FieldInfo) -> str:
 def default_text(field: FieldInfo) -> str:
     """The default of a setting that is not required and not a section, as YAML."""
     value = field.get_default(call_default_factory=True)
-    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
+    if isinstance(value, tuple):
+        value = dict(value) if is_mapping(field) else list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
     return text.strip().removesuffix("...").strip()
+
+
+def is_mapping(field: FieldInfo) -> bool:
+    """Whether a setting is a mapping in YAML; some are stored as pairs."""
+    as_pairs = any(isinstance(item, PlainSerializer) and item.func is dict for item in field.metadata)
+    return as_pairs or typing.get_origin(field.annotation) is dict
 
 
 def allowed_words(annotation: Any) -> list[str]:

@@ -69,7 +69,11 @@ def expand_all_linear(value: Any) -> Any:
 
 
 def _as_pairs(value: Any) -> Any:
-    return tuple(value.items()) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return tuple(value.items())
+    if isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value):
+        return value
+    raise ValueError("input should be a mapping, for example {up_proj: 4}")
 
 
 NO_EXPRESSION = (re.error, RecursionError, OverflowError)

@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.config.types import AUTO, FALLBACK, Examples
 from flacuna_jax.data.conversation import Conversation, Segment, Template, TemplateRefusal, named_template
 from flacuna_jax.data.files import Place

@@ -35,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config.schema import SourceConfig
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.conversation import Conversation, Turn
 from flacuna_jax.data.dataset_info import FileDescription

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.config.schema import EvaluationConfig
+from flacuna_jax.config.run import EvaluationConfig
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.errors import UserError
 

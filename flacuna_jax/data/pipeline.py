@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flacuna_jax.config.data import DataConfig
 from flacuna_jax.config.objectives import KtoConfig
-from flacuna_jax.config.schema import DataConfig, TrainingConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.data.packing import PackingMethod, PackPlan, epoch_examples, pack
 from flacuna_jax.data.preferences import check_labels
 from flacuna_jax.data.store import TokenStore

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.build import SourceBuild, require_examples, template_without_checkpoint
 from flacuna_jax.data.conversation import Template

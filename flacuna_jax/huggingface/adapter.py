@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import HEAD
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import ALL_LINEAR, HEAD, NO_EXPRESSION, TARGETS, Target, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.hub import is_repository_name
 
 

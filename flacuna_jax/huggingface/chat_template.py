@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flacuna_jax.config.schema import DataConfig
+from flacuna_jax.config.data import DataConfig
 from flacuna_jax.config.types import AUTO, CHECKPOINT, FALLBACK
 from flacuna_jax.data.conversation import Template, named_template, template_from_jinja
 from flacuna_jax.data.jinja_template import read_jinja_file

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names
 from flacuna_jax.huggingface.adapter import Adapter

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import jax
 
-from flacuna_jax.config.schema import LoggingConfig
+from flacuna_jax.config.run import LoggingConfig
 from flacuna_jax.errors import UserError
 
 TENSORBOARD = "tensorboard"

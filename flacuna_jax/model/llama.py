@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.kernels.attention import Backend, attention
 from flacuna_jax.kernels.packed_mask import PackedMask
 from flacuna_jax.kernels.products import times_matrix

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import HEAD, by_pattern
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels.products import times_matrix

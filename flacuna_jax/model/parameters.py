@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flacuna_jax.config.schema import LoraConfig, ModelConfig
+from flacuna_jax.config.model import LoraConfig, ModelConfig
 from flacuna_jax.config.types import AUTO
 from flacuna_jax.model.llama import Block, Llama, LlamaConfig
 from flacuna_jax.model.lora import LoRALinear, Ranks, adapter_ranks, require_matches

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from flacuna_jax.arguments import Parser, whole
 from flacuna_jax.cli import run_verb
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.adapter import Adapter

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.kernels.products import rounded_product
 from flacuna_jax.planning.calibration import describe_devices
 from flacuna_jax.user_cache import user_cache

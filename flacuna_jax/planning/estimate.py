@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.kernels.cross_entropy import chunk_size
 from flacuna_jax.model.parameters import ModelSpec, count

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from flacuna_jax.config.schema import LoraConfig, TrainingConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params

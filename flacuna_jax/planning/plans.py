@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.planning.compile import OutOfMemory, Refused, compile_step
 from flacuna_jax.planning.estimate import Work, argument_bytes, estimate_work, temporary_bytes
 from flacuna_jax.planning.roofline import StepTime, step_time, summarise

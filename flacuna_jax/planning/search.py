@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from flacuna_jax.config.schema import MeshConfig, RunConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
 from flacuna_jax.data.store_cache import default_directory
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.parameters import ModelSpec

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import optax
 
-from flacuna_jax.config.schema import DataConfig, MeshConfig, RunConfig, TrainingConfig
+from flacuna_jax.config.data import DataConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training.optimizer import make_optimizer
 from flacuna_jax.training.step import StepConfig

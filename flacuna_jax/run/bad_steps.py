@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from flacuna_jax.config.schema import TrainingConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.data.lookup import find_records
 from flacuna_jax.data.pipeline import StepSource
 from flacuna_jax.data.store import TokenStore, describe_example

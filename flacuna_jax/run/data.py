@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flacuna_jax.config.data import DataConfig
 from flacuna_jax.config.files import require_config
-from flacuna_jax.config.schema import DataConfig, RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.held_out import hold_out, keys, lowest, select

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flacuna_jax.config.schema import LoraConfig, RunConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.config.types import CHECKPOINT
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.tokenization import Tokenizer

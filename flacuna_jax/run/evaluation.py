@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.conversation import Template, Turn
 from flacuna_jax.data.tokenization import Tokenizer, tokenize_prompt
 from flacuna_jax.errors import UserError

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.card import Facts, Measured
 from flacuna_jax.huggingface.files.json_file import read_json

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flacuna_jax.config.schema import EvaluationConfig
+from flacuna_jax.config.run import EvaluationConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.logs.metrics import Tracker
 from flacuna_jax.model.parameters import Params

@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from flacuna_jax.config.schema import ArchitectureConfig, DataConfig, ModelConfig, RunConfig
+from flacuna_jax.config.data import DataConfig
+from flacuna_jax.config.model import ArchitectureConfig, ModelConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.config.types import HEAD
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture

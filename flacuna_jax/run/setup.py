@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from flacuna_jax import distributed
 from flacuna_jax.config.files import parse_config
-from flacuna_jax.config.schema import DistributedConfig, LoraConfig, MeshConfig, RunConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import DistributedConfig, MeshConfig, RunConfig
 from flacuna_jax.config.types import AUTO, Examples
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.pipeline import RunPlan, check_batch_arithmetic, plan_steps

@@ -13,7 +13,7 @@ import numpy as np
 
 from flacuna_jax import distributed
 from flacuna_jax.config.files import require_config, require_settings
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.suite import Evaluator

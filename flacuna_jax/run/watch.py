@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from flacuna_jax.config.schema import EvaluationConfig
+from flacuna_jax.config.run import EvaluationConfig
 from flacuna_jax.logs.live_report import LiveReport
 from flacuna_jax.logs.metrics import Tracker
 from flacuna_jax.logs.report import environment, mixture_rows, read_metrics, write_report

@@ -8,7 +8,7 @@ from typing import get_args
 import jax
 import numpy as np
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import Target
 from flacuna_jax.data.conversation import Template
 from flacuna_jax.data.tokenization import Tokenizer

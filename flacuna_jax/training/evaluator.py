@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
-from flacuna_jax.config.schema import DataConfig, TrainingConfig
+from flacuna_jax.config.data import DataConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.data.pipeline import StepSource, plan_epochs
 from flacuna_jax.data.store import TokenStore
 from flacuna_jax.model.parameters import Params

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.kernels.attention import Backend
 from flacuna_jax.kernels.cross_entropy import TrainedRows, token_losses, token_scores
 from flacuna_jax.kernels.packed_mask import make_packed_mask

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import TrainingConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.variables import Parameter
 from flacuna_jax.training.guard import guarded

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from flacuna_jax.compiler import compiler_options
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.deviceless import known_options
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.model.sharding import constrain, row_shards

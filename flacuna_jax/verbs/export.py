@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import LoraConfig, ModelConfig, RunConfig
+from flacuna_jax.config.model import LoraConfig, ModelConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.hub import is_hub_name
 from flacuna_jax.huggingface import deliver

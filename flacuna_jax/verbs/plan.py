@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 from flacuna_jax.config.files import require_config
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.config.types import AUTO
 from flacuna_jax.data.held_out import hold_out
 from flacuna_jax.data.pipeline import check_batch_arithmetic, plan_steps

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.conversation import Conversation, Turn, named_template
 from flacuna_jax.data.corpus_report import PackingFacts, run_document
 from flacuna_jax.data.document import Document, to_html, to_markdown

@@ -9,7 +9,7 @@ import jax
 
 from flacuna_jax import distributed
 from flacuna_jax.cli import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED
-from flacuna_jax.config.schema import RunConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.pipeline import BatchStream, StepSource
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.verify import VerificationError

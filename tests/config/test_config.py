@@ -8,7 +8,7 @@ import pytest
 from flacuna_jax.cli import main as flacuna
 from flacuna_jax.config.files import load_config, require_settings
 from flacuna_jax.config.other_names import OURS, OURS_BY_VALUE, OURS_IN_A_SOURCE
-from flacuna_jax.config.schema import MeshConfig, RunConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
 from flacuna_jax.errors import UserError
 
 CONFIGS = sorted(
@@ -108,6 +108,7 @@ MISTAKES = {
         "lora",
         "in no layer",
     ),
+    "no mapping": (MINIMAL, ("--lora.rank_pattern=3",), "lora.rank_pattern", "mapping, for example {up_proj: 4}"),
     "invalid expression": (MINIMAL, ("--lora.rank_pattern={'(': 4}",), "lora.rank_pattern", "not a regular expression"),
     "DoRA on the head": (MINIMAL, ("--lora={targets: [lm_head], use_dora: true}",), "lora", "remove lm_head from"),
     "no targets": (MINIMAL, ("--lora.targets=[]",), "lora.targets", "at least 1"),

@@ -1,13 +1,16 @@
 """`flacuna train --settings` prints all settings with their allowed words, as YAML to start a config from."""
 
 import typing
+from collections.abc import Iterator
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from flacuna_jax.config.objectives import PreferenceConfig
-from flacuna_jax.config.schema import EvaluationConfig, RunConfig, TrainingConfig
-from flacuna_jax.config.settings import describe
+from flacuna_jax.config.run import EvaluationConfig, RunConfig
+from flacuna_jax.config.settings import describe, sections_of
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.train import main
 
 
@@ -44,3 +47,28 @@ def test_alternatives_are_printed() -> None:
     assert yaml.safe_load("\n".join(lines))["objective"]["reference"] == "base"
     assert yaml.safe_load("\n".join(describe(RunConfig)))["mesh"] == "auto"
     assert [line for line in describe(RunConfig) if line.strip() == "#   fsdp: 1"]
+
+
+def test_every_setting_has_a_description() -> None:
+    assert not [name for name, description in descriptions(RunConfig) if not (description or "").strip()]
+
+
+def descriptions(section: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
+    """Names and descriptions of the settings of a section, and of the sections in it."""
+    for key, field in section.model_fields.items():
+        yield f"{section.__name__}.{key}", field.description
+        for inner in sections_of(field.annotation)[0]:
+            yield from descriptions(inner)
+
+
+def test_mappings_are_printed_as_mappings() -> None:
+    printed = yaml.safe_load("\n".join(describe(RunConfig)))
+    assert printed["lora"]["rank_pattern"] == printed["lora"]["alpha_pattern"] == {}
+    assert printed["data"]["template_variables"] == {}
+    assert printed["data"]["add_tokens"] == []
+
+
+def test_the_default_of_a_section_that_is_not_printed_is_in_its_comment() -> None:
+    comments = " ".join(line.strip(" #") for line in describe(EvaluationConfig))
+    assert "an alternative to `fraction`. Default: []. sources:" in comments
+    assert "null runs none. Default: null. tasks:" in comments

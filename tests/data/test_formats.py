@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flacuna_jax.config.schema import SourceConfig
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.data import files, json_records
 from flacuna_jax.data.conversation import Conversation, Turn
 from flacuna_jax.data.files import find_files, kind_of, read_records

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.held_out import keys, question, select, split
 from flacuna_jax.data.pipeline import StepSource, plan_steps

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.files import read_records
 from flacuna_jax.data.hub import DatasetName, dataset_files

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.config.files import load_config
-from flacuna_jax.config.schema import DataConfig, SourceConfig
 from flacuna_jax.config.types import TEMPLATE_NAMES
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import NAMES, Conversation, Turn, render, render_prompt, render_text

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.data.pipeline import (
     Batch,
     BatchStream,

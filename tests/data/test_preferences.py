@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig, TrainingConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.config.types import Examples
 from flacuna_jax.data.build import ALONE, NO_LOSS, OVER_LENGTH, build_store
 from flacuna_jax.data.conversation import Conversation

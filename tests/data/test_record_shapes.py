@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flacuna_jax.config.schema import SourceConfig
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.data.conversation import Conversation, Turn
 from flacuna_jax.data.formats import LEADING_ANSWER, NO_ANSWER, UNANSWERED, read_source
 from flacuna_jax.data.messages import ARGUMENTS_DECODED, CALLS_WRAPPED, RESULTS_ENCODED

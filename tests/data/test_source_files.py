@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flacuna_jax.config.schema import SourceConfig
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.data.conversation import Conversation
 from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.data import build
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.conversation import Conversation, Turn

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
 from flacuna_jax.data import store_cache
 from flacuna_jax.data.build import build_store
 from flacuna_jax.data.report import DataReport
@@ -139,7 +139,7 @@ def test_corpora_unopened_for_a_month_are_removed(config: DataConfig, tmp_path: 
 
 _KILLED = """
 import os, signal, sys
-from flacuna_jax.config.schema import DataConfig
+from flacuna_jax.config.data import DataConfig
 from flacuna_jax.data import store_cache
 from tests.data.conftest import Characters
 store_cache.PART_EXAMPLES = 300
@@ -206,7 +206,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(
 
 _ON_A_SMALL_DISK = """
 import sys
-from flacuna_jax.config.schema import DataConfig
+from flacuna_jax.config.data import DataConfig
 from flacuna_jax.data.store_cache import cached_store
 from pathlib import Path
 from tests.data.conftest import Characters

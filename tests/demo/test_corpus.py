@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from flacuna_jax.config.schema import SourceConfig
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.demo import corpus, words

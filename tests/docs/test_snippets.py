@@ -16,8 +16,9 @@ import yaml
 import flacuna_jax
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import VERBS
+from flacuna_jax.config.data import SourceConfig
 from flacuna_jax.config.files import load_config, parse_config, top_level_keys
-from flacuna_jax.config.schema import RunConfig, SourceConfig
+from flacuna_jax.config.run import RunConfig
 from flacuna_jax.data.formats import read_source
 from flacuna_jax.data.report import BadRecordPolicy, SourceReport
 from flacuna_jax.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.huggingface import load
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.model.parameters import base_parameters

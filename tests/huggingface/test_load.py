@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import load as load_module
 from flacuna_jax.huggingface.architecture import read_architecture

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.huggingface import names
 from flacuna_jax.model.parameters import ModelSpec

@@ -6,7 +6,7 @@ import pytest
 
 from flacuna_jax import export
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.card import Facts, adapter_card, model_card
 from flacuna_jax.huggingface.upload import prepare_upload

@@ -16,7 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import flacuna_jax.kernels.attention as attention_module
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.kernels import attention_cudnn
 from flacuna_jax.kernels.attention import SAVED_NAMES, attention

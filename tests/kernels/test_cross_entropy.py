@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.kernels.cross_entropy import chunk_size, token_losses, token_scores
 from flacuna_jax.model.sharding import make_mesh
 

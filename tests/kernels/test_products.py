@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.kernels.products import rows_as_columns, times_matrix
 from flacuna_jax.model.sharding import make_mesh
 

@@ -12,7 +12,7 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from flacuna_jax.config.schema import LoggingConfig
+from flacuna_jax.config.run import LoggingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.logs.metrics import JsonLines, Rates, Throughput, TrainRecord, open_tracker, peak_memory_bytes
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.generation import shared_prefix
 from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from flacuna_jax.config.model import LoraConfig, ModelConfig
+from flacuna_jax.config.run import MeshConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.config.types import HEAD, PROJECTIONS
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface import names

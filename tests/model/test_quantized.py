@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.load import load_base
 from flacuna_jax.kernels.packed_mask import make_packed_mask

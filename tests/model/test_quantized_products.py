@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, quantize
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.training.network import NetworkConfig

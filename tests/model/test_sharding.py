@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model import sharding
 from flacuna_jax.model.sharding import MESH_AXES, make_mesh, split_everywhere

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.huggingface.adapter import Adapter, read_adapter
 from flacuna_jax.huggingface.deliver import write_adapter
 from flacuna_jax.huggingface.names import parse_adapter_name

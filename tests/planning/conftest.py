@@ -2,7 +2,8 @@
 
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, TrainingConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.planning.targets import CompilerMissing, absent_devices, parse_target

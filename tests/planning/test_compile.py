@@ -9,7 +9,8 @@ from dataclasses import replace
 import jax
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.kernels.cross_entropy import LOOP_SCOPE, chunk_size
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.planning.compile import CompiledStep, compile_step, lower_step
@@ -137,7 +138,8 @@ def test_the_program_does_not_grow_with_depth():
 
 MEASURE = """
 import json, sys, jax, numpy as np
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.planning.compile import _batch, _frozen, compile_step, lower_step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.planning.hlo import Program, replica_group
 from flacuna_jax.planning.roofline import LATENCY, NETWORK_SHARE, exchange_time

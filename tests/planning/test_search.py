@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig, RunConfig, TrainingConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig, RunConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.sharding import make_mesh, parameter_shardings

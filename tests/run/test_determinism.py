@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.run.determinism import Beginning, NotDeterministic, check_determinism
 from flacuna_jax.training.state import TrainState

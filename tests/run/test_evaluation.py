@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flacuna_jax.config.schema import EvaluationConfig
+from flacuna_jax.config.run import EvaluationConfig
 from flacuna_jax.run.start import chosen_state
 from flacuna_jax.run.watch import warn_if_worse
 from flacuna_jax.storage.checkpoint import list_checkpoints, restore_adapters

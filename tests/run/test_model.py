@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import DataConfig, ModelConfig, RopeScalingConfig, SourceConfig
+from flacuna_jax.config.data import DataConfig, SourceConfig
+from flacuna_jax.config.model import ModelConfig, RopeScalingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import hugging_face_config
 from flacuna_jax.model.rope import RopeScaling

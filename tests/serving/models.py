@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from flacuna_jax import serve
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.huggingface.adapter import Adapter
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import write_adapter

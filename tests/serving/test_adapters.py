@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("prometheus_client")
 pytest.importorskip("starlette")
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.data.conversation import Turn
 from flacuna_jax.data.tokenization import tokenize_prompt
 from flacuna_jax.errors import UserError

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("prometheus_client")
 pytest.importorskip("starlette")
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.huggingface.adapter import read_adapter
 from flacuna_jax.inference import ModelAddress, ModelLoader

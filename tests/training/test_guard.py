@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import TrainingConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.training.guard import SETTLING, GuardState
 from flacuna_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tests.tiny import described

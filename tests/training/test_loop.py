@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.training.loop import STEPS_IN_FLIGHT, Loop, Request, StateHook, StepHook, StepRecord
 from flacuna_jax.training.state import TrainState

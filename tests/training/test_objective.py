@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flacuna_jax import Objective, StepHook, UserError, load_config, open_run
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, fresh_adapters, init_params
 from flacuna_jax.model.sharding import make_mesh
 from flacuna_jax.training.network import NetworkConfig

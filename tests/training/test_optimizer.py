@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import MeshConfig, TrainingConfig
+from flacuna_jax.config.run import MeshConfig
+from flacuna_jax.config.training import TrainingConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.model.llama import LlamaConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params

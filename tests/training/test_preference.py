@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.objectives import DpoConfig, KtoConfig, OrpoConfig, PreferenceConfig, SimpoConfig
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import batch_sharding, make_mesh
 from flacuna_jax.training.network import NetworkConfig

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.objectives import DpoConfig, KtoConfig, OrpoConfig, PreferenceConfig, SimpoConfig
-from flacuna_jax.config.schema import LoraConfig
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.training.network import REFERENCE, NetworkConfig
 from flacuna_jax.training.preference import preference_objective

@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flacuna_jax.config.schema import LoraConfig, MeshConfig
+from flacuna_jax.config.model import LoraConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.model.parameters import ModelSpec, init_params
 from flacuna_jax.model.sharding import batch_sharding, make_mesh, parameter_shardings
 from flacuna_jax.training.network import NetworkConfig

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flacuna_jax.config.schema import LoraConfig
+from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.types import PROJECTIONS
 from flacuna_jax.model.parameters import ModelSpec, Params
 from flacuna_jax.training.network import NetworkConfig

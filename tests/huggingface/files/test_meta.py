@@ -11,7 +11,7 @@ import pytest
 
 from flacuna_jax import convert
 from flacuna_jax.cli import run_verb
-from flacuna_jax.config.schema import MeshConfig
+from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.errors import UserError
 from flacuna_jax.huggingface.architecture import read_architecture
 from flacuna_jax.huggingface.deliver import Companions, write_merged
