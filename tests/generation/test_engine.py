@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +281,27 @@ def test_sampling_depends_only_on_seed_and_prompt(story_llama: Path) -> None:
     assert together == [model.generate([request])[0] for request in requests]
     other = model.generate([GenerationRequest(prompts[0], 12, temperature=1.0, top_k=50, seed=8)])[0]
     assert other != together[0]
+
+
+def test_rows_are_gathered_as_answers_end(story_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int | None] = []
+    advance = Decoder.advance
+
+    def counted(self: Decoder, *arguments: Any, count: int | None = None) -> Any:
+        counts.append(count)
+        return advance(self, *arguments, count=count)
+
+    monkeypatch.setattr(Decoder, "advance", counted)
+    model = story_model(story_llama, rows=8)
+    words = ("One day", "The big dog", "A girl", "In the park he", "x", "They", "Tom saw", "It was")
+    lengths = (64, 5, 9, 60, 7, 8, 20, 6)
+    requests = [
+        GenerationRequest((1, *model.tokenizer.encode(text)), length, temperature=number % 2, seed=7)
+        for number, (text, length) in enumerate(zip(words, lengths, strict=True))
+    ]
+    together = model.generate(requests)
+    assert sorted(set(counts), reverse=True) == [8, 4, 2]
+    assert together == [model.generate([request])[0] for request in requests]
 
 
 def test_requests_that_do_not_fit_are_errors(story_llama: Path) -> None:
