@@ -50,15 +50,19 @@ QUICK = tests/config tests/data tests/logs tests/demo tests/huggingface/files te
 	$(addprefix tests/planning/test_,roofline.py targets.py) $(addprefix tests/run/test_,resume.py stop.py) \
 	tests/storage/test_run_directory.py $(addprefix tests/training/test_,flops.py guard.py history.py loop.py)
 
-.PHONY: demo paper test test-all test-quick test-newest test-skipped test-whole smollm2 docs lint types format clean
+.PHONY: demo paper paper-data test test-all test-quick test-newest test-skipped test-whole smollm2 docs lint types format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
 
 # The paper's experiment on SmolLM2-135M-Instruct; a stopped one continues. With Python 3.11, PEFT trains beside it.
-paper: $(VENV)/.installed $(SMOLLM2_GGUF) $(if $(PARITY_PYTHON),$(PARITY_VENV)/.installed-parity)
+paper: paper-data $(VENV)/.installed $(SMOLLM2_GGUF) $(if $(PARITY_PYTHON),$(PARITY_VENV)/.installed-parity)
 	$(BIN)/python -m flacuna_jax.paper --config configs/paper_135m/$(BUDGET).yaml --base=$(SMOLLM2_GGUF) \
 		--data=$(FLACUNA_TEST_DATA) $(if $(PARITY_PYTHON),--peft-python $(PARITY_VENV)/bin/python) $(PAPER_OPTIONS)
+
+paper-data:
+	@test -n "$(FLACUNA_TEST_DATA)" || \
+		{ echo "make paper needs FLACUNA_TEST_DATA=DIR, with the data that docs/guides/paper.md lists" >&2; exit 2; }
 
 $(SMOLLM2_GGUF): | $(VENV)/bin/python
 	$(VENV)/bin/python scripts/fetch_smollm2.py --gguf $(SMOLLM2)

@@ -48,7 +48,7 @@ QUIETLY = "2> >(grep -v --line-buffered -e absl::InitializeLog -e cudart_stub)"
 """Without remarks of CUDA's compiler, which is installed for plans but not needed here."""
 
 FIRST = (
-    "flacuna train --config configs/demo.yaml --output_dir=runs/first --lora.rank=4 "
+    "flacuna train --config configs/demo.yaml --output_dir=runs/first --lora.rank=4 --lora.alpha=8 "
     "--evaluation='{fraction: 0.05, every_steps: 200}' --logging.every_steps=20"
 )
 QUESTION = "Which word is the opposite of hot?"

@@ -197,7 +197,7 @@ def _show(paths: Paths, questions: Sequence[Question], base: Sequence[str], tune
         console.print(Text(f"  Flacuna  {tuned_reply!r}", style="green"), "\n")
     console.print(result_table(before, after))
     console.print(
-        "Base and Flacuna get the same prompts in the Vicuna template. A part of the base's errors is only the form: "
+        "Base and Flacuna get the same prompts in the Vicuna template. Some of the base's errors are only of form: "
         f"its reply has the right answer in its last sentence for {average(before).mentioned:.1f} % of the items "
         f"(Flacuna: {average(after).mentioned:.1f} %)."
     )

@@ -152,7 +152,10 @@ def answer(weights: Weights, config: LlamaConfig, golden: Golden, encoder: Other
 def notes(records: Sequence[Record], encoder: OtherEncoder | None) -> list[str]:
     """Notes for serving the model."""
     if encoder is None:
-        return ["neither transformers nor tokenizers can read this tokenizer here; prompts were not encoded with them"]
+        return [
+            "only flacuna_jax encoded the prompts: transformers, with which their ids are compared, is not installed or "
+            "cannot read this tokenizer"
+        ]
     found = []
     if not all(record.text_gives_ids for record in records):
         found.append(

@@ -141,7 +141,7 @@ def assumed_statistics(data: DataConfig, training: TrainingConfig, examples: int
     return Statistics(
         rows_per_step=rows_per_step,
         steps=steps,
-        examples_per_step=rows_per_step * per_row if by_rows else training.batch_size,
+        examples_per_step=rows_per_step * per_row,
         fill=min(1.0, per_row * tokens / data.max_length),
         supervised=ASSUMED_SUPERVISED,
         document_length=float(ASSUMED_TOKENS),

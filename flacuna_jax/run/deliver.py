@@ -36,9 +36,10 @@ from flacuna_jax.training.state import TrainState
 
 
 def deliver_result(
-    setup: Setup, directory: RunDirectory, state: TrainState, base: Params, mean_loss: float | None
+    setup: Setup, directory: RunDirectory, state: TrainState, base: Params, last_step: int, mean_loss: float | None
 ) -> tuple[Path, str]:
-    """Writes and verifies `adapter/`, or `model/` after full fine-tuning; `mean_loss` is of the last steps.
+    """Writes and verifies `adapter/`, or `model/` after full fine-tuning; `mean_loss` is of the steps before the run's
+    last one.
 
     Returns:
       Its directory, and a line for the user; empty on hosts other than the first.
@@ -63,7 +64,9 @@ def deliver_result(
             "examples": f"{setup.plan.examples:,} per epoch, {len(setup.plan.epochs)} epoch(s)",
             "optimizer steps": f"{state.step:,} of {setup.plan.examples_per_step:.0f} examples",
         }
-        if mean_loss is not None:
+        if state.step != last_step:
+            rows["optimizer steps"] += f"; the best of a run of {last_step:,} steps"
+        elif mean_loss is not None:
             rows["training loss"] = f"{mean_loss:.4f}, mean of the last steps"
         if config.data.new_tokens:
             size = setup.source.config.vocab_size

@@ -80,7 +80,7 @@ def refusal(run_dir: str, changes: Sequence[str], names: str) -> UserError:
                 f"{run_dir} contains a run that cannot be continued with these settings:",
                 *(f"  {change}" for change in changes),
                 "restore them, choose another output_dir, or accept that the results may differ: "
-                f"--checkpoint.allow_changes=[{names}]",
+                f"'--checkpoint.allow_changes=[{names}]'",
             )
         )
     )

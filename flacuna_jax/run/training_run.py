@@ -276,7 +276,7 @@ class TrainingRun:
             say(f"stopped early: no new best in {history.since_best} evaluations")
         warn_if_worse(self._directory, config.evaluation, history, say)
         chosen = chosen_state(self.setup, self._checkpointer, history, self.state, say)
-        directory, line = deliver_result(self.setup, self._directory, chosen, self.base, self._recent.mean)
+        directory, line = deliver_result(self.setup, self._directory, chosen, self.base, self.step, self._recent.mean)
         say(line)
         course = "finished" if self._end == "finished" else f"finished early, after step {self.step:,}"
         if chosen.step != self.step:
