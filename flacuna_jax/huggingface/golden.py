@@ -153,8 +153,8 @@ def notes(records: Sequence[Record], encoder: OtherEncoder | None) -> list[str]:
     """Notes for serving the model."""
     if encoder is None:
         return [
-            "only flacuna_jax encoded the prompts: transformers, with which ids are compared, is not installed or cannot "
-            "read this tokenizer"
+            "only flacuna_jax encoded the prompts: transformers, with which ids are compared, is not installed or "
+            "cannot read this tokenizer"
         ]
     found = []
     if not all(record.text_gives_ids for record in records):
