@@ -28,7 +28,7 @@ export FLACUNA_TEST_DATA
 export JAX_PLATFORMS ?= cpu
 
 BIN = $(VENV)/bin
-# Arguments are an interpreter and what it installs. setuptools warns about every editable install.
+# Arguments are the directory of an interpreter and what it installs. setuptools warns about every editable install.
 editable = PYTHONWARNINGS=ignore $(1)/python -m pip install --quiet -e $(2)
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
 # Ids of the tests that were skipped on the newest Python.

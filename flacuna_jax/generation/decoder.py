@@ -2,7 +2,7 @@
 server, whose rows may have different adapters."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,6 +172,12 @@ class Decoder:
     def _into(self, rows: Sequence[int], at_once: int) -> Any:
         """Row numbers, padded with one that does not exist."""
         return np.array([*rows, *[self.count] * (at_once - len(rows))], np.int32)
+
+
+def moves_below(count: int, taken: Collection[int], key: Callable[[int], Any] | None = None) -> dict[int, int]:
+    """A free row below `count` for each taken one that is not below it; `key` orders the free ones."""
+    free = sorted((row for row in range(count) if row not in taken), key=key)
+    return dict(zip((row for row in taken if row >= count), free, strict=False))
 
 
 def on_call(shape: int | tuple[int, ...], value: int = 0) -> Any:

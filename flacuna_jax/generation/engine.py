@@ -15,7 +15,7 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import shared_prefix
 from flacuna_jax.generation.answers import certain, ended
-from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, on_host
+from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, moves_below, on_host
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.generation.prefixes import Group, plan_prefixes
 from flacuna_jax.generation.programs import padded_size
@@ -243,8 +243,7 @@ def _gather(decoder: Decoder, occupied: dict[int, tuple[int, list[int]]], used: 
     twice as many rows. Returns the number of rows that are still computed."""
     while used > 1 and len(occupied) <= used // 2:
         used //= 2
-    for row in [row for row in occupied if row >= used]:
-        target = next(lower for lower in range(used) if lower not in occupied)
+    for row, target in moves_below(used, occupied).items():
         decoder.copy(row, target, decoder.rows.slots)
         occupied[target] = occupied.pop(row)
     return used

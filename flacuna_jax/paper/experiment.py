@@ -180,7 +180,9 @@ class Experiment:
             if benchmark.of == "all" or run is None or run.name in self.settings.methods:
                 self.stages.run(self._evaluate_stage(name, run, number, benchmark))
         if self.settings.letters and self.peft_python is not None:
-            self.stages.run(self._letters_stage(name, run))
+            task = self._letters_task_stage()
+            self.stages.run(task)
+            self.stages.run(self._letters_stage(name, run, task.outputs))
 
     def _collection_stage(self, name: str, config: str, few_shot: float | None = None) -> Stage:
         directory, sources = self.collection(name), load_config(config, schema=FlanMiniConfig).sources
@@ -240,19 +242,22 @@ class Experiment:
         )  # fmt: skip
         return Stage(f"evaluate-{name}-{number}", command, inputs, (directory,), directory)
 
-    def _letters_stage(self, name: str, run: Training | None) -> Stage:
-        """Writes the task first: its prompts are those of the base's result of mmlu:0."""
+    def _letters_task_stage(self) -> Stage:
+        """The prompts of the task are those of the base's result of mmlu:0."""
         (zero_shot,) = (path for path in self.all_results(BASE) if path.name == "mmlu-0shot.json")
+        out = self.letters(BASE).parent
+        command = ("paper.letters", str(zero_shot), "--output", str(out))
+        return Stage("letters", command, (zero_shot,), (out / letters.QUESTIONS, out / letters.TASK_FILE))
+
+    def _letters_stage(self, name: str, run: Training | None, task: tuple[Path, ...]) -> Stage:
         directory, out = self.letters(name), self.letters(name).parent
-        letters.write_task(zero_shot, out)
         model, inputs = self._model(run)
         command = (
             "evaluate", "--protocol", "lm_eval", *model, "--name", name, "--tasks", letters.TASK, "--data", str(out),
             "--output", str(out),
         )  # fmt: skip
-        questions = (out / "questions.jsonl", out / f"{letters.TASK}.yaml")
         outputs = (directory / letters.FILE,)
-        return Stage(f"letters-{name}", command, (*inputs, *questions), outputs, directory, self.peft_python)
+        return Stage(f"letters-{name}", command, (*inputs, *task), outputs, directory, self.peft_python)
 
     def _model(self, run: Training | None) -> tuple[tuple[str, ...], tuple[Path, ...]]:
         """Options of `flacuna evaluate` for a model, and its files; `run` is None for the base."""

@@ -1,12 +1,15 @@
-"""MMLU by log-probability: lm-evaluation-harness scores the letters A to D after the zero-shot prompts of InstructEval.
+"""`python -m flacuna_jax.paper.letters RESULT --output DIR`: a task of lm-evaluation-harness from a result of MMLU.
 
-InstructEval generates an answer, so a model that knows it but writes something else first gets no point. The harness
-compares the log-probabilities of the four letters, whatever the model would write.
+The harness scores the letters A to D after the zero-shot prompts of InstructEval, by log-probability. InstructEval
+generates an answer, so a model that knows it but writes something else first gets no point.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from flacuna_jax.arguments import Parser
+from flacuna_jax.cli import run_verb
 from flacuna_jax.errors import UserError
 from flacuna_jax.evaluation.results import Outcome, TaskResult, read_result
 from flacuna_jax.whole_files import write_atomically
@@ -15,8 +18,18 @@ TASK = "mmlu_letters"
 SCORE = "acc"
 """The harness's name of the accuracy."""
 LETTERS = "ABCD"
+TASK_FILE, QUESTIONS = f"{TASK}.yaml", "questions.jsonl"
 FILE = "lm_eval.json"
 """What `flacuna evaluate --protocol lm_eval` writes for a model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    parser = Parser("paper.letters", __doc__)
+    parser.add_argument("result", metavar="RESULT", help="mmlu-0shot.json of `flacuna evaluate`")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    write_task(Path(arguments.result), Path(arguments.output))
+    return None
 
 
 def write_task(result: Path, directory: Path) -> None:
@@ -25,7 +38,7 @@ def write_task(result: Path, directory: Path) -> None:
     rows = [{"prompt": outcome.record["prompt"], "answer": outcome.record["label"]} for outcome in outcomes]
     if wrong := {row["answer"] for row in rows} - set(LETTERS):
         raise UserError(f"{result}: the label {min(wrong)!r} is not one of the letters {LETTERS}")
-    questions = directory / "questions.jsonl"
+    questions = directory / QUESTIONS
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(questions, "".join(json.dumps(row) + "\n" for row in rows))
     task = {
@@ -39,7 +52,7 @@ def write_task(result: Path, directory: Path) -> None:
         "doc_to_target": f"{{{{'{LETTERS}'.index(answer)}}}}",
         "metric_list": [{"metric": SCORE}],
     }
-    write_atomically(directory / f"{TASK}.yaml", json.dumps(task, indent=1))  # JSON is YAML
+    write_atomically(directory / TASK_FILE, json.dumps(task, indent=1))  # JSON is YAML
 
 
 def read_letters(path: Path, model: str) -> TaskResult:
@@ -47,3 +60,7 @@ def read_letters(path: Path, model: str) -> TaskResult:
     samples = sorted(json.loads(path.read_text("utf-8"))["samples"][TASK], key=lambda sample: sample["doc_id"])
     outcomes = tuple(Outcome(str(one["doc_id"]), "", {SCORE: float(one[SCORE])}, {}) for one in samples)
     return TaskResult(TASK, 0, model, outcomes, "micro", len(outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_verb(main))

@@ -38,8 +38,8 @@ from flacuna_jax.training.state import TrainState
 def deliver_result(
     setup: Setup, directory: RunDirectory, state: TrainState, base: Params, last_step: int, mean_loss: float | None
 ) -> tuple[Path, str]:
-    """Writes and verifies `adapter/`, or `model/` after full fine-tuning; `mean_loss` is of the steps before the run's
-    last one.
+    """Writes and verifies `adapter/`, or `model/` after full fine-tuning. `last_step` is that of the run, which may
+    have gone on after `state`; `mean_loss` is of its last steps.
 
     Returns:
       Its directory, and a line for the user; empty on hosts other than the first.

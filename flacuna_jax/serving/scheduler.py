@@ -16,7 +16,7 @@ from flacuna_jax.errors import UserError
 from flacuna_jax.generation.answers import certain, ended
 from flacuna_jax.generation.continuation import Chosen
 from flacuna_jax.generation.decode import LogProbabilities
-from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part
+from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, moves_below
 from flacuna_jax.generation.engine import draw_of
 from flacuna_jax.serving.adapters import Models, Served
 from flacuna_jax.serving.jobs import Failed, Finished, Job, Progress, TokenScore
@@ -332,9 +332,7 @@ class Scheduler:
     def _gather_rows(self) -> None:
         """Moves answers to lower rows if a program with fewer rows can then be used."""
         count = next(count for count in self._programs.counts if count >= len(self._rows))
-        for number in [number for number in self._rows if number >= count]:
-            free = [lower for lower in range(count) if lower not in self._rows]
-            target = min(free, key=lambda lower: lower in self._held)
+        for number, target in moves_below(count, self._rows, lambda lower: lower in self._held).items():
             row = self._rows[number]
             self._decoder.copy(number, target, len(row.cached))
             self._held.pop(target, None)
