@@ -28,8 +28,9 @@ export FLACUNA_TEST_DATA
 export JAX_PLATFORMS ?= cpu
 
 BIN = $(VENV)/bin
-# Arguments are the directory of an interpreter and what it installs. setuptools warns about every editable install.
-editable = PYTHONWARNINGS=ignore $(1)/python -m pip install --quiet -e $(2)
+# The argument is the directory of an interpreter; what to install follows the call, because make splits arguments at
+# commas. setuptools warns about every editable install.
+editable = PYTHONWARNINGS=ignore $(1)/python -m pip install --quiet --editable
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile
 # Ids of the tests that were skipped on the newest Python.
 SKIPPED = $(VENV)/skipped-tests
@@ -124,28 +125,28 @@ $(PARITY_VENV)/bin/python:
 	$@ -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(call editable,$(BIN),.)
+	$(call editable,$(BIN)) .
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(call editable,$(BIN),".[test,compilers,hub,docs]")
+	$(call editable,$(BIN)) ".[test,compilers,hub,docs]"
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
-	$(call editable,$(BIN),".[docs]")
+	$(call editable,$(BIN)) ".[docs]"
 	touch $@ $(VENV)/.installed
 
 # torch first, so that a later resolution does not replace its CPU build.
 $(PARITY_VENV)/.installed-parity: pyproject.toml | $(PARITY_VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet "$(TORCH)"
-	$(call editable,$(@D)/bin,".[test,parity,eval,hub]")
+	$(call editable,$(@D)/bin) ".[test,parity,eval,hub]"
 	touch $@
 
 $(WHOLE_VENV)/.installed-whole: pyproject.toml | $(WHOLE_VENV)/bin/python
 	$(@D)/bin/python -m pip install --quiet "$(WHOLE_TORCH)"
 	# XLA writes PTX for the newest CUDA libraries, which are torch's; this is the assembler that reads it.
 	$(@D)/bin/python -m pip install --quiet nvidia-cuda-nvcc
-	$(call editable,$(@D)/bin,".[test,compilers,parity,eval,hub]")
+	$(call editable,$(@D)/bin) ".[test,compilers,parity,eval,hub]"
 	touch $@
 
 clean:
