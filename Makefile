@@ -59,7 +59,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m flacuna_jax.demo
 
 # The paper's experiment on SmolLM2-135M-Instruct; a stopped one continues. With Python 3.11, PEFT trains beside it.
-paper: paper-data $(VENV)/.installed $(SMOLLM2_GGUF) $(if $(PARITY_PYTHON),$(PARITY_VENV)/.installed-parity)
+paper: paper-data $(VENV)/.installed-paper $(SMOLLM2_GGUF) $(if $(PARITY_PYTHON),$(PARITY_VENV)/.installed-parity)
 	$(BIN)/python -m flacuna_jax.paper --config configs/paper_135m/$(BUDGET).yaml --base=$(SMOLLM2_GGUF) \
 		--data=$(FLACUNA_TEST_DATA) $(if $(PARITY_PYTHON),--peft-python $(PARITY_VENV)/bin/python) $(PAPER_OPTIONS)
 
@@ -130,6 +130,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(call editable,$(BIN)) ".[test,compilers,hub,docs]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-paper: pyproject.toml | $(VENV)/bin/python
+	$(call editable,$(BIN)) ".[gguf]"
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
