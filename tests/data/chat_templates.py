@@ -105,6 +105,10 @@ ZEPHYR = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+ZEPHYR_LIKE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SHIPPED = {"llama_2": LLAMA_2, "mistral_v0.1": MISTRAL_V0_1, "mistral_v0.3": MISTRAL_V0_3, "zephyr": ZEPHYR}
 
 _MARKED = {

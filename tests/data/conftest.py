@@ -1,13 +1,19 @@
 """Small tokenizers for the tests of this package, so that mistakes of other packages do not affect them."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 import tokenizers
 
+from flacuna_jax.data.jinja_program import DATE
 from flacuna_jax.data.special_tokens import Special, SpecialTokens
+from flacuna_jax.huggingface.tokenizer import load_tokenizer
+from tests.data.chat_templates import write_tokenizer
+from tests.data.rendered import Loaded
 from tests.vocabularies import LLAMA, Characters
 
 
@@ -65,3 +71,31 @@ def fast(story_llama: Path) -> Fast:
 @pytest.fixture(scope="session")
 def characters() -> Characters:
     return Characters()
+
+
+@pytest.fixture
+def fixed_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The date that templates get from transformers is the one that they get here."""
+
+    class Fixed(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Fixed":
+            return cls(DATE.year, DATE.month, DATE.day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """Our tokenizer and that of transformers, with given special tokens."""
+    transformers = pytest.importorskip("transformers")
+    known: dict[Any, tuple[Any, Any]] = {}
+
+    def load(*marks: Any, **options: Any) -> tuple[Any, Any]:
+        key = (tuple(map(str, marks)), tuple(sorted(options.items())))
+        if key not in known:
+            directory = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), marks, **options)
+            known[key] = (load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory))
+        return known[key]
+
+    return load

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from tokenizers import AddedToken
 
 from flacuna_jax.data.conversation import (
     Conversation,
-    Template,
     TemplateRefusal,
     Turn,
     named_template,
@@ -23,7 +20,6 @@ from flacuna_jax.data.conversation import (
     render_text,
     template_from_jinja,
 )
-from flacuna_jax.data.jinja_program import DATE
 from flacuna_jax.data.tokenization import tokenize, tokenize_prompt, with_notes_on_marks
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation.language_model import encode_prompt
@@ -33,48 +29,45 @@ from tests.data.chat_templates import (
     BOS,
     EOS,
     SHIPPED,
+    ZEPHYR_LIKE,
     marks_of,
     trl_templates,
     with_blocks,
     write_tokenizer,
 )
+from tests.data.rendered import (
+    CALL,
+    TOOL,
+    Loaded,
+    in_flacuna,
+    in_transformers,
+    messages_of,
+    said,
+    supervised_text,
+)
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("fixed_date")
 
 TRL = trl_templates()
 if not TRL:
     pytest.skip("trl, whose templates are compared, is not installed", allow_module_level=True)
 ALL = {**TRL, **SHIPPED}
 
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-_CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-
-
-def _said(*texts: str) -> tuple[Turn, ...]:
-    return tuple(Turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts))
-
-
 CONVERSATIONS = {
-    "single": Conversation("", "", _said("What is the capital of France?", "Paris.")),
-    "multi": Conversation("", "", _said("Hi", "Hello!\nHow are you?", "Fine  ", "Good.", "Bye", "Bye!")),
-    "system": Conversation("", "", _said("Hi", "Hello!", "And?", "No."), system="Be brief."),
+    "single": Conversation("", "", said("What is the capital of France?", "Paris.")),
+    "multi": Conversation("", "", said("Hi", "Hello!\nHow are you?", "Fine  ", "Good.", "Bye", "Bye!")),
+    "system": Conversation("", "", said("Hi", "Hello!", "And?", "No."), system="Be brief."),
     "tool": Conversation(
         "",
         "",
         (
             Turn("user", "Weather?"),
-            Turn("assistant", "", extra={"tool_calls": [_CALL]}),
+            Turn("assistant", "", extra={"tool_calls": [CALL]}),
             Turn("tool", "sunny", extra={"name": "weather", "tool_call_id": "abcdefghi"}),
             Turn("assistant", "It is sunny."),
         ),
-        tools=(_TOOL,),
+        tools=(TOOL,),
     ),
     "reasoning": Conversation(
         "",
@@ -97,84 +90,24 @@ UNCLEAR_WITHOUT_MARKS = ("gptoss",)
 CONTINUED_TURN = (("diffusion_gemma", "tool"),)
 
 
-@pytest.fixture(autouse=True)
-def _same_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fixed(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> "Fixed":
-            return cls(DATE.year, DATE.month, DATE.day)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
-
-
-Loaded = Callable[..., tuple[Any, Any]]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """Our tokenizer and that of transformers, with given special tokens."""
-    known: dict[Any, tuple[Any, Any]] = {}
-
-    def load(*marks: Any, **options: Any) -> tuple[Any, Any]:
-        key = (tuple(map(str, marks)), tuple(sorted(options.items())))
-        if key not in known:
-            directory = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), marks, **options)
-            known[key] = (load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory))
-        return known[key]
-
-    return load
-
-
-def _messages(conversation: Conversation, in_parts: bool) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = [] if conversation.system is None else [_message("system", conversation.system)]
-    messages += [_message(turn.role, turn.text) | dict(turn.extra or {}) for turn in conversation.turns]
-    if in_parts:
-        messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-    return messages
-
-
-def _message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def _theirs(
-    theirs: Any, source: str, conversation: Conversation, in_parts: bool = False
-) -> tuple[list[int], list[bool]]:
-    result = theirs.apply_chat_template(
-        _messages(conversation, in_parts),
-        tools=[dict(tool) for tool in conversation.tools] or None,
-        chat_template=source,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    mask = [bool(one) for one in result["assistant_masks"]]
-    return list(result["input_ids"]), [False, *mask[1:]]
-
-
-def _ours(ours: Any, template: Template, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    example = tokenize(conversation, template, ours)
-    return example.ids.tolist(), example.loss_mask.tolist()
-
-
 def _left_out(theirs: Any, source: str, conversation: Conversation, in_parts: bool) -> bool:
     """Whether transformers rejects the conversation too, or its text omits a part of the conversation."""
     try:
-        ids, _ = _theirs(theirs, source, conversation, in_parts)
+        ids, _ = in_transformers(theirs, source, conversation, in_parts)
     except Exception:
         return True
     text = theirs.decode(ids)
-    said = [tool["function"]["description"] for tool in conversation.tools]
-    said += [turn.text for turn in conversation.turns if turn.role == "tool"]
+    wanted = [tool["function"]["description"] for tool in conversation.tools]
+    wanted += [turn.text for turn in conversation.turns if turn.role == "tool"]
     calls = [call for turn in conversation.turns for call in dict(turn.extra or {}).get("tool_calls", ())]
-    said += [city for call in calls for city in call["function"]["arguments"].values()]
-    said += [dict(turn.extra or {}).get("reasoning_content", "") for turn in conversation.turns[-1:]]
-    return any(word not in text for word in said)
+    wanted += [city for call in calls for city in call["function"]["arguments"].values()]
+    wanted += [dict(turn.extra or {}).get("reasoning_content", "") for turn in conversation.turns[-1:]]
+    return any(word not in text for word in wanted)
 
 
 def _generation_prompt(theirs: Any, source: str, in_parts: bool) -> str:
     """The generation prompt that transformers writes after a question."""
-    messages = _messages(Conversation("", "", _said("question")), in_parts)
+    messages = messages_of(Conversation("", "", said("question")), in_parts)
     text = theirs.apply_chat_template(messages, chat_template=source, add_generation_prompt=True, tokenize=False)
     return text.partition("question")[2]
 
@@ -206,13 +139,13 @@ def test_ids_and_masks_equal_those_of_transformers(name: str, owned: bool, loade
     compared = 0
     for kind, conversation in CONVERSATIONS.items():
         try:
-            ids, mask = _ours(ours, template, conversation)
+            ids, mask = in_flacuna(ours, template, conversation)
         except TemplateRefusal:
             assert kind != "single"
             assert _left_out(theirs, source, conversation, in_parts), kind
             continue
         compared += 1
-        expected, _ = _theirs(theirs, source, conversation, in_parts)
+        expected, _ = in_transformers(theirs, source, conversation, in_parts)
         if name in NEWLINES_MEET:
             assert theirs.decode(ids) == theirs.decode(expected)
             continue
@@ -220,7 +153,7 @@ def test_ids_and_masks_equal_those_of_transformers(name: str, owned: bool, loade
         marked = with_blocks(name) if name in SHIPPED else TRL.get(f"{name.removesuffix('_training')}_training")
         if marked is None:
             continue
-        marked_ids, reference = _theirs(theirs, marked, conversation, in_parts)
+        marked_ids, reference = in_transformers(theirs, marked, conversation, in_parts)
         if marked_ids != expected:
             assert name not in SHIPPED, "the blocks that a test inserts change no text"
             continue
@@ -244,8 +177,8 @@ def test_tokenizers_that_add_a_leading_space(name: str, pieces: str, loaded: Loa
         ours, theirs = loaded(*marks, pieces=pieces)
         template = template_from_jinja({"default": ALL[name]}, name, ours.special)
         for kind in ("single", "multi"):
-            ids, _ = _ours(ours, template, CONVERSATIONS[kind])
-            assert ids == _theirs(theirs, ALL[name], CONVERSATIONS[kind])[0], (kind, marks)
+            ids, _ = in_flacuna(ours, template, CONVERSATIONS[kind])
+            assert ids == in_transformers(theirs, ALL[name], CONVERSATIONS[kind])[0], (kind, marks)
 
 
 @pytest.mark.parametrize("pieces", ["bytes", "spaces", "first space"])
@@ -275,9 +208,9 @@ def test_no_message_text_becomes_a_special_token(name: str, loaded: Loaded, text
         template = choose_template("chatml", Path("."), ours)
     else:
         template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    said = "".join(texts)
-    turns = _said(f"x{said}x", f"y{said}y", f"x{said}", "yes")
-    plain = tokenize(Conversation("", "", _said("x", "y", "x", "yes")), template, ours)
+    text = "".join(texts)
+    turns = said(f"x{text}x", f"y{text}y", f"x{text}", "yes")
+    plain = tokenize(Conversation("", "", said("x", "y", "x", "yes")), template, ours)
     example = tokenize(Conversation("", "", turns), template, ours)
     special = np.array(sorted(ours.special.ids))
     assert (example.ids[np.isin(example.ids, special)] == plain.ids[np.isin(plain.ids, special)]).all()
@@ -289,7 +222,7 @@ def test_no_message_text_becomes_a_special_token(name: str, loaded: Loaded, text
 def test_a_marker_in_a_message_is_encoded_as_transformers_sanitizes_it(loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL["qwen2_5"]))
     template = template_from_jinja({"default": ALL["qwen2_5"]}, "qwen2_5", ours.special)
-    turns = _said("before\n<|im_end|>\nafter", "<|im_start|>", "ok", "fine")
+    turns = said("before\n<|im_end|>\nafter", "<|im_start|>", "ok", "fine")
     expected = theirs.apply_chat_template(
         [{"role": turn.role, "content": turn.text} for turn in turns],
         chat_template=ALL["qwen2_5"],
@@ -306,7 +239,7 @@ def test_a_marker_in_a_message_is_encoded_as_transformers_sanitizes_it(loaded: L
 def test_a_prompt_equals_the_text_before_the_answer_in_training(name: str, loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    for turns in (_said("Hi"), _said("Hi", "Hello!", "And?")):
+    for turns in (said("Hi"), said("Hi", "Hello!", "And?")):
         prompt = tokenize_prompt(turns, template, ours)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         theirs_ids = theirs.apply_chat_template(
@@ -359,7 +292,7 @@ def test_a_tokenizer_without_bos(loaded: Loaded) -> None:
     assert (ours.bos_id, ours.prefix_ids) == (None, ())
     for name in ("vicuna_v1.1", "chatml", "plain", "alpaca", "llama-2-chat"):
         template = choose_template(name, Path("."), ours)
-        turns = _said("Hi", "Yes")
+        turns = said("Hi", "Yes")
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         expected = theirs.apply_chat_template(messages, chat_template=template.jinja, return_dict=False)
         assert tokenize(Conversation("", "", turns), template, ours).ids.tolist() == list(expected)
@@ -416,7 +349,7 @@ def test_variables_are_passed_to_the_template(loaded: Loaded) -> None:
         enable_thinking=False,
         return_dict=False,
     )
-    assert tokenize_prompt(_said("Hi"), template, ours) == list(expected)
+    assert tokenize_prompt(said("Hi"), template, ours) == list(expected)
 
 
 def test_a_checkpoints_own_template_is_found_where_transformers_finds_it(tmp_path: Path) -> None:
@@ -434,7 +367,7 @@ def test_a_checkpoints_own_template_is_found_where_transformers_finds_it(tmp_pat
         template = choose_template("auto", directory, ours)
         theirs = transformers.AutoTokenizer.from_pretrained(directory)
         expected = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=False)
-        assert tokenize_prompt(_said("Hi"), template, ours)[: len(expected)] == list(expected)
+        assert tokenize_prompt(said("Hi"), template, ours)[: len(expected)] == list(expected)
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     (directory / "chat_template.jinja").write_text(ZEPHYR_LIKE)
     assert choose_template("auto", directory, ours).jinja == ZEPHYR_LIKE
@@ -443,85 +376,13 @@ def test_a_checkpoints_own_template_is_found_where_transformers_finds_it(tmp_pat
     assert choose_template("auto", directory, ours).jinja == ZEPHYR_LIKE
 
 
-ZEPHYR_LIKE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-_RESULT = {"name": "weather", "tool_call_id": "abcdefghi"}
-
-
-def _weather(result: str, answer: str, said: str = "", call: dict[str, Any] = _CALL) -> tuple[Turn, ...]:
-    """A question, a call of a tool, its result and an answer."""
-    asked = Turn("user", "Weather?"), Turn("assistant", said, extra={"tool_calls": [call]})
-    return (*asked, Turn("tool", result, extra=_RESULT), Turn("assistant", answer))
-
-
-def _supervised(template: Template, turns: tuple[Turn, ...], tools: tuple[dict[str, Any], ...] = ()) -> str:
-    segments = render(Conversation("", "", turns, None, tools), template)
-    return "".join(segment.text for segment in segments if segment.supervised)
-
-
-@pytest.mark.parametrize("name", ["llama3_1", "gptoss", "qwen3", "mistral_v0.3"])
-def test_results_of_tools_may_be_written_as_json_text(name: str, loaded: Loaded) -> None:
-    """Llama 3.1 and GPT-OSS escape a result that is already JSON, which counts as supported."""
-    ours, theirs = loaded(*marks_of(ALL[name]))
-    template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    turns = _weather('{"sky": "\\"clear\\"", "degrees": 21}', "It is clear.")
-    conversation = Conversation("", "", turns, None, (_TOOL,))
-    assert _ours(ours, template, conversation)[0] == _theirs(theirs, ALL[name], conversation)[0]
-    supervised = _supervised(template, turns, (_TOOL,))
-    assert "Paris" in supervised
-    assert "It is clear." in supervised
-    assert "degrees" not in supervised
-
-
-def test_a_template_that_needs_arguments_as_text_gets_text(loaded: Loaded) -> None:
-    ours, theirs = loaded(*marks_of(ALL["deepseekv3"]))
-    template = template_from_jinja({"default": ALL["deepseekv3"]}, "deepseekv3", ours.special)
-
-    def turns(arguments: Any) -> tuple[Turn, ...]:
-        call = {**_CALL, "function": {"name": "weather", "arguments": arguments}}
-        return _weather("sunny", "It is sunny.", call=call)
-
-    ids, _ = _ours(ours, template, Conversation("", "", turns({"city": "Paris"})))
-    assert ids == _theirs(theirs, ALL["deepseekv3"], Conversation("", "", turns('{"city": "Paris"}')))[0]
-
-
-def test_a_call_counts_as_omitted_if_only_its_name_is_in_the_text(loaded: Loaded) -> None:
-    """A template that ignores tool_calls, and a question that contains the name of the function."""
-    ours, _ = loaded("<|im_start|>", "<|im_end|>")
-    template = template_from_jinja({"default": ZEPHYR_LIKE}, "no tools", ours.special)
-    turns = (Turn("user", "Call weather please"), Turn("assistant", "", extra={"tool_calls": [_CALL]}))
-    with pytest.raises(TemplateRefusal, match=r"not support tool_calls \(turn 2\)"):
-        render(Conversation("", "", turns), template)
-    with pytest.raises(TemplateRefusal, match="not support tools"):
-        render(Conversation("", "", _said("Call weather please", "No"), None, (_TOOL,)), template)
-    reasoning = (Turn("user", "Yes or no?"), Turn("assistant", "Yes", extra={"reasoning_content": "Yes"}))
-    with pytest.raises(TemplateRefusal, match="not support reasoning"):
-        render(Conversation("", "", reasoning), template)
-
-
-@pytest.mark.parametrize("name", ["gemma4", "gemma4_v5", "diffusion_gemma"])
-def test_no_result_of_a_tool_carries_loss(name: str, loaded: Loaded) -> None:
-    """Gemma 4 writes the results between the calls and the text of a single message."""
-    ours, _ = loaded(*marks_of(ALL[name]))
-    template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    turns = _weather("sunny", "It is fine.", said="I look.")
-    with pytest.raises(TemplateRefusal, match=r"turn 3 inside the answer of turn 2|no marker after an answer"):
-        render(Conversation("", "", turns, None, (_TOOL,)), template)
-    silent = _weather("sunny", "It is fine.")
-    assert "sunny" not in _supervised(template, silent, (_TOOL,))
-
-
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss", "deepseekv3"])
 def test_a_message_with_only_white_space_is_kept(name: str, loaded: Loaded) -> None:
     ours, theirs = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    conversation = Conversation("", "", _said("a", "ok", " ", "yes"))
-    assert _ours(ours, template, conversation)[0] == _theirs(theirs, ALL[name], conversation)[0]
-    assert "yes" in _supervised(template, conversation.turns)
+    conversation = Conversation("", "", said("a", "ok", " ", "yes"))
+    assert in_flacuna(ours, template, conversation)[0] == in_transformers(theirs, ALL[name], conversation)[0]
+    assert "yes" in supervised_text(template, conversation.turns)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "gemma3", "gptoss", "deepseekv3", "llama_2"])
@@ -529,10 +390,10 @@ def test_long_conversations_carry_the_same_loss_as_short_ones(name: str, loaded:
     """A long conversation is rendered a few times, not once per message; its answers carry the same loss."""
     ours, _ = loaded(*marks_of(ALL[name]))
     template = template_from_jinja({"default": ALL[name]}, name, ours.special)
-    said = [
+    texts = [
         text for number in range(10) for text in (f"q{number}" + " " * (number % 2), f"a{number}\n" * (number % 3 + 1))
     ]
-    long = render(Conversation("", "", _said(*said)), template)
+    long = render(Conversation("", "", said(*texts)), template)
     runs: dict[int, str] = {}
     for segment in long:
         if segment.supervised:
@@ -540,7 +401,7 @@ def test_long_conversations_carry_the_same_loss_as_short_ones(name: str, loaded:
     assert list(runs) == list(range(1, 20, 2))
     for turn in range(3, 20, 4):
         following = ("q",) if turn < 19 else ()  # some templates close the last answer differently
-        pair = _supervised(template, _said("q", "a", *said[turn - 1 : turn + 1], *following))
+        pair = supervised_text(template, said("q", "a", *texts[turn - 1 : turn + 1], *following))
         assert pair.endswith(runs[turn])
-    whole = render_text(render(Conversation("", "", _said(*said[:-1])), template))
-    assert render_text(long).startswith(whole.rpartition(said[-2].strip())[0])
+    whole = render_text(render(Conversation("", "", said(*texts[:-1])), template))
+    assert render_text(long).startswith(whole.rpartition(texts[-2].strip())[0])
