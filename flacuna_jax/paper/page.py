@@ -1,7 +1,6 @@
 """Writes the page with the results of an experiment: results.md and its pictures in results/paper/."""
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import jax
 
+from flacuna_jax.config.files import load_config
 from flacuna_jax.evaluation.plot import to_svg as bars
 from flacuna_jax.evaluation.published import published_remarks
 from flacuna_jax.evaluation.results import TaskResult
@@ -27,6 +27,7 @@ from flacuna_jax.paper.experiment import (
     shares,
 )
 from flacuna_jax.paper.results import SIGNIFICANT, benchmark_tables, extra_tables, findings, read_results
+from flacuna_jax.planning.calibration import describe_devices
 from flacuna_jax.version import __version__
 from flacuna_jax.whole_files import write_atomically
 
@@ -272,7 +273,8 @@ def _reproduce(experiment: Experiment, trainings: Sequence[Training]) -> str:
         digests.append((run.name, record.outputs.get(path, "") if record else ""))
     lines = [f"| {name} | `{value}` |" for name, value in digests]
     seconds = sum(record.seconds for record in experiment.stages.records())
-    cores = len(os.sched_getaffinity(0))
+    dtypes = {load_config(run.directory / "config.yaml").model.dtype for run in trainings}
+    computed = f" Training computed in {' and '.join(sorted(dtypes))}." if dtypes else ""
     return f"""
 ## How to repeat this
 
@@ -281,10 +283,10 @@ make paper BUDGET={settings.budget}
 ```
 
 Seed {settings.seed}; flacuna_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()},
-{platform.machine()}, {cores} CPU cores. All stages together took {seconds / 60:.0f} minutes on a machine that other
-programs used at the same time, so times are not comparable with others. The records of the stages, with each command,
-are in `{Path(settings.output_dir).name}/stages/`. A test runs a tiny experiment twice and compares every byte of its
-adapters and results (`tests/paper/test_experiment.py`); other processors and versions of jax may round differently.
+{describe_devices(jax.devices())}.{computed} All stages together took {seconds / 60:.0f} minutes; other programs on the
+machine make this longer. The records of the stages, with each command, are in
+`{Path(settings.output_dir).name}/stages/`. A test runs a tiny experiment twice and compares every byte of its adapters
+and results (`tests/paper/test_experiment.py`); other processors and versions of jax may round differently.
 
 {_markdown(("file", "SHA-256"), lines, "--")}
 """
