@@ -43,7 +43,9 @@ def read_results(experiment: Experiment, model: str) -> list[TaskResult]:
     """Results of a model, with the scores of writing, and that of the harness if there is one."""
     results = [with_writing(read_result(path)) for path in experiment.all_results(model)]
     by_harness = experiment.letters(model) / letters.FILE
-    return [*results, letters.read_letters(by_harness, model)] if by_harness.is_file() else results
+    if not (experiment.settings.letters and by_harness.is_file()):
+        return results
+    return [*results, letters.read_letters(by_harness, model)]
 
 
 def with_writing(result: TaskResult) -> TaskResult:

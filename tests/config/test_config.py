@@ -109,6 +109,7 @@ MISTAKES = {
         "in no layer",
     ),
     "no mapping": (MINIMAL, ("--lora.rank_pattern=3",), "lora.rank_pattern", "mapping, for example {up_proj: 4}"),
+    "no rank": (MINIMAL, ("--lora.rank_pattern={q_proj: many}",), "lora.rank_pattern.q_proj", "integer (got 'many')"),
     "invalid expression": (MINIMAL, ("--lora.rank_pattern={'(': 4}",), "lora.rank_pattern", "not a regular expression"),
     "DoRA on the head": (MINIMAL, ("--lora={targets: [lm_head], use_dora: true}",), "lora", "remove lm_head from"),
     "no targets": (MINIMAL, ("--lora.targets=[]",), "lora.targets", "at least 1"),
