@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
-TARGETS = "demo paper test test-all test-quick test-whole smollm2 docs lint types format".split()
+TARGETS = ("demo", "paper", "test", "test-all", "test-quick", "test-whole", "smollm2", "docs", "lint", "types")
 
 
 @pytest.mark.skipif(not MAKEFILE.is_file(), reason="installed without the source tree")
