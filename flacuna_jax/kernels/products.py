@@ -2,7 +2,9 @@
 
 On CPUs, XLA has fast code for bfloat16 only where a product returns float32; one that returns bfloat16 takes about five
 times as long. It has slow code for a single token, and for sums over the first axis of both operands, as in the
-gradient of a matrix. So products on CPUs are written in the forms with fast code.
+gradient of a matrix. In every call, it copies the second operand in the order that its innermost loop reads; for a few
+tokens, this takes longer than the product, unless the second operand is the small one. So products on CPUs are written
+in the forms with fast code.
 """
 
 import functools
@@ -14,12 +16,18 @@ from jax.typing import DTypeLike
 
 from flacuna_jax.kernels.attention import ambient_device
 
+FEW = {"float32": range(2, 65), "bfloat16": range(17, 65)}
+"""Numbers of tokens for which a product with the matrix as the first operand was faster (`benchmarks/products.py`)."""
+
 
 def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """x [..., tokens, in] times the transpose of a matrix, in `dtype` or that of x."""
-    if not (on_cpu() and x_ti.dtype == jnp.bfloat16):
+    few, tokens = FEW.get(x_ti.dtype.name) if on_cpu() else None, x_ti.size // x_ti.shape[-1]
+    if few is not None and tokens in few:
+        return matrix_first(x_ti, matrix_oi).astype(dtype or x_ti.dtype)
+    if few is None or x_ti.dtype == jnp.float32:
         return jnp.einsum("...i,oi->...o", x_ti, matrix_oi, preferred_element_type=dtype)
-    if x_ti.size == x_ti.shape[-1]:
+    if tokens == 1:
         return times_matrix(jnp.concatenate([x_ti, x_ti], axis=-2), matrix_oi, dtype)[..., :1, :]
     return rounded_product(x_ti, matrix_oi, jnp.dtype(dtype or x_ti.dtype))
 
@@ -27,6 +35,15 @@ def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None 
 def on_cpu() -> bool:
     """Whether the ambient mesh is one of CPUs."""
     return ambient_device()[1] == "cpu"
+
+
+def matrix_first(x_ti: jax.Array, matrix_oi: jax.Array) -> jax.Array:
+    """x times the transpose of a matrix in float32, for a few tokens on a CPU.
+
+    Without the barrier, XLA would exchange the operands to save the transpose of the result.
+    """
+    product_ot = jnp.einsum("oi,...i->o...", matrix_oi, x_ti, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(jax.lax.optimization_barrier(product_ot), 0, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

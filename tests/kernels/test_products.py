@@ -4,6 +4,8 @@ Where the operands are whole numbers, all sums are exact in float32, whatever th
 once to bfloat16 is known bit for bit, from numpy.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,12 +85,31 @@ def test_float32_results_of_bfloat16_operands_are_not_rounded(mesh):
         np.testing.assert_array_equal(found, wanted.astype(BF16))
 
 
-@pytest.mark.parametrize("tokens", [2, 96])
+@pytest.mark.parametrize("tokens", [65, 96])
 def test_float32_operands_are_multiplied_as_by_the_operator(mesh, tokens):
     operands = normal_numbers(jnp.float32, tokens)
     wanted = with_gradients(jax.jit(lambda x, matrix: x @ matrix.T), *operands)
     for found, expected in zip(with_gradients(jax.jit(times_matrix), *operands), wanted, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, BF16])
+@pytest.mark.parametrize("tokens", [2, 16, 17, 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_products_of_a_few_tokens(mesh, form, tokens, dtype):
+    """Gradients as well: training has so few tokens only in tests."""
+    operands = [array.astype(dtype) for array in whole_numbers()]
+    operands[0], operands[2] = (array[:2, : tokens // 2] for array in (operands[0], operands[2]))
+    for found, wanted in zip(with_gradients(FORMS[form], *operands), exact(*operands), strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, wanted.astype(dtype))
+
+
+def test_the_matrix_of_a_few_tokens_is_the_first_operand(mesh):
+    """XLA keeps the order, so it does not copy the matrix in every call."""
+    x, matrix, _ = normal_numbers(jnp.float32, 16)
+    compiled = jax.jit(times_matrix).lower(x, matrix).compile().as_text()
+    assert re.search(r"f32\[48,16\]\S* (dot|fusion)\(", compiled), compiled
 
 
 def test_one_token_in_bfloat16_has_the_numbers_of_a_row_of_two(mesh):
