@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 from flacuna_jax.user_cache import user_cache
 
@@ -24,6 +25,9 @@ and the CUDA context use the rest."""
 KEPT_FROM_SECONDS = 0.2
 """Programs that take longer to compile are cached. JAX's default is 1 second, but start-up compiles several small
 programs that together take seconds."""
+
+MAPPINGS, MAPPINGS_LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+"""The memory mappings of this process, one per line, and how many Linux allows: 65,530 unless set otherwise."""
 
 ALWAYS: dict[str, Options] = {
     "cuda": {
@@ -78,3 +82,24 @@ def prepare_process(environment: MutableMapping[str, str] = os.environ) -> None:
             environment[name.upper()] = str(value)
             if jax := sys.modules.get("jax"):  # an imported jax has already read its environment
                 jax.config.update(name, value)
+
+
+def release_programs() -> bool:
+    """Releases all compiled programs if they take more than half of the memory mappings that a process may have, and
+    returns whether it did. Programs that are needed again are read from the user's cache.
+
+    On CPUs, a program takes several mappings per kernel, often hundreds. If there are no more, XLA aborts the process.
+    An evaluation compiles programs for many sizes, so it calls this function between groups of problems.
+    """
+    import jax
+
+    try:
+        with MAPPINGS.open("rb") as lines:
+            used = sum(1 for _ in lines)
+        allowed = int(MAPPINGS_LIMIT.read_text())
+    except (OSError, ValueError):  # not Linux, or hidden
+        return False
+    if used <= allowed // 2:
+        return False
+    jax.clear_caches()
+    return True

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flacuna_jax.compiler import release_programs
 from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import shared_prefix
@@ -100,6 +101,7 @@ class LlamaLanguageModel:
         return list(documents.values())
 
     def _score_group(self, documents: list[Document], shared: int) -> Iterator[tuple[np.ndarray, jax.Array, jax.Array]]:
+        release_programs()
         prefix = self._prefix(documents[0].tokens[:shared])
         lengths = [len(document.tokens) - shared for document in documents]
         row_length = max(min(self.placement.row_length, padded_size(sum(lengths))), padded_size(max(lengths)))
@@ -180,6 +182,7 @@ class LlamaLanguageModel:
         return ended(tokens, request, self.tokenizer, frozenset((self.tokenizer.eos_id, *self.ends)))
 
     def _generate_group(self, requests: dict[int, GenerationRequest], group: Group) -> dict[int, Generation]:
+        release_programs()
         shared = group.length
         prefix = self._prefix(next(iter(requests.values())).prompt[:shared])
         # Long answers first, so that they do not run alone at the end.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from flacuna_jax.cli import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, run_verb
+from flacuna_jax.compiler import release_programs
 from flacuna_jax.errors import UserError
 from flacuna_jax.version import __version__
 from flacuna_jax.whole_files import write_atomically
@@ -84,6 +85,7 @@ def execute(stage: Stage) -> int:
     module, *arguments = stage.command
     if stage.python is not None:
         return subprocess.run([stage.python, "-m", f"flacuna_jax.{module}", *arguments], check=False).returncode
+    release_programs()
     return run_verb(importlib.import_module(f"flacuna_jax.{module}").main, arguments)
 
 

@@ -1,6 +1,7 @@
 """Scores and generations against transformers, request by request, however they are packed, grouped and refilled."""
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flacuna_jax import compiler
 from flacuna_jax.config.model import LoraConfig
 from flacuna_jax.config.run import MeshConfig
 from flacuna_jax.data.special_tokens import Special, SpecialTokens
@@ -244,6 +246,32 @@ def test_similar_lengths_need_no_other_compilation() -> None:
     before = [program._cache_size() for program in programs]
     model.generate([GenerationRequest(p, 4) for p in _prompts([4, 4, 50])])
     assert [program._cache_size() for program in programs] == before
+
+
+def test_programs_are_released_before_the_process_has_too_many_mappings(
+    story_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Answers stay the same, and the number of mappings does not grow with the number of sizes."""
+    model = story_model(story_llama)
+    requests = [GenerationRequest(tuple(range(5, 5 + length)), 4) for length in (3, 70, 140)]
+    scores = [ScoreRequest(request.prompt, (7, 8)) for request in requests]
+    answers, scored = model.generate(requests), model.loglikelihood(scores)
+    held = _mappings()
+    allowed = tmp_path / "max_map_count"
+    monkeypatch.setattr(compiler, "MAPPINGS_LIMIT", allowed)
+    allowed.write_text(str(10 * held))
+    assert not compiler.release_programs()
+    assert _mappings() == held
+    allowed.write_text("2")
+    assert compiler.release_programs()
+    assert _mappings() < held
+    assert (model.generate(requests), model.loglikelihood(scores)) == (answers, scored)
+    assert _mappings() < held
+
+
+def _mappings() -> int:
+    gc.collect()
+    return len(compiler.MAPPINGS.read_text().splitlines())
 
 
 def test_stop_strings_cut_and_free_their_row(story_llama: Path) -> None:
