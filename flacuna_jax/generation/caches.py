@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from flacuna_jax.generation.decode import RowSampling
 from flacuna_jax.generation.settings import GREEDY
+from flacuna_jax.generation.sizes import coarse_size
 from flacuna_jax.model.parameters import ModelSpec
 
 FIRST_BLOCK = 256
@@ -77,6 +78,11 @@ def block_sizes(slots: int) -> list[int]:
     while (total := sum(sizes)) < slots:
         sizes.append(min(total, slots - total))
     return sizes
+
+
+def slots_for(length: int) -> int:
+    """The number of slots for rows of at most `length` tokens."""
+    return max(FIRST_BLOCK, coarse_size(length))
 
 
 def empty_rows(spec: ModelSpec, rows: int, slots: int, apart: bool, own_columns: bool = False) -> Rows:

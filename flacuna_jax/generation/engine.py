@@ -16,11 +16,12 @@ from flacuna_jax.data.tokenization import Tokenizer
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import shared_prefix
 from flacuna_jax.generation.answers import certain, ended
+from flacuna_jax.generation.caches import slots_for
 from flacuna_jax.generation.decoder import Decoder, Draw, Network, Part, moves_below, on_host
 from flacuna_jax.generation.language_model import Generation, GenerationRequest, Score, ScoreRequest
 from flacuna_jax.generation.prefixes import Group, plan_prefixes
-from flacuna_jax.generation.programs import padded_size
 from flacuna_jax.generation.settings import Placement, Sampling
+from flacuna_jax.generation.sizes import coarse_size, padded_size, power_of_two
 from flacuna_jax.kernels.axes import BATCH_AXES
 from flacuna_jax.model.parameters import ModelSpec
 from flacuna_jax.model.sharding import row_shards
@@ -107,7 +108,7 @@ class LlamaLanguageModel:
         row_length = max(min(self.placement.row_length, padded_size(sum(lengths))), padded_size(max(lengths)))
         shards = row_shards(self.mesh)
         rows = _pack(lengths, row_length)
-        whole = min(self.placement.row_tokens // row_length, 1 << (len(rows) - 1).bit_length())
+        whole = min(self.placement.row_tokens // row_length, power_of_two(len(rows)))
         batch = max(1, whole // shards) * shards
         for begin in range(0, len(rows), batch):
             members = [[documents[index] for index in row] for row in rows[begin : begin + batch]]
@@ -147,7 +148,7 @@ class LlamaLanguageModel:
         draw = draw_of(request)
         told = 0
         with jax.set_mesh(self.mesh):
-            slots = padded_size(len(request.prompt) + request.max_new_tokens)
+            slots = slots_for(len(request.prompt) + request.max_new_tokens)
             decoder = Decoder(self.network, row_shards(self.mesh), slots)
             tokens = decoder.begin({0: (Part(request.prompt), draw)}, 1).tolist()
         while (generation := self._ended(tokens, request)) is None:
@@ -187,9 +188,9 @@ class LlamaLanguageModel:
         prefix = self._prefix(next(iter(requests.values())).prompt[:shared])
         # Long answers first, so that they do not run alone at the end.
         waiting = sorted(requests, key=lambda i: (requests[i].max_new_tokens, len(requests[i].prompt)))
-        slots = padded_size(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
+        slots = slots_for(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
         shards = row_shards(self.mesh)
-        count = max(1, min(self.placement.rows, len(requests)) // shards) * shards
+        count = max(1, min(self.placement.rows, power_of_two(len(requests))) // shards) * shards
         at_once = max(1, count // 4)
         steps = STEPS if self.network.layers is None else FEW_STEPS
         steps = min(steps, max(r.max_new_tokens for r in requests.values()) - 1)
@@ -233,7 +234,7 @@ class LlamaLanguageModel:
     def _prefix(self, tokens: Sequence[int]) -> shared_prefix.Prefix | None:
         if not tokens:
             return None
-        padded = np.zeros(padded_size(len(tokens)), np.int32)
+        padded = np.zeros(coarse_size(len(tokens)), np.int32)
         padded[: len(tokens)] = tokens
         return shared_prefix.compute_prefix(self.spec, self.params, padded, np.int32(len(tokens)))
 

@@ -12,15 +12,8 @@ from flacuna_jax.generation import by_layer, continuation
 from flacuna_jax.generation.caches import Rows
 from flacuna_jax.generation.continuation import Chosen
 from flacuna_jax.generation.decode import LogProbabilities
+from flacuna_jax.generation.sizes import padded_size
 from flacuna_jax.model.parameters import ModelSpec
-
-SIZES = (64, 128, 192, *(64 * factor * 2**power for power in range(13) for factor in (4, 5, 6, 7)))
-"""Compiled lengths: 64, 128, 192, 256, 320, 384, 448, 512, 640, ...; above 256, a length is at most a quarter larger
-than necessary."""
-
-
-def padded_size(needed: int) -> int:
-    return next(size for size in SIZES if size >= needed)
 
 
 class FillSize(NamedTuple):

@@ -1,5 +1,6 @@
 """Programs that are compiled ahead and in the background."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("starlette")
 
 from flacuna_jax.generation.programs import AdvanceSize, FillSize
-from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms, StartSize
+from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms, Size, StartSize
 from flacuna_jax.serving.scheduler import STEPS
 from tests.serving.models import prepared
 
@@ -21,20 +22,28 @@ def programs(story_llama: Path) -> CompiledPrograms:
     return scheduler._programs
 
 
-def test_the_smallest_program_that_is_ready_is_used_until_a_better_one_is(programs: CompiledPrograms) -> None:
+def test_the_smallest_program_that_is_ready_is_used_until_a_better_one_is(
+    programs: CompiledPrograms, monkeypatch: pytest.MonkeyPatch
+) -> None:
     largest = FillSize(1, LENGTHS[-1], 2)
     assert {largest, StartSize(1), AdvanceSize(STEPS, programs.counts[-1], 2)} <= programs._ready.keys()
     wanted = FillSize(1, 192, 1)
     assert wanted not in programs._ready
-    begin = time.monotonic()
-    size, program = programs.fill(FillSize(1, 150, 1))
-    # Compiling takes longer, even of this model.
-    assert (size, program, time.monotonic() - begin < 0.1) == (largest, programs._ready[largest], True)
+    compile_here = programs._compile
+    compiling: list[tuple[object, str]] = []
+
+    def compile_and_note(size: Size) -> None:
+        compiling.append((size, threading.current_thread().name))
+        compile_here(size)
+
+    monkeypatch.setattr(programs, "_compile", compile_and_note)
+    assert programs.fill(FillSize(1, 150, 1)) == (largest, programs._ready[largest])
     end = time.monotonic() + 300
     while wanted not in programs._ready:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert programs.fill(FillSize(1, 150, 1))[0] == wanted
+    assert compiling == [(wanted, "compiler_0")]
 
 
 def test_a_program_that_cannot_be_compiled_leaves_the_larger_one(
