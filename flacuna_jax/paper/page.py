@@ -129,8 +129,11 @@ def _leakage(experiment: Experiment) -> str:
 
 def _rates(experiment: Experiment, losses: Losses) -> str:
     lines, settings = [], experiment.settings
+    at_the_end = []
     for method, by_rate in losses.items():
         best = min(by_rate, key=by_rate.__getitem__)
+        if len(by_rate) > 1 and best in (min(by_rate), max(by_rate)):
+            at_the_end.append(method)
         shown = [f"{rate:g}" if len(by_rate) == 1 else f"{rate:g}: {loss:.4f}" for rate, loss in by_rate.items()]
         chosen = list(by_rate).index(best)
         shown[chosen] = f"**{shown[chosen]}**"
@@ -140,9 +143,16 @@ def _rates(experiment: Experiment, losses: Losses) -> str:
 
 If a method has several learning rates, each was used on the first {settings.sweep_examples} records, and the one with
 the lowest loss on {settings.held_out} held-out records was chosen. A method with one rate was not tuned.
-
+{_beyond(at_the_end)}
 {_markdown(("method", "learning rate: held-out loss at the end"), lines, "--")}
 """
+
+
+def _beyond(methods: Sequence[str]) -> str:
+    """A remark on methods whose best rate is the smallest or the largest that was tried."""
+    if not methods:
+        return ""
+    return f"The best rate of {', '.join(methods)} is the smallest or largest of those tried, so others may be better.\n"
 
 
 def _training(experiment: Experiment, trainings: Sequence[Training], directory: Path) -> str:
