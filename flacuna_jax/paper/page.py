@@ -152,7 +152,7 @@ def _beyond(methods: Sequence[str]) -> str:
     """A remark on methods whose best rate is the smallest or the largest that was tried."""
     if not methods:
         return ""
-    return f"The best rate of {', '.join(methods)} is the smallest or largest of those tried, so others may be better.\n"
+    return f"The best rate of {', '.join(methods)} is the smallest or largest one tried, so others may be better.\n"
 
 
 def _training(experiment: Experiment, trainings: Sequence[Training], directory: Path) -> str:
