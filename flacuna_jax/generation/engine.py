@@ -299,7 +299,7 @@ def _lay_out(rows: Sequence[Sequence[Document]], shared: int, shape: tuple[int, 
             wanted.extend((base + position, target, owner) for position, target, owner in document.wanted)
             begin += len(rest)
     chunks = -(-len(wanted) // shared_prefix.SCORED_TOGETHER)
-    size = shared_prefix.SCORED_TOGETHER * (1 << (chunks - 1).bit_length())
+    size = shared_prefix.SCORED_TOGETHER * power_of_two(chunks)
     padded = np.zeros((size, 3), np.int32)
     padded[: len(wanted)] = wanted
     return LaidOut((tokens, positions, segment_ids), padded[:, 0], padded[:, 1], padded[: len(wanted), 2])

@@ -21,5 +21,5 @@ def coarse_size(needed: int) -> int:
 
 
 def power_of_two(needed: int) -> int:
-    """The smallest power of two for `needed` rows."""
+    """The smallest power of two that is not below `needed`: of rows, or of chunks."""
     return 1 << (needed - 1).bit_length()
