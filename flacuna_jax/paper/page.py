@@ -235,6 +235,8 @@ p < {SIGNIFICANT}; without any effect, {expected:.1f} would be expected, as p is
 comparisons.
 
 {listed}
+
+A guess among the options is right for 25 % of the problems of MMLU, and for 50 % of those of HHH.
 """
 
 
