@@ -14,16 +14,20 @@ def starts_with_label(prediction: str, question: Question) -> float:
 _LETTER = re.compile(r"\(?([A-Z])(?![A-Za-z0-9'’])")
 
 
-def names_option(prediction: str, question: Question) -> float:
-    """The prediction begins with the option's letter as a word: "C", "C.", "(C) ..." but not "Cats"."""
+def letter_of(prediction: str) -> str | None:
+    """The letter that the prediction begins with as a word: "C", "C.", "(C) ..." but not "Cats"."""
     found = _LETTER.match(prediction.strip())
-    return float(found is not None and found.group(1) == question.label)
+    return found.group(1) if found else None
+
+
+def names_option(prediction: str, question: Question) -> float:
+    """The prediction begins with the option's letter as a word."""
+    return float(letter_of(prediction) == question.label)
 
 
 def is_option(prediction: str, question: Question) -> float:
     """The prediction begins with a letter from A to D as a word, right or wrong: the model answers in the format."""
-    found = _LETTER.match(prediction.strip())
-    return float(found is not None and found.group(1) in "ABCD")
+    return float(letter_of(prediction) in set("ABCD"))
 
 
 def first_line(prediction: str) -> str:

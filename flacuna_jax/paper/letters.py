@@ -5,8 +5,9 @@ generates an answer, so a model that knows it but writes something else first ge
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flacuna_jax.arguments import Parser
 from flacuna_jax.cli import run_verb
@@ -58,8 +59,15 @@ def write_task(result: Path, directory: Path) -> None:
 def read_letters(path: Path, model: str) -> TaskResult:
     """The harness's result as one of this package."""
     samples = sorted(json.loads(path.read_text("utf-8"))["samples"][TASK], key=lambda sample: sample["doc_id"])
-    outcomes = tuple(Outcome(str(one["doc_id"]), "", {SCORE: float(one[SCORE])}, {}) for one in samples)
+    outcomes = tuple(
+        Outcome(str(one["doc_id"]), "", {SCORE: float(one[SCORE])}, {"prediction": _likeliest(one)}) for one in samples
+    )
     return TaskResult(TASK, 0, model, outcomes, "micro", len(outcomes))
+
+
+def _likeliest(sample: Mapping[str, Any]) -> str:
+    """The letter with the largest log-probability; the harness stores a pair of that and another value for each."""
+    return max(zip(LETTERS, sample["filtered_resps"], strict=True), key=lambda pair: float(pair[1][0]))[0]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Results of the experiment as tables: benchmarks, answers that are a letter, writing, chat share."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import get_args
@@ -8,6 +9,7 @@ from flacuna_jax.evaluation.benchmark import Column, Reading, TableSpec
 from flacuna_jax.evaluation.published import published_rows
 from flacuna_jax.evaluation.registry import BENCHMARKS
 from flacuna_jax.evaluation.results import Outcome, TaskResult, read_result
+from flacuna_jax.evaluation.scoring import letter_of
 from flacuna_jax.evaluation.tables import SIGNIFICANT, Table, all_differences, make_tables
 from flacuna_jax.paper import letters
 from flacuna_jax.paper.experiment import Experiment
@@ -16,6 +18,7 @@ READINGS: tuple[Reading, ...] = get_args(Reading)
 PUBLISHED = ("Vicuna 13B", "Flacuna 13B")
 """Published rows that are shown, for context."""
 _LETTERS = TableSpec("Share of answers that begin with a letter from A to D, %")
+_SAME = TableSpec("Share of answers with the model's most frequent letter, %")
 _LOG_PROBABILITY = TableSpec("MMLU by log-probability (lm-evaluation-harness), %")
 _WRITING = TableSpec("Writing")
 
@@ -29,6 +32,13 @@ LETTER_COLUMNS = tuple(
     for task, title in (("mmlu", "MMLU"), ("crass", "CRASS"))
     for shots in (5, 3, 0)
 )
+SAME = "most frequent letter"
+"""Score: whether an answer begins with the letter that most of the model's answers begin with."""
+SAME_COLUMNS = (
+    Column(_SAME, "MMLU (5-shot)", "mmlu", 5, scores=_of(SAME)),
+    Column(_SAME, "MMLU (0-shot)", "mmlu", 0, scores=_of(SAME)),
+    Column(_SAME, "MMLU (by log-probability)", letters.TASK, scores=_of(SAME)),
+)
 LOG_PROBABILITY_COLUMN = Column(_LOG_PROBABILITY, "MMLU (0-shot)", letters.TASK, scores=_of(letters.SCORE))
 WRITING_COLUMNS = (
     Column(_WRITING, "Unasked code %", "impact", scores=_of("unasked code"), factor=100.0),
@@ -41,11 +51,25 @@ ORDER = 4
 
 def read_results(experiment: Experiment, model: str) -> list[TaskResult]:
     """Results of a model, with the scores of writing, and that of the harness if there is one."""
-    results = [with_writing(read_result(path)) for path in experiment.all_results(model)]
+    results = [read_result(path) for path in experiment.all_results(model)]
     by_harness = experiment.letters(model) / letters.FILE
-    if not (experiment.settings.letters and by_harness.is_file()):
-        return results
-    return [*results, letters.read_letters(by_harness, model)]
+    if experiment.settings.letters and by_harness.is_file():
+        results.append(letters.read_letters(by_harness, model))
+    return [with_writing(with_same_letter(result)) for result in results]
+
+
+def with_same_letter(result: TaskResult) -> TaskResult:
+    """MMLU's result with the score `SAME`: a model that always gives the same letter scores as a guess does."""
+    if result.task not in ("mmlu", letters.TASK):
+        return result
+    named = [letter_of(str(outcome.record["prediction"])) for outcome in result.outcomes]
+    counts = collections.Counter(letter for letter in named if letter in set(letters.LETTERS))
+    same = max(counts, key=lambda letter: (counts[letter], letter)) if counts else None
+    outcomes = (
+        dataclasses.replace(outcome, scores={**outcome.scores, SAME: float(letter is not None and letter == same)})
+        for outcome, letter in zip(result.outcomes, named, strict=True)
+    )
+    return dataclasses.replace(result, outcomes=tuple(outcomes))
 
 
 def with_writing(result: TaskResult) -> TaskResult:
@@ -75,8 +99,8 @@ def benchmark_tables(models: Sequence[Sequence[TaskResult]]) -> list[Table]:
 
 
 def extra_tables(models: Sequence[Sequence[TaskResult]]) -> list[Table]:
-    """Answers that are a letter, letters by log-probability, and writing; both readings are the same."""
-    tables = make_tables(models, (*LETTER_COLUMNS, LOG_PROBABILITY_COLUMN, *WRITING_COLUMNS))
+    """Answers that are a letter, and which, letters by log-probability, and writing; both readings are the same."""
+    tables = make_tables(models, (*LETTER_COLUMNS, *SAME_COLUMNS, LOG_PROBABILITY_COLUMN, *WRITING_COLUMNS))
     return [dataclasses.replace(table, title=table.title.removesuffix(" (faithful)")) for table in tables]
 
 

@@ -28,6 +28,8 @@ def test_the_harness_answers_the_prompts_of_a_result(story_llama: Path, tmp_path
     assert [outcome.id for outcome in result.outcomes] == ["0", "1", "2", "3"]
     whole = json.loads((directory / "base" / letters.FILE).read_text())
     assert result.mean(letters.SCORE) == pytest.approx(100 * whole["results"][letters.TASK]["acc,none"])
+    right = [outcome.record["prediction"] == letter for outcome, letter in zip(result.outcomes, "ABCD", strict=True)]
+    assert right == [outcome.scores[letters.SCORE] == 1 for outcome in result.outcomes]
     asked = [sample["arguments"] for sample in whole["samples"][letters.TASK]]
     assert "Lily had a dog" in str(asked[0])
     assert len(asked[0]) == 4

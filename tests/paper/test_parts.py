@@ -12,7 +12,7 @@ from flacuna_jax.evaluation.results import Outcome, TaskResult
 from flacuna_jax.flan_mini.config import FlanMiniConfig
 from flacuna_jax.paper import curves, split
 from flacuna_jax.paper.experiment import Training, shares
-from flacuna_jax.paper.results import extra_tables, findings, repeated
+from flacuna_jax.paper.results import SAME, extra_tables, findings, repeated, with_same_letter
 from flacuna_jax.paper.settings import ExperimentSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper_135m"
@@ -63,6 +63,18 @@ def test_the_share_of_letters_is_a_table_with_a_paired_difference() -> None:
     assert (found[0].model, found[0].score) == ("lora", "letter")
     assert found[0].p_value == pytest.approx(2 / 2**9)  # McNemar: nine gained, none lost
     assert findings(base, [base]) == ([], 1)
+
+
+def test_a_model_that_always_gives_the_same_letter_is_seen() -> None:
+    def answers(*predictions: str) -> TaskResult:
+        outcomes = tuple(Outcome(str(i), "g", {"letter": 1.0}, {"prediction": p}) for i, p in enumerate(predictions))
+        return with_same_letter(TaskResult("mmlu", 0, "m", outcomes, "micro", len(outcomes)))
+
+    assert answers(" B", "B. yes", "(B)", "A").mean(SAME) == 75
+    assert answers("The answer", "").mean(SAME) == 0
+    assert answers("E", "E", "D").mean(SAME) == pytest.approx(100 / 3)  # E is no option
+    titles = [table.title for table in extra_tables([[answers("A", "A")]])]
+    assert any("most frequent letter" in title for title in titles)
 
 
 def test_curves_are_drawn_from_the_first_step_to_the_last() -> None:
