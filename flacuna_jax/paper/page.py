@@ -218,7 +218,7 @@ def _benchmarks(experiment: Experiment, trainings: Sequence[Training], directory
         "## Benchmarks",
         _findings(base, methods),
         *(_table(table, directory) for table in tables),
-        "".join(f"- {remark}\n" for remark in published_remarks()),
+        "Remarks on the published numbers:\n\n" + "".join(f"- {remark}\n" for remark in published_remarks()),
         _questions(experiment, trainings, tuned),
     ]
 
