@@ -131,7 +131,7 @@ def test_forms_of_a_product_are_the_same_product(benchmark_module):
     rng = np.random.default_rng(0)
     x, matrix, cotangent = (rng.standard_normal(shape).astype(np.float32) for shape in [(5, 8), (6, 8), (5, 6)])
     forward, of_x, of_matrix = x @ matrix.T, cotangent @ matrix, cotangent.T @ x
-    expected = [forward, forward, of_x, of_x, of_matrix, of_matrix]
+    expected = [forward, forward, forward, of_x, of_x, of_matrix, of_matrix]
     for form, result in zip(products.FORMS.values(), expected, strict=True):
         np.testing.assert_allclose(form(x, matrix, cotangent), result, rtol=1e-5, atol=1e-5)
     for form in products.OF_ONE_TOKEN.values():
