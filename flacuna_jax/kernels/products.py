@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from flacuna_jax.kernels.attention import ambient_device
 
 FEW = {"float32": range(2, 65), "bfloat16": range(17, 65)}
-"""Numbers of tokens for which a product with the matrix as the first operand was faster (`benchmarks/products.py`)."""
+"""Numbers of tokens for which a product with the matrix as the first operand was faster, or as fast (compare forms with
+`benchmarks/products.py --matrices 40`)."""
 
 
 def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
