@@ -33,18 +33,25 @@ from flacuna_jax.model.lora import select_columns
 from flacuna_jax.model.parameters import ModelSpec
 
 
-class Piece(NamedTuple):
-    """Parts of prompts (without the prefix), padded after `length_r`, for the rows `into_r`, whose caches already have
-    `start_r` tokens. Row numbers beyond the number of rows are ignored, so that a partly filled group needs no separate
-    compilation."""
+class Packed(NamedTuple):
+    """Parts of prompts (without the prefix) in one row of tokens, for rows of the batch. Row numbers beyond the number of
+    rows are ignored: those of padding, and of missing parts, so that fewer parts need no separate compilation."""
 
-    into_r: jax.Array
-    tokens_rt: jax.Array
-    start_r: jax.Array
-    length_r: jax.Array
-    target_rt: jax.Array
-    """The tokens that follow, for their log-probabilities."""
-    columns_r2: jax.Array | None = None
+    tokens_t: jax.Array
+    part_t: jax.Array
+    """The number of each token's part, from 1 on; 0 for padding."""
+    row_t: jax.Array
+    """The row of the batch of each token."""
+    slot_t: jax.Array
+    """Its slot in the cache of that row."""
+    target_t: jax.Array
+    """The token that follows, for its log-probability."""
+    last_r: jax.Array
+    """The index of the last token of each part."""
+    row_r: jax.Array
+    """The row of the batch of each part."""
+    columns_2: jax.Array | None = None
+    """The columns of the adapter of these rows, as in `Rows`."""
 
 
 class Chosen(NamedTuple):
@@ -81,40 +88,37 @@ def fill(
     params: Params,
     prefix: Prefix | None,
     rows: Rows,
-    piece: Piece,
+    packed: Packed,
     scored: Numbers | bool = False,
     blocks: int = 0,
     alternatives: int = 0,
 ) -> tuple[Rows, jax.Array, LogProbabilities | None]:
-    """Writes pieces of prompts into the caches.
+    """Writes parts of prompts into the caches.
 
     Args:
-      scored: whether the targets of the piece are scored; otherwise, their log-probabilities are zeros.
-      blocks: number of blocks of the caches that have the tokens before the pieces; 0 if there are none.
+      scored: whether the targets are scored; otherwise, their log-probabilities are zeros.
+      blocks: number of blocks of the caches that have earlier tokens of the prompt, if there is only one part; 0 if
+        every part begins its prompt.
       alternatives: number of alternatives to the targets; 0 scores nothing.
 
     Returns:
-      The rows, the logits after each piece [r, v], and log-probabilities of the targets [r, t].
+      The rows, the logits after each part [r, v], and log-probabilities of the targets [t].
     """
-    model = for_rows(spec.merge(params), piece.columns_r2)
-    length = piece.tokens_rt.shape[1]
-    segment_ids_rt = (jnp.arange(length) < piece.length_r[:, None]).astype(jnp.int32)
-    positions_rt = piece.start_r[:, None] + jnp.arange(length, dtype=jnp.int32)
-    if prefix is not None:
-        positions_rt = positions_rt + prefix.length
-    earlier = _earlier(model, prefix, rows, piece, positions_rt, blocks)
-    hidden_rtd, k_lrtkn, v_lrtkn = forward(
-        model, piece.tokens_rt, positions_rt, segment_ids_rt, earlier, piece.columns_r2
+    columns_12 = None if packed.columns_2 is None else packed.columns_2[None]
+    model = for_rows(spec.merge(params), columns_12)
+    positions_1t = packed.slot_t[None] if prefix is None else packed.slot_t[None] + prefix.length
+    earlier = _earlier(model, prefix, rows, packed, positions_1t, blocks)
+    hidden_1td, k_l1tkn, v_l1tkn = forward(
+        model, packed.tokens_t[None], positions_1t, packed.part_t[None], earlier, columns_12
     )
-    last_r1d = jnp.take_along_axis(hidden_rtd, (piece.length_r - 1)[:, None, None], axis=1)
-    filled = rows._replace(
-        blocks=_with_prompts(rows, piece, as_keys(k_lrtkn), as_values(v_lrtkn)),
-        length_b=_put(rows.length_b, piece.into_r, piece.start_r + piece.length_r),
-    )
-    if rows.columns_b2 is not None and piece.columns_r2 is not None:
-        filled = filled._replace(columns_b2=_put(rows.columns_b2, piece.into_r, piece.columns_r2))
-    scores = _scores_if(scored, alternatives, lambda: _scores(model, hidden_rtd, piece.target_rt, alternatives))
-    return filled, model.logits(last_r1d)[:, 0], scores
+    written = written_at(rows.blocks, packed.row_t[None], packed.slot_t[None], k_l1tkn, v_l1tkn)
+    length_r = packed.slot_t[packed.last_r] + 1
+    filled = rows._replace(blocks=written, length_b=_put(rows.length_b, packed.row_r, length_r))
+    if rows.columns_b2 is not None and packed.columns_2 is not None:
+        columns_r2 = jnp.broadcast_to(packed.columns_2, (len(packed.row_r), 2))
+        filled = filled._replace(columns_b2=_put(rows.columns_b2, packed.row_r, columns_r2))
+    scores = _scores_if(scored, alternatives, lambda: _scores(model, hidden_1td, packed.target_t, alternatives))
+    return filled, model.logits(hidden_1td[:, packed.last_r])[0], scores
 
 
 @functools.partial(jax.jit, static_argnames=("alternatives",), donate_argnames=("rows",))
@@ -245,51 +249,44 @@ def for_rows(model: Llama, columns_b2: jax.Array | None) -> Llama:
 
 
 def _earlier(
-    model: Llama, prefix: Prefix | None, rows: Rows, piece: Piece, positions_rt: jax.Array, blocks: int
+    model: Llama, prefix: Prefix | None, rows: Rows, packed: Packed, positions_1t: jax.Array, blocks: int
 ) -> Earlier | None:
-    """What pieces attend to besides themselves: the prefix, and the first `blocks` of the caches of their rows."""
+    """What parts attend to besides themselves: the prefix, and the first `blocks` of the cache of a single part."""
     if prefix is None and not blocks:
         return None
     first = 0 if prefix is None else prefix.length
 
-    def of_rows(layered: Layered) -> jax.Array:
-        """The caches of the pieces' rows, as a stack."""
+    def of_row(layered: Layered) -> jax.Array:
+        """The cache of the part's row, as a stack."""
         if isinstance(layered, jax.Array):
-            return jnp.take(layered, piece.into_r, axis=1, mode="clip")
-        return jnp.stack([jnp.take(cache, piece.into_r, axis=0, mode="clip") for cache in layered])
+            return jnp.take(layered, packed.row_r[:1], axis=1, mode="clip")
+        return jnp.stack([jnp.take(cache, packed.row_r[:1], axis=0, mode="clip") for cache in layered])
 
-    cached = [(of_rows(block.k), of_rows(block.v)) for block in rows.blocks[:blocks]]
+    cached = [(of_row(block.k), of_row(block.v)) for block in rows.blocks[:blocks]]
 
     def earlier(layer: int | jax.Array) -> list[Seen]:
-        from_rt = model.config.first_visible(layer, positions_rt)
-        parts = [] if prefix is None else [prefix_of(prefix, layer, from_rt)]
-        for block, (k_lrksn, v_lrkns) in enumerate(cached):
+        from_1t = model.config.first_visible(layer, positions_1t)
+        parts = [] if prefix is None else [prefix_of(prefix, layer, from_1t)]
+        for block, (k_l1ksn, v_l1kns) in enumerate(cached):
             slot_s = jnp.arange(rows.firsts[block], rows.firsts[block + 1])
-            visible_rts = (slot_s < piece.start_r[:, None, None]) & (first + slot_s >= from_rt[:, :, None])
-            parts.append(Seen(layer_of(k_lrksn, layer), layer_of(v_lrkns, layer), visible_rts))
+            visible_1ts = (slot_s < packed.slot_t[0]) & (first + slot_s >= from_1t[:, :, None])
+            parts.append(Seen(layer_of(k_l1ksn, layer), layer_of(v_l1kns, layer), visible_1ts))
         return parts
 
     return earlier
 
 
-def _scores(model: Llama, hidden_rtd: jax.Array, target_rt: jax.Array, alternatives: int) -> LogProbabilities:
-    """Log-probabilities of the targets, with the logits of `SCORED_TOGETHER` positions of a row at a time."""
-    count, length, width = hidden_rtd.shape
+def _scores(model: Llama, hidden_1td: jax.Array, target_t: jax.Array, alternatives: int) -> LogProbabilities:
+    """Log-probabilities of the targets, with the logits of `SCORED_TOGETHER` positions at a time."""
+    _, length, width = hidden_1td.shape
     size = SCORED_TOGETHER if length % SCORED_TOGETHER == 0 else length
 
     def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> LogProbabilities:
-        hidden_rcd, target_rc = chunk
-        logits_mv = model.logits(hidden_rcd).reshape(count * size, -1)
-        return log_probabilities(logits_mv, target_rc.reshape(-1), alternatives)
+        hidden_cd, target_c = chunk
+        return log_probabilities(model.logits(hidden_cd[None])[0], target_c, alternatives)
 
-    hidden_crsd = jnp.moveaxis(hidden_rtd.reshape(count, -1, size, width), 1, 0)
-    scores = jax.lax.map(of_chunk, (hidden_crsd, jnp.moveaxis(target_rt.reshape(count, -1, size), 1, 0)))
-
-    def by_row(values: jax.Array) -> jax.Array:
-        values = values.reshape(-1, count, size, *values.shape[2:])
-        return jnp.moveaxis(values, 0, 1).reshape(count, length, *values.shape[3:])
-
-    return jax.tree.map(by_row, scores)
+    scores = jax.lax.map(of_chunk, (hidden_1td.reshape(-1, size, width), target_t.reshape(-1, size)))
+    return jax.tree.map(lambda values: values.reshape(length, *values.shape[2:]), scores)
 
 
 def attend_in_rows(
@@ -324,14 +321,6 @@ def attend_in_rows(
         first += slots
     parts.append(Seen(*recent, visible(first_recent_b, recent.k_bkmn.shape[-2], position_b)))
     return attend_to(config, q, *parts, Seen(as_keys(k), as_values(v), jnp.array(True)))
-
-
-def _with_prompts(rows: Rows, piece: Piece, k_lrktn: jax.Array, v_lrknt: jax.Array) -> tuple[Block, ...]:
-    """The caches after writing keys and values of pieces, each from its first free slot on."""
-    slot_rt = piece.start_r[:, None] + jnp.arange(k_lrktn.shape[3])
-    return written_at(
-        rows.blocks, piece.into_r[:, None], slot_rt, jnp.moveaxis(k_lrktn, 3, 2), jnp.moveaxis(v_lrknt, 4, 2)
-    )
 
 
 def with_recent(blocks: tuple[Block, ...], length_b: jax.Array, recent: Recent) -> tuple[Block, ...]:

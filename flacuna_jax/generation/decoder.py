@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flacuna_jax.generation import by_layer, continuation
 from flacuna_jax.generation.caches import Rows, empty_rows
-from flacuna_jax.generation.continuation import Chosen, Piece
+from flacuna_jax.generation.continuation import Chosen, Packed
 from flacuna_jax.generation.decode import LogProbabilities, RowSampling, most_general
 from flacuna_jax.generation.programs import AdvanceSize, FillSize, OnFirstUse, Programs
 from flacuna_jax.generation.settings import GREEDY, METHODS, Sampling
@@ -87,32 +87,24 @@ class Decoder:
         self.rows = _place(network, empty_rows(network.spec, count, slots, _apart(network), own_columns))
 
     def fill(self, parts: Mapping[int, Part], at_once: int) -> tuple[jax.Array, LogProbabilities | None]:
-        """Writes at most `at_once` parts into the caches of their rows.
+        """Writes parts into the caches of their rows. Several parts must begin their prompts and have the same columns.
 
         Args:
-          parts: tokens by row.
+          parts: at most `at_once` parts, by row.
           at_once: number of parts that a program is compiled for.
 
         Returns:
-          Logits [at_once, vocab] after each part, and log-probabilities of the targets [at_once, length] if any part
-          has some.
+          Logits [at_once, vocab] after each part, and log-probabilities of the targets, one part after the other, if
+          any part has some.
         """
-        longest = max(len(part.tokens) for part in parts.values())
         earlier = max(part.start for part in parts.values())
-        wanted = FillSize(at_once, longest, self.rows.blocks_for(earlier))
-        (_, length, _), program = self.programs.fill(wanted)
-        tokens_rt, target_rt = on_call((at_once, length)), on_call((at_once, length))
-        start_r, length_r, columns_r2 = on_call(at_once), on_call(at_once, 1), on_call((at_once, 2))
-        for i, part in enumerate(parts.values()):
-            tokens_rt[i, : len(part.tokens)] = part.tokens
-            start_r[i], length_r[i], columns_r2[i] = part.start, len(part.tokens), part.columns
-            if part.targets is not None:
-                target_rt[i, : len(part.targets)] = part.targets
-        into_r = self._into(list(parts), at_once)
-        columns = None if self.rows.columns_b2 is None else columns_r2
-        piece = Piece(into_r, tokens_rt, start_r, length_r, target_rt, columns)
+        tokens = sum(len(part.tokens) for part in parts.values())
+        size, program = self.programs.fill(FillSize(at_once, tokens, self.rows.blocks_for(earlier)))
+        packed = packed_parts(parts, size, self.count)
+        if self.rows.columns_b2 is None:
+            packed = packed._replace(columns_2=None)
         scored = any(part.targets is not None for part in parts.values())
-        self.rows, logits_rv, scores = program(self.network.params, self._prefix, self.rows, piece, np.bool_(scored))
+        self.rows, logits_rv, scores = program(self.network.params, self._prefix, self.rows, packed, np.bool_(scored))
         return logits_rv, jax.tree.map(on_host, scores) if scored else None
 
     def start(self, draws: Sequence[tuple[int, Draw] | None], logits_rv: jax.Array, scored: bool = False) -> Chosen:
@@ -125,7 +117,7 @@ class Decoder:
         """
         at_once = len(logits_rv)
         settings = [GREEDY] * at_once
-        into_r, seed_r = self._into([], at_once), np.zeros(at_once, np.uint32)
+        into_r, seed_r = on_call(at_once, self.count), np.zeros(at_once, np.uint32)
         for i, found in enumerate(draws):
             if found is not None:
                 into_r[i], (settings[i], seed_r[i]) = found
@@ -135,9 +127,9 @@ class Decoder:
         )
         return jax.tree.map(on_host, chosen)
 
-    def begin(self, prompts: Mapping[int, tuple[Part, Draw]], at_once: int) -> np.ndarray:
+    def begin(self, prompts: Mapping[int, tuple[Part, Draw]]) -> np.ndarray:
         """Fills rows with whole prompts. Returns their first new tokens, in the order of the rows given."""
-        logits_rv, _ = self.fill({row: part for row, (part, _) in prompts.items()}, at_once)
+        logits_rv, _ = self.fill({row: part for row, (part, _) in prompts.items()}, self.count)
         chosen = self.start([(row, draw) for row, (_, draw) in prompts.items()], logits_rv)
         return np.asarray(chosen.token)[: len(prompts)]
 
@@ -169,9 +161,22 @@ class Decoder:
         blocks = self.rows.blocks_for(length)
         self.rows = continuation.copy_row(self.rows, np.int32(source), np.int32(target), blocks=blocks)
 
-    def _into(self, rows: Sequence[int], at_once: int) -> Any:
-        """Row numbers, padded with one that does not exist."""
-        return np.array([*rows, *[self.count] * (at_once - len(rows))], np.int32)
+
+def packed_parts(parts: Mapping[int, Part], size: FillSize, rows: int) -> Packed:
+    """Parts one after the other, as `continuation.fill` takes them. `rows` is the number of rows of the batch."""
+    numbers_t = [on_call(size.length) for _ in range(5)]
+    tokens_t, part_t, row_t, slot_t, target_t = numbers_t
+    last_r, row_r = on_call(size.parts), on_call(size.parts, rows)
+    row_t[:] = rows
+    end, columns = 0, (0, 0)
+    for i, (row, part) in enumerate(parts.items()):
+        begin, end = end, end + len(part.tokens)
+        tokens_t[begin:end], part_t[begin:end], row_t[begin:end] = part.tokens, i + 1, row
+        slot_t[begin:end] = range(part.start, part.start + len(part.tokens))
+        if part.targets is not None:
+            target_t[begin : begin + len(part.targets)] = part.targets
+        last_r[i], row_r[i], columns = end - 1, row, part.columns
+    return Packed(*numbers_t, last_r, row_r, np.asarray(columns, np.int32))
 
 
 def moves_below(count: int, taken: Collection[int], key: Callable[[int], Any] | None = None) -> dict[int, int]:

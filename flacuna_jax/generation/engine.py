@@ -30,6 +30,8 @@ STEPS = 16
 """New tokens per row between two checks for ended rows."""
 FEW_STEPS = 4
 """The same for streaming, and for separate layers, where more steps are not one program either."""
+FILLED_TOGETHER = 2048
+"""Maximum number of tokens of prompts that are computed together, unless one prompt has more."""
 WORTH_GATHERING = 32
 """Minimum number of tokens that may still be made for which programs with fewer rows are worth compiling."""
 
@@ -150,7 +152,7 @@ class LlamaLanguageModel:
         with jax.set_mesh(self.mesh):
             slots = slots_for(len(request.prompt) + request.max_new_tokens)
             decoder = Decoder(self.network, row_shards(self.mesh), slots)
-            tokens = decoder.begin({0: (Part(request.prompt), draw)}, 1).tolist()
+            tokens = decoder.begin({0: (Part(request.prompt), draw)}).tolist()
         while (generation := self._ended(tokens, request)) is None:
             text = certain(self.tokenizer.decode(tokens), request.stop)
             yield text[told:]
@@ -191,7 +193,7 @@ class LlamaLanguageModel:
         slots = slots_for(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
         shards = row_shards(self.mesh)
         count = max(1, min(self.placement.rows, power_of_two(len(requests))) // shards) * shards
-        at_once = max(1, count // 4)
+        enough = max(1, count // 4)  # free rows for new prompts
         steps = STEPS if self.network.layers is None else FEW_STEPS
         steps = min(steps, max(r.max_new_tokens for r in requests.values()) - 1)
         decoder = Decoder(self.network, count, slots, prefix)
@@ -209,14 +211,17 @@ class LlamaLanguageModel:
 
         while waiting or occupied:
             free = [row for row in range(count) if row not in occupied]
-            while waiting and free and (len(free) >= at_once or len(waiting) <= len(free)):
-                entering = {row: waiting.pop() for row in free[:at_once] if waiting}
-                asked = {row: requests[index] for row, index in entering.items()}
-                first_r = decoder.begin(
-                    {row: (Part(r.prompt[shared:]), draw_of(r)) for row, r in asked.items()}, at_once
-                )
-                occupied |= {row: (index, []) for row, index in entering.items()}
-                for row, token in zip(entering, first_r.tolist(), strict=True):
+            while waiting and free and (len(free) >= enough or len(waiting) <= len(free)):
+                entering, tokens = {}, 0
+                while waiting and len(entering) < len(free):
+                    prompt = requests[waiting[-1]].prompt[shared:]
+                    tokens += len(prompt)
+                    if entering and tokens > FILLED_TOGETHER:
+                        break
+                    index = waiting.pop()
+                    row = free[len(entering)]
+                    entering[row], occupied[row] = (Part(prompt), draw_of(requests[index])), (index, [])
+                for row, token in zip(entering, decoder.begin(entering).tolist(), strict=True):
                     settle(row, [token])
                 free = [row for row in range(count) if row not in occupied]
             if occupied and steps:

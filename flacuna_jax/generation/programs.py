@@ -17,9 +17,9 @@ from flacuna_jax.model.parameters import ModelSpec
 
 
 class FillSize(NamedTuple):
-    """Pieces of prompts that are filled together, tokens of a piece, and blocks of caches with earlier tokens."""
+    """Parts of prompts that are filled together, their tokens, and blocks of a cache with earlier tokens."""
 
-    pieces: int
+    parts: int
     length: int
     blocks: int
 
@@ -42,10 +42,10 @@ class Programs(Protocol):
     """Gives a decoder the program for each step."""
 
     def fill(self, wanted: FillSize) -> tuple[FillSize, Fill]:
-        """A program, and its size: at least the wanted one, with as many pieces."""
+        """A program, and its size: at least the wanted one, with as many parts."""
         ...
 
-    def start(self, pieces: int) -> Start: ...
+    def start(self, parts: int) -> Start: ...
 
     def advance(self, wanted: AdvanceSize) -> tuple[AdvanceSize, Advance]:
         """A program, and its size: at least the wanted one, with as many steps."""
@@ -81,7 +81,7 @@ class OnFirstUse:
         size = wanted._replace(length=padded_size(wanted.length))
         return size, fill_program(self.spec, size, self.alternatives)
 
-    def start(self, pieces: int) -> Start:
+    def start(self, parts: int) -> Start:
         return start_program(self.alternatives)
 
     def advance(self, wanted: AdvanceSize) -> tuple[AdvanceSize, Advance]:

@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.generation.caches import Block, Rows
-from flacuna_jax.generation.continuation import Piece
 from flacuna_jax.generation.decode import RowSampling
-from flacuna_jax.generation.decoder import Network, on_call
+from flacuna_jax.generation.decoder import Network, on_call, packed_parts
 from flacuna_jax.generation.programs import (
     Advance,
     AdvanceSize,
@@ -41,7 +40,7 @@ _logger = logging.getLogger(__name__)
 class StartSize(NamedTuple):
     """Rows that begin together."""
 
-    pieces: int
+    parts: int
 
 
 Size = FillSize | StartSize | AdvanceSize
@@ -91,8 +90,8 @@ class CompiledPrograms:
     def fill(self, wanted: FillSize) -> tuple[FillSize, Fill]:
         return self._best(wanted._replace(length=next(length for length in LENGTHS if length >= wanted.length)))
 
-    def start(self, pieces: int) -> Start:
-        return self._best(StartSize(pieces))[1]
+    def start(self, parts: int) -> Start:
+        return self._best(StartSize(parts))[1]
 
     def advance(self, wanted: AdvanceSize) -> tuple[AdvanceSize, Advance]:
         return self._best(wanted._replace(rows=next(count for count in self.counts if count >= wanted.rows)))
@@ -131,14 +130,13 @@ class CompiledPrograms:
     def _lowered(self, size: Size) -> jax.stages.Lowered:
         spec, params = self._network.spec, self._network.params
         match size:
-            case FillSize(pieces, length):
-                numbers_rt, numbers_r = on_call((pieces, length)), on_call(pieces)
-                piece = Piece(numbers_r, numbers_rt, numbers_r, numbers_r, numbers_rt, on_call((pieces, 2)))
+            case FillSize():
                 fill = fill_program(spec, size, self._alternatives)
-                return self._lower(fill, (params, None), (piece, NO), 2)
-            case StartSize(pieces):
-                numbers_r, sampling = on_call(pieces), RowSampling.of([GREEDY] * pieces)
-                logits_rv = jax.ShapeDtypeStruct((pieces, spec.config.vocab_size), np.float32, sharding=self._shared)
+                packed = packed_parts({}, size, len(self._rows.token_b))
+                return self._lower(fill, (params, None), (packed, NO), 2)
+            case StartSize(parts):
+                numbers_r, sampling = on_call(parts), RowSampling.of([GREEDY] * parts)
+                logits_rv = jax.ShapeDtypeStruct((parts, spec.config.vocab_size), np.float32, sharding=self._shared)
                 rest = (numbers_r, logits_rv, numbers_r.astype(np.uint32), sampling, GREEDILY, NO)
                 return self._lower(start_program(self._alternatives), (), rest, 1)
             case AdvanceSize():

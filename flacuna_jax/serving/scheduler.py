@@ -307,7 +307,7 @@ class Scheduler:
         logits_1v, scores = self._decoder.fill({number: part}, 1)
         row.filled += len(part.tokens)
         if part.targets is not None and scores is not None:
-            row.prompt_scores += _scores(part.targets, jax.tree.map(lambda x: x[0], scores))
+            row.prompt_scores += _scores(part.targets, scores)
         if row.is_filled:
             chosen = self._decoder.start([(number, row.draw)], logits_1v, row.job.scored)
             self.metrics.first_token.observe(time.monotonic() - row.job.since)

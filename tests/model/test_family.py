@@ -271,7 +271,7 @@ def continuations(member: Member, prompts: list[list[int]], shared: int, count: 
         prefix = shared_prefix.compute_prefix(spec, params, jnp.asarray(head), jnp.int32(shared))
     decoder = Decoder(Network(spec, params, make_mesh(MeshConfig())), len(prompts), 64, prefix)
     parts = {row: (Part(prompt[shared:]), Draw()) for row, prompt in enumerate(prompts)}
-    first_r = decoder.begin(parts, len(prompts))
+    first_r = decoder.begin(parts)
     more_bt = decoder.advance(count - 1, 64, [GREEDY]).token
     return np.concatenate([first_r[:, None], more_bt], axis=1).tolist()
 
