@@ -19,12 +19,15 @@ from flacuna_jax.generation.continuation import Chosen, Recent
 from flacuna_jax.generation.decode import Numbers
 from flacuna_jax.generation.shared_prefix import Params, Prefix, through_layer
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.rope import Rope
 
 SMALL_STACK = 4 << 30
 """Maximum size of all layers in bytes for which their parameters are also held separately."""
 
 Layer = list[jax.Array]
 """The leaves of the state of a layer."""
+Ropes = tuple[Rope, Rope]
+"""The result of `LlamaConfig.ropes_at`."""
 Cache = tuple[jax.Array, jax.Array]
 """The keys and values of a layer in a block of the caches."""
 
@@ -55,7 +58,7 @@ def _layer_of(index: int, stacked: jax.Array) -> jax.Array:
 class Parts(NamedTuple):
     """The programs of a step."""
 
-    enter: Callable[..., jax.Array]
+    enter: Callable[..., tuple[jax.Array, Ropes]]
     layer: Callable[..., tuple[jax.Array, Recent]]
     leave: Callable[..., Chosen]
 
@@ -91,10 +94,10 @@ def advance(
     token_b, found = used.token_b, []
     for step in range(steps):
         made = np.int32(step)
-        x_b1d = enter(params, token_b)
+        x_b1d, ropes = enter(params, token_b, prefix, used.length_b, made)
         for index, layer in enumerate(layers):
             place, seen = np.int32(index), (caches[index], used.length_b, recents[index], made)
-            x_b1d, recents[index] = through(layer, place, x_b1d, prefix, *seen, used.columns_b2)
+            x_b1d, recents[index] = through(layer, place, x_b1d, ropes, prefix, *seen, used.columns_b2)
         found.append(leave(params, x_b1d, used, made, method, scored, alternatives=alternatives))
         token_b = found[-1].token
     chosen = _together(found)
@@ -107,9 +110,17 @@ def _of_layer(rows: Rows, index: int) -> tuple[Cache, ...]:
     return tuple((block.k[index], block.v[index]) for block in rows.blocks)
 
 
-def _enter(spec: ModelSpec, params: Params, token_b: jax.Array) -> jax.Array:
-    """What the first layer takes."""
-    return spec.merge(params).embed(token_b[:, None])
+def _enter(
+    spec: ModelSpec,
+    params: Params,
+    token_b: jax.Array,
+    prefix: Prefix | None,
+    length_b: jax.Array,
+    made: jax.Array,
+) -> tuple[jax.Array, Ropes]:
+    """What the first layer takes, and what all of them take: XLA would compute a layer's cosines for every head."""
+    ropes = spec.config.ropes_at(continuation.positions(prefix, length_b, made)[:, None])
+    return spec.merge(params).embed(token_b[:, None]), ropes
 
 
 def _through_layer(
@@ -117,6 +128,7 @@ def _through_layer(
     leaves: Layer,
     index: jax.Array,
     x_b1d: jax.Array,
+    ropes: Ropes,
     prefix: Prefix | None,
     blocks: Sequence[Cache],
     length_b: jax.Array,
@@ -127,12 +139,10 @@ def _through_layer(
     config = spec.config
     graph, abstract = nnx.split(nnx.merge(*spec.abstract).layers)
     state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-    positions_b1 = continuation.positions(prefix, length_b, made)[:, None]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: int | jax.Array) -> jax.Array:
         return continuation.attend_in_rows(config, layer, prefix, blocks, length_b, recent, made, q, k, v)
 
-    ropes = config.ropes_at(positions_b1)
     x_b1d, (k_b1kn, v_b1kn) = through_layer(config, graph, state, index, x_b1d, ropes, attend, columns_b2)
     return x_b1d, recent.with_new(k_b1kn, v_b1kn, made)
 

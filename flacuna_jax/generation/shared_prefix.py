@@ -18,6 +18,7 @@ from flax import nnx
 
 from flacuna_jax.kernels.attention import attention
 from flacuna_jax.kernels.packed_mask import make_packed_mask
+from flacuna_jax.kernels.products import times_matrices
 from flacuna_jax.kernels.softcap import capped
 from flacuna_jax.model.llama import Llama, LlamaConfig
 from flacuna_jax.model.lora import select_columns
@@ -155,21 +156,23 @@ def prefix_of(prefix: Prefix, layer: int | jax.Array, from_bt: jax.Array) -> See
 def attend_to(config: LlamaConfig, q_bthn: jax.Array, *parts: Seen) -> jax.Array:
     """Softmax attention over all parts together, with statistics in float32."""
     batch, length, _, size = q_bthn.shape
-    q_btkgn = q_bthn.reshape(batch, length, parts[0].k.shape[-3], -1, size)
+    kv_heads = parts[0].k.shape[-3]
+    # The queries of the heads of a kv head, one head after the other.
+    q_bkmn = jnp.moveaxis(q_bthn.reshape(batch, length, kv_heads, -1, size), 1, 3).reshape(batch, kv_heads, -1, size)
     scores = []
     for part in parts:
-        keys = "ksn" if part.k.ndim == 3 else "bksn"
-        product = jnp.einsum(f"btkgn,{keys}->bkgts", q_btkgn, part.k, preferred_element_type=jnp.float32)
+        product_bkgts = times_matrices(q_bkmn, part.k).reshape(batch, kv_heads, -1, length, part.k.shape[-2])
         visible = part.visible[:, None, None] if part.visible.ndim == 3 else part.visible
-        scores.append(jnp.where(visible, capped(product * config.attention_scale, config.attention_softcap), MASKED))
+        score_bkgts = capped(product_bkgts * config.attention_scale, config.attention_softcap)
+        scores.append(jnp.where(visible, score_bkgts, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_bthn.dtype)
-    o_btkgn = jnp.zeros(q_btkgn.shape, jnp.float32)
+    weights_bkms = weights.reshape(*q_bkmn.shape[:-1], -1)
+    o_bkmn = jnp.zeros(q_bkmn.shape, jnp.float32)
     begin = 0
     for part in parts:
-        values = "kns" if part.v.ndim == 3 else "bkns"
-        of_part = weights[..., begin : begin + part.v.shape[-1]]
-        o_btkgn += jnp.einsum(f"bkgts,{values}->btkgn", of_part, part.v, preferred_element_type=jnp.float32)
+        o_bkmn += times_matrices(weights_bkms[..., begin : begin + part.v.shape[-1]], part.v)
         begin += part.v.shape[-1]
+    o_btkgn = jnp.moveaxis(o_bkmn.reshape(batch, kv_heads, -1, length, size), 3, 1)
     return o_btkgn.reshape(q_bthn.shape).astype(q_bthn.dtype)
 
 

@@ -18,7 +18,7 @@ from flacuna_jax.kernels.attention import ambient_device
 
 FEW = {"float32": range(2, 65), "bfloat16": range(17, 65)}
 """Numbers of tokens for which a product with the matrix as the first operand was faster, or as fast (compare forms with
-`benchmarks/products.py --matrices 40`)."""
+`benchmarks/products.py --matrices 40`). The same holds for products with the keys and values of caches."""
 
 
 def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
@@ -31,6 +31,15 @@ def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None 
     if tokens == 1:
         return times_matrix(jnp.concatenate([x_ti, x_ti], axis=-2), matrix_oi, dtype)[..., :1, :]
     return rounded_product(x_ti, matrix_oi, jnp.dtype(dtype or x_ti.dtype))
+
+
+def times_matrices(x_bti: jax.Array, matrix_boi: jax.Array) -> jax.Array:
+    """x [..., tokens, in] times the transposes of matrices [..., out, in], in float32. Leading axes that the matrices
+    do not have share a matrix."""
+    if on_cpu() and x_bti.shape[-2] in FEW.get(x_bti.dtype.name, ()):
+        product_bot = jnp.einsum("...oi,...ti->...ot", matrix_boi, x_bti, preferred_element_type=jnp.float32)
+        return jnp.swapaxes(jax.lax.optimization_barrier(product_bot), -1, -2)
+    return jnp.einsum("...ti,...oi->...to", x_bti, matrix_boi, preferred_element_type=jnp.float32)
 
 
 def on_cpu() -> bool:
