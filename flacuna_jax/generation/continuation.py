@@ -34,8 +34,8 @@ from flacuna_jax.model.parameters import ModelSpec
 
 
 class Packed(NamedTuple):
-    """Parts of prompts (without the prefix) in one row of tokens, for rows of the batch. Row numbers beyond the number of
-    rows are ignored: those of padding, and of missing parts, so that fewer parts need no separate compilation."""
+    """Parts of prompts (without the prefix) in one row of tokens, for rows of the batch. Row numbers beyond the number
+    of rows are ignored: those of padding, and of missing parts, so that fewer parts need no separate compilation."""
 
     tokens_t: jax.Array
     part_t: jax.Array

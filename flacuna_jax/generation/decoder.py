@@ -164,8 +164,7 @@ class Decoder:
 
 def packed_parts(parts: Mapping[int, Part], size: FillSize, rows: int) -> Packed:
     """Parts one after the other, as `continuation.fill` takes them. `rows` is the number of rows of the batch."""
-    numbers_t = [on_call(size.length) for _ in range(5)]
-    tokens_t, part_t, row_t, slot_t, target_t = numbers_t
+    tokens_t, part_t, row_t, slot_t, target_t = (on_call(size.length) for _ in range(5))
     last_r, row_r = on_call(size.parts), on_call(size.parts, rows)
     row_t[:] = rows
     end, columns = 0, (0, 0)
@@ -176,7 +175,8 @@ def packed_parts(parts: Mapping[int, Part], size: FillSize, rows: int) -> Packed
         if part.targets is not None:
             target_t[begin : begin + len(part.targets)] = part.targets
         last_r[i], row_r[i], columns = end - 1, row, part.columns
-    return Packed(*numbers_t, last_r, row_r, np.asarray(columns, np.int32))
+    columns_2: Any = np.array(columns, np.int32)
+    return Packed(tokens_t, part_t, row_t, slot_t, target_t, last_r, row_r, columns_2)
 
 
 def moves_below(count: int, taken: Collection[int], key: Callable[[int], Any] | None = None) -> dict[int, int]:

@@ -30,8 +30,6 @@ STEPS = 16
 """New tokens per row between two checks for ended rows."""
 FEW_STEPS = 4
 """The same for streaming, and for separate layers, where more steps are not one program either."""
-FILLED_TOGETHER = 2048
-"""Maximum number of tokens of prompts that are computed together, unless one prompt has more."""
 WORTH_GATHERING = 32
 """Minimum number of tokens that may still be made for which programs with fewer rows are worth compiling."""
 
@@ -190,7 +188,8 @@ class LlamaLanguageModel:
         prefix = self._prefix(next(iter(requests.values())).prompt[:shared])
         # Long answers first, so that they do not run alone at the end.
         waiting = sorted(requests, key=lambda i: (requests[i].max_new_tokens, len(requests[i].prompt)))
-        slots = slots_for(max(len(r.prompt) - shared + r.max_new_tokens for r in requests.values()))
+        rest = {index: request.prompt[shared:] for index, request in requests.items()}
+        slots = slots_for(max(len(rest[index]) + r.max_new_tokens for index, r in requests.items()))
         shards = row_shards(self.mesh)
         count = max(1, min(self.placement.rows, power_of_two(len(requests))) // shards) * shards
         enough = max(1, count // 4)  # free rows for new prompts
@@ -212,23 +211,19 @@ class LlamaLanguageModel:
         while waiting or occupied:
             free = [row for row in range(count) if row not in occupied]
             while waiting and free and (len(free) >= enough or len(waiting) <= len(free)):
-                entering, tokens = {}, 0
-                while waiting and len(entering) < len(free):
-                    prompt = requests[waiting[-1]].prompt[shared:]
-                    tokens += len(prompt)
-                    if entering and tokens > FILLED_TOGETHER:
-                        break
-                    index = waiting.pop()
-                    row = free[len(entering)]
-                    entering[row], occupied[row] = (Part(prompt), draw_of(requests[index])), (index, [])
-                for row, token in zip(entering, decoder.begin(entering).tolist(), strict=True):
+                entering = dict(zip(free, _pop_some(waiting, rest, len(free), self.placement.row_length), strict=False))
+                occupied |= {row: (index, []) for row, index in entering.items()}
+                first_r = decoder.begin(
+                    {row: (Part(rest[index]), draw_of(requests[index])) for row, index in entering.items()}
+                )
+                for row, token in zip(entering, first_r.tolist(), strict=True):
                     settle(row, [token])
                 free = [row for row in range(count) if row not in occupied]
             if occupied and steps:
                 left = max(requests[index].max_new_tokens - len(made) for index, made in occupied.values())
                 if not waiting and self.network.layers is not None and left >= WORTH_GATHERING:
                     used = _gather(decoder, occupied, used)
-                longest = max(len(requests[index].prompt) + len(made) for index, made in occupied.values()) - shared
+                longest = max(len(rest[index]) + len(made) for index, made in occupied.values())
                 samplings = [draw_of(requests[index]).sampling for index, _ in occupied.values()]
                 new_bm = decoder.advance(steps, longest + steps, samplings, count=used).token
                 for row, new in enumerate(new_bm.tolist()):
@@ -245,6 +240,15 @@ class LlamaLanguageModel:
 
     def _place(self, rows_bt: np.ndarray) -> jax.Array:
         return jax.device_put(rows_bt, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+
+
+def _pop_some(waiting: list[int], prompts: Mapping[int, Sequence[int]], most: int, tokens: int) -> list[int]:
+    """Pops indices from the end: at most `most`, whose prompts have at most `tokens` tokens, or one longer prompt."""
+    popped: list[int] = []
+    while waiting and len(popped) < most and (not popped or len(prompts[waiting[-1]]) <= tokens):
+        popped.append(waiting.pop())
+        tokens -= len(prompts[popped[-1]])
+    return popped
 
 
 def _gather(decoder: Decoder, occupied: dict[int, tuple[int, list[int]]], used: int) -> int:

@@ -29,7 +29,9 @@ from flacuna_jax.generation.settings import GREEDY
 from flacuna_jax.model.sharding import row_shards
 
 LENGTHS = (64, 128, 192, 256)
-"""Compiled lengths of pieces of prompts. Longer ones would not be faster per token, at least on CPUs."""
+"""Compiled numbers of tokens of prompts. Longer ones would not be faster per token, at least on CPUs."""
+PARTS = 8
+"""Maximum number of prompts whose tokens are filled together."""
 COMPILED_TOGETHER = 4
 """Programs that are compiled at the same time before the server is ready."""
 GREEDILY, NO = np.int32(0), np.bool_(False)
@@ -79,9 +81,9 @@ class CompiledPrograms:
     def compile_first(self) -> None:
         """Compiles what the first requests need, and the largest size of each step."""
         advances = {AdvanceSize(self._steps, *size) for size in ((self.counts[0], 1), (self.counts[-1], self._blocks))}
-        fills = [FillSize(1, *size) for size in ((LENGTHS[0], 0), (LENGTHS[-1], 0), (LENGTHS[-1], self._blocks))]
+        fills = [FillSize(PARTS, *size) for size in ((LENGTHS[0], 0), (LENGTHS[-1], 0), (LENGTHS[-1], self._blocks))]
         with ThreadPoolExecutor(COMPILED_TOGETHER) as pool:
-            list(pool.map(self._compile, [*advances, *fills, StartSize(1)]))
+            list(pool.map(self._compile, [*advances, *fills, StartSize(PARTS)]))
 
     def close(self) -> None:
         """Nothing more is compiled in the background."""

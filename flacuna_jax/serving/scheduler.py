@@ -1,11 +1,11 @@
-"""Continuous batching: one thread owns the devices. At every turn, requests join free rows, prompts are filled in
-pieces, and all rows advance by a few tokens."""
+"""Continuous batching: one thread owns the devices. At every turn, requests join free rows, prompts are filled, in
+parts if they are long and together if they are short, and all rows advance by a few tokens."""
 
 import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,7 +21,7 @@ from flacuna_jax.generation.engine import draw_of
 from flacuna_jax.serving.adapters import Models, Served
 from flacuna_jax.serving.jobs import Failed, Finished, Job, Progress, TokenScore
 from flacuna_jax.serving.metrics import Metrics
-from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms
+from flacuna_jax.serving.programs import LENGTHS, PARTS, CompiledPrograms
 
 STEPS = 4
 """New tokens of every row in a turn."""
@@ -292,28 +292,36 @@ class Scheduler:
         return number, shared
 
     def _fill(self) -> None:
-        """Fills pieces of prompts in the order in which the requests came, at least one. Running answers must not wait
-        for long, but a step takes about as long for one answer as for several, so it is better to have more of them."""
+        """Fills prompts in the order in which the requests came, at least one part. Running answers must not wait for
+        long, but a step takes about as long for one answer as for several, so it is better to have more of them."""
         end = time.monotonic() + PATIENCE * self._step_seconds
-        for number, row in sorted(self._rows.items(), key=lambda item: item[1].job.since):
-            while not row.is_filled:
-                self._fill_piece(number, row)
-                if time.monotonic() > end and any(other.tokens for other in self._rows.values()):
-                    return
+        while any(not row.is_filled for row in self._rows.values()):
+            self._fill_together(_parts_together(self._rows))
+            if time.monotonic() > end and any(row.tokens for row in self._rows.values()):
+                return
 
-    def _fill_piece(self, number: int, row: Row) -> None:
-        """Fills the next piece of a prompt, and begins the answer if it ends the prompt."""
-        part = _next_part(row)
-        logits_1v, scores = self._decoder.fill({number: part}, 1)
-        row.filled += len(part.tokens)
-        if part.targets is not None and scores is not None:
-            row.prompt_scores += _scores(part.targets, scores)
-        if row.is_filled:
-            chosen = self._decoder.start([(number, row.draw)], logits_1v, row.job.scored)
-            self.metrics.first_token.observe(time.monotonic() - row.job.since)
-            self._take(number, chosen)
-        else:
-            jax.block_until_ready(logits_1v)  # so that the time of filling is known
+    def _fill_together(self, parts: dict[int, Part]) -> None:
+        """Fills parts of prompts, and begins the answers to those that end."""
+        logits_rv, scores = self._decoder.fill(parts, PARTS)
+        ended: dict[int, int] = {}
+        begin = 0
+        for index, (number, part) in enumerate(parts.items()):
+            row = self._rows[number]
+            row.filled += len(part.tokens)
+            if part.targets is not None and scores is not None:
+                row.prompt_scores += _scores(part.targets, jax.tree.map(lambda x, begin=begin: x[begin:], scores))
+            begin += len(part.tokens)
+            if row.is_filled:
+                ended[index] = number
+        if not ended:
+            jax.block_until_ready(logits_rv)  # so that the time of filling is known
+            return
+        draws = [(ended[i], self._rows[ended[i]].draw) if i in ended else None for i in range(len(parts))]
+        scored = any(self._rows[number].job.scored for number in ended.values())
+        chosen = self._decoder.start(draws, logits_rv, scored)
+        for index, number in ended.items():
+            self.metrics.first_token.observe(time.monotonic() - self._rows[number].job.since)
+            self._take(number, jax.tree.map(lambda x, i=index: x[i : i + 1], chosen))
 
     def _advance(self) -> None:
         self._gather_rows()
@@ -377,8 +385,23 @@ def _settle(task: Callable[[], Any], future: Future) -> None:
         future.set_exception(error)
 
 
+def _parts_together(rows: Mapping[int, Row]) -> dict[int, Part]:
+    """The next part of the prompt that waits longest and, if the part begins the prompt, other whole prompts for the
+    same adapter, as many as fit."""
+    waiting = sorted((item for item in rows.items() if not item[1].is_filled), key=lambda item: item[1].job.since)
+    number, row = waiting[0]
+    first = _next_part(row)
+    parts, left = {number: first}, LENGTHS[-1] - len(first.tokens)
+    for number, row in waiting[1:] if first.start == 0 else ():
+        fits = row.filled == 0 and len(row.prompt) <= left
+        if fits and row.job.model.columns == first.columns and len(parts) < PARTS:
+            parts[number] = _next_part(row)
+            left -= len(row.prompt)
+    return parts
+
+
 def _next_part(row: Row) -> Part:
-    """The next piece of a row's prompt."""
+    """The next tokens of a row's prompt, as many as a program takes."""
     piece = slice(row.filled, min(row.filled + LENGTHS[-1], len(row.prompt)))
     targets = row.prompt[piece.start + 1 : piece.stop + 1] if row.job.scores_prompt else None
     return Part(row.prompt[piece], row.filled, row.job.model.columns, targets)

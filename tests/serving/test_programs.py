@@ -10,7 +10,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("starlette")
 
 from flacuna_jax.generation.programs import AdvanceSize, FillSize
-from flacuna_jax.serving.programs import LENGTHS, CompiledPrograms, Size, StartSize
+from flacuna_jax.serving.programs import LENGTHS, PARTS, CompiledPrograms, Size, StartSize
 from flacuna_jax.serving.scheduler import STEPS
 from tests.serving.models import prepared
 
@@ -25,9 +25,9 @@ def programs(story_llama: Path) -> CompiledPrograms:
 def test_the_smallest_program_that_is_ready_is_used_until_a_better_one_is(
     programs: CompiledPrograms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    largest = FillSize(1, LENGTHS[-1], 2)
-    assert {largest, StartSize(1), AdvanceSize(STEPS, programs.counts[-1], 2)} <= programs._ready.keys()
-    wanted = FillSize(1, 192, 1)
+    largest = FillSize(PARTS, LENGTHS[-1], 2)
+    assert {largest, StartSize(PARTS), AdvanceSize(STEPS, programs.counts[-1], 2)} <= programs._ready.keys()
+    wanted = FillSize(PARTS, 192, 1)
     assert wanted not in programs._ready
     compile_here = programs._compile
     compiling: list[tuple[object, str]] = []
@@ -37,12 +37,12 @@ def test_the_smallest_program_that_is_ready_is_used_until_a_better_one_is(
         compile_here(size)
 
     monkeypatch.setattr(programs, "_compile", compile_and_note)
-    assert programs.fill(FillSize(1, 150, 1)) == (largest, programs._ready[largest])
+    assert programs.fill(FillSize(PARTS, 150, 1)) == (largest, programs._ready[largest])
     end = time.monotonic() + 300
     while wanted not in programs._ready:
         assert time.monotonic() < end
         time.sleep(0.05)
-    assert programs.fill(FillSize(1, 150, 1))[0] == wanted
+    assert programs.fill(FillSize(PARTS, 150, 1))[0] == wanted
     assert compiling == [(wanted, "compiler_0")]
 
 
@@ -53,7 +53,7 @@ def test_a_program_that_cannot_be_compiled_leaves_the_larger_one(
         raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
 
     monkeypatch.setattr(programs, "_lowered", broken)
-    assert programs.fill(FillSize(1, 100, 2))[0] == FillSize(1, LENGTHS[-1], 2)
+    assert programs.fill(FillSize(PARTS, 100, 2))[0] == FillSize(PARTS, LENGTHS[-1], 2)
     programs._background.submit(lambda: None).result(60)
     assert "could not be compiled" in caplog.text
-    assert programs.fill(FillSize(1, 100, 2))[0] == FillSize(1, LENGTHS[-1], 2)
+    assert programs.fill(FillSize(PARTS, 100, 2))[0] == FillSize(PARTS, LENGTHS[-1], 2)

@@ -196,6 +196,44 @@ def test_running_answers_advance_between_pieces_of_a_long_prompt(
     scheduler.stop()
 
 
+def test_short_prompts_of_one_adapter_are_filled_together(
+    story_llama: Path,
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    torch: ModuleType,
+    transformers: ModuleType,
+) -> None:
+    scheduler, _ = prepared(story_llama, adapters, "--rows", "16", "--context", "320")
+    monkeypatch.setattr(scheduling, "PATIENCE", 1e6)
+    filled: list[list[int]] = []
+    fill = scheduler._decoder.fill
+    monkeypatch.setattr(scheduler._decoder, "fill", lambda parts, n: (filled.append(list(parts)), fill(parts, n))[1])
+    rng = np.random.default_rng(0)
+    prompts = [(1, *rng.integers(3, 2048, length).tolist()) for length in (19, 5, 30, 2, 11, 24, 8, 3, 17, 200, 230)]
+    names = ["base"] * len(prompts)
+    names[4] = "small"
+    reference = transformers.LlamaForCausalLM.from_pretrained(story_llama, dtype=torch.float32).eval()
+    with jax.set_mesh(scheduler.models.network.mesh):
+        running = [
+            submit(scheduler, name, GenerationRequest(prompt, 6), scored=True)[1]
+            for name, prompt in zip(names, prompts, strict=True)
+        ]
+        while not all(heard.ended.is_set() for heard in running):
+            scheduler.turn()
+    # Eight short prompts fit into one program; 200 and 230 tokens do not fit into another one.
+    assert filled == [[0, 1, 2, 3, 5, 6, 7, 8], [4], [9], [10]]
+    for name, prompt, heard in zip(names, prompts, running, strict=True):
+        if name == "base":
+            inputs = torch.tensor([prompt])
+            output = reference.generate(
+                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=6, do_sample=False, pad_token_id=0
+            )
+            new = output[0, len(prompt) :].tolist()
+            scores = heard.finished().scores
+            assert [score.token for score in scores] == (new[: new.index(2)] if 2 in new else new)
+    scheduler.stop()
+
+
 def test_a_full_queue_refuses(scheduler: Scheduler) -> None:
     jobs = [Job(scheduler.models.offered["base"], GenerationRequest((1,), 1), lambda event: None, 0.0)] * 65
     with pytest.raises(Refused, match="requests wait already"):
