@@ -148,6 +148,7 @@ def start(
     )
 
 
+keep_rows = functools.partial(jax.jit, static_argnames=("count", "blocks"))(first_rows)
 copy_row = functools.partial(jax.jit, static_argnames=("blocks",), donate_argnames=("rows",))(caches.copy_row)
 
 

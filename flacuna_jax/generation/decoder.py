@@ -161,6 +161,11 @@ class Decoder:
         blocks = self.rows.blocks_for(length)
         self.rows = continuation.copy_row(self.rows, np.int32(source), np.int32(target), blocks=blocks)
 
+    def keep(self, count: int) -> None:
+        """Gives up all rows but the first `count`."""
+        if count < self.count:
+            self.count, self.rows = count, continuation.keep_rows(self.rows, count, len(self.rows.blocks))
+
 
 def packed_parts(parts: Mapping[int, Part], size: FillSize, rows: int) -> Packed:
     """Parts one after the other, as `continuation.fill` takes them. `rows` is the number of rows of the batch."""

@@ -197,7 +197,6 @@ class LlamaLanguageModel:
         steps = min(steps, max(r.max_new_tokens for r in requests.values()) - 1)
         decoder = Decoder(self.network, count, slots, prefix)
         occupied: dict[int, tuple[int, list[int]]] = {}
-        used = count
         finished: dict[int, Generation] = {}
 
         def settle(row: int, new: Sequence[int]) -> None:
@@ -222,10 +221,10 @@ class LlamaLanguageModel:
             if occupied and steps:
                 left = max(requests[index].max_new_tokens - len(made) for index, made in occupied.values())
                 if not waiting and self.network.layers is not None and left >= WORTH_GATHERING:
-                    used = _gather(decoder, occupied, used)
+                    _gather(decoder, occupied)
                 longest = max(len(rest[index]) + len(made) for index, made in occupied.values())
                 samplings = [draw_of(requests[index]).sampling for index, _ in occupied.values()]
-                new_bm = decoder.advance(steps, longest + steps, samplings, count=used).token
+                new_bm = decoder.advance(steps, longest + steps, samplings).token
                 for row, new in enumerate(new_bm.tolist()):
                     if row in occupied:
                         settle(row, new)
@@ -251,15 +250,19 @@ def _pop_some(waiting: list[int], prompts: Mapping[int, Sequence[int]], most: in
     return popped
 
 
-def _gather(decoder: Decoder, occupied: dict[int, tuple[int, list[int]]], used: int) -> int:
-    """Moves answers to the lower rows as soon as half of the rows have ended, because a CPU takes twice as long for
-    twice as many rows. Returns the number of rows that are still computed."""
-    while used > 1 and len(occupied) <= used // 2:
-        used //= 2
-    for row, target in moves_below(used, occupied).items():
+def _gather(decoder: Decoder, occupied: dict[int, tuple[int, list[int]]]) -> None:
+    """Keeps fewer rows as soon as a program for fewer of them is enough, because a CPU takes longer for more rows."""
+    count = next(size for size in _row_counts(decoder.count) if size >= len(occupied))
+    for row, target in moves_below(count, occupied).items():
         decoder.copy(row, target, decoder.rows.slots)
         occupied[target] = occupied.pop(row)
-    return used
+    decoder.keep(count)
+
+
+def _row_counts(most: int) -> list[int]:
+    """The numbers of rows that programs are compiled for: `most`, its halves, and three quarters of the larger ones."""
+    halves = [most >> power for power in range(most.bit_length())]
+    return sorted({*halves, *(3 * half // 4 for half in halves if half % 16 == 0)})
 
 
 def draw_of(request: GenerationRequest) -> Draw:

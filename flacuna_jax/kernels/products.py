@@ -20,6 +20,10 @@ FEW = {"float32": range(2, 65), "bfloat16": range(17, 65)}
 """Numbers of tokens for which a product with the matrix as the first operand was faster, or as fast (compare forms with
 `benchmarks/products.py --matrices 40`). The same holds for products with the keys and values of caches."""
 
+LANES = 8
+"""Tokens that XLA's product computes together; it takes longer for another number of tokens than for the next multiple,
+unless there are only a few."""
+
 
 def times_matrix(x_ti: jax.Array, matrix_oi: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """x [..., tokens, in] times the transpose of a matrix, in `dtype` or that of x."""
@@ -52,8 +56,12 @@ def matrix_first(x_ti: jax.Array, matrix_oi: jax.Array) -> jax.Array:
 
     Without the barrier, XLA would exchange the operands to save the transpose of the result.
     """
-    product_ot = jnp.einsum("oi,...i->o...", matrix_oi, x_ti, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(jax.lax.optimization_barrier(product_ot), 0, -1)
+    rows_ti = x_ti.reshape(-1, x_ti.shape[-1])
+    tokens = len(rows_ti)
+    if tokens > LANES // 2:
+        rows_ti = jnp.pad(rows_ti, ((0, -tokens % LANES), (0, 0)))
+    product_ot = jnp.einsum("oi,ti->ot", matrix_oi, rows_ti, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product_ot).T[:tokens].reshape(*x_ti.shape[:-1], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

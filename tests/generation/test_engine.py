@@ -312,12 +312,12 @@ def test_sampling_depends_only_on_seed_and_prompt(story_llama: Path) -> None:
 
 
 def test_rows_are_gathered_as_answers_end(story_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int | None] = []
+    counts: list[int] = []
     advance = Decoder.advance
 
-    def counted(self: Decoder, *arguments: Any, count: int | None = None) -> Any:
-        counts.append(count)
-        return advance(self, *arguments, count=count)
+    def counted(self: Decoder, *arguments: Any) -> Any:
+        counts.append(len(self.rows.token_b))
+        return advance(self, *arguments)
 
     monkeypatch.setattr(Decoder, "advance", counted)
     model = story_model(story_llama, rows=8)
