@@ -19,7 +19,7 @@ from flacuna_jax.data.special_tokens import Special, SpecialTokens
 from flacuna_jax.errors import UserError
 from flacuna_jax.generation import by_layer, continuation
 from flacuna_jax.generation.decoder import Decoder
-from flacuna_jax.generation.engine import LlamaLanguageModel
+from flacuna_jax.generation.engine import LlamaLanguageModel, _row_counts
 from flacuna_jax.generation.language_model import GenerationRequest, ScoreRequest
 from flacuna_jax.generation.prefixes import plan_prefixes
 from flacuna_jax.generation.settings import Placement
@@ -330,6 +330,11 @@ def test_rows_are_gathered_as_answers_end(story_llama: Path, monkeypatch: pytest
     together = model.generate(requests)
     assert sorted(set(counts), reverse=True) == [8, 4, 2]
     assert together == [model.generate([request])[0] for request in requests]
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(1, [1]), (8, [1, 2, 4, 8]), (32, [1, 2, 4, 8, 12, 16, 24, 32])])
+def test_numbers_of_rows_that_programs_are_compiled_for(rows: int, counts: list[int]) -> None:
+    assert _row_counts(rows) == counts
 
 
 def test_requests_that_do_not_fit_are_errors(story_llama: Path) -> None:

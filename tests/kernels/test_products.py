@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flacuna_jax.config.run import MeshConfig
-from flacuna_jax.kernels.products import rows_as_columns, times_matrix
+from flacuna_jax.kernels.products import rows_as_columns, times_matrices, times_matrix
 from flacuna_jax.model.sharding import make_mesh
 
 BF16 = jnp.bfloat16
@@ -94,7 +94,7 @@ def test_float32_operands_are_multiplied_as_by_the_operator(mesh, tokens):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, BF16])
-@pytest.mark.parametrize("tokens", [2, 16, 17, 64])
+@pytest.mark.parametrize("tokens", [2, 10, 16, 18, 64])
 @pytest.mark.parametrize("form", FORMS)
 def test_products_of_a_few_tokens(mesh, form, tokens, dtype):
     """Gradients as well: training has so few tokens only in tests."""
@@ -110,6 +110,26 @@ def test_the_matrix_of_a_few_tokens_is_the_first_operand(mesh):
     x, matrix, _ = normal_numbers(jnp.float32, 16)
     compiled = jax.jit(times_matrix).lower(x, matrix).compile().as_text()
     assert re.search(r"f32\[48,16\]\S* (dot|fusion)\(", compiled), compiled
+
+
+@pytest.mark.parametrize(("tokens", "computed"), [(4, 4), (5, 8), (8, 8), (12, 16), (64, 64)])
+def test_a_few_tokens_are_padded_to_whole_lanes(mesh, tokens, computed):
+    x, matrix, _ = normal_numbers(jnp.float32, tokens)
+    compiled = jax.jit(times_matrix).lower(x, matrix).compile().as_text()
+    assert re.search(rf"f32\[48,{computed}\]\S* (dot|fusion)\(", compiled), compiled
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, BF16])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 96])
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_with_several_matrices_are_exact_sums_in_float32(mesh, tokens, dtype, shared):
+    """Queries times keys; `shared` keys have no axis of rows."""
+    rng = np.random.default_rng(2)
+    x = rng.integers(-8, 9, (2, 3, tokens, 64)).astype(np.float32)
+    matrices = rng.integers(-8, 9, (3, 40, 64) if shared else (2, 3, 40, 64)).astype(np.float32)
+    found = jax.jit(times_matrices)(jnp.asarray(x, dtype), jnp.asarray(matrices, dtype))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, x @ matrices.swapaxes(-1, -2))
 
 
 def test_one_token_in_bfloat16_has_the_numbers_of_a_row_of_two(mesh):
