@@ -1,6 +1,7 @@
-"""Continues prompts in rows that are refilled, each with a cache of its own length: `fill` writes prompts into rows,
-whole or in pieces, `start` chooses their first tokens, `advance` adds tokens to all rows. Shape suffixes as in
-`shared_prefix`, and r rows that begin, m new tokens, a alternatives.
+"""Continues prompts in rows that are refilled, each with a cache of its own length: `fill` writes several prompts, or a
+part of one, into the caches of their rows, `start` chooses their first tokens, `advance` adds tokens to all rows. Shape
+suffixes as in `shared_prefix`, and r rows of tokens or rows that begin, j parts of prompts, m new tokens,
+a alternatives.
 """
 
 import functools
@@ -34,24 +35,25 @@ from flacuna_jax.model.parameters import ModelSpec
 
 
 class Packed(NamedTuple):
-    """Parts of prompts (without the prefix) in one row of tokens, for rows of the batch. Row numbers beyond the number
-    of rows are ignored: those of padding, and of missing parts, so that fewer parts need no separate compilation."""
+    """Parts of prompts (without the prefix), one after the other in rows of tokens, one for each device that computes
+    rows of its own. Numbers of rows beyond the batch are ignored: those of padding, and of missing parts, so that fewer
+    parts need no separate compilation."""
 
-    tokens_t: jax.Array
-    part_t: jax.Array
+    tokens_rt: jax.Array
+    part_rt: jax.Array
     """The number of each token's part, from 1 on; 0 for padding."""
-    row_t: jax.Array
+    row_rt: jax.Array
     """The row of the batch of each token."""
-    slot_t: jax.Array
+    slot_rt: jax.Array
     """Its slot in the cache of that row."""
-    target_t: jax.Array
+    target_rt: jax.Array
     """The token that follows, for its log-probability."""
-    last_r: jax.Array
-    """The index of the last token of each part."""
-    row_r: jax.Array
+    last_j: jax.Array
+    """The index of the last token of each part, in the rows of tokens one after the other."""
+    row_j: jax.Array
     """The row of the batch of each part."""
     columns_2: jax.Array | None = None
-    """The columns of the adapter of these rows, as in `Rows`."""
+    """The columns of the adapter of all parts, as in `Rows`."""
 
 
 class Chosen(NamedTuple):
@@ -102,23 +104,24 @@ def fill(
       alternatives: number of alternatives to the targets; 0 scores nothing.
 
     Returns:
-      The rows, the logits after each part [r, v], and log-probabilities of the targets [t].
+      The rows, the logits after each part [j, v], and log-probabilities of the targets [r * t].
     """
     columns_12 = None if packed.columns_2 is None else packed.columns_2[None]
-    model = for_rows(spec.merge(params), columns_12)
-    positions_1t = packed.slot_t[None] if prefix is None else packed.slot_t[None] + prefix.length
-    earlier = _earlier(model, prefix, rows, packed, positions_1t, blocks)
-    hidden_1td, k_l1tkn, v_l1tkn = forward(
-        model, packed.tokens_t[None], positions_1t, packed.part_t[None], earlier, columns_12
-    )
-    written = written_at(rows.blocks, packed.row_t[None], packed.slot_t[None], k_l1tkn, v_l1tkn)
-    length_r = packed.slot_t[packed.last_r] + 1
-    filled = rows._replace(blocks=written, length_b=_put(rows.length_b, packed.row_r, length_r))
-    if rows.columns_b2 is not None and packed.columns_2 is not None:
-        columns_r2 = jnp.broadcast_to(packed.columns_2, (len(packed.row_r), 2))
-        filled = filled._replace(columns_b2=_put(rows.columns_b2, packed.row_r, columns_r2))
-    scores = _scores_if(scored, alternatives, lambda: _scores(model, hidden_1td, packed.target_t, alternatives))
-    return filled, model.logits(hidden_1td[:, packed.last_r])[0], scores
+    columns_r2 = None if columns_12 is None else jnp.broadcast_to(columns_12, (len(packed.tokens_rt), 2))
+    model = spec.merge(params)
+    positions_rt = packed.slot_rt if prefix is None else packed.slot_rt + prefix.length
+    earlier = _earlier(model, prefix, rows, packed, positions_rt, blocks)
+    hidden_rtd, k_lrtkn, v_lrtkn = forward(model, packed.tokens_rt, positions_rt, packed.part_rt, earlier, columns_r2)
+    written = written_at(rows.blocks, packed.row_rt, packed.slot_rt, k_lrtkn, v_lrtkn)
+    length_j = packed.slot_rt.reshape(-1)[packed.last_j] + 1
+    filled = rows._replace(blocks=written, length_b=_put(rows.length_b, packed.row_j, length_j))
+    if rows.columns_b2 is not None and columns_12 is not None:
+        columns_j2 = jnp.broadcast_to(columns_12, (len(packed.row_j), 2))
+        filled = filled._replace(columns_b2=_put(rows.columns_b2, packed.row_j, columns_j2))
+    model = for_rows(model, columns_12)
+    hidden_1md = hidden_rtd.reshape(1, -1, hidden_rtd.shape[-1])
+    scores = _scores_if(scored, alternatives, lambda: _scores(model, hidden_1md, packed.target_rt, alternatives))
+    return filled, model.logits(hidden_1md[:, packed.last_j])[0], scores
 
 
 @functools.partial(jax.jit, static_argnames=("alternatives",), donate_argnames=("rows",))
@@ -250,7 +253,7 @@ def for_rows(model: Llama, columns_b2: jax.Array | None) -> Llama:
 
 
 def _earlier(
-    model: Llama, prefix: Prefix | None, rows: Rows, packed: Packed, positions_1t: jax.Array, blocks: int
+    model: Llama, prefix: Prefix | None, rows: Rows, packed: Packed, positions_rt: jax.Array, blocks: int
 ) -> Earlier | None:
     """What parts attend to besides themselves: the prefix, and the first `blocks` of the cache of a single part."""
     if prefix is None and not blocks:
@@ -260,33 +263,33 @@ def _earlier(
     def of_row(layered: Layered) -> jax.Array:
         """The cache of the part's row, as a stack."""
         if isinstance(layered, jax.Array):
-            return jnp.take(layered, packed.row_r[:1], axis=1, mode="clip")
-        return jnp.stack([jnp.take(cache, packed.row_r[:1], axis=0, mode="clip") for cache in layered])
+            return jnp.take(layered, packed.row_j[0], axis=1, mode="clip")
+        return jnp.stack([jnp.take(cache, packed.row_j[0], axis=0, mode="clip") for cache in layered])
 
     cached = [(of_row(block.k), of_row(block.v)) for block in rows.blocks[:blocks]]
 
     def earlier(layer: int | jax.Array) -> list[Seen]:
-        from_1t = model.config.first_visible(layer, positions_1t)
-        parts = [] if prefix is None else [prefix_of(prefix, layer, from_1t)]
-        for block, (k_l1ksn, v_l1kns) in enumerate(cached):
+        from_rt = model.config.first_visible(layer, positions_rt)
+        parts = [] if prefix is None else [prefix_of(prefix, layer, from_rt)]
+        for block, (k_lksn, v_lkns) in enumerate(cached):
             slot_s = jnp.arange(rows.firsts[block], rows.firsts[block + 1])
-            visible_1ts = (slot_s < packed.slot_t[0]) & (first + slot_s >= from_1t[:, :, None])
-            parts.append(Seen(layer_of(k_l1ksn, layer), layer_of(v_l1kns, layer), visible_1ts))
+            visible_rts = (slot_s < packed.slot_rt[0, 0]) & (first + slot_s >= from_rt[:, :, None])
+            parts.append(Seen(layer_of(k_lksn, layer), layer_of(v_lkns, layer), visible_rts))
         return parts
 
     return earlier
 
 
-def _scores(model: Llama, hidden_1td: jax.Array, target_t: jax.Array, alternatives: int) -> LogProbabilities:
+def _scores(model: Llama, hidden_1md: jax.Array, target_rt: jax.Array, alternatives: int) -> LogProbabilities:
     """Log-probabilities of the targets, with the logits of `SCORED_TOGETHER` positions at a time."""
-    _, length, width = hidden_1td.shape
+    _, length, width = hidden_1md.shape
     size = SCORED_TOGETHER if length % SCORED_TOGETHER == 0 else length
 
     def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> LogProbabilities:
         hidden_cd, target_c = chunk
         return log_probabilities(model.logits(hidden_cd[None])[0], target_c, alternatives)
 
-    scores = jax.lax.map(of_chunk, (hidden_1td.reshape(-1, size, width), target_t.reshape(-1, size)))
+    scores = jax.lax.map(of_chunk, (hidden_1md.reshape(-1, size, width), target_rt.reshape(-1, size)))
     return jax.tree.map(lambda values: values.reshape(length, *values.shape[2:]), scores)
 
 

@@ -20,6 +20,7 @@ from flacuna_jax.generation.settings import GREEDY, METHODS, Sampling
 from flacuna_jax.generation.shared_prefix import Prefix
 from flacuna_jax.kernels.axes import BATCH_AXES, TENSOR_AXIS
 from flacuna_jax.model.parameters import ModelSpec
+from flacuna_jax.model.sharding import row_shards
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Decoder:
         self.programs = programs or OnFirstUse(network.spec, _apart(network))
         self.rows = _place(network, empty_rows(network.spec, count, slots, _apart(network), own_columns))
 
-    def fill(self, parts: Mapping[int, Part], at_once: int) -> tuple[jax.Array, LogProbabilities | None]:
+    def fill(self, parts: Mapping[int, Part], at_once: int) -> tuple[jax.Array, dict[int, LogProbabilities]]:
         """Writes parts into the caches of their rows. Several parts must begin their prompts and have the same columns.
 
         Args:
@@ -94,18 +95,26 @@ class Decoder:
           at_once: number of parts that a program is compiled for.
 
         Returns:
-          Logits [at_once, vocab] after each part, and log-probabilities of the targets, one part after the other, if
-          any part has some.
+          Logits [at_once, vocab] after each part, and log-probabilities of the targets of parts that have some, by row.
         """
         earlier = max(part.start for part in parts.values())
-        tokens = sum(len(part.tokens) for part in parts.values())
-        size, program = self.programs.fill(FillSize(at_once, tokens, self.rows.blocks_for(earlier)))
-        packed = packed_parts(parts, size, self.count)
+        spread = _spread(parts, row_shards(self.network.mesh))
+        longest = max(sum(len(parts[row].tokens) for row in rows) for rows in spread)
+        size, program = self.programs.fill(FillSize(at_once, longest, self.rows.blocks_for(earlier)))
+        packed = packed_parts(parts, spread, size, self.count)
         if self.rows.columns_b2 is None:
             packed = packed._replace(columns_2=None)
-        scored = any(part.targets is not None for part in parts.values())
-        self.rows, logits_rv, scores = program(self.network.params, self._prefix, self.rows, packed, np.bool_(scored))
-        return logits_rv, jax.tree.map(on_host, scores) if scored else None
+        scored = {row: part for row, part in parts.items() if part.targets is not None}
+        self.rows, logits_rv, scores = program(
+            self.network.params, self._prefix, self.rows, packed, np.bool_(bool(scored))
+        )
+        if not scored:
+            return logits_rv, {}
+        scores, begins = jax.tree.map(on_host, scores), _begins(parts, spread, size.length)
+        return logits_rv, {
+            row: jax.tree.map(lambda x, begin=begins[row], part=part: x[begin : begin + len(part.tokens)], scores)
+            for row, part in scored.items()
+        }
 
     def start(self, draws: Sequence[tuple[int, Draw] | None], logits_rv: jax.Array, scored: bool = False) -> Chosen:
         """Chooses the first new token after each of the parts that were filled together, in their order.
@@ -167,21 +176,42 @@ class Decoder:
             self.count, self.rows = count, continuation.keep_rows(self.rows, count, len(self.rows.blocks))
 
 
-def packed_parts(parts: Mapping[int, Part], size: FillSize, rows: int) -> Packed:
-    """Parts one after the other, as `continuation.fill` takes them. `rows` is the number of rows of the batch."""
-    tokens_t, part_t, row_t, slot_t, target_t = (on_call(size.length) for _ in range(5))
-    last_r, row_r = on_call(size.parts), on_call(size.parts, rows)
-    row_t[:] = rows
-    end, columns = 0, (0, 0)
-    for i, (row, part) in enumerate(parts.items()):
-        begin, end = end, end + len(part.tokens)
-        tokens_t[begin:end], part_t[begin:end], row_t[begin:end] = part.tokens, i + 1, row
-        slot_t[begin:end] = range(part.start, part.start + len(part.tokens))
+def _spread(parts: Mapping[int, Part], shards: int) -> list[list[int]]:
+    """The parts, given by their rows, that each of the devices with rows of its own computes: each goes to the one that
+    has the fewest tokens so far."""
+    spread: list[list[int]] = [[] for _ in range(shards)]
+    for row in parts:
+        min(spread, key=lambda rows: sum(len(parts[other].tokens) for other in rows)).append(row)
+    return spread
+
+
+def _begins(parts: Mapping[int, Part], spread: Sequence[Sequence[int]], length: int) -> dict[int, int]:
+    """Where each part begins in rows of `length` tokens, counted from the first row's begin."""
+    begins = {}
+    for shard, rows in enumerate(spread):
+        begin = shard * length
+        for row in rows:
+            begins[row], begin = begin, begin + len(parts[row].tokens)
+    return begins
+
+
+def packed_parts(parts: Mapping[int, Part], spread: Sequence[Sequence[int]], size: FillSize, batch_rows: int) -> Packed:
+    """Parts as `continuation.fill` takes them, for a batch of `batch_rows` rows."""
+    shape = (len(spread), size.length)
+    tokens_rt, part_rt, row_rt, slot_rt, target_rt = (on_call(shape) for _ in range(5))
+    last_j, row_j = on_call(size.parts), on_call(size.parts, batch_rows)
+    row_rt[:] = batch_rows
+    begins, columns = _begins(parts, spread, size.length), (0, 0)
+    for j, (row, part) in enumerate(parts.items()):
+        count = len(part.tokens)
+        here = slice(begins[row], begins[row] + count)
+        tokens_rt.flat[here], part_rt.flat[here], row_rt.flat[here] = part.tokens, j + 1, row
+        slot_rt.flat[here] = np.arange(part.start, part.start + count)
         if part.targets is not None:
-            target_t[begin : begin + len(part.targets)] = part.targets
-        last_r[i], row_r[i], columns = end - 1, row, part.columns
+            target_rt.flat[here.start : here.start + len(part.targets)] = part.targets
+        last_j[j], row_j[j], columns = here.stop - 1, row, part.columns
     columns_2: Any = np.array(columns, np.int32)
-    return Packed(tokens_t, part_t, row_t, slot_t, target_t, last_r, row_r, columns_2)
+    return Packed(tokens_rt, part_rt, row_rt, slot_rt, target_rt, last_j, row_j, columns_2)
 
 
 def moves_below(count: int, taken: Collection[int], key: Callable[[int], Any] | None = None) -> dict[int, int]:

@@ -193,6 +193,7 @@ class LlamaLanguageModel:
         shards = row_shards(self.mesh)
         count = max(1, min(self.placement.rows, power_of_two(len(requests))) // shards) * shards
         enough = max(1, count // 4)  # free rows for new prompts
+        together = self.placement.row_length * shards  # tokens of prompts
         steps = STEPS if self.network.layers is None else FEW_STEPS
         steps = min(steps, max(r.max_new_tokens for r in requests.values()) - 1)
         decoder = Decoder(self.network, count, slots, prefix)
@@ -210,7 +211,7 @@ class LlamaLanguageModel:
         while waiting or occupied:
             free = [row for row in range(count) if row not in occupied]
             while waiting and free and (len(free) >= enough or len(waiting) <= len(free)):
-                entering = dict(zip(free, _pop_some(waiting, rest, len(free), self.placement.row_length), strict=False))
+                entering = dict(zip(free, _pop_some(waiting, rest, len(free), together), strict=False))
                 occupied |= {row: (index, []) for row, index in entering.items()}
                 first_r = decoder.begin(
                     {row: (Part(rest[index]), draw_of(requests[index])) for row, index in entering.items()}

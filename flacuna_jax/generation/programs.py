@@ -17,7 +17,7 @@ from flacuna_jax.model.parameters import ModelSpec
 
 
 class FillSize(NamedTuple):
-    """Parts of prompts that are filled together, their tokens, and blocks of a cache with earlier tokens."""
+    """Parts of prompts that are filled together, tokens of a row of them, and blocks of a cache with earlier tokens."""
 
     parts: int
     length: int

@@ -134,7 +134,7 @@ class CompiledPrograms:
         match size:
             case FillSize():
                 fill = fill_program(spec, size, self._alternatives)
-                packed = packed_parts({}, size, len(self._rows.token_b))
+                packed = packed_parts({}, [[]] * row_shards(self._network.mesh), size, len(self._rows.token_b))
                 return self._lower(fill, (params, None), (packed, NO), 2)
             case StartSize(parts):
                 numbers_r, sampling = on_call(parts), RowSampling.of([GREEDY] * parts)

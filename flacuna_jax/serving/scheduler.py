@@ -304,13 +304,11 @@ class Scheduler:
         """Fills parts of prompts, and begins the answers to those that end."""
         logits_rv, scores = self._decoder.fill(parts, PARTS)
         ended: dict[int, int] = {}
-        begin = 0
         for index, (number, part) in enumerate(parts.items()):
             row = self._rows[number]
             row.filled += len(part.tokens)
-            if part.targets is not None and scores is not None:
-                row.prompt_scores += _scores(part.targets, jax.tree.map(lambda x, begin=begin: x[begin:], scores))
-            begin += len(part.tokens)
+            if part.targets is not None:
+                row.prompt_scores += _scores(part.targets, scores[number])
             if row.is_filled:
                 ended[index] = number
         if not ended:
@@ -409,7 +407,7 @@ def _next_part(row: Row) -> Part:
 
 def _scores(tokens: Sequence[int], found: LogProbabilities) -> list[TokenScore]:
     likely = zip(found.tokens_ba.tolist(), found.of_tokens_ba.tolist(), strict=True)
-    rows = zip(tokens, found.of_token_b.tolist(), likely, strict=False)  # a piece is padded
+    rows = zip(tokens, found.of_token_b.tolist(), likely, strict=False)  # the last token of a prompt has no target
     return [TokenScore(token, own, list(zip(*others, strict=True))) for token, own, others in rows]
 
 
