@@ -205,6 +205,7 @@ def test_short_prompts_of_one_adapter_are_filled_together(
 ) -> None:
     scheduler, _ = prepared(story_llama, adapters, "--rows", "16", "--context", "320")
     monkeypatch.setattr(scheduling, "PATIENCE", 1e6)
+    monkeypatch.setattr(scheduling, "LENGTHS", LENGTHS)
     filled: list[list[int]] = []
     fill = scheduler._decoder.fill
     monkeypatch.setattr(scheduler._decoder, "fill", lambda parts, n: (filled.append(list(parts)), fill(parts, n))[1])
