@@ -192,6 +192,7 @@ class LlamaLanguageModel:
         slots = slots_for(max(len(rest[index]) + r.max_new_tokens for index, r in requests.items()))
         shards = row_shards(self.mesh)
         count = max(1, min(self.placement.rows, power_of_two(len(requests))) // shards) * shards
+        counts = _row_counts(count)
         enough = max(1, count // 4)  # free rows for new prompts
         together = self.placement.row_length * shards  # tokens of prompts
         steps = STEPS if self.network.layers is None else FEW_STEPS
@@ -222,7 +223,7 @@ class LlamaLanguageModel:
             if occupied and steps:
                 left = max(requests[index].max_new_tokens - len(made) for index, made in occupied.values())
                 if not waiting and self.network.layers is not None and left >= WORTH_GATHERING:
-                    _gather(decoder, occupied)
+                    _gather(decoder, occupied, counts)
                 longest = max(len(rest[index]) + len(made) for index, made in occupied.values())
                 samplings = [draw_of(requests[index]).sampling for index, _ in occupied.values()]
                 new_bm = decoder.advance(steps, longest + steps, samplings).token
@@ -251,9 +252,9 @@ def _pop_some(waiting: list[int], prompts: Mapping[int, Sequence[int]], most: in
     return popped
 
 
-def _gather(decoder: Decoder, occupied: dict[int, tuple[int, list[int]]]) -> None:
-    """Keeps fewer rows as soon as a program for fewer of them is enough, because a CPU takes longer for more rows."""
-    count = next(size for size in _row_counts(decoder.count) if size >= len(occupied))
+def _gather(decoder: Decoder, occupied: dict[int, tuple[int, list[int]]], counts: Sequence[int]) -> None:
+    """Keeps the smallest of `counts` rows that is enough, because a CPU takes longer for more rows."""
+    count = next(count for count in counts if count >= len(occupied))
     for row, target in moves_below(count, occupied).items():
         decoder.copy(row, target, decoder.rows.slots)
         occupied[target] = occupied.pop(row)
