@@ -82,7 +82,7 @@ test-quick: $(VENV)/.installed-test
 
 test-newest: $(VENV)/.installed-test
 	rm -f $(SKIPPED)
-	$(BIN)/python $(PYTEST) $(SELECT) --skipped-to $(SKIPPED)
+	$(BIN)/python $(PYTEST) $(SELECT) --skipped-to=$(SKIPPED)
 
 test-skipped:
 ifeq ($(PARITY_PYTHON),)
