@@ -110,11 +110,12 @@ class Decoder:
         )
         if not scored:
             return logits_rv, {}
-        scores, begins = jax.tree.map(on_host, scores), _begins(parts, spread, size.length)
-        return logits_rv, {
-            row: jax.tree.map(lambda x, begin=begins[row], part=part: x[begin : begin + len(part.tokens)], scores)
-            for row, part in scored.items()
-        }
+        scores, of_targets = jax.tree.map(on_host, scores), {}
+        for part, last, row in zip(parts.values(), packed.last_j.tolist(), parts, strict=False):  # parts may be missing
+            if row in scored:
+                here = slice(last + 1 - len(part.tokens), last + 1)
+                of_targets[row] = jax.tree.map(lambda x, here=here: x[here], scores)
+        return logits_rv, of_targets
 
     def start(self, draws: Sequence[tuple[int, Draw] | None], logits_rv: jax.Array, scored: bool = False) -> Chosen:
         """Chooses the first new token after each of the parts that were filled together, in their order.
@@ -185,26 +186,18 @@ def _spread(parts: Mapping[int, Part], shards: int) -> list[list[int]]:
     return spread
 
 
-def _begins(parts: Mapping[int, Part], spread: Sequence[Sequence[int]], length: int) -> dict[int, int]:
-    """Where each part begins in rows of `length` tokens, counted from the first row's begin."""
-    begins = {}
-    for shard, rows in enumerate(spread):
-        begin = shard * length
-        for row in rows:
-            begins[row], begin = begin, begin + len(parts[row].tokens)
-    return begins
-
-
 def packed_parts(parts: Mapping[int, Part], spread: Sequence[Sequence[int]], size: FillSize, batch_rows: int) -> Packed:
     """Parts as `continuation.fill` takes them, for a batch of `batch_rows` rows."""
     shape = (len(spread), size.length)
     tokens_rt, part_rt, row_rt, slot_rt, target_rt = (on_call(shape) for _ in range(5))
     last_j, row_j = on_call(size.parts), on_call(size.parts, batch_rows)
     row_rt[:] = batch_rows
-    begins, columns = _begins(parts, spread, size.length), (0, 0)
+    ends, columns = [shard * size.length for shard in range(len(spread))], (0, 0)
+    shard_of = {row: shard for shard, rows in enumerate(spread) for row in rows}
     for j, (row, part) in enumerate(parts.items()):
-        count = len(part.tokens)
-        here = slice(begins[row], begins[row] + count)
+        shard, count = shard_of[row], len(part.tokens)
+        here = slice(ends[shard], ends[shard] + count)
+        ends[shard] = here.stop
         tokens_rt.flat[here], part_rt.flat[here], row_rt.flat[here] = part.tokens, j + 1, row
         slot_rt.flat[here] = np.arange(part.start, part.start + count)
         if part.targets is not None:

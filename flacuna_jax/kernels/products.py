@@ -18,7 +18,8 @@ from flacuna_jax.kernels.attention import ambient_device
 
 FEW = {"float32": range(2, 65), "bfloat16": range(17, 65)}
 """Numbers of tokens for which a product with the matrix as the first operand was faster, or as fast (compare forms with
-`benchmarks/products.py --matrices 40`). The same holds for products with the keys and values of caches."""
+`benchmarks/products.py --matrices 40`). Products with the keys and values of caches use the
+same numbers; they were measured in float32 only."""
 
 LANES = 8
 """Tokens that XLA's product computes together; it takes longer for another number of tokens than for the next multiple,
